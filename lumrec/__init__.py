@@ -1,0 +1,3 @@
+"""lumrec: the Large User Model (arXiv 2502.08309) as a recommender stack on TorchRec."""
+
+__version__ = "0.1.0"

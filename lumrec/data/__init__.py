@@ -1,0 +1,1 @@
+"""From an interaction log to jagged packs and ranker rows."""

@@ -1,0 +1,1 @@
+"""Published data sets in their publishers' layouts, each as a raw log."""

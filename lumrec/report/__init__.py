@@ -1,0 +1,1 @@
+"""Tables and plots drawn from metrics.jsonl and result.json."""

@@ -1,0 +1,130 @@
+"""Token encoder: sharded embedding tables, concatenation, one linear projection per token type (LUM section 4.1.2).
+
+Shape suffixes: S bags (stride), T events, Q query conditions, C candidate items, D model width.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+def make_tables(
+    tables: Mapping[str, tuple[int, int]],
+    features: Mapping[str, str],
+    *,
+    device: torch.device | str | None = None,
+) -> EmbeddingBagCollection:
+    """The embedding tables as one EmbeddingBagCollection with mean pooling.
+
+    tables: name -> (rows, width); row 0 is "unknown". features: feature -> name of its table; features may share one.
+    Tables that no feature reads are left out. Rows start uniform in ±1/sqrt(width), whatever the number of rows, so that
+    tables of all sizes start with vectors of the same length.
+
+    >>> tables = make_tables({"genre": (19, 8)}, {"genres": "genre", "main_genre": "genre"})
+    >>> [config.feature_names for config in tables.embedding_bag_configs()]
+    [['genres', 'main_genre']]
+    """
+    missing = sorted(set(features.values()) - set(tables))
+    if missing:
+        raise ValueError(f"features name tables that are not declared: {missing}; declared are {sorted(tables)}")
+    configs = []
+    for name, (rows, width) in tables.items():
+        readers = [feature for feature, table in features.items() if table == name]
+        if not readers:
+            continue
+
+        def init(weight: Tensor, bound: float = width**-0.5) -> Tensor:
+            return nn.init.uniform_(weight, -bound, bound)
+
+        configs.append(
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=width,
+                feature_names=readers,
+                pooling=PoolingType.MEAN,
+                init_fn=init,
+            )
+        )
+    return EmbeddingBagCollection(tables=configs, device=torch.device(device or "cpu"))
+
+
+def feature_order(tables: EmbeddingBagCollection) -> list[str]:
+    """The one order of KJT keys that these tables are ever called with.
+
+    A sharded EmbeddingBagCollection caches the order at its first call and silently misreads any other.
+    """
+    return [feature for config in tables.embedding_bag_configs() for feature in config.feature_names]
+
+
+def make_kjt(
+    features: Sequence[str], columns: Mapping[str, tuple[Tensor, Tensor]], *, stride: int
+) -> KeyedJaggedTensor:
+    """A KeyedJaggedTensor whose keys are `features` in exactly this order, with `stride` bags each.
+
+    columns: feature -> (values int64, lengths int64 [stride]); a feature that is not given has empty bags.
+    Raises ValueError for a column that is not in `features` or has another number of bags.
+
+    >>> kjt = make_kjt(["item_id", "genres"], {"genres": (torch.tensor([3, 4, 5]), torch.tensor([2, 1]))}, stride=2)
+    >>> kjt.lengths().tolist()
+    [0, 0, 2, 1]
+    """
+    unknown = sorted(set(columns) - set(features))
+    if unknown:
+        raise ValueError(f"columns {unknown} are no features of these tables; the features are {list(features)}")
+    empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(stride, dtype=torch.int64))
+    values, lengths = zip(*(columns.get(feature, empty) for feature in features), strict=True)
+    for feature, length_S in zip(features, lengths, strict=True):
+        if len(length_S) != stride:
+            raise ValueError(f"feature {feature!r} has {len(length_S)} bags; expected the stride {stride}")
+    return KeyedJaggedTensor(
+        keys=list(features), values=torch.cat(values), lengths=torch.cat(lengths).to(torch.int32), stride=stride
+    )
+
+
+class TokenEncoder(nn.Module):
+    """Condition and item tokens in one model width: e^t = proj^t(concat(f_1^t; f_2^t; …)), t in {item, condition}.
+
+    Each token is one bag of every table, so that one lookup serves all tokens of a step, whatever their type::
+
+        bag        0 … T-1            T … T+Q-1          T+Q … T+Q+C-1
+        is         event k            query condition    candidate item
+        item       item + feedback    (empty)            item features only
+        condition  condition of k     condition asked    (empty)
+
+    Feedback features (what is known only after an item was shown, such as the rating given) are read in the history and
+    empty in a candidate, so one projection serves both. Without any condition feature the condition token is a learned
+    constant: LUM's "without condition token", kept as a place to read the prediction from.
+    """
+
+    def __init__(
+        self, tables: EmbeddingBagCollection, *, item_features: Sequence[str], condition_features: Sequence[str], dim: int
+    ) -> None:
+        super().__init__()
+        self.tables = tables
+        self.features = feature_order(tables)
+        self.item_features = list(item_features)
+        self.condition_features = list(condition_features)
+        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        self.item_projection = nn.Linear(sum(width[f] for f in self.item_features), dim)
+        self.condition_projection = nn.Linear(sum(width[f] for f in self.condition_features), dim)
+        if not self.condition_features:
+            nn.init.normal_(self.condition_projection.bias, std=0.02)
+
+    def forward(self, tokens: KeyedJaggedTensor, *, num_events: int, num_queries: int) -> tuple[Tensor, Tensor]:
+        """Item tokens [T + C, D] (events, then candidates) and condition tokens [T + Q, D] (events, then queries)."""
+        if tokens.keys() != self.features:
+            raise ValueError(f"tokens have the keys {tokens.keys()}; the tables are called with {self.features} only")
+        embedded = self.tables(tokens).to_dict()
+        last_condition = num_events + num_queries
+        item = torch.cat([embedded[f] for f in self.item_features], dim=1)
+        item_XD = self.item_projection(torch.cat([item[:num_events], item[last_condition:]]))
+        if self.condition_features:
+            condition = torch.cat([embedded[f] for f in self.condition_features], dim=1)[:last_condition]
+        else:
+            condition = item.new_zeros(last_condition, 0)
+        return item_XD, self.condition_projection(condition)

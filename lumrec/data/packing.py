@@ -1,0 +1,303 @@
+"""Packs: windows of many users behind each other, filled to a budget of events (LUM section 4.1.3, packing).
+
+Shape suffixes: W windows, T events, Q queries, C candidates, I catalogue items.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.prepared import PreparedData
+from lumrec.data.sequences import Windows, training_windows
+from lumrec.modules.attention import make_layout
+from lumrec.modules.lum import Pack
+from lumrec.modules.tokens import make_kjt
+
+SAMPLING = ("uniform", "popularity")
+ABSENT = -1
+
+
+class Queries(NamedTuple):
+    """Conditions to ask. window_Q: int64 ascending, window asked; moment_Q: int64, events of it that are seen.
+
+    conditions: feature -> vocabulary row of each query (int64 [Q]; ABSENT where the feature is not given).
+    """
+
+    window_Q: Tensor
+    moment_Q: Tensor
+    conditions: Mapping[str, Tensor]
+
+
+class PackBuilder:
+    """Makes packs out of prepared data for a model that reads the given features in the given KJT order."""
+
+    def __init__(
+        self,
+        data: PreparedData,
+        *,
+        features: Sequence[str],
+        item_features: Sequence[str],
+        feedback_features: Sequence[str],
+        condition_features: Sequence[str],
+    ) -> None:
+        self.data = data
+        self.features = list(features)
+        self.item_features = list(item_features)
+        self.feedback_features = list(feedback_features)
+        self.condition_features = list(condition_features)
+        self.item_E = torch.from_numpy(data.item)
+
+    def pack(
+        self,
+        windows: Windows,
+        *,
+        queries: Queries | None = None,
+        candidates_C: Tensor | None = None,
+        shown_T: Mapping[str, Tensor] | None = None,
+    ) -> Pack:
+        """One pack of `windows` with `queries` and `candidates_C` (catalogue items, int64); nothing to be predicted.
+
+        shown_T: condition feature -> bool [T], events whose condition is given; all of them by default.
+        """
+        row_T = expand_ranges(windows.start_W, windows.length_W)
+        candidates_C = _none() if candidates_C is None else candidates_C
+        queries = queries or Queries(_none(), _none(), {})
+        num_events, num_queries, num_candidates = len(row_T), len(queries.window_Q), len(candidates_C)
+        stride = num_events + num_queries + num_candidates
+
+        columns: dict[str, tuple[Tensor, Tensor]] = {}
+        item_T = self.item_E[row_T]
+        for name in self.item_features:
+            column = self.data.item_columns[name]
+            columns[name] = _bags(stride, (0, column.take(item_T)), (stride - num_candidates, column.take(candidates_C)))
+        for name in self.feedback_features:
+            columns[name] = _bags(stride, (0, self.data.event_columns[name].take(row_T)))
+        for name in self.condition_features:
+            given = self.data.event_columns[name].take(row_T)
+            if shown_T is not None and name in shown_T:
+                given = _keep(given, shown_T[name])
+            asked_Q = queries.conditions.get(name, torch.full((num_queries,), ABSENT))
+            asked = _keep(Column(asked_Q).take(torch.arange(num_queries)), asked_Q != ABSENT)
+            columns[name] = _bags(stride, (0, given), (num_events, asked))
+
+        layout = make_layout(
+            2 * windows.length_W, query_sequence_Q=queries.window_Q, query_prefix_Q=2 * queries.moment_Q
+        )
+        return Pack(
+            tokens=make_kjt(self.features, columns, stride=stride),
+            layout=layout,
+            num_events=num_events,
+            num_queries=num_queries,
+            num_candidates=num_candidates,
+            query_prefix_Q=2 * queries.moment_Q,
+            positive_T=_none(),
+            log_weight_C=torch.zeros(num_candidates),
+            contrast_event_Q=_none(),
+            event_row_T=row_T,
+        )
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
+def _bags(stride: int, *parts: tuple[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Bags of one feature: each part (first bag, (values, lengths)) in ascending places, empty bags elsewhere."""
+    lengths_S = torch.zeros(stride, dtype=torch.int64)
+    for first, (_, lengths) in parts:
+        lengths_S[first : first + len(lengths)] = lengths
+    return torch.cat([values for _, (values, _) in parts]), lengths_S
+
+
+def _keep(bags: tuple[Tensor, Tensor], shown: Tensor) -> tuple[Tensor, Tensor]:
+    """The same bags, emptied where not shown."""
+    values, lengths = bags
+    return values[torch.repeat_interleave(shown, lengths)], torch.where(shown, lengths, 0)
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Which items stand against the right one in InfoNCE (LUM equ. 2).
+
+    full: the whole catalogue (small catalogues; the other settings then have no effect). in_batch: the items of the
+    same pack, by how often they occur (the paper's). sampled: further items, shared by all positions, drawn uniformly
+    or by their popularity^popularity_power in the training part. logq: correct for how likely each was to be there.
+    """
+
+    full: bool = False
+    in_batch: bool = True
+    sampled: int = 1024
+    sampling: str = "uniform"
+    popularity_power: float = 0.75
+    logq: bool = True
+
+
+class NegativeSampler:
+    """Draws a pack's candidates: its own items, once each, and the negatives, with their weights."""
+
+    def __init__(self, config: NegativesConfig, item_counts_I: np.ndarray) -> None:
+        if config.sampling not in SAMPLING:
+            raise ValueError(f"negatives.sampling is {config.sampling!r}; expected one of {SAMPLING}")
+        if not (config.full or config.in_batch or config.sampled > 0):
+            raise ValueError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
+        self.config = config
+        counts_I = torch.from_numpy(item_counts_I).double()
+        self.popularity_I = counts_I / counts_I.sum()
+        if config.sampling == "popularity":
+            weight_I = self.popularity_I**config.popularity_power
+        else:
+            # Items that no training event holds are no use as negatives: nothing would ever pull them back.
+            weight_I = (counts_I > 0).double()
+        self.proposal_I = weight_I / weight_I.sum()
+        self.cumulative_I = self.proposal_I.cumsum(0)
+
+    def draw(self, item_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(candidates_C int64, positive_T int64, log_weight_C float32) for events with the items `item_T`."""
+        num_items, config = len(self.proposal_I), self.config
+        if config.full:
+            return torch.arange(num_items), item_T, torch.zeros(num_items)
+        sampled = torch.searchsorted(self.cumulative_I, torch.rand(config.sampled, generator=generator).double())
+        count_I = torch.bincount(sampled.clamp(max=num_items - 1), minlength=num_items).double()
+        if config.in_batch:
+            count_I += torch.bincount(item_T, minlength=num_items)
+        if config.logq:
+            expected_I = config.sampled * self.proposal_I
+            if config.in_batch:
+                expected_I = expected_I + len(item_T) * self.popularity_I
+            weight_I = torch.where(count_I > 0, count_I / expected_I.clamp(min=1e-12), 0.0)
+        else:
+            weight_I = count_I
+        is_candidate = weight_I > 0
+        is_candidate[item_T] = True
+        candidates_C = is_candidate.nonzero().squeeze(1)
+        place_I = torch.zeros(num_items, dtype=torch.int64)
+        place_I[candidates_C] = torch.arange(len(candidates_C))
+        # A target that was not drawn is a candidate of weight 0: right where it stands, no negative elsewhere.
+        return candidates_C, place_I[item_T], weight_I[candidates_C].log().float()
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """events_per_pack: budget of events of one pack (two tokens each) on each rank. condition_dropout: share of events
+    whose condition feature is withheld, feature by feature, so that a query may leave it out."""
+
+    events_per_pack: int = 4096
+    condition_dropout: float = 0.1
+
+
+class PackLoader:
+    """Training packs of an epoch in a seeded order; the state is (epoch, packs done), so any pack can be made again.
+
+    All packs are laid out alike on every rank and dealt out in turn; ranks get equally many, the last of them an empty
+    one where the number does not divide.
+    """
+
+    def __init__(
+        self,
+        builder: PackBuilder,
+        *,
+        users: np.ndarray,
+        max_events: int,
+        packing: PackingConfig,
+        negatives: NegativesConfig,
+        contrast_feature: str = "",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if packing.events_per_pack < max_events:
+            raise ValueError(
+                f"pretrain.packing.events_per_pack is {packing.events_per_pack}, less than model.max_events "
+                f"{max_events}: not even one full window fits; raise the one or lower the other"
+            )
+        if contrast_feature and contrast_feature not in builder.condition_features:
+            raise ValueError(
+                f"pretrain.contrast.feature is {contrast_feature!r}; the model's conditions are {builder.condition_features}"
+            )
+        self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
+        self.sampler = NegativeSampler(negatives, builder.data.item_counts)
+        self.contrast_feature = contrast_feature
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch, self.done = 0, 0
+        training = torch.from_numpy(np.asarray(self.users))
+        if not bool(training.any()) or self._windows(0).count == 0:
+            raise ValueError("there are no training events: the split or the fold leaves none; look at the prepared data")
+        self._length = self._num_packs(self._windows(0))
+
+    def _generator(self, *key: int) -> torch.Generator:
+        """A generator of its own for each (epoch, pack), so that packs do not depend on what was drawn before."""
+        seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed >> 1))
+
+    def _windows(self, epoch: int) -> Windows:
+        generator = self._generator(epoch)
+        windows = training_windows(self.builder.data, max_events=self.max_events, users=self.users, generator=generator)
+        return windows[torch.randperm(windows.count, generator=generator)]
+
+    def _pack_of_window(self, windows: Windows) -> Tensor:
+        before_W = windows.length_W.cumsum(0) - windows.length_W
+        return before_W // self.packing.events_per_pack
+
+    def _num_packs(self, windows: Windows) -> int:
+        packs = int(self._pack_of_window(windows)[-1]) + 1
+        return -(-packs // self.world_size)
+
+    def __len__(self) -> int:
+        """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut anew)."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Pack]:
+        windows = self._windows(self.epoch)
+        pack_W = self._pack_of_window(windows)
+        for step in range(self.done, self._num_packs(windows)):
+            number = step * self.world_size + self.rank
+            self.done = step + 1
+            yield self.training_pack(windows[pack_W == number], self._generator(self.epoch, number))
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.done = state["epoch"], state["done"]
+
+    def training_pack(self, windows: Windows, generator: torch.Generator) -> Pack:
+        """A pack in which every event is to be predicted, with negatives and, if wished, counterfactual queries."""
+        builder, rate = self.builder, self.packing.condition_dropout
+        row_T = expand_ranges(windows.start_W, windows.length_W)
+        item_T = builder.item_E[row_T]
+        shown_T = {name: torch.rand(len(row_T), generator=generator) >= rate for name in builder.condition_features}
+        candidates_C, positive_T, log_weight_C = self.sampler.draw(item_T, generator)
+        queries, contrast_event_Q = None, _none()
+        if self.contrast_feature:
+            queries, contrast_event_Q = self._counterfactual(windows, row_T, shown_T, generator)
+        pack = builder.pack(windows, queries=queries, candidates_C=candidates_C, shown_T=shown_T)
+        pack.positive_T, pack.log_weight_C, pack.contrast_event_Q = positive_T, log_weight_C, contrast_event_Q
+        return pack
+
+    def _counterfactual(
+        self, windows: Windows, row_T: Tensor, shown_T: Mapping[str, Tensor], generator: torch.Generator
+    ) -> tuple[Queries, Tensor]:
+        """For each event that shows its condition, one query at its moment with another value of the feature."""
+        data, name = self.builder.data, self.contrast_feature
+        event_Q = shown_T[name].nonzero().squeeze(1)
+        window_T = torch.repeat_interleave(torch.arange(windows.count), windows.length_W)
+        moment_T = row_T - windows.start_W[window_T]
+        true_Q = data.event_columns[name].values[row_T[event_Q]]
+        num_values = data.table_rows[data.schema.features[name].table or name] - 1
+        if num_values < 2:
+            raise ValueError(f"condition {name!r} has {num_values} value(s): a contrast needs two or more")
+        # Another row among 1 … num_values: skip ahead by 1 … num_values - 1, around the end.
+        skip_Q = torch.randint(1, num_values, (len(event_Q),), generator=generator)
+        other_Q = (true_Q - 1 + skip_Q) % num_values + 1
+        conditions = {}
+        for feature in self.builder.condition_features:
+            row_Q = data.event_columns[feature].values[row_T[event_Q]]
+            conditions[feature] = torch.where(shown_T[feature][event_Q], row_Q, ABSENT)
+        conditions[name] = other_Q
+        return Queries(window_T[event_Q], moment_T[event_Q], conditions), event_Q

@@ -1,0 +1,100 @@
+"""Windows: the stretches of a user's history that go through the user encoder as one sequence.
+
+Shape suffixes: U users, W windows, R answered events (rows).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumrec.data.prepared import PreparedData
+
+TRAIN, VALID, TEST = 0, 1, 2
+
+
+class Windows(NamedTuple):
+    """start_W: int64, first event row of each window. length_W: int64, its number of events. user_W: int64."""
+
+    start_W: Tensor
+    length_W: Tensor
+    user_W: Tensor
+
+    def __getitem__(self, index) -> "Windows":  # type: ignore[override]
+        return Windows(self.start_W[index], self.length_W[index], self.user_W[index])
+
+    @property
+    def count(self) -> int:
+        return len(self.start_W)
+
+
+def training_lengths(data: PreparedData) -> np.ndarray:
+    """Number of training events of each user (int64 [U]); they are the beginning of the user's events.
+
+    Raises ValueError where a later event is marked as training: the LUM would read across its own targets.
+    """
+    is_train = (data.split == TRAIN).astype(np.int64)
+    count_E1 = np.concatenate([[0], is_train.cumsum()])
+    length_U = count_E1[data.user_offsets[1:]] - count_E1[data.user_offsets[:-1]]
+    is_first = np.arange(data.num_events) - data.user_offsets[data.user] < length_U[data.user]
+    if (is_first != is_train.astype(bool)).any():
+        user = int(data.user[np.flatnonzero(is_first != is_train.astype(bool))[0]])
+        raise ValueError(f"user {user} has training events behind validation or test events; split the log by time")
+    return length_U
+
+
+def training_windows(data: PreparedData, *, max_events: int, users: np.ndarray, generator: torch.Generator) -> Windows:
+    """Windows that hold each training event of `users` (bool [U]) exactly once.
+
+    A user with more than `max_events` is cut at a random phase, so that over the epochs each event is met with a short
+    and with a long past.
+    """
+    length_U = torch.from_numpy(np.where(users, training_lengths(data), 0))
+    start_U = torch.from_numpy(data.user_offsets[:-1])
+    phase_U = torch.randint(1, max_events + 1, (len(length_U),), generator=generator)
+    first_U = torch.where(length_U > max_events, phase_U, length_U)
+    windows_U = torch.where(length_U > 0, 1 + (length_U - first_U + max_events - 1) // max_events, 0)
+    user_W = torch.repeat_interleave(torch.arange(len(length_U)), windows_U)
+    number_W = torch.arange(len(user_W)) - (windows_U.cumsum(0) - windows_U)[user_W]
+    begin_W = torch.where(number_W == 0, 0, first_U[user_W] + (number_W - 1) * max_events)
+    end_W = torch.minimum(first_U[user_W] + number_W * max_events, length_U[user_W])
+    return Windows(start_U[user_W] + begin_W, end_W - begin_W, user_W)
+
+
+class AnsweringWindows(NamedTuple):
+    """windows, and the moments that each answers: first_W ≤ moment < last_W, counted in events from its start.
+
+    A moment is the number of events of its window that a query sees; moment m of a window is the row start + m.
+    """
+
+    windows: Windows
+    first_W: Tensor
+    last_W: Tensor
+
+
+def answering_windows(
+    start_U: Tensor, length_U: Tensor, user_U: Tensor, *, max_events: int, stride: int
+) -> AnsweringWindows:
+    """Windows in which each of a user's first `length` events is asked for exactly once, with the history before it.
+
+    A user with up to max_events is one window. A longer one is covered by windows that begin every `stride` events and
+    answer only moments with at least max_events - stride events before them::
+
+        max_events 4, stride 2     events  0 1 2 3 4 5 6
+        window 0                           a a a a
+        window 1                               . . a a          a: answered here
+        window 2                                   . . a        .: read as history only
+
+    Raises ValueError unless 1 ≤ stride ≤ max_events.
+    """
+    if not 1 <= stride <= max_events:
+        raise ValueError(f"the window stride is {stride}; expected 1 to max_events = {max_events}")
+    more_U = (length_U - max_events).clamp(min=0)
+    windows_U = torch.where(length_U > 0, 1 + (more_U + stride - 1) // stride, 0)
+    index_W = torch.repeat_interleave(torch.arange(len(length_U)), windows_U)
+    number_W = torch.arange(len(index_W)) - (windows_U.cumsum(0) - windows_U)[index_W]
+    begin_W = number_W * stride
+    length_W = torch.minimum(length_U[index_W] - begin_W, torch.tensor(max_events))
+    first_W = torch.where(number_W == 0, 0, max_events - stride)
+    return AnsweringWindows(Windows(start_U[index_W] + begin_W, length_W, user_U[index_W]), first_W, length_W)

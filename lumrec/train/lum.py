@@ -1,0 +1,113 @@
+"""A LUM from its config and the prepared data, and a trained one from its run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, List, Optional  # noqa: UP035 (OmegaConf reads the old spelling on every Python)
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.data.packing import PackBuilder
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
+from lumrec.modules.lum import LargeUserModel
+from lumrec.modules.tokens import TokenEncoder, make_tables
+from lumrec.modules.user_encoder import UserEncoder
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.parallel import shard
+from lumrec.train.run import best_checkpoint
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The LUM. conditions: condition features of the schema that it reads; null = all of them, [] = none.
+
+    max_events: longest stretch of history, in events (two tokens each). similarity: cosine (divided by temperature) or dot.
+    """
+
+    dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    ffn_dim: int = 0
+    max_events: int = 128
+    dropout: float = 0.1
+    similarity: str = "cosine"
+    temperature: float = 0.05
+    conditions: Optional[List[str]] = None  # noqa: UP006, UP045
+
+
+def condition_features(config: ModelConfig, data: PreparedData) -> list[str]:
+    """The condition features that the model reads, in the schema's order. Raises ValueError for one not declared."""
+    declared = features_by_role(data.schema, "condition")
+    if config.conditions is None:
+        return declared
+    unknown = sorted(set(config.conditions) - set(declared))
+    if unknown:
+        raise ValueError(f"model.conditions names {unknown}; the schema's condition features are {declared}")
+    return [name for name in declared if name in config.conditions]
+
+
+def build_lum(
+    config: ModelConfig, data: PreparedData, *, device: torch.device | str | None = None
+) -> tuple[LargeUserModel, PackBuilder]:
+    """A LUM with fresh weights, and the builder that makes packs for it."""
+    item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
+    conditions = condition_features(config, data)
+    table_of = {name: data.schema.features[name].table or name for name in [*item, *feedback, *conditions]}
+    sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
+    token_encoder = TokenEncoder(
+        make_tables(sizes, table_of, device=device),
+        item_features=[*item, *feedback],
+        condition_features=conditions,
+        dim=config.dim,
+    )
+    # A query of serving stands behind max_events - 1 events at the most, where training has seen its position.
+    user_encoder = UserEncoder(
+        dim=config.dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        ffn_dim=config.ffn_dim,
+        max_tokens=2 * config.max_events,
+        dropout=config.dropout,
+    )
+    model = LargeUserModel(
+        token_encoder, user_encoder, dim=config.dim, similarity=config.similarity, temperature=config.temperature
+    )
+    builder = PackBuilder(
+        data,
+        features=token_encoder.features,
+        item_features=item,
+        feedback_features=feedback,
+        condition_features=conditions,
+    )
+    return model, builder
+
+
+def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict:
+    """What must agree for a checkpoint to fit: the data's fingerprint (schema, vocabularies) and the model's config."""
+    return {"data": data.fingerprint, "model": repr(config)}
+
+
+def load_lum(
+    config: "Config", run: str, data: PreparedData, *, device: torch.device
+) -> tuple[DistributedModelParallel, PackBuilder, "Config"]:
+    """The trained LUM of run `run` in eval mode, its pack builder, and the config it was trained with.
+
+    Raises FileNotFoundError where the run has no finished checkpoint, ValueError where it was trained on other data.
+    """
+    from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
+
+    folder = Path(config.runs_dir) / run
+    if not (folder / "result.json").exists():
+        raise FileNotFoundError(
+            f"there is no finished LUM in {folder}; make it with: "
+            f"torchx run apps/pretrain.py --config <your config> run={run}"
+        )
+    trained = load(folder / "config.yaml", [])
+    model, builder = build_lum(trained.model, data)
+    dmp = shard(model, device=device)
+    load_weights(best_checkpoint(folder), dmp, fingerprint=lum_fingerprint(trained.model, data))
+    return dmp.eval(), builder, trained

@@ -1,0 +1,133 @@
+"""Step 1: pre-training of a LUM by next-condition-item prediction (LUM section 4.1)."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lumrec.data.packing import NegativesConfig, PackingConfig, PackLoader
+from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import user_fold
+from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from lumrec.modules.losses import counterfactual_contrast, info_nce
+from lumrec.modules.lum import Pack
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.lum import build_lum, lum_fingerprint
+from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.run import RunFolder
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Counterfactual contrast, our extension, off by default. feature: condition whose other values are asked."""
+
+    feature: str = ""
+    weight: float = 2.0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Step 1. precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32)."""
+
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    precision: str = "float32"
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
+    evaluate: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+
+def parse_fold(fold: str) -> tuple[int, int] | None:
+    """(k, K) of "k/K", None of "". Raises ValueError for anything else."""
+    if not fold:
+        return None
+    left, _, right = fold.partition("/")
+    if left.isdecimal() and right.isdecimal() and int(left) < int(right) and int(right) >= 2:
+        return int(left), int(right)
+    raise ValueError(f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users')
+
+
+def training_users(data: PreparedData, fold: str) -> np.ndarray:
+    """Users that this LUM may learn from (bool [U]): all, or all outside of the fold that is held out."""
+    parsed = parse_fold(fold)
+    if parsed is None:
+        return np.ones(data.num_users, dtype=bool)
+    return user_fold(data.user_keys(), parsed[1]) != parsed[0]
+
+
+def make_step(config: PretrainConfig):
+    """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
+    dtype = PRECISIONS[config.precision]
+
+    def step(model: nn.Module, pack: Pack) -> StepOutput:
+        device_type = pack.positive_T.device.type
+        with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
+            o_TD, o_QD, e_CD = model(pack)
+            loss = nce = info_nce(o_TD, e_CD, pack.positive_T, pack.log_weight_C)
+        metrics = {"info_nce": nce.detach()}
+        if len(pack.contrast_event_Q) or config.contrast.feature:
+            event_Q = pack.contrast_event_Q
+            e_QD = e_CD[pack.positive_T[event_Q]]
+            contrast = counterfactual_contrast(o_TD[event_Q].float(), o_QD.float(), e_QD.float())
+            metrics["contrast"] = contrast.detach()
+            loss = nce + config.contrast.weight * contrast
+        return StepOutput(loss, pack.num_events, metrics)
+
+    return step
+
+
+def run(config: "Config") -> dict[str, float | str]:
+    """Pre-trains a LUM into `runs/<run>` and returns what stands in its result.json.
+
+    config.fold = "k/K" leaves the users of fold k out, for cross-fitted knowledge (see docs/concepts.md).
+    """
+    device = init_distributed(threads=config.threads)
+    data = open_or_prepare(config)
+    run_folder = RunFolder.create(config, "pretrain")
+    if run_folder.finished:
+        return run_folder.result()
+    torch.manual_seed(config.seed)
+    model, builder = build_lum(config.model, data)
+    settings = config.pretrain
+    dmp = shard(model, optimizer=settings.train.optimizer, device=device)
+    loader = PackLoader(
+        builder,
+        users=training_users(data, config.fold),
+        max_events=config.model.max_events,
+        packing=settings.packing,
+        negatives=settings.negatives,
+        contrast_feature=settings.contrast.feature,
+        seed=config.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+    def evaluate(part: str) -> dict[str, float]:
+        return evaluate_retrieval(dmp, builder, part=part, config=settings.evaluate, max_events=config.model.max_events)
+
+    result = fit(
+        model=dmp,
+        loader=loader,
+        step=make_step(settings),
+        config=settings.train,
+        run=run_folder,
+        evaluate=lambda: evaluate("valid"),
+        select="ndcg@10",
+        progress="pretrain",
+        fingerprint=lum_fingerprint(config.model, data),
+    )
+    result |= {f"valid/{name}": value for name, value in evaluate("valid").items()}
+    result |= evaluate("test")
+    run_folder.finish(result)
+    return result

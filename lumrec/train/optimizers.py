@@ -1,0 +1,107 @@
+"""Optimizers: what TorchRec fuses into the tables' backward pass, AdamW for everything else, one schedule for both."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from lumrec.train.parallel import TABLE_OPTIMIZERS, table_shardings
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates and their schedule.
+
+    table_optimizer: "rowwise_adagrad", "adagrad" or "sgd", fused into the tables' backward pass.
+    table_lr, dense_lr: highest learning rate of the tables and of all other parameters (AdamW).
+    weight_decay: of dense matrices only; biases, norms and tables have none.
+    clip_grad_norm: highest norm of the dense gradient, tables left out; 0 = no clipping.
+    warmup_steps: steps in which both rates rise linearly from 0.
+    schedule: after that "constant", "linear" or "cosine" (the latter two fall to 0 at the last step).
+    """
+
+    table_optimizer: str = "rowwise_adagrad"
+    table_lr: float = 0.1
+    dense_lr: float = 1e-3
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+
+
+class TableAndDenseOptimizer(CombinedOptimizer):
+    """TorchRec's CombinedOptimizer over the fused tables, the dense parameters and any data-parallel tables."""
+
+    def __init__(self, fused: KeyedOptimizer, others: Sequence[KeyedOptimizer], dense_parameters: list[Tensor]) -> None:
+        super().__init__([fused, *others])
+        self.fused = fused
+        self.dense_parameters = dense_parameters
+        self._highest = [group["lr"] for group in self.param_groups]
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Multiplies every highest learning rate by `factor`, in force from the next backward pass on."""
+        for group, highest in zip(self.param_groups, self._highest, strict=True):
+            group["lr"] = highest * factor  # type: ignore[index]
+        self.fused.step()  # does not train: hands the new rate to the fused kernels
+
+
+def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> TableAndDenseOptimizer:
+    """One optimizer for all parameters of a model that `parallel.shard` made, every parameter in exactly one part.
+
+    Tables have theirs fused into the backward pass (`table_optimizer` and `table_lr` were given to `shard`); tables
+    that are data_parallel get its plain twin; the rest AdamW. Raises ValueError for an unknown name.
+    """
+    if config.table_optimizer not in TABLE_OPTIMIZERS:
+        raise ValueError(f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}")
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
+    replicated = {name for name, sharding, _, _ in table_shardings(model) if sharding == "data_parallel"}
+    tables: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
+    for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        if parameter.requires_grad:
+            (tables if name in replicated else dense)[name] = parameter
+    others: list[KeyedOptimizer] = []
+    if dense:
+        others.append(KeyedOptimizerWrapper(dense, lambda parameters: _adamw(parameters, config)))
+    if tables:
+        optimizer_class, arguments = TABLE_OPTIMIZERS[config.table_optimizer]
+        others.append(
+            KeyedOptimizerWrapper(
+                tables, lambda parameters: optimizer_class(parameters, lr=config.table_lr, **arguments)
+            )
+        )
+    return TableAndDenseOptimizer(model.fused_optimizer, others, list(dense.values()))
+
+
+def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.dense_lr, weight_decay=config.weight_decay
+    )
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Share of the highest learning rate at `step` (0 is the first) of `total_steps`.
+
+    >>> config = OptimizerConfig(warmup_steps=2, schedule="linear")
+    >>> [learning_rate_factor(config, step, 6) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    if config.schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

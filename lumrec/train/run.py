@@ -1,0 +1,342 @@
+"""A run's folder `runs/<run>/`: resolved config, versions, metrics.jsonl, checkpoints and, at the end, result.json.
+
+The truth about a run is in two files: `config.yaml` (written before anything else) and `result.json` (written last), so
+a folder without the latter is an unfinished run, which the same command continues.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from lumrec.train.parallel import rank, world_size
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+# Sections of the root config that belong to one stage: a stage's run does not depend on the settings of the others.
+STAGE_SECTIONS = ("pretrain", "query", "rank", "pipeline")
+# Settings that say where and how to run, but not what comes out.
+NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
+
+
+class RunFolder:
+    """One run's folder. Made by `RunFolder.create`, which says whether the run continues or is finished.
+
+    path: the folder.  finished: it holds the result of this very config.  resumed: it continues an unfinished run.
+    """
+
+    def __init__(self, path: Path, *, finished: bool, resumed: bool) -> None:
+        self.path = path
+        self.finished = finished
+        self.resumed = resumed
+        self._metrics: Any = None
+        self._tensorboard: Any = None
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None) -> "RunFolder":
+        """The folder of the run that `config` describes, made by rank 0 where it is new.
+
+        `config` is a dataclass with the fields run, name, runs_dir, fold and overwrite; the folder is named
+        `config.run` or "<name>-<stage>" (with a fold k/K: "<name>-<stage>-kofK"). `inputs` are fingerprints of what the
+        run reads (name → text); other inputs count as another config. An existing folder:
+
+        - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
+        - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
+        - other config: ValueError that names the keys; with overwrite=true it is made anew.
+        - not a run folder, or in use by another process: ValueError, with overwrite too.
+
+        Sections of other stages, and settings that only say where to run, are not compared. Every rank must call this,
+        after `init_distributed`; an error of rank 0 is raised on all.
+        """
+        path = Path(config.runs_dir) / run_name(config, stage)
+        finished, resumed, lock = on_rank_zero(lambda: _prepare(path, config, stage, dict(inputs or {})), keep=True)
+        run = cls(path, finished=finished, resumed=resumed)
+        run._lock = lock
+        return run
+
+    def log(self, step: int, **metrics: float | str | None) -> None:
+        """Appends one line to metrics.jsonl and the numbers to TensorBoard; does nothing but on rank 0.
+
+        A number that is not finite becomes null in the file (JSON has no NaN).
+        """
+        if rank() != 0:
+            return
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Lines that a killed process wrote after its last checkpoint are about to be written again.
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step if self.resumed else None)
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+        path = self.path / "metrics.jsonl"
+        if rank() != 0 or not path.exists():
+            return
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def finish(self, result: Mapping[str, float | str]) -> None:
+        """Writes result.json (flat, metric name → number or text; a number that is not finite becomes null)."""
+        if rank() == 0:
+            nested = [name for name, value in result.items() if not isinstance(value, (int, float, str))]
+            if nested:
+                raise ValueError(
+                    f"a result is flat, name → number or text; {nested[0]!r} is a {type(result[nested[0]]).__name__}"
+                )
+            write_atomically(self.path / "result.json", json.dumps(finite(result), indent=2) + "\n")
+        self.finished = True
+        self.close()
+
+    def result(self) -> dict[str, float | str]:
+        """What `finish` stored; null is read back as NaN."""
+        stored = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        return {name: math.nan if value is None else value for name, value in stored.items()}
+
+    def close(self) -> None:
+        """Closes the files and frees the folder for other processes."""
+        for file in (self._metrics, self._tensorboard, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._tensorboard = self._lock = None
+
+
+def run_name(config: Any, stage: str) -> str:
+    """The run's folder name: `config.run`, or "<name>-<stage>" with "-kofK" behind it where a fold k/K is set."""
+    if config.run:
+        return str(config.run)
+    fold = getattr(config, "fold", "")
+    return f"{config.name}-{stage}" + (f"-{fold.replace('/', 'of')}" if fold else "")
+
+
+def on_rank_zero(make: Callable[[], Value], *, keep: bool = False) -> Any:
+    """What `make` gives on rank 0, on every rank; an exception of it is raised on every rank too.
+
+    With `keep` the last entry of the tuple that `make` gives stays on rank 0 (None elsewhere).
+    """
+    error: Exception | None = None
+    value: Any = None
+    if rank() == 0:
+        try:
+            value = make()
+        except Exception as raised:
+            error = raised
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return value
+    shared = [(value[:-1] + (None,) if keep and value is not None else value, error)]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[0][1] is not None:
+        raise shared[0][1]
+    return value if rank() == 0 else shared[0][0]
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with None in place of NaN and infinities, which JSON cannot hold."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the entries of a folder (new names, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder so that, killed half-way, it leaves only a hidden `.trash-*` behind."""
+    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+    os.replace(path, trash)
+    shutil.rmtree(trash)
+
+
+def _prepare(path: Path, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path / "config.yaml").exists() and any(path.iterdir()):
+        raise ValueError(
+            f"{path} exists but is not a run folder (no config.yaml): choose another run=<name> or remove it"
+        )
+    lock = _take_lock(path)
+    resumed = (path / "config.yaml").exists()
+    finished = resumed and (path / "result.json").exists()
+    if resumed:
+        changes = list(_differences(path, config, stage, inputs))
+        state = "finished" if finished else "unfinished"
+        if changes and not config.overwrite:
+            raise ValueError(
+                f"{path} holds a{'n' if state[0] == 'u' else ''} {state} run of another config: "
+                + "; ".join(changes[:8])
+                + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
+                + ". Say overwrite=true to replace it, or run=<name> for a folder of its own"
+            )
+        if config.overwrite and (changes or finished):
+            logger.warning("overwrite=true: replacing the %s run in %s", state, path)
+            remove_folder(path)
+            lock.close()
+            lock = _take_lock(path)
+            resumed = finished = False
+    if finished:
+        logger.info("%s is finished already, with this config: its result stands (overwrite=true makes it anew)", path)
+    elif resumed:
+        logger.info("%s: continuing the unfinished run", path)
+        _warn_of_other_versions(path)
+    else:
+        write_atomically(path / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+        write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+        write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_plain(config)), resolve=True))
+    return finished, resumed, lock
+
+
+def _take_lock(path: Path) -> Any:
+    """The open file whose lock says that this process writes the folder; the system frees it when the process ends."""
+    path.mkdir(exist_ok=True)
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        if owner != str(os.getpid()):
+            raise ValueError(
+                f"{path} is being written by process {owner or '(unknown)'}: wait for it, or choose another run=<name>"
+            ) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s); see that no second process writes this run", path, error
+        )
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as nested dictionaries, lists and plain values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _differences(path: Path, config: Any, stage: str, inputs: Mapping[str, str]) -> Iterator[str]:
+    """What the stored run and this one do not share, as "key: stored → now"."""
+    ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section != stage)}
+    stored = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    assert isinstance(stored, dict)
+    before, now = dict(_flatten(stored)), dict(_flatten(_plain(config)))
+    for key in sorted({*before, *now}):
+        old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
+        if old != new and key.split(".")[0] not in ignored:
+            yield f"{key}: {old!r} → {new!r}"
+    stored_inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+    for key in sorted({*stored_inputs, *inputs}):
+        if stored_inputs.get(key) != inputs.get(key):
+            yield f"input {key}: {stored_inputs.get(key)!r} → {inputs.get(key)!r}"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that was cut off by the kill
+        return math.inf
+
+
+def _versions() -> dict[str, Any]:
+    packages = ("lumrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy")
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        **installed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": world_size(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _warn_of_other_versions(path: Path) -> None:
+    try:
+        before = json.loads((path / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = _versions()
+    for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "threads"):
+        if before.get(name) != now.get(name):
+            logger.warning(
+                "%s began with %s %s, now %s: the rest may differ in its last digits",
+                path,
+                name,
+                before.get(name),
+                now.get(name),
+            )
+
+
+def _commit() -> str | None:
+    """The commit of this code, "-dirty" behind it where files differ; None where it is not run from its repository."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+
+    try:
+        if git("ls-files", "--error-unmatch", "lumrec/train/run.py").returncode:
+            return None
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -102,7 +102,12 @@ class TokenEncoder(nn.Module):
     """
 
     def __init__(
-        self, tables: EmbeddingBagCollection, *, item_features: Sequence[str], condition_features: Sequence[str], dim: int
+        self,
+        tables: EmbeddingBagCollection,
+        *,
+        item_features: Sequence[str],
+        condition_features: Sequence[str],
+        dim: int,
     ) -> None:
         super().__init__()
         self.tables = tables
@@ -119,7 +124,8 @@ class TokenEncoder(nn.Module):
         """Item tokens [T + C, D] (events, then candidates) and condition tokens [T + Q, D] (events, then queries)."""
         if tokens.keys() != self.features:
             raise ValueError(f"tokens have the keys {tokens.keys()}; the tables are called with {self.features} only")
-        embedded = self.tables(tokens).to_dict()
+        dtype = self.item_projection.weight.dtype  # a pooled lookup is float32, whatever the tables are
+        embedded = {feature: bags_SE.to(dtype) for feature, bags_SE in self.tables(tokens).to_dict().items()}
         last_condition = num_events + num_queries
         item = torch.cat([embedded[f] for f in self.item_features], dim=1)
         item_XD = self.item_projection(torch.cat([item[:num_events], item[last_condition:]]))

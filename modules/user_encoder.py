@@ -83,9 +83,7 @@ class UserEncoder(nn.Module):
         x_TD: tokens of all users behind each other. y_QD: query conditions; query_prefix_Q: tokens that each one sees.
         """
         num_tokens = len(x_TD)
-        starts_T = torch.repeat_interleave(
-            layout.offsets_B1[:-1], layout.offsets_B1.diff(), output_size=num_tokens
-        )
+        starts_T = torch.repeat_interleave(layout.offsets_B1[:-1], layout.offsets_B1.diff(), output_size=num_tokens)
         position_T = torch.arange(num_tokens, device=x_TD.device) - starts_T
         x = torch.cat([x_TD, y_QD]) + self.position(torch.cat([position_T, query_prefix_Q]))
         x = F.dropout(x, self.dropout, self.training)

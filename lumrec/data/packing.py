@@ -74,7 +74,9 @@ class PackBuilder:
         item_T = self.item_E[row_T]
         for name in self.item_features:
             column = self.data.item_columns[name]
-            columns[name] = _bags(stride, (0, column.take(item_T)), (stride - num_candidates, column.take(candidates_C)))
+            columns[name] = _bags(
+                stride, (0, column.take(item_T)), (stride - num_candidates, column.take(candidates_C))
+            )
         for name in self.feedback_features:
             columns[name] = _bags(stride, (0, self.data.event_columns[name].take(row_T)))
         for name in self.condition_features:
@@ -226,7 +228,9 @@ class PackLoader:
         self.epoch, self.done = 0, 0
         training = torch.from_numpy(np.asarray(self.users))
         if not bool(training.any()) or self._windows(0).count == 0:
-            raise ValueError("there are no training events: the split or the fold leaves none; look at the prepared data")
+            raise ValueError(
+                "there are no training events: the split or the fold leaves none; look at the prepared data"
+            )
         self._length = self._num_packs(self._windows(0))
 
     def _generator(self, *key: int) -> torch.Generator:

@@ -1,0 +1,85 @@
+"""The manifest of a prepared folder: what is in it, made how, and the checksum of every file.
+
+It holds no times, paths or host names, so that preparing the same log twice gives the same bytes. It is written last: a folder
+without it is not a prepared folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Dict
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; hold times and paths
+
+
+class PreparedDataError(ValueError):
+    """The folder is no usable prepared data set; the message names the file and how to mend it."""
+
+
+def sha256(path: Path) -> str:
+    """Checksum of one file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
+    """The manifest as written: `content`, the format version, the checksum of every file in `folder`, and the fingerprint.
+
+    The fingerprint changes with any byte of the prepared files, the schema or the split.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **content,
+        "files": {
+            path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in paths
+        },
+    }
+    identity = {key: manifest[key] for key in ("format_version", "schema", "split", "files")}
+    manifest["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    (folder / NAME).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
+    """The manifest of a prepared folder, its files checked: present, of the size written, and (`verify`) of the same checksum.
+
+    Raises FileNotFoundError where the folder is missing, PreparedDataError for everything else that is wrong with it.
+    """
+    again = "Prepare it again (apps/prepare.py)."
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no prepared data at {folder}")
+    if not (folder / NAME).is_file():
+        raise PreparedDataError(
+            f"{folder} holds no {NAME}: it is no prepared folder, or its preparation was cut. {again}"
+        )
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        version = manifest["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise PreparedDataError(f"{folder / NAME} cannot be read ({error!r}). {again}") from error
+    if version != FORMAT_VERSION:
+        raise PreparedDataError(
+            f"{folder / NAME}: format version {version}, this lumrec reads version {FORMAT_VERSION}. {again}"
+        )
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise PreparedDataError(f"{path} is missing (the manifest lists it). {again}")
+        if path.stat().st_size != facts["bytes"]:
+            raise PreparedDataError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}: cut or changed. {again}"
+            )
+        if verify and (got := sha256(path)) != facts["sha256"]:
+            raise PreparedDataError(
+                f"{path} has sha256 {got[:16]}…, the manifest says {facts['sha256'][:16]}…: it was changed or damaged. {again}"
+            )
+    return manifest

@@ -1,0 +1,116 @@
+"""Reads a prepared folder into memory: flat arrays over events, columns of vocabulary rows, vocabularies.
+
+Shapes: E events (sorted by user, time, original order), U users, I items.
+
+    user_offsets  [0, 3, 3, 5]      three users; the second has no event
+    item          [7, 2, 7 | 4, 4]  index into items.parquet
+    split         [0, 0, 2 | 0, 1]  train, valid, test
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Iterable, List
+
+import numpy as np
+import polars as pl
+import torch
+
+from lumrec.data.columns import Column
+from lumrec.data.manifest import PreparedDataError, read_manifest
+from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict
+from lumrec.data.splits import TRAIN
+
+
+class PreparedData:
+    """A prepared log in memory (numpy arrays for events, torch columns for features); made by `open`.
+
+    path, manifest, schema (defaults filled in), fingerprint (changes with any byte of the data).
+    num_users, num_items, num_events.
+    user_offsets: i64 [U + 1], events of user u are user_offsets[u]:user_offsets[u + 1], maybe none.
+    user, item, timestamp (seconds), order (row of the original log): i64 [E]. label: f32 [E]. split: i8 [E].
+    probability: f32 [E], the true P(label = 1) of a simulated log, else None.
+    event_columns, item_columns, user_columns: feature name to `Column`, indexed by event, item, user.
+    table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events of each item.
+    """
+
+    def __init__(self, path: Path, manifest: Dict[str, Any]) -> None:
+        """Loads the folder that `manifest` describes; use `open`, which checks it first."""
+        self.path = path
+        self.manifest = manifest
+        self.schema: SchemaConfig = schema_from_dict(manifest["schema"])
+        self.fingerprint: str = manifest["fingerprint"]
+        self.table_rows: Dict[str, int] = dict(manifest["table_rows"])
+        events = self._read(*sorted(name for name in manifest["files"] if name.startswith("events/")))
+        self._items, self._users = self._read("items.parquet"), self._read("users.parquet")
+        self.num_events, self.num_items, self.num_users = len(events), len(self._items), len(self._users)
+        for name in ("user", "item", "timestamp", "order"):
+            setattr(self, name, _array(events, name, np.int64))
+        self.user: np.ndarray
+        self.item: np.ndarray
+        self.timestamp: np.ndarray
+        self.order: np.ndarray
+        self.label = _array(events, "label", np.float32)
+        self.split = _array(events, "split", np.int8)
+        self.probability = _array(events, "probability", np.float32) if "probability" in events.columns else None
+        self.user_offsets = np.searchsorted(self.user, np.arange(self.num_users + 1)).astype(np.int64)
+        self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
+        event_features = [name for role in EVENT_ROLES for name in features_by_role(self.schema, role)]
+        self.event_columns = self._columns(events, event_features)
+        self.item_columns = self._columns(self._items, features_by_role(self.schema, "item"))
+        self.user_columns = self._columns(self._users, features_by_role(self.schema, "user"))
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> PreparedData:
+        """The prepared data of a folder.
+
+        verify: compare every file with its checksum in the manifest (else only its presence and size). Raises FileNotFoundError
+        where the folder is missing, PreparedDataError (a ValueError) where it is cut, damaged or of another format version.
+        """
+        folder = Path(path)
+        return cls(folder, read_manifest(folder, verify=verify))
+
+    def vocabulary(self, table: str) -> Dict[str, int]:
+        """Raw value to row (from 1) of one table. Raises ValueError for a table that does not exist."""
+        if table not in self.table_rows:
+            raise ValueError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
+        frame = self._read(f"vocabulary/{table}.parquet")
+        return dict(zip(frame["key"].to_list(), frame["row"].to_list()))
+
+    def item_keys(self) -> List[str]:
+        """Raw id of each item [I]."""
+        return self._items["item_key"].to_list()
+
+    def item_titles(self) -> List[str]:
+        """Title of each item [I]; its raw id where the source has no titles."""
+        column = "title" if "title" in self._items.columns else "item_key"
+        return self._items[column].fill_null(self._items["item_key"]).to_list()
+
+    def user_keys(self) -> List[str]:
+        """Raw id of each user [U]."""
+        return self._users["user_key"].to_list()
+
+    def _columns(self, frame: pl.DataFrame, names: Iterable[str]) -> Dict[str, Column]:
+        return {name: _column(frame[name]) for name in names}
+
+    def _read(self, *names: str) -> pl.DataFrame:
+        try:
+            return pl.concat([pl.read_parquet(self.path / name) for name in names], rechunk=True)
+        except pl.exceptions.PolarsError as error:
+            raise PreparedDataError(
+                f"{self.path}: cannot read {', '.join(names)} ({error}). Prepare it again (apps/prepare.py)."
+            ) from error
+
+
+def _array(frame: pl.DataFrame, name: str, dtype: type) -> np.ndarray:
+    return frame[name].to_numpy().astype(dtype)  # a copy: Arrow's memory is read-only, torch wants writable
+
+
+def _column(series: pl.Series) -> Column:
+    if not isinstance(series.dtype, pl.List):
+        return Column(torch.from_numpy(series.to_numpy().astype(np.int64)))
+    lengths = series.list.len().to_numpy()
+    offsets = np.zeros(len(series) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    values = series.filter(series.list.len() > 0).explode().to_numpy().astype(np.int64)
+    return Column(torch.from_numpy(values), torch.from_numpy(offsets))

@@ -1,0 +1,107 @@
+"""What the columns of a log mean: which features there are, their roles, and the embedding tables that they read.
+
+features:                                      tables:
+  item_id:    {role: item}                       item_id: {width: 32}
+  genres:     {role: item, kind: multi}
+  main_genre: {role: condition, table: genres}   # two features, one table
+  feedback:   {role: condition, wish: true}      # asked for as a wish: "an item that this user will like"
+  rating:     {role: feedback}                   # known only after the item was shown
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+from typing import Dict, List
+
+ROLES = ("item", "condition", "feedback", "user", "context")
+KINDS = ("id", "multi")
+RESERVED = frozenset(
+    ["user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key", "reason", "raw"]
+)  # columns of the prepared folder that are not features
+EVENT_ROLES = ("condition", "feedback", "context")  # these features are columns of the events
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """One embedding table; its number of rows comes from the vocabulary (row 0 is "unknown")."""
+
+    width: int = 16
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """One feature: `column` of the raw log, looked up in `table`.
+
+    role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating given),
+        so it is read in histories and never for a target.
+    kind: id (one value) | multi (a list of values, possibly empty).
+    table, column: the feature's own name where empty.
+    wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
+    """
+
+    role: str
+    kind: str = "id"
+    table: str = ""
+    column: str = ""
+    wish: bool = False
+
+
+@dataclass(frozen=True)
+class SchemaConfig:
+    """Features by name, in the order of declaration, and their tables; tables not listed get the default width."""
+
+    tables: Dict[str, TableConfig] = field(default_factory=dict)
+    features: Dict[str, FeatureConfig] = field(default_factory=dict)
+
+
+def validate(schema: SchemaConfig) -> SchemaConfig:
+    """The schema with every default filled in (table and column names, tables that only features name).
+
+    Raises ValueError for an unknown role or kind, a reserved or missing name, a table that no feature reads, a wish that is
+    no condition, a schema without an item feature.
+    """
+    features = {}
+    for name, feature in schema.features.items():
+        if name in RESERVED:
+            raise ValueError(
+                f"schema.features.{name}: this name is kept for a column of the prepared events; choose another and set "
+                f"column: {name}. Kept names: {', '.join(sorted(RESERVED))}"
+            )
+        _check_choice(f"schema.features.{name}.role", feature.role, ROLES)
+        _check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
+        if feature.wish and feature.role != "condition":
+            raise ValueError(f"schema.features.{name}: wish: true needs role: condition, got role: {feature.role}")
+        features[name] = replace(feature, table=feature.table or name, column=feature.column or name)
+    if not any(feature.role == "item" for feature in features.values()):
+        raise ValueError("schema.features has no feature of role item; declare at least item_id: {role: item}")
+    used = list(dict.fromkeys(feature.table for feature in features.values()))
+    for table in schema.tables:
+        if table not in used:
+            raise ValueError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
+    tables = {table: schema.tables.get(table, TableConfig()) for table in used}
+    for name, table in tables.items():
+        if table.width < 1:
+            raise ValueError(f"schema.tables.{name}.width: expected a positive number, got {table.width}")
+    return SchemaConfig(tables=tables, features=features)
+
+
+def features_by_role(schema: SchemaConfig, role: str) -> List[str]:
+    """Names of the features of that role, in the order of declaration."""
+    _check_choice("role", role, ROLES)
+    return [name for name, feature in schema.features.items() if feature.role == role]
+
+
+def schema_from_dict(values: Dict) -> SchemaConfig:
+    """The schema that `dataclasses.asdict` (or the manifest of a prepared folder) describes."""
+    return SchemaConfig(
+        tables={name: TableConfig(**table) for name, table in values["tables"].items()},
+        features={name: FeatureConfig(**feature) for name, feature in values["features"].items()},
+    )
+
+
+def _check_choice(key: str, got: str, choices: tuple) -> None:
+    if got not in choices:
+        near = difflib.get_close_matches(got, choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{key}: got {got!r}{hint}, expected one of {', '.join(choices)}")

@@ -1,0 +1,107 @@
+"""Which part of the log each event belongs to, and which fold each user belongs to.
+
+temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events
+leave_one_out     user a: t t t t t t t t v s        the last event, the one before it, the rest
+user              user a: t t t t t   user b: s s s  whole users, by a seeded hash of the user's key (DIN's protocol)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import List, Sequence
+
+import numpy as np
+
+TRAIN, VALID, TEST = 0, 1, 2
+PARTS = ("train", "valid", "test")
+DEFAULT_FRACTIONS = {"temporal": [0.8, 0.1, 0.1], "leave_one_out": [], "user": [0.68, 0.04, 0.28]}
+_FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """kind: temporal | leave_one_out | user; fractions: train, valid, test (empty: the kind's own); seed: of the user split."""
+
+    kind: str = "temporal"
+    fractions: List[float] = field(default_factory=list)
+    seed: int = 0
+
+
+def check_split(config: SplitConfig) -> List[float]:
+    """The fractions in use. Raises ValueError for an unknown kind, or fractions that are not three, negative or do not sum to 1."""
+    if config.kind not in DEFAULT_FRACTIONS:
+        raise ValueError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
+    fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
+    if config.kind == "leave_one_out":
+        if config.fractions:
+            raise ValueError("data.split.fractions has no meaning for leave_one_out; leave it out")
+        return fractions
+    if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise ValueError(
+            f"data.split.fractions: got {fractions}, expected three numbers ≥ 0 (train, valid, test) that sum to 1"
+        )
+    return fractions
+
+
+def assign(config: SplitConfig, user_keys: Sequence[str], offsets: np.ndarray) -> np.ndarray:
+    """Part of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and, within the user, by time.
+
+    user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1].
+    Labels, feedback and items are no input, so that they cannot move an event.
+
+    Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, up to ceil(0.9 n) validate), so
+    that users with fewer than 5 (at 80/10/10) train only; leave_one_out lets users with fewer than 3 events train only.
+    """
+    fractions = check_split(config)
+    counts_U = np.diff(offsets)
+    if config.kind == "user":
+        share_U = _hash(user_keys, config.seed).astype(np.float64) / 2.0**64
+        bounds = np.cumsum(fractions)[:2]
+        # side "right": a fraction of 0 leaves its part empty; the last bound is open, whatever the rounding of the sum
+        return np.repeat(np.searchsorted(bounds, share_U, side="right").astype(np.int8), counts_U)
+    if config.kind == "leave_one_out":
+        valid_from_U = np.where(counts_U >= 3, counts_U - 2, counts_U)
+        test_from_U = np.where(counts_U >= 3, counts_U - 1, counts_U)
+    else:
+        # 1e-9: 0.7 * 10 must not become 8 by rounding error
+        valid_from_U = np.ceil(counts_U * fractions[0] - 1e-9).astype(np.int64)
+        test_from_U = np.ceil(counts_U * (fractions[0] + fractions[1]) - 1e-9).astype(np.int64)
+    place_E = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts_U)
+    return (place_E >= np.repeat(valid_from_U, counts_U)).astype(np.int8) + (
+        place_E >= np.repeat(test_from_U, counts_U)
+    ).astype(np.int8)
+
+
+def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
+    """Fold (int8 [U], 0 … num_folds - 1) of each user, from a stable hash of the raw key alone.
+
+    The same key has the same fold in every data set, run and version, so that a LUM trained with fold=k/K is known never to
+    have seen the users of fold k. Raises ValueError unless 1 <= num_folds <= 127.
+    """
+    if not 1 <= num_folds <= 127:
+        raise ValueError(f"number of folds: got {num_folds}, expected 1 … 127")
+    return ((_hash(user_keys, _FOLD_SALT) >> np.uint64(11)) % np.uint64(num_folds)).astype(np.int8)
+
+
+def _hash(keys: Sequence[str], seed: int) -> np.ndarray:
+    """FNV-1a over each key's UTF-8 bytes from a seeded start, mixed by splitmix64: uint64 [U]. A loop over columns, not keys."""
+    if len(keys) == 0:
+        return np.zeros(0, np.uint64)
+    encoded = np.char.encode(np.asarray(keys, dtype=np.str_), "utf-8")
+    lengths_U = np.char.str_len(encoded)
+    bytes_UW = encoded.view(np.uint8).reshape(len(keys), encoded.dtype.itemsize)
+    with np.errstate(over="ignore"):
+        start = np.uint64(0xCBF29CE484222325) ^ _mix(np.array([seed % 2**64], np.uint64))[0]
+        state_U = np.full(len(keys), start, np.uint64)
+        for place in range(bytes_UW.shape[1]):
+            stepped = (state_U ^ bytes_UW[:, place]) * np.uint64(0x100000001B3)
+            state_U = np.where(lengths_U > place, stepped, state_U)
+        return _mix(state_U)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

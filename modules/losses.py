@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Positions whose logits exist at one time: the [T, C] matrix is never held whole.
-CHUNK = 2048
+# Logits that exist at one time (elements): the [T, C] matrix is never held whole, and what is held stays in the cache.
+CHUNK = 1 << 18
 
 
 def info_nce(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor | None = None) -> Tensor:
@@ -50,18 +50,19 @@ class _InfoNCE(torch.autograd.Function):
             o, e = o_TD.to(low), e_CD.to(low)
             loss = o_TD.new_zeros((), dtype=high)
             grad_o, grad_e = torch.empty_like(o), torch.zeros_like(e_CD, dtype=high)
-            for start in range(0, len(o), CHUNK):
-                chunk = slice(start, start + CHUNK)
+            rows = max(1, CHUNK // max(1, len(e)))
+            for start in range(0, len(o), rows):
+                chunk = slice(start, start + rows)
                 logits = torch.mm(o[chunk], e.t()).to(high)
                 positive = positive_T[chunk, None]
                 right = logits.gather(1, positive)
                 logits += log_weight_C.to(high)
                 logits.scatter_(1, positive, right)
-                log_z = logits.logsumexp(1, keepdim=True)
-                loss += (log_z - right).sum()
-                probability = logits.sub_(log_z).exp_()
-                probability.scatter_add_(1, positive, -torch.ones_like(right))
-                residual = probability.to(low)
+                top = logits.amax(1, keepdim=True)
+                exponential = logits.sub_(top).exp_()
+                total = exponential.sum(1, keepdim=True)
+                loss += (total.log() + top - right).sum()
+                residual = exponential.div_(total).scatter_add_(1, positive, -torch.ones_like(right)).to(low)
                 grad_o[chunk] = torch.mm(residual, e)
                 grad_e += torch.mm(residual.t(), o[chunk])
         ctx.save_for_backward(grad_o, grad_e)

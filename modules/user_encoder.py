@@ -29,8 +29,8 @@ class Block(nn.Module):
 
         In the last block of a pure query nothing reads the history's outputs any more, only its keys and values.
         """
-        qkv = self.qkv(self.attention_norm(x_XD)).view(len(x_XD), 3, self.num_heads, -1)
-        q, k, v = qkv.unbind(1)
+        head_width = x_XD.shape[1] // self.num_heads
+        q, k, v = self.qkv(self.attention_norm(x_XD)).view(-1, 3, self.num_heads, head_width).unbind(1)
         history = slice(0, num_tokens)
         asked = slice(num_tokens, len(x_XD))
         parts = []

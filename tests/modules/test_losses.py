@@ -19,7 +19,7 @@ def inputs():
     return o_TD, e_CD, positive_T, log_weight_C
 
 
-@pytest.mark.parametrize("chunk", [7, 2048])
+@pytest.mark.parametrize("chunk", [7 * 12, 1 << 18])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_loss_and_gradients_equal_the_plain_twin(inputs, chunk, weighted, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)

@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it creates.
+#   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
+#   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
+#   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
+#   ARGS="..."        further words for quickstart and test, e.g. make test ARGS="-k packing"
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+DEVICE ?= $(or $(strip $(shell cat $(VENV)/device 2>/dev/null)),cpu)
+TORCH_INDEX ?=
+JOBS ?= 2
+LOCK := requirements/$(DEVICE).txt
+$(if $(wildcard $(LOCK)),,$(error DEVICE is '$(DEVICE)'; expected cpu or cuda))
+STAMP := $(VENV)/installed-$(DEVICE)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
+TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
+
+.PHONY: help setup quickstart test lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@echo "  variables: DEVICE=cpu|cuda  TORCH_INDEX=URL  PYTHON=...  ARGS=\"...\"  (see the top of the Makefile)"
+
+setup: $(STAMP) ## create .venv with the pinned versions (DEVICE=cuda for the CUDA build)
+
+$(STAMP): $(LOCK) pyproject.toml requirements/create_venv.sh
+	@requirements/create_venv.sh $(VENV) $(DEVICE) $(PYTHON)
+	@$(PIP) install $(TORCH_FLAGS) "$$(grep -E '^torch==' $(LOCK))"
+	@$(PIP) install --no-deps --requirement $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m lumrec.environment
+	@touch $@
+
+quickstart: $(STAMP) ## prepare, pre-train, query, rank without and with LUM, report; under 10 minutes on 2 cores
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/torchx --log_level WARNING run apps/pipeline.py --config configs/quickstart.yaml $(ARGS)
+
+test: $(STAMP) ## the whole test suite, two processes, one thread each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet $(ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## ruff format and the fixes ruff can make
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## speed on this machine, with a plain baseline in the same run
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv and tool caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

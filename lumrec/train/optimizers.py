@@ -7,12 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ParameterSharding
+from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from lumrec.train.parallel import TABLE_OPTIMIZERS, table_shardings
-
 SCHEDULES = ("constant", "linear", "cosine")
+TABLE_EPS = 1e-8  # FBGEMM's
+# Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
+TABLE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": TABLE_EPS}),
+    "adagrad": (torch.optim.Adagrad, {"eps": TABLE_EPS}),
+    "sgd": (torch.optim.SGD, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,29 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
     warmup_steps: int = 0
     schedule: str = "constant"
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raises ValueError for a name or a number that no optimizer can work with."""
+    if config.table_optimizer not in TABLE_OPTIMIZERS:
+        raise ValueError(
+            f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what FBGEMM "
+            "fuses into the backward pass on CPU and CUDA alike (Adam has no fused kernel on CPU)"
+        )
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
+    for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+
+
+def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterSharding]:
+    """How each table is sharded (parameter name → TorchRec's ParameterSharding), in the plan's order."""
+    return {
+        ".".join(part for part in (module, "embedding_bags", table, "weight") if part): sharding
+        for module, tables in model.plan.plan.items()
+        for table, sharding in tables.items()  # type: ignore[attr-defined]
+    }
 
 
 class TableAndDenseOptimizer(CombinedOptimizer):
@@ -58,11 +88,10 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     Tables have theirs fused into the backward pass (`table_optimizer` and `table_lr` were given to `shard`); tables
     that are data_parallel get its plain twin; the rest AdamW. Raises ValueError for an unknown name.
     """
-    if config.table_optimizer not in TABLE_OPTIMIZERS:
-        raise ValueError(f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}")
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
-    replicated = {name for name, sharding, _, _ in table_shardings(model) if sharding == "data_parallel"}
+    check(config)
+    replicated = {
+        name for name, sharding in table_shardings(model).items() if sharding.sharding_type == "data_parallel"
+    }
     tables: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):

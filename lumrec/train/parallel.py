@@ -23,16 +23,10 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
-from torchrec.optim import RowWiseAdagrad
+
+from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check, table_shardings
 
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
-TABLE_EPS = 1e-8
-# Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
-TABLE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-    "rowwise_adagrad": (RowWiseAdagrad, {"eps": TABLE_EPS}),
-    "adagrad": (torch.optim.Adagrad, {"eps": TABLE_EPS}),
-    "sgd": (torch.optim.SGD, {}),
-}
 
 
 def rank() -> int:
@@ -87,15 +81,14 @@ def _destroy() -> None:
 def shard(
     model: nn.Module,
     *,
-    table_lr: float,
-    table_optimizer: str = "rowwise_adagrad",
     device: str | torch.device,
+    optimizer: OptimizerConfig | None = None,
     sharding: str = "",
 ) -> DistributedModelParallel:
     """`model` under DMP: tables sharded with a fused optimizer, all other parameters replicated (DDP).
 
-    The tables of every EmbeddingBagCollection get `table_optimizer` ("rowwise_adagrad", "adagrad" or "sgd") fused into
-    their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` already holds are kept; tables
+    The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into their
+    backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` already holds are kept; tables
     on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one type
     for all tables ("table_wise", "row_wise", "column_wise", "data_parallel"); "" lets the planner choose between
     table_wise and, on CUDA, row_wise. Notes:
@@ -108,11 +101,8 @@ def shard(
     a table width that is no multiple of 4.
     """
     device = torch.device(device)
-    if table_optimizer not in TABLE_OPTIMIZERS:
-        raise ValueError(
-            f"table_optimizer={table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what FBGEMM fuses "
-            "into the backward pass on CPU (Adam has no fused kernel there)"
-        )
+    optimizer = optimizer or OptimizerConfig()
+    check(optimizer)
     if sharding and sharding not in SHARDING_TYPES:
         raise ValueError(
             f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}, or '' for the planner's choice"
@@ -122,9 +112,9 @@ def shard(
     allowed = [sharding] if sharding else ["table_wise"] + (["row_wise"] if device.type == "cuda" else [])
     constraints = _constraints(model, allowed)
     if sharding != "data_parallel":
-        optimizer_class, arguments = TABLE_OPTIMIZERS[table_optimizer]
+        optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
         tables = [p for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()]
-        _apply_optimizer_in_backward(optimizer_class, tables, {"lr": table_lr, **arguments})
+        _apply_optimizer_in_backward(optimizer_class, tables, {"lr": optimizer.table_lr, **arguments})
     sharders: list[ModuleSharder[nn.Module]] = [_Sharder(allowed)]  # type: ignore[list-item]
     plan = _plan(model, sharders, constraints, device)
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
@@ -223,19 +213,14 @@ def _keep_weights(sharded: DistributedModelParallel, given: dict[str, Tensor]) -
                 weight.copy_(given[name])
 
 
-def table_shardings(model: DistributedModelParallel) -> Iterator[tuple[str, str, str, str]]:
-    """Parameter name, sharding type, kernel and ranks of every table, in the plan's order."""
-    for module, tables in model.plan.plan.items():
-        for table, sharding in tables.items():  # type: ignore[attr-defined]
-            name = ".".join(part for part in (module, "embedding_bags", table, "weight") if part)
-            yield name, sharding.sharding_type, sharding.compute_kernel, ",".join(map(str, sharding.ranks or []))
-
-
 def plan_table(model: DistributedModelParallel) -> str:
     """The sharding plan as text: one line per table with its rows × width, sharding type, kernel and ranks."""
     weights = model.state_dict()
     lines = [f"{'table':48} {'rows':>12} {'width':>6}  {'sharding':14} {'kernel':8} ranks"]
-    for name, sharding, kernel, ranks in table_shardings(model):
+    for name, sharding in table_shardings(model).items():
         rows, width = weights[name].size()
-        lines.append(f"{name:48} {rows:>12} {width:>6}  {sharding:14} {kernel:8} {ranks}")
+        ranks = ",".join(map(str, sharding.ranks or []))
+        lines.append(
+            f"{name:48} {rows:>12} {width:>6}  {sharding.sharding_type:14} {sharding.compute_kernel:8} {ranks}"
+        )
     return "\n".join(lines) + "\n"

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -23,7 +22,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from lumrec.train.checkpoint import best_checkpoint
+from lumrec.train.files import finite, remove_folder, write_atomically
 from lumrec.train.parallel import rank, world_size
+
+__all__ = ["RunFolder", "best_checkpoint", "on_rank_zero", "run_name"]
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -152,38 +155,6 @@ def on_rank_zero(make: Callable[[], Value], *, keep: bool = False) -> Any:
     if shared[0][1] is not None:
         raise shared[0][1]
     return value if rank() == 0 else shared[0][0]
-
-
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with None in place of NaN and infinities, which JSON cannot hold."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the entries of a folder (new names, renames) survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_folder(path: Path) -> None:
-    """Deletes a folder so that, killed half-way, it leaves only a hidden `.trash-*` behind."""
-    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
-    os.replace(path, trash)
-    shutil.rmtree(trash)
 
 
 def _prepare(path: Path, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool, Any]:

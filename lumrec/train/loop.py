@@ -1,0 +1,384 @@
+"""The training loop of every stage: a step function, a loader and a config go in, the best weights come out.
+
+Exact by construction: on one process a run that was killed at any moment and started again gives the losses, batches and
+weights of one that was not, to the bit. Over several processes the gradient is that of the whole batch, however unevenly
+it is spread over them.
+"""
+
+import contextlib
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from tqdm import tqdm
+
+from lumrec.train.checkpoint import Checkpointer, random_state, set_random_state
+from lumrec.train.files import write_atomically
+from lumrec.train.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
+from lumrec.train.parallel import plan_table, rank, world_size
+from lumrec.train.prefetch import Fetched, prefetch
+from lumrec.train.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and how often to log, evaluate and save.
+
+    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count).
+    log_every: steps between two lines of metrics.jsonl.
+    checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
+    keep_checkpoints: how many of the newest stay, beside the best.
+    patience: stop after this many evaluations in a row without a better one; 0 = never.
+    """
+
+    epochs: int = 1
+    max_steps: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    patience: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+class StepOutput(NamedTuple):
+    """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
+
+    loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
+    """
+
+    loss_sum: Tensor
+    count: Tensor | int
+    metrics: Mapping[str, Tensor] = {}
+
+
+class Loader(Protocol):
+    """What `fit` reads batches from: the same batches again from the same state.
+
+    `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
+    says where the batch behind the last one begins. It is called and iterated in a thread of its own, so it draws from
+    generators of its own only. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
+    """
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient is not a number; the message names the step and the file that holds the batch."""
+
+
+@dataclass
+class _State:
+    """What the loop remembers from step to step; goes into every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    num_events: float = 0.0
+    train_s: float = 0.0
+    wall_s: float = 0.0
+    wait_s: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last log line
+    loss: float = math.nan  # of the last log line
+    best_step: int = 0
+    best_value: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    evaluations_without_gain: int = 0
+    stopped: bool = False
+
+
+def fit(
+    *,
+    model: DistributedModelParallel,
+    loader: Loader,
+    step: Callable[[nn.Module, Any], StepOutput],
+    config: TrainConfig,
+    run: RunFolder,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    select: str = "",
+    progress: str = "train",
+    fingerprint: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Trains `model` (from `parallel.shard`) and leaves its best weights in it; gives back the run's flat metrics.
+
+    step: `(model, batch) → StepOutput`, one call of `model` in it.  evaluate: metrics of the current weights, called in
+    eval mode without gradients, the same on every rank (rank 0's count).  select: the metric to maximise, "-name" to
+    minimise; "" takes the last weights.  fingerprint: what a checkpoint must agree with (data, schema, model settings).
+    Where `run.resumed`, training continues behind the newest complete checkpoint.
+
+    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s (evaluation and checkpoints not
+    counted), data_wait (share of the training time), memory_gib, wall_s, and "valid/<name>" of the best evaluation.
+
+    Raises NonFiniteError for a loss or gradient that is not finite, ValueError for a config that cannot work and for a
+    checkpoint of something else.
+    """
+    return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint).run()
+
+
+class _Fit:
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        loader: Loader,
+        step: Callable[[nn.Module, Any], StepOutput],
+        config: TrainConfig,
+        run: RunFolder,
+        evaluate: Callable[[], dict[str, float]] | None,
+        select: str,
+        progress: str,
+        fingerprint: Mapping[str, str] | None,
+    ) -> None:
+        _check(config, loader, evaluate, select)
+        self.model, self.loader, self.step, self.config, self.run_folder = model, loader, step, config, run
+        self.evaluate, self.select, self.name = evaluate, select, progress
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.checkpointer = Checkpointer(
+            run.path / "checkpoints",
+            model=model,
+            optimizer=self.optimizer,
+            fingerprint=fingerprint,
+            keep=config.keep_checkpoints,
+        )
+        self.total_steps = config.epochs * len(loader)
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.state = _State()
+        self.grad_norm: float | None = None  # of the last step
+
+    def run(self) -> dict[str, float]:
+        self._start()
+        started, wall_before = time.perf_counter(), self.state.wall_s
+        quiet = rank() != 0 or not sys.stderr.isatty()
+        with tqdm(total=self.total_steps, initial=self.state.step, desc=self.name, disable=quiet) as bar:
+            while not self._done():
+                with contextlib.closing(prefetch(self.loader, self.model.device)) as batches:  # type: ignore[type-var]
+                    for fetched in batches:
+                        self._train(fetched)
+                        bar.update()
+                        self.state.wall_s = wall_before + time.perf_counter() - started
+                        self._after_step(fetched, bar)
+                        if self._done():
+                            break
+                self.loader.load_state_dict(fetched.loader_state)  # the thread went ahead
+        best = self.state.best_step
+        if best and best != self.state.step:
+            logger.info("%s: the weights of step %d were the best", self.name, best)
+            self.checkpointer.load_model(best)
+        self.state.wall_s = wall_before + time.perf_counter() - started
+        return self._result()
+
+    def _start(self) -> None:
+        loaded = self.checkpointer.load_latest() if self.run_folder.resumed else None
+        if loaded is None:
+            if world_size() > 1:  # the weights are equal already; each rank shall drop other units
+                torch.manual_seed(torch.initial_seed() + rank())
+        else:
+            self.state = _State(**loaded.state)
+            self.loader.load_state_dict(loaded.local["loader"])
+            set_random_state(loaded.local["random"])
+            logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
+        if self.run_folder.resumed:
+            self.run_folder.rewind(self.state.step)
+        plan = plan_table(self.model)
+        if rank() == 0:
+            write_atomically(self.run_folder.path / "plan.txt", plan)
+        self.model.train()
+
+    def _done(self) -> bool:
+        state, config = self.state, self.config
+        return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.step
+
+    def _train(self, fetched: Fetched) -> None:
+        """One step. Where a loss is found not to be finite, nothing has been changed yet."""
+        started = time.perf_counter()
+        config, state = self.config.optimizer, self.state
+        self.optimizer.set_learning_rate(learning_rate_factor(config, state.step, self.total_steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.step(self.model, fetched.batch)
+        sums = _sum_over_ranks(output)
+        state.step += 1
+        if not math.isfinite(sums["loss"]):
+            self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum)))
+        # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
+        (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
+        if config.clip_grad_norm and self.optimizer.dense_parameters:
+            self.grad_norm = float(nn.utils.clip_grad_norm_(self.optimizer.dense_parameters, config.clip_grad_norm))
+            if not math.isfinite(self.grad_norm):
+                self._stop(fetched.batch, "gradient norm", self.grad_norm, here=True)
+        self.optimizer.step()
+        state.epoch += fetched.is_last
+        state.num_events += sums["count"]
+        seconds = {"wait_s": fetched.wait_s, "train_s": fetched.wait_s + time.perf_counter() - started}
+        state.wait_s += seconds["wait_s"]
+        state.train_s += seconds["train_s"]
+        for name, value in {**sums, **seconds}.items():
+            state.window[name] = state.window.get(name, 0.0) + value
+
+    def _after_step(self, fetched: Fetched, bar: Any) -> None:
+        def due(every: int) -> bool:
+            return self._done() or (self.state.step % every == 0 if every else fetched.is_last)
+
+        if due(self.config.log_every):
+            self._log(bar)
+        better = self._evaluate() if self.evaluate is not None and due(self.config.eval_every) else False
+        if better or due(self.config.checkpoint_every):
+            self.checkpointer.save(
+                self.state.step,
+                state=asdict(self.state),
+                local={"loader": fetched.loader_state, "random": random_state()},
+                best_step=self.state.best_step or self.state.step,
+            )
+
+    def _log(self, bar: Any) -> None:
+        window, self.state.window = self.state.window, {}
+        count, wait_s, train_s = (window.pop(name) for name in ("count", "wait_s", "train_s"))
+        line: dict[str, float] = {name: value / max(count, 1.0) for name, value in window.items()}
+        self.state.loss = line["loss"]
+        if self.grad_norm is not None:
+            line["grad_norm"] = self.grad_norm
+        factor = learning_rate_factor(self.config.optimizer, self.state.step - 1, self.total_steps)
+        line["learning_rate"] = factor * self.config.optimizer.dense_lr
+        line |= {"events_per_s": count / train_s, "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
+        self.run_folder.log(self.state.step, epoch=self.state.epoch, **line)
+        if bar.disable:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+            if rank() == 0:
+                logger.info("%s: step %d/%d  %s", self.name, self.state.step, self.total_steps, figures)
+        else:
+            bar.set_postfix(loss=f"{line['loss']:.4f}", events_per_s=f"{line['events_per_s']:.0f}")
+
+    def _evaluate(self) -> bool:
+        """Whether the current weights are the best so far. Leaves the random generators as they were."""
+        assert self.evaluate is not None
+        before = random_state()
+        self.model.eval()
+        with torch.no_grad():
+            metrics = {name: float(value) for name, value in self.evaluate().items()}
+        self.model.train()
+        set_random_state(before)
+        if world_size() > 1:  # one rank's word, so that all take the same decision
+            shared = [metrics]
+            dist.broadcast_object_list(shared, src=0)
+            metrics = shared[0]
+        state = self.state
+        self.run_folder.log(state.step, epoch=state.epoch, **{f"valid/{name}": v for name, v in metrics.items()})
+        if rank() == 0:
+            figures = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+            logger.info("%s: step %d/%d  valid: %s", self.name, state.step, self.total_steps, figures)
+        if not self.select:
+            state.best_metrics = metrics
+            return False
+        name = self.select.removeprefix("-")
+        if name not in metrics:
+            raise ValueError(
+                f"select={self.select!r}, but the evaluation gives {', '.join(sorted(metrics)) or 'nothing'}"
+            )
+        value = -metrics[name] if self.select.startswith("-") else metrics[name]
+        better = not math.isnan(value) and (state.best_value is None or value > state.best_value)
+        if better:
+            state.best_step, state.best_value, state.best_metrics = state.step, value, metrics
+        state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
+        if 0 < self.config.patience <= state.evaluations_without_gain:
+            logger.info("%s: %d evaluations without a better %s: training ends", self.name, self.config.patience, name)
+            state.stopped = True
+        return better
+
+    def _stop(self, batch: Any, what: str, value: float, *, here: bool) -> NoReturn:
+        where = "another rank's batch"
+        if here:
+            path = self.run_folder.path / f"non-finite-step-{self.state.step}-rank-{rank()}.pt"
+            torch.save(_tensors_of(batch), path)
+            where = f"the batch is saved in {path}: read it with torch.load(path, weights_only=True)"
+        rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
+        raise NonFiniteError(
+            f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values that are "
+            f"not finite in it, or lower the learning rates ({rates}) or add warmup_steps. Checkpoints so far are untouched"
+        )
+
+    def _memory_gib(self) -> float:
+        """Highest memory so far: of torch on CUDA, of the whole process on CPU."""
+        if self.model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.model.device) / 2**30
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+    def _result(self) -> dict[str, float]:
+        state = self.state
+        return {
+            "loss": state.loss,
+            "best_step": state.best_step or state.step,
+            "steps": state.step,
+            "epochs": state.epoch,
+            "events_per_s": state.num_events / max(state.train_s, 1e-9),
+            "data_wait": state.wait_s / max(state.train_s, 1e-9),
+            "memory_gib": self._memory_gib(),
+            "wall_s": state.wall_s,
+            **{f"valid/{name}": value for name, value in state.best_metrics.items()},
+        }
+
+
+def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str, float]] | None, select: str) -> None:
+    if config.epochs < 1 or config.log_every < 1:
+        raise ValueError(f"epochs={config.epochs} and log_every={config.log_every} must be 1 or more")
+    for name in ("max_steps", "checkpoint_every", "eval_every", "patience"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+    if evaluate is None and (select or config.patience):
+        raise ValueError(f"select={select!r} and patience={config.patience} need an evaluation, and there is none")
+    if config.patience and not select:
+        raise ValueError(f"patience={config.patience} needs a metric to select by")
+    lengths = [len(loader)]
+    if world_size() > 1:
+        lengths = [0] * world_size()
+        dist.all_gather_object(lengths, len(loader))
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ValueError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
+
+
+def _sum_over_ranks(output: StepOutput) -> dict[str, float]:
+    """loss, count and metrics summed over all ranks in double precision; one all-reduce."""
+    names = sorted(output.metrics)
+    taken = {"loss", "count"} & set(names)
+    if taken:
+        raise ValueError(f"a step's metrics may not be called {sorted(taken)}: fit logs these itself")
+    values = [output.loss_sum, output.count, *(output.metrics[name] for name in names)]
+    device = output.loss_sum.device
+    total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(("loss", "count", *names), total.tolist(), strict=True))
+
+
+def _tensors_of(value: Any) -> Any:
+    """A batch as dictionaries, lists, tensors and plain values, which `torch.load(weights_only=True)` can read."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, KeyedJaggedTensor):
+        return {"keys": value.keys(), "values": _tensors_of(value.values()), "lengths": _tensors_of(value.lengths())}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _tensors_of(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _tensors_of(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tensors_of(entry) for entry in value]
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    return (
+        {name: _tensors_of(entry) for name, entry in vars(value).items()} if hasattr(value, "__dict__") else repr(value)
+    )

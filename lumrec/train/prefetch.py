@@ -1,0 +1,72 @@
+"""Batches made one or two ahead by a background thread, with the loader state that belongs to each."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Fetched(NamedTuple):
+    """A batch on its device, the loader's state behind it, whether it ends the epoch, and how long it was waited for.
+
+    The state of an epoch's last batch is that of the next epoch's beginning.
+    """
+
+    batch: Any
+    loader_state: dict[str, Any]
+    is_last: bool
+    wait_s: float
+
+
+def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Iterator[Fetched]:
+    """The rest of the loader's epoch, made in one thread while the caller computes; at most `depth` batches ahead.
+
+    Close it (`contextlib.closing`) when leaving early: that ends the thread. The loader has then gone ahead of what was
+    consumed: give it the last `loader_state` to bring it back. An exception of the loader is raised here. Raises
+    ValueError for an epoch without batches.
+    """
+    ready: queue.Queue[tuple[Any, dict[str, Any], BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: tuple[Any, dict[str, Any], BaseException | None]) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            for batch in loader:
+                put((batch.to(device), loader.state_dict(), None))
+                if closed.is_set():
+                    return
+            put((None, loader.state_dict(), None))
+        except BaseException as error:  # noqa: BLE001 (handed over to the consumer)
+            put((None, {}, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        started = time.perf_counter()
+        batch, state, error = ready.get()
+        if batch is None and error is None:
+            raise ValueError("the loader gave no batch for this epoch: is the training part empty?")
+        while batch is not None and error is None:
+            # Whether this batch is the last is known once the next has come: that wait counts as waiting for data too.
+            following = ready.get()
+            is_last = following[0] is None and following[2] is None
+            waited = time.perf_counter() - started
+            yield Fetched(batch, following[1] if is_last else state, is_last, waited)
+            started = time.perf_counter()
+            batch, state, error = following
+        if error is not None:
+            raise error
+    finally:
+        closed.set()
+        thread.join()

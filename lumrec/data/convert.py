@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import polars as pl
@@ -25,47 +25,41 @@ def convert(raw: RawLog, schema: SchemaConfig, split: SplitConfig, min_count: in
     items, bad_items = check_catalogue(raw.items, "item_id")
     users, bad_users = check_catalogue(raw.users, "user_id")
     users = users.sort(pl.col("user_id").str.len_chars(), "user_id")  # the natural order of numbers
-    features = {name: feature for name, feature in schema.features.items()}
-    for role, table, frame in (("item", "items", items), ("user", "users", users)):
-        _check_columns(_of_roles(features, (role,)), table, frame.columns)
-    events, bad_events, num_read = check_events(raw, _of_roles(features, EVENT_ROLES), items, users)
-    offsets_U1 = np.searchsorted(events["user"].to_numpy(), np.arange(len(users) + 1))
+    for role, frame in (("item", items), ("user", users)):
+        _check_columns(_of_roles(schema, (role,)), f"{role}s", frame.columns)
+    events, bad_events, num_read = check_events(raw, _of_roles(schema, EVENT_ROLES), items, users)
+    assert len(events) + len(bad_events) == num_read, (len(events), len(bad_events), num_read)
+    offsets_U1 = np.searchsorted(events["user"].to_numpy(), np.arange(len(users) + 1, dtype=np.int32))
     split_E = assign(split, users["user_id"].to_list(), offsets_U1)
     events = events.with_columns(pl.Series("split", split_E, pl.Int8))
 
     vocabularies = count_vocabularies(schema, events, items, users, min_count)
     unknown: Dict[str, int] = {}
-    write(pl.concat([bad_events, bad_items, bad_users]), folder / "quarantine.parquet")
+    for role, frame in (("item", items), ("user", users)):
+        kept = frame.select(pl.col(f"{role}_id").alias(f"{role}_key"), *(["title"] if "title" in frame.columns else []))
+        columns = encode_features(frame, _of_roles(schema, (role,)), vocabularies, unknown)
+        write(kept.with_columns(columns), folder / f"{role}s.parquet")
+    kept = events.select(pl.col("user", "item", "timestamp", "order", "label", "split"), pl.col("^probability$"))
+    kept = kept.with_columns(encode_features(events, _of_roles(schema, EVENT_ROLES), vocabularies, unknown))
+    for part, first in enumerate(range(0, len(kept), PART_ROWS)):
+        write(kept[first : first + PART_ROWS], folder / "events" / f"part-{part:05d}.parquet")
     for table, vocabulary in vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
-    for role, frame in (("item", items), ("user", users)):
-        kept = [pl.col(f"{role}_id").alias(f"{role}_key")] + [
-            pl.col(name) for name in ("title",) if name in frame.columns
-        ]
-        columns = encode_features(frame, _of_roles(features, (role,)), vocabularies, unknown)
-        write(frame.select(kept).with_columns(columns), folder / f"{role}s.parquet")
-    columns = encode_features(events, _of_roles(features, EVENT_ROLES), vocabularies, unknown)
-    kept = ["user", "item", "timestamp", "order", "label", "split", "probability"]
-    events = events.select(name for name in kept if name in events.columns).with_columns(columns)
-    for part, first in enumerate(range(0, len(events), PART_ROWS)):
-        write(events[first : first + PART_ROWS], folder / "events" / f"part-{part:05d}.parquet")
-
-    counts = {
-        "events_read": num_read,
-        "events": len(events),
-        "events_quarantined": len(bad_events),
-        "users": len(users),
-        "users_without_events": int((np.diff(offsets_U1) == 0).sum()),
-        "items": len(items),
-        "items_with_events": events["item"].n_unique(),
-        "items_in_training": events.filter(pl.col("split") == TRAIN)["item"].n_unique(),
-        "catalogue_rows_quarantined": len(bad_items) + len(bad_users),
-        **{f"{part}_events": int((split_E == code).sum()) for code, part in enumerate(PARTS)},
-    }
-    assert counts["events"] + counts["events_quarantined"] == num_read, counts
+    write(pl.concat([bad_events, bad_items, bad_users]), folder / "quarantine.parquet")
     return {
-        "counts": counts,
-        "facts": _facts(events, len(items)),
+        "counts": {
+            "events_read": num_read,
+            "events": len(events),
+            "events_quarantined": len(bad_events),
+            "users": len(users),
+            "users_without_events": int((np.diff(offsets_U1) == 0).sum()),
+            "items": len(items),
+            "items_with_events": events["item"].n_unique(),
+            "items_in_training": events.filter(pl.col("split") == TRAIN)["item"].n_unique(),
+            "catalogue_rows_quarantined": len(bad_items) + len(bad_users),
+            **{f"{part}_events": int((split_E == code).sum()) for code, part in enumerate(PARTS)},
+        },
+        "facts": _facts(kept, len(items)),
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
         "unknown_values": unknown,
         "quarantine": _reasons({"events": bad_events, "items": bad_items, "users": bad_users}),
@@ -81,8 +75,10 @@ def check_catalogue(frame: pl.LazyFrame, key: str) -> Tuple[pl.DataFrame, pl.Dat
     )
     again = pl.col("reason").is_null() & (pl.int_range(pl.len()).over(key, "reason") > 0)
     rows = rows.with_columns(pl.coalesce("reason", first_reason((again, f"{key} occurs again"))).alias("reason"))
-    good = rows.filter(pl.col("reason").is_null()).drop("reason", "raw", "order", "whole", strict=False)
-    return good, _quarantine(rows.filter(pl.col("reason").is_not_null()), f"{key.removesuffix('_id')}s")
+    good = rows.filter(pl.col("reason").is_null()).drop("reason", "raw", "order", strict=False)
+    bad = _quarantine(rows.filter(pl.col("reason").is_not_null()), f"{key.removesuffix('_id')}s")
+    assert len(good) + len(bad) == len(rows), (len(good), len(bad), len(rows))
+    return good, bad
 
 
 def check_events(
@@ -99,7 +95,7 @@ def check_events(
         events = events.with_columns(pl.lit(None, pl.String).alias("reason"))
     for name, frame in (("item", items), ("user", users)):
         index = frame.select(f"{name}_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(name))
-        events = events.join(index.lazy(), on=f"{name}_id", how="left", maintain_order="left")
+        events = events.join(index.lazy(), on=f"{name}_id", how="left")
     checks = [(_missing(name), f"{name} is missing") for name in ("user_id", "item_id")]
     checks += [(pl.col(name).is_null(), f"{name} is missing") for name in ("timestamp", "label")]
     checks += [
@@ -124,7 +120,8 @@ def check_events(
     )
     if len(good) == 0:
         raise ValueError(
-            f"no usable event in {raw.note}: {read.item()} read, reasons: {_reasons({'events': _quarantine(bad, 'events')})}"
+            f"no usable event in {raw.note}: {read.item()} read, "
+            f"left out: {_reasons({'events': _quarantine(bad, 'events')}) or 'none'}"
         )
     # stable order needs a total order: two rows of one number would be sorted by chance
     assert good["order"].n_unique() == len(good), "RawLog.events.order must be unique"
@@ -134,7 +131,7 @@ def check_events(
 def count_vocabularies(
     schema: SchemaConfig, events: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, min_count: int
 ) -> Dict[str, pl.DataFrame]:
-    """One vocabulary for each table. A value of an item or user counts once for each training event of that item or user."""
+    """One vocabulary for each table; a value of an item or user counts once for each training event of that one."""
     train = events.filter(pl.col("split") == TRAIN)
     weights = {
         "item": pl.Series("count", np.bincount(train["item"], minlength=len(items))),
@@ -168,20 +165,18 @@ def write(frame: pl.DataFrame, path: Path) -> None:
     frame.write_parquet(path, compression="zstd")
 
 
-def _facts(events: pl.DataFrame, num_items: int) -> Dict[str, float]:
-    facts = {
-        f"{part}_positive_rate": float(mean)
-        for code, part in enumerate(PARTS)
-        if (mean := events.filter(pl.col("split") == code)["label"].mean()) is not None
-    }
+def _facts(events: pl.DataFrame, num_items: int) -> Dict[str, Optional[float]]:
+    """Share of positive labels in each part and, of a simulated log, the known AUCs; None where there is no number."""
+    parts = [events.filter(pl.col("split") == code) for code in range(len(PARTS))]
+    labels = [part["label"].to_numpy() for part in parts]
+    facts = {f"{n}_positive_rate": float(y.mean()) if len(y) else float("nan") for n, y in zip(PARTS, labels)}
     if "probability" in events.columns:
-        train, test = (events.filter(pl.col("split") == code) for code in (TRAIN, TEST))
-        facts.update(click_facts(train, test, num_items))
-    return facts
+        facts.update(click_facts(parts[TRAIN], parts[TEST], num_items))
+    return {name: None if np.isnan(value) else value for name, value in facts.items()}
 
 
-def _of_roles(features: Dict[str, FeatureConfig], roles: Sequence[str]) -> Dict[str, FeatureConfig]:
-    return {name: feature for name, feature in features.items() if feature.role in roles}
+def _of_roles(schema: SchemaConfig, roles: Sequence[str]) -> Dict[str, FeatureConfig]:
+    return {name: feature for name, feature in schema.features.items() if feature.role in roles}
 
 
 def _check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequence[str]) -> None:
@@ -189,7 +184,7 @@ def _check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequen
         if feature.column not in names:
             raise ValueError(
                 f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
-                f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order', 'whole'))}"
+                f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order'))}"
             )
 
 

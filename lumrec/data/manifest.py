@@ -1,7 +1,7 @@
-"""The manifest of a prepared folder: what is in it, made how, and the checksum of every file.
+"""The manifest of a prepared folder: what is in it, how it was made, and the checksum of every file.
 
-It holds no times, paths or host names, so that preparing the same log twice gives the same bytes. It is written last: a folder
-without it is not a prepared folder.
+It holds no times, paths or host names, so that preparing the same log twice gives the same bytes. It is written last:
+a folder without it is not a prepared folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Dict
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; hold times and paths
+UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; these hold times and paths
 
 
 class PreparedDataError(ValueError):
@@ -22,64 +22,59 @@ class PreparedDataError(ValueError):
 
 def sha256(path: Path) -> str:
     """Checksum of one file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
-    """The manifest as written: `content`, the format version, the checksum of every file in `folder`, and the fingerprint.
+    """The manifest as written: `content`, the format version, each file's checksum, and the fingerprint.
 
     The fingerprint changes with any byte of the prepared files, the schema or the split.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        **content,
-        "files": {
-            path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
-            for path in paths
-        },
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths
     }
+    manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
     identity = {key: manifest[key] for key in ("format_version", "schema", "split", "files")}
     manifest["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    (folder / NAME).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    (folder / NAME).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return manifest
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
-    """The manifest of a prepared folder, its files checked: present, of the size written, and (`verify`) of the same checksum.
+    """The manifest of a prepared folder whose files are there, of the size written and (`verify`) the same checksum.
 
     Raises FileNotFoundError where the folder is missing, PreparedDataError for everything else that is wrong with it.
     """
-    again = "Prepare it again (apps/prepare.py)."
     if not folder.is_dir():
-        raise FileNotFoundError(f"no prepared data at {folder}")
-    if not (folder / NAME).is_file():
-        raise PreparedDataError(
-            f"{folder} holds no {NAME}: it is no prepared folder, or its preparation was cut. {again}"
+        raise FileNotFoundError(
+            f"no prepared data at {folder}. Make it: torchx run apps/prepare.py --config <your YAML> "
+            f"runs_dir={folder.parent} run={folder.name}"
         )
+    again = "Prepare it again: apps/prepare.py with overwrite=true."
+    if not (folder / NAME).is_file():
+        raise PreparedDataError(f"{folder} has no {NAME}: it is no prepared folder, or was cut while copied. {again}")
     try:
         manifest = json.loads((folder / NAME).read_text())
-        version = manifest["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        version, files = manifest["format_version"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not text
         raise PreparedDataError(f"{folder / NAME} cannot be read ({error!r}). {again}") from error
     if version != FORMAT_VERSION:
         raise PreparedDataError(
-            f"{folder / NAME}: format version {version}, this lumrec reads version {FORMAT_VERSION}. {again}"
+            f"{folder / NAME}: format version {version!r}; this lumrec reads version {FORMAT_VERSION}. {again}"
         )
-    for name, facts in manifest["files"].items():
+    for name, facts in files.items():
         path = folder / name
         if not path.is_file():
-            raise PreparedDataError(f"{path} is missing (the manifest lists it). {again}")
-        if path.stat().st_size != facts["bytes"]:
+            raise PreparedDataError(f"{path} is missing, though {NAME} lists it. {again}")
+        if (size := path.stat().st_size) != facts["bytes"]:
+            raise PreparedDataError(f"{path} has {size} bytes, {NAME} says {facts['bytes']}: cut or changed. {again}")
+        if verify and (digest := sha256(path)) != facts["sha256"]:
             raise PreparedDataError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}: cut or changed. {again}"
-            )
-        if verify and (got := sha256(path)) != facts["sha256"]:
-            raise PreparedDataError(
-                f"{path} has sha256 {got[:16]}…, the manifest says {facts['sha256'][:16]}…: it was changed or damaged. {again}"
+                f"{path} was changed or damaged: sha256 {digest[:16]}…, {NAME} says {facts['sha256'][:16]}…. {again}"
             )
     return manifest

@@ -1,29 +1,30 @@
-"""From a raw log to the prepared folder: checked, sorted, split, vocabularies from the training part, a manifest.
+"""The prepare stage: a raw log becomes a prepared folder, which every later stage reads.
 
-    manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet  quarantine.parquet
+    manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet
+    quarantine.parquet  (rows left out, and why)        beside them config.yaml and result.json
 
 The folder is built beside its place and renamed at the end, so that it appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import resource
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from lumrec.data import simulator
 from lumrec.data.convert import convert
-from lumrec.data.manifest import NAME, PreparedDataError, sha256, write_manifest
+from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
@@ -31,14 +32,16 @@ from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import SplitConfig, check_split
 
+DEFAULT_SCHEMAS = {"movielens-1m": movielens.DEFAULT_SCHEMA, "simulator": simulator.DEFAULT_SCHEMA}
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which log, and how it is split.
 
     source: movielens-1m | simulator. path: folder of the published files ("" = LUMREC_DATA, cache, download).
-    allow_other_files: take files whose checksum is not the published one. min_count: a value that occurs less often in the
-    training part is unknown (row 0 of its table).
+    allow_other_files: take files whose checksum is not the published one. min_count: a value that occurs less often in
+    the training part is unknown (row 0 of its table).
     """
 
     source: str = "movielens-1m"
@@ -50,12 +53,12 @@ class DataConfig:
 
 
 def prepared_path(config: Any) -> Path:
-    """Folder in which every later stage finds the prepared data: inputs.prepared, or "<name>-prepare", under runs_dir."""
+    """Folder where the later stages find the prepared data: inputs.prepared, or "<name>-prepare", under runs_dir."""
     return Path(config.runs_dir) / (config.inputs.prepared or f"{config.name}-prepare")
 
 
 def run(config: Any) -> Dict[str, Any]:
-    """The prepare stage: makes the folder <runs_dir>/<run or "<name>-prepare"> and gives back what result.json holds.
+    """The prepare stage: makes the folder <runs_dir>/<run or "<name>-prepare">; gives back what result.json holds.
 
     Under torchrun only rank 0 works; the others give back an empty dict.
     """
@@ -65,39 +68,50 @@ def run(config: Any) -> Dict[str, Any]:
 
 
 def open_or_prepare(config: Any, *, verify: bool = True) -> PreparedData:
-    """The prepared data that a stage reads; made first, saying so, where the folder is missing.
+    """The prepared data that a stage reads; the default folder is made first, saying so, where it is missing.
 
-    Every rank of a torch.distributed job may call this: rank 0 prepares, the others wait. Raises PreparedDataError where the
-    default folder was prepared with another `data` or `schema` than the config asks for.
+    Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
+    where the default folder was prepared with another `data` or `schema` than the config asks for; a folder that is
+    named in inputs.prepared is taken as it is.
     """
+    from lumrec.train.run import on_rank_zero  # here: it loads torchrec, which `run` does not need
+
     path = prepared_path(config)
-    if not path.exists():
-        _on_rank_0(lambda: _announce_and_prepare(config, path))
-    data = PreparedData.open(path, verify=verify)
     if not config.inputs.prepared:
-        _check_same_request(path, data.manifest["request"], request(config))
+        on_rank_zero(lambda: _make_if_missing(config, path))
+    data = PreparedData.open(path, verify=verify)
+    if not config.inputs.prepared and (differences := _differences(data.manifest["request"], request(config))):
+        raise PreparedDataError(
+            f"{path} was prepared with another config:\n{differences}\nPrepare it again (apps/prepare.py with "
+            "overwrite=true), choose another name=..., or name the folder in inputs.prepared to use it as it is."
+        )
     return data
 
 
 def prepare(config: Any, path: Path) -> Dict[str, Any]:
-    """Makes the prepared folder at `path`, in place of an older one; gives back the flat facts of result.json.
+    """Makes the prepared folder at `path`; gives back the flat facts of result.json.
 
-    Raises ValueError for a config, schema or log that cannot be used (see the source), and DataSetMissing.
+    A whole folder that was prepared with the same config from the same files stays as it is. Raises ValueError for a
+    config, schema or log that cannot be used, for a folder that was prepared with another config (unless
+    config.overwrite) or that is no prepared folder, and DataSetMissing.
     """
     start = time.perf_counter()
     raw, schema = read_source(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    files = {file.name: sha256(file) for file in raw.files}
+    with _claimed(path) as work:
+        standing = _standing_result(path, config, files)
+        if standing is not None:
+            print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
+            return standing
         content = convert(raw, schema, config.data.split, config.data.min_count, work)
         manifest = write_manifest(
             work,
             {
                 "dataset": config.data.source,
-                "source": {"files": {file.name: sha256(file) for file in raw.files}, **raw.extra},
+                "source": {"files": files, **raw.extra},
                 "request": request(config),
                 "schema": dataclasses.asdict(schema),
-                "split": {**dataclasses.asdict(config.data.split), "fractions": check_split(config.data.split)},
+                "split": _plain_split(config.data.split),
                 **content,
             },
         )
@@ -109,43 +123,41 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             "wall_s": round(time.perf_counter() - start, 3),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }
-        (work / "config.yaml").write_text(_config_yaml(config))
-        (work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (work / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         _publish(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     print(summary(raw.note, manifest, path, result["wall_s"]), flush=True)
     return result
 
 
 def read_source(config: Any) -> Tuple[RawLog, SchemaConfig]:
-    """The raw log of `config.data.source` and the validated schema (the source's own where the config declares no feature)."""
-    sources = {
-        "movielens-1m": (
-            lambda: movielens.read(config.data.path, allow_other_files=config.data.allow_other_files),
-            movielens.DEFAULT_SCHEMA,
-        ),
-        "simulator": (lambda: simulator.read(config.data.simulator, seed=config.seed), simulator.DEFAULT_SCHEMA),
-    }
-    if config.data.source not in sources:
-        raise ValueError(f"data.source: got {config.data.source!r}, expected one of {', '.join(sources)}")
-    check_split(config.data.split)
-    if config.data.min_count < 1:
-        raise ValueError(f"data.min_count: got {config.data.min_count}, expected at least 1")
-    read, default_schema = sources[config.data.source]
-    schema = validate(config.schema if config.schema.features else default_schema)
-    return read(), schema
+    """The raw log of `config.data.source`, and the schema in use. Raises what the source and the checks raise."""
+    data: DataConfig = config.data
+    schema = schema_in_use(config)
+    check_split(data.split)
+    if data.min_count < 1:
+        raise ValueError(f"data.min_count: got {data.min_count}, expected at least 1")
+    if data.source == "simulator":
+        return simulator.read(data.simulator, seed=config.seed), schema
+    return movielens.read(data.path, allow_other_files=data.allow_other_files), schema
+
+
+def schema_in_use(config: Any) -> SchemaConfig:
+    """The validated schema: the config's, or the source's own where the config declares no feature."""
+    if config.data.source not in DEFAULT_SCHEMAS:
+        raise ValueError(f"data.source: got {config.data.source!r}, expected one of {', '.join(DEFAULT_SCHEMAS)}")
+    return validate(config.schema if config.schema.features else DEFAULT_SCHEMAS[config.data.source])
 
 
 def request(config: Any) -> Dict[str, Any]:
-    """What of the config decides the prepared bytes; kept in the manifest so that a stage can tell a folder made otherwise."""
-    data = dataclasses.asdict(config.data)
-    data.pop("path")  # the same files may lie elsewhere
-    data["split"]["fractions"] = check_split(config.data.split)
-    if config.data.source != "simulator":
-        data.pop("simulator")
-    wanted = {"data": data, "schema": dataclasses.asdict(config.schema)}
-    if config.data.source == "simulator":
+    """What of the config decides the prepared bytes; in the manifest, so that a folder made otherwise is told apart."""
+    data: DataConfig = config.data
+    wanted = {
+        "data": {"source": data.source, "split": _plain_split(data.split), "min_count": data.min_count},
+        "schema": dataclasses.asdict(schema_in_use(config)),
+    }
+    if data.source == "simulator":
+        wanted["data"]["simulator"] = dataclasses.asdict(data.simulator)
         wanted["seed"] = config.seed
     return wanted
 
@@ -163,7 +175,7 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]
     lines += [f"    {count:,} {reason}" for reason, count in manifest["quarantine"].items()]
-    if "best_auc" in facts:
+    if facts.get("best_auc") is not None:
         lines.append(
             f"  best possible AUC on the test part {facts['best_auc']:.4f} (the true click probabilities); "
             f"by item popularity {facts['popularity_auc']:.4f}"
@@ -171,62 +183,88 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
     return "\n".join([*lines, f"  {path} ({wall_s:.1f} s)"])
 
 
+def _plain_split(split: SplitConfig) -> Dict[str, Any]:
+    return {**dataclasses.asdict(split), "fractions": check_split(split)}
+
+
+def _make_if_missing(config: Any, path: Path) -> None:
+    if not path.exists():
+        print(f"no prepared data at {path}: preparing it now", flush=True)
+        prepare(config, path)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to work in, locked while in use; what a killed process left there is removed."""
+    work = path.with_name(f".{path.name}.preparing")
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {path}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # whoever held the lock may have renamed or removed the folder meanwhile: then claim a new one
+        if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
+            break
+        os.close(lock)
+    try:
+        for left in work.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional[Dict[str, Any]]:
+    """result.json of a folder that needs no work; None where it is missing, damaged or to be overwritten.
+
+    Raises ValueError where the folder is something else: not prepared data, or prepared with another config or files.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not (path / NAME).is_file():
+        raise ValueError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
+    overwrite = getattr(config, "overwrite", False)
+    if overwrite:
+        return None
+    try:
+        manifest = read_manifest(path)
+        differences = _differences(
+            {**manifest["request"], "files": manifest["source"]["files"]}, {**request(config), "files": files}
+        )
+        result = json.loads((path / "result.json").read_text())
+    except (PreparedDataError, OSError, json.JSONDecodeError) as error:
+        print(f"preparing {path} again: {error}", flush=True)
+        return None
+    if differences:
+        raise ValueError(
+            f"{path} was prepared with another config or from other files:\n{differences}\n"
+            "Say overwrite=true to replace it, or run=<name> for a folder of its own."
+        )
+    return result
+
+
 def _publish(work: Path, path: Path) -> None:
-    """Renames the finished folder to its place; an older prepared folder there goes, anything else is left and refused."""
     if path.exists():
-        if not (path / NAME).is_file() and any(path.iterdir()):
-            raise ValueError(
-                f"{path} exists and holds no prepared data; remove it or choose another run name (run=...)"
-            )
-        print(f"replacing the prepared data in {path}", flush=True)
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        os.rename(path, old / path.name)
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.rename(path, old)
         os.rename(work, path)
         shutil.rmtree(old)
     else:
         os.rename(work, path)
 
 
-def _config_yaml(config: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
-
-
-def _announce_and_prepare(config: Any, path: Path) -> None:
-    print(f"no prepared data at {path}: preparing it now", flush=True)
-    prepare(config, path)
-
-
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """Runs `work` on rank 0 while the other ranks wait; an error there is raised on every rank, so that none hangs."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        work()
-        return
-    outcome = [""]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as error:
-            dist.broadcast_object_list([f"{type(error).__name__}: {error}"])
-            raise
-    dist.broadcast_object_list(outcome)
-    if outcome[0]:
-        raise RuntimeError(f"preparing failed on rank 0: {outcome[0]}")
-
-
-def _check_same_request(path: Path, made: Dict[str, Any], wanted: Dict[str, Any]) -> None:
+def _differences(made: Dict[str, Any], wanted: Dict[str, Any]) -> str:
+    """One line for each entry that differs; "" where none does."""
     old, new = dict(_flat(made)), dict(_flat(wanted))
-    differences = [
-        f"  {key}: {old.get(key, '(absent)')!r} in the folder, {new.get(key, '(absent)')!r} in the config"
-        for key in [*old, *(key for key in new if key not in old)]
+    return "\n".join(
+        f"  {key}: {old.get(key, '(absent)')!r} in the folder, {new.get(key, '(absent)')!r} asked for"
+        for key in {**old, **new}
         if old.get(key, "(absent)") != new.get(key, "(absent)")
-    ]
-    if differences:
-        raise PreparedDataError(
-            f"{path} was prepared with another config:\n"
-            + "\n".join(differences)
-            + "\nPrepare it again (apps/prepare.py with "
-            "this config), choose another name=..., or name the folder in inputs.prepared to use it as it is."
-        )
+    )
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:

@@ -31,7 +31,7 @@ class PreparedData:
     user, item, timestamp (seconds), order (row of the original log): i64 [E]. label: f32 [E]. split: i8 [E].
     probability: f32 [E], the true P(label = 1) of a simulated log, else None.
     event_columns, item_columns, user_columns: feature name to `Column`, indexed by event, item, user.
-    table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events of each item.
+    table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events.
     """
 
     def __init__(self, path: Path, manifest: Dict[str, Any]) -> None:
@@ -64,8 +64,9 @@ class PreparedData:
     def open(cls, path: str | Path, *, verify: bool = True) -> PreparedData:
         """The prepared data of a folder.
 
-        verify: compare every file with its checksum in the manifest (else only its presence and size). Raises FileNotFoundError
-        where the folder is missing, PreparedDataError (a ValueError) where it is cut, damaged or of another format version.
+        verify: compare every file with its checksum in the manifest (else only its presence and size). Raises
+        FileNotFoundError where the folder is missing, PreparedDataError (a ValueError) where it is cut, damaged or of
+        another format version.
         """
         folder = Path(path)
         return cls(folder, read_manifest(folder, verify=verify))

@@ -11,14 +11,14 @@ features:                                      tables:
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field, replace
 from typing import Dict, List
 
 ROLES = ("item", "condition", "feedback", "user", "context")
 KINDS = ("id", "multi")
-RESERVED = frozenset(
-    ["user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key", "reason", "raw"]
-)  # columns of the prepared folder that are not features
+# columns of the prepared folder that are not features
+RESERVED = ("user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key")
 EVENT_ROLES = ("condition", "feedback", "context")  # these features are columns of the events
 
 
@@ -33,8 +33,8 @@ class TableConfig:
 class FeatureConfig:
     """One feature: `column` of the raw log, looked up in `table`.
 
-    role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating given),
-        so it is read in histories and never for a target.
+    role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating
+        given), so it is read in histories and never for a target.
     kind: id (one value) | multi (a list of values, possibly empty).
     table, column: the feature's own name where empty.
     wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
@@ -58,15 +58,18 @@ class SchemaConfig:
 def validate(schema: SchemaConfig) -> SchemaConfig:
     """The schema with every default filled in (table and column names, tables that only features name).
 
-    Raises ValueError for an unknown role or kind, a reserved or missing name, a table that no feature reads, a wish that is
-    no condition, a schema without an item feature.
+    Raises ValueError for an unknown role or kind, a reserved name, a table that no feature reads, a wish that is no
+    condition, a schema without an item feature.
     """
     features = {}
+    for name in [*schema.features, *schema.tables]:
+        if not re.fullmatch(r"\w[\w.-]*", name):  # tables become file names
+            raise ValueError(f"schema: the name {name!r} is not made of letters, digits, _, - and . alone")
     for name, feature in schema.features.items():
         if name in RESERVED:
             raise ValueError(
-                f"schema.features.{name}: this name is kept for a column of the prepared events; choose another and set "
-                f"column: {name}. Kept names: {', '.join(sorted(RESERVED))}"
+                f"schema.features.{name}: this name is kept for a column of the prepared folder; choose another, with "
+                f"column: {name}. Kept names: {', '.join(RESERVED)}"
             )
         _check_choice(f"schema.features.{name}.role", feature.role, ROLES)
         _check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
@@ -80,9 +83,9 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
         if table not in used:
             raise ValueError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
     tables = {table: schema.tables.get(table, TableConfig()) for table in used}
-    for name, table in tables.items():
-        if table.width < 1:
-            raise ValueError(f"schema.tables.{name}.width: expected a positive number, got {table.width}")
+    for name, config in tables.items():
+        if config.width < 1:
+            raise ValueError(f"schema.tables.{name}.width: expected a positive number, got {config.width}")
     return SchemaConfig(tables=tables, features=features)
 
 

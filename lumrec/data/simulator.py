@@ -1,14 +1,15 @@
 """A simulated interaction log whose click probabilities are known, so that the best possible AUC is known too.
 
-Users have interests (categories and a latent taste) that differ by scenario; they come in sessions with a focus of their own;
-in the search scenario they type queries of several words. Items have one to three categories, a price and Zipf popularity.
+Users have interests (categories and a latent taste) that differ by scenario; they come in sessions with a focus of
+their own; in the search scenario they type queries of several words. Items have one to three categories, a price and
+Zipf popularity. Shapes: U users, I items, C categories, S scenarios, K latent width, E events, Z sessions, Q queries.
 
     session (scenario, focus) ── queries ── impressions (item) ── click ~ Bernoulli(p)
 
     logit p = bias + scenario + propensity of the user + taste · item + focus on a category of the item
               + popularity of the item + fit of its price to the user's segment + match with the query
 
-The probability knows the hidden state (latent taste, focus), so its AUC is an upper bound that no model passes except by luck.
+The probability knows the hidden state (latent taste, focus), so its AUC is a bound that no model passes but by luck.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.raw_log import RawLog
+from lumrec.evaluation.metrics import auc
 
 USERS_PER_BLOCK = 4096  # users simulated together: bounds the memory, and is part of what a seed means
 START = 1_704_067_200  # 2024-01-01 UTC
@@ -68,17 +70,17 @@ class SimulatorConfig:
     latent_dim: int = 8
     session_events: int = 12
     zipf: float = 0.9
-    bias: float = -1.1
+    bias: float = -1.5
     propensity: float = 0.4
-    taste: float = 1.2
-    focus: float = 0.8
-    popularity: float = 0.55
-    price: float = 0.35
-    query: float = 1.0
+    taste: float = 1.15
+    focus: float = 0.45
+    popularity: float = 0.3
+    price: float = 0.3
+    query: float = 0.6
 
 
 class Items(NamedTuple):
-    """The catalogue: category_IC (f32, membership), main_I, price_I, popularity_I (standardised), weight_I, latent_IK."""
+    """The catalogue: membership in categories, main category, price, standardised log popularity, its weight, taste."""
 
     category_IC: np.ndarray
     main_I: np.ndarray
@@ -135,19 +137,9 @@ def click_facts(train: pl.DataFrame, test: pl.DataFrame, num_items: int) -> Dict
     clicks_I = np.bincount(train["item"], weights=train["label"], minlength=num_items)
     label_E = test["label"].to_numpy()
     return {
-        "best_auc": _auc(test["probability"].to_numpy(), label_E),
-        "popularity_auc": _auc(clicks_I[test["item"].to_numpy()], label_E),
+        "best_auc": auc(label_E, test["probability"].to_numpy()),
+        "popularity_auc": auc(label_E, clicks_I[test["item"].to_numpy()]),
     }
-
-
-def _auc(score_E: np.ndarray, label_E: np.ndarray) -> float:
-    """Area under the ROC curve, ties counted half."""
-    positives = float(label_E.sum())
-    negatives = len(label_E) - positives
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    rank_E = pl.Series(score_E).rank("average").to_numpy()
-    return float((rank_E[label_E > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def _world(config: SimulatorConfig, rng: np.random.Generator) -> World:
@@ -259,7 +251,7 @@ def _block(
 def _interests(
     config: SimulatorConfig, world: World, num_users: int, rng: np.random.Generator
 ) -> Tuple[np.ndarray, np.ndarray]:
-    """Shares of the categories [U, S, C] and unit taste vectors [U, S, K]: one part common to all scenarios, one of their own."""
+    """Shares of categories [U, S, C] and unit tastes [U, S, K]: a part common to all scenarios, one of their own."""
     shape = (num_users, config.num_scenarios)
     common_UC = rng.standard_gamma(0.25, (num_users, config.num_categories)).astype(np.float32) + 1e-3
     own_USC = rng.standard_gamma(0.25, (*shape, config.num_categories)).astype(np.float32) + 1e-3
@@ -292,7 +284,7 @@ def _impressions(
     interest_USC: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The item shown at each event: of the query's category (wanted_E >= 0), of the user's interests, or just popular."""
+    """Item shown at each event: of the query's category (wanted_E >= 0), of the user's interests, or just popular."""
     policy_E = rng.random(len(user_E))
     chosen_E = _draw_category(interest_USC[user_E, scenario_E], rng)
     chosen_E = np.where(wanted_E >= 0, wanted_E, chosen_E)
@@ -323,9 +315,8 @@ def _queries(category_Q: np.ndarray, search_Q: np.ndarray, rng: np.random.Genera
         .otherwise(pl.lit("common") + pl.lit(pl.Series(flat)).cast(pl.String))
     ).to_series()
     offsets = np.concatenate([[0], np.cumsum(length_Q)])
-    return pl.from_arrow(
-        pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), text.to_arrow().cast(pa.large_string()))
-    )
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), text.to_arrow().cast(pa.large_string()))
+    return pl.Series("query", lists)
 
 
 def _times(first_E: np.ndarray, session_start_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -21,7 +21,11 @@ _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """kind: temporal | leave_one_out | user; fractions: train, valid, test (empty: the kind's own); seed: of the user split."""
+    """Rule by which events are parted.
+
+    kind: temporal | leave_one_out | user. fractions: of train, valid, test (empty: .8/.1/.1 of each user's events for
+    temporal, .68/.04/.28 of the users for user). seed: of the user split.
+    """
 
     kind: str = "temporal"
     fractions: List[float] = field(default_factory=list)
@@ -29,7 +33,10 @@ class SplitConfig:
 
 
 def check_split(config: SplitConfig) -> List[float]:
-    """The fractions in use. Raises ValueError for an unknown kind, or fractions that are not three, negative or do not sum to 1."""
+    """The fractions in use: three, or none for leave_one_out.
+
+    Raises ValueError for an unknown kind, and for fractions that are not three numbers >= 0 that sum to 1.
+    """
     if config.kind not in DEFAULT_FRACTIONS:
         raise ValueError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
     fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
@@ -50,8 +57,12 @@ def assign(config: SplitConfig, user_keys: Sequence[str], offsets: np.ndarray) -
     user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1].
     Labels, feedback and items are no input, so that they cannot move an event.
 
-    Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, up to ceil(0.9 n) validate), so
-    that users with fewer than 5 (at 80/10/10) train only; leave_one_out lets users with fewer than 3 events train only.
+    Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, those up to ceil(0.9 n)
+    validate), so that users with fewer than 5 events train only, and those with fewer than 10 have no test event;
+    leave_one_out lets users with fewer than 3 events train only.
+
+    >>> assign(SplitConfig("leave_one_out"), ["a", "b"], np.array([0, 4, 6]))
+    array([0, 0, 1, 2, 0, 0], dtype=int8)
     """
     fractions = check_split(config)
     counts_U = np.diff(offsets)
@@ -76,8 +87,11 @@ def assign(config: SplitConfig, user_keys: Sequence[str], offsets: np.ndarray) -
 def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
     """Fold (int8 [U], 0 … num_folds - 1) of each user, from a stable hash of the raw key alone.
 
-    The same key has the same fold in every data set, run and version, so that a LUM trained with fold=k/K is known never to
-    have seen the users of fold k. Raises ValueError unless 1 <= num_folds <= 127.
+    The same key has the same fold in every data set, run and version, so that a LUM trained with fold=k/K is known
+    never to have seen the users of fold k. Raises ValueError unless 1 <= num_folds <= 127.
+
+    >>> user_fold(["1", "2", "3"], 2)
+    array([0, 0, 0], dtype=int8)
     """
     if not 1 <= num_folds <= 127:
         raise ValueError(f"number of folds: got {num_folds}, expected 1 … 127")
@@ -85,7 +99,10 @@ def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
 
 
 def _hash(keys: Sequence[str], seed: int) -> np.ndarray:
-    """FNV-1a over each key's UTF-8 bytes from a seeded start, mixed by splitmix64: uint64 [U]. A loop over columns, not keys."""
+    """uint64 [U]: FNV-1a over each key's UTF-8 bytes from a seeded start, mixed by splitmix64.
+
+    The loop runs over the bytes of the longest key, for all keys at once.
+    """
     if len(keys) == 0:
         return np.zeros(0, np.uint64)
     encoded = np.char.encode(np.asarray(keys, dtype=np.str_), "utf-8")

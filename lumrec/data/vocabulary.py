@@ -9,7 +9,10 @@ import pyarrow as pa
 
 
 def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataFrame:
-    """key (str), count (i64) of a column of single values or lists; each entry weighs `weight` (1 where None), 0 leaves it out."""
+    """key (str), count (i64) of a column of single values or lists.
+
+    Each entry weighs `weight` (1 where None); an entry of weight 0, a missing and an empty value are not counted.
+    """
     frame = pl.DataFrame(
         {"key": values, "count": pl.repeat(1, len(values), dtype=pl.Int64, eager=True) if weight is None else weight}
     ).filter(pl.col("count") > 0)
@@ -69,4 +72,4 @@ def _regroup(flat: pl.Series, lengths: pl.Series) -> pl.Series:
     offsets = pa.concat_arrays(
         [pa.array([0], pa.int64()), lengths.cast(pl.Int64).cum_sum().to_arrow().cast(pa.int64())]
     )
-    return pl.from_arrow(pa.LargeListArray.from_arrays(offsets, flat.to_arrow()))  # type: ignore[return-value]
+    return pl.Series(pa.LargeListArray.from_arrays(offsets, flat.to_arrow()))

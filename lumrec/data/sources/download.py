@@ -33,8 +33,7 @@ class Archive:
 def fetch_archive(archive: Archive, target: Path, *, files: List[str]) -> Path:
     """`target`, a new folder that holds `files` of the archive; it appears whole or not at all.
 
-    Raises DataSetMissing where the publisher cannot be reached, the archive lacks a file or the disk refuses, and ValueError
-    for another checksum.
+    Raises DataSetMissing where the publisher cannot be reached, and ValueError for another checksum.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -45,14 +44,14 @@ def fetch_archive(archive: Archive, target: Path, *, files: List[str]) -> Path:
         except (urllib.error.URLError, OSError) as error:
             raise DataSetMissing(
                 f"could not download {archive.url}: {error}.\n"
-                f"Download it by hand (see {archive.page}), unpack it, and put {', '.join(files)} into {target}, or set data.path "
-                f"to their folder, or LUMREC_DATA to the folder that holds {archive.folder}/.\n"
+                f"Download it by hand (see {archive.page}), unpack it, and put {', '.join(files)} into {target}, or\n"
+                f"set data.path to their folder, or LUMREC_DATA to the folder that holds {archive.folder}/.\n"
                 "To go on without it: data.source=simulator."
             ) from error
         if digest != archive.sha256:
             raise ValueError(
-                f"wrong checksum: {archive.url} has sha256 {digest}, expected {archive.sha256}; nothing was kept. The download "
-                f"was cut or changed on its way: try again, or place the files by hand in {target}."
+                f"wrong checksum: {archive.url} has sha256 {digest}, expected {archive.sha256}; nothing was kept.\n"
+                f"The download was cut or changed on its way: try again, or place the files by hand in {target}."
             )
         with zipfile.ZipFile(zipped) as contents:
             for name in files:

@@ -4,7 +4,8 @@
     1::F::1::10::48067               user, gender, age, occupation, zip code
     1::Toy Story (1995)::Animation|Children's|Comedy
 
-A rating of 4 or 5 is the positive label (as in DIN, LUM table 2). F. M. Harper, J. A. Konstan, 2015, The MovieLens Datasets.
+A rating of 4 or 5 is the positive label (as in DIN section 6.1, LUM section 4). Source: F. M. Harper, J. A. Konstan,
+The MovieLens Datasets: History and Context, 2015; its licence forbids passing the files on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import polars as pl
 
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive, fetch_archive
-from lumrec.data.sources.raw_log import DataSetMissing, RawLog, first_reason
+from lumrec.data.sources.raw_log import LAST_POSSIBLE_TIME, DataSetMissing, RawLog, first_reason
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ _SEPARATOR = "\x01"  # never in the files; makes the CSV reader hand over whole 
 def resolve(path: str = "", *, archive: Archive = ARCHIVE) -> Tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA/ml-1m, else the cache, else a download.
 
-    The cache is $LUMREC_CACHE or ~/.cache/lumrec. Raises DataSetMissing where the folder named does not hold the files, or
-    nothing is found and the publisher cannot be reached; ValueError where the download has another checksum.
+    The cache is $LUMREC_CACHE or ~/.cache/lumrec. Raises DataSetMissing where the folder named does not hold the files,
+    or nothing is found and the publisher cannot be reached; ValueError where the download has another checksum.
     """
     if path:
         return _complete(Path(path), "data.path"), "data.path"
@@ -68,7 +69,7 @@ def resolve(path: str = "", *, archive: Archive = ARCHIVE) -> Tuple[Path, str]:
     cached = cache_folder() / archive.folder
     if cached.is_dir():
         return _complete(cached, "the cache"), "cache"
-    log.info("MovieLens-1M is neither in LUMREC_DATA nor in %s: downloading %s", cached, archive.url)
+    print(f"MovieLens-1M is neither in LUMREC_DATA nor in {cached}: downloading {archive.url}", flush=True)
     fetch_archive(archive, cached, files=list(MD5))
     return _complete(cached, "the download"), "download"
 
@@ -133,7 +134,7 @@ def _other_files(folder: Path, md5: Mapping[str, str]) -> Dict[str, str]:
 
 
 def _lines(path: Path, fields: List[str]) -> pl.LazyFrame:
-    """Each line as `raw`, its number as `order`, the `::` fields by name (null where the line has another number of them)."""
+    """Each line as `raw`, its number as `order`, its `::` fields by name (null where their number is another)."""
     text = path.read_bytes().decode("latin-1").replace(_SEPARATOR, "\ufffd")
     frame = pl.scan_csv(
         text.encode(),
@@ -161,7 +162,7 @@ def _number_checks(*names: str) -> List[tuple]:
     for name in names:
         text = pl.col(name).str.strip_chars()
         checks.append((text.is_in(["", "null", "NULL", "NaN", "nan", "None", r"\N"]), f"{name} is missing"))
-        checks.append((pl.col(name).cast(pl.Int64, strict=False).is_null(), f"{name} is not a number"))
+        checks.append((pl.col(name).cast(pl.Int64, strict=False).is_null(), f"{name} is not a whole number"))
     return checks
 
 
@@ -176,6 +177,7 @@ def _items(path: Path) -> pl.LazyFrame:
         _lines(path, ["item_id", "title", "genres"])
         .with_columns(first_reason(*_number_checks("item_id")).alias("reason"))
         .with_columns(_whole_number("item_id").cast(pl.String), year.alias("year"), genres.alias("genres"))
+        .drop("whole")
     )
 
 
@@ -184,6 +186,7 @@ def _users(path: Path) -> pl.LazyFrame:
         _lines(path, ["user_id", "gender", "age", "occupation", "zip_code"])
         .with_columns(first_reason(*_number_checks("user_id")).alias("reason"))
         .with_columns(_whole_number("user_id").cast(pl.String))
+        .drop("whole")
     )
 
 
@@ -213,7 +216,7 @@ def _events(path: Path, items: pl.LazyFrame) -> pl.LazyFrame:
             (pl.col("stars") >= 4).cast(pl.Float32).alias("label"),
             pl.when(pl.col("stars") >= 4).then(pl.lit("like")).otherwise(pl.lit("dislike")).alias("feedback"),
             # a time outside the calendar is left out by prepare; it must not stop the conversion of the others
-            pl.when(pl.col("timestamp").is_between(0, 4_102_444_800)).then("timestamp").alias("sane_time"),
+            pl.when(pl.col("timestamp").is_between(0, LAST_POSSIBLE_TIME)).then("timestamp").alias("sane_time"),
         )
         .with_columns(
             pl.from_epoch("sane_time", time_unit="s").dt.hour().cast(pl.String).alias("hour"),

@@ -19,11 +19,12 @@ class DataSetMissing(FileNotFoundError):
 class RawLog:
     """One data set, every row of it, before anything is left out.
 
-    events: one row for each line read: user_id, item_id (str), timestamp (i64, seconds), order (i64, original row number,
-        unique), label (f32), the columns that features read, `raw` (the line as read) and `reason` (why the row cannot be
-        used, null where it can); optionally `probability` (f32, the true P(label = 1) of a simulated event).
-    items, users: one row for each line of the catalogue or user file: item_id or user_id, feature columns, `title` where there
-        is one, order, raw, reason.
+    events: one row for each line read: user_id, item_id (str), timestamp (i64, seconds), order (i64, original row
+        number, unique), label (f32), the columns that features read; and where the source can have bad rows: `raw` (the
+        line as read), `reason` (why the row cannot be used, null where it can). Simulated events have `probability`
+        (f32, the true P(label = 1)).
+    items, users: one row for each line of the catalogue or user file: item_id or user_id, feature columns; `title`,
+        order, raw, reason where there are such.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
@@ -36,7 +37,7 @@ class RawLog:
 
 
 def first_reason(*checks: tuple) -> pl.Expr:
-    """The reason (str or null) of the first (condition, reason) pair whose condition holds; null conditions count as false."""
+    """The reason of the first (condition, reason) pair whose condition holds, else null; a null condition does not."""
     reason = pl.lit(None, dtype=pl.String)
     for condition, text in reversed(checks):
         reason = pl.when(condition).then(pl.lit(text)).otherwise(reason)

@@ -3,11 +3,11 @@
     checkpoints/step-00000200/
         .metadata, __0_0.distcp …   model and optimizer, sharded (torch.distributed.checkpoint)
         rank-0.json …               loader position and random states of each rank
-        meta.json                   step, fingerprint, parameter shapes, loop state, best step, checksums of the rest
+        meta.json                   step, fingerprint, parameter shapes, loop state, best step, checksums
         COMPLETE                    checksum of meta.json; written last, before the folder gets its name
 
-A folder without a right COMPLETE does not count. Nothing is unpickled but DCP's own metadata, by an unpickler that knows
-only DCP's classes.
+A folder without a right COMPLETE does not count. Nothing is unpickled but DCP's own metadata, by an unpickler that
+knows only DCP's classes.
 """
 
 import base64
@@ -138,8 +138,8 @@ class Checkpointer:
         _check_parameters(path, meta["parameters"], _shapes(self._model))
         if meta["world_size"] != world_size():
             raise ValueError(
-                f"{path} was saved by {meta['world_size']} process(es), this run has {world_size()}: resume with the same "
-                "number, or start another run (its weights can be loaded with load_weights)"
+                f"{path} was saved by {meta['world_size']} process(es), this run has {world_size()}: resume with the "
+                "same number, or start another run (its weights can be loaded with load_weights)"
             )
         reader = _Reader(path)
         _create_state(self._optimizer)
@@ -189,8 +189,8 @@ def load_weights(
 
     `mapping`: parameter name there → name in `target`; None loads every parameter and buffer of `target` under its own
     name. Each rank reads only the rows that it holds. `fingerprint`: refuse a checkpoint of another one. Raises
-    FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt, or where names are missing or
-    shapes differ (nothing is loaded then).
+    FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt, and where names are missing
+    or shapes differ (nothing is loaded then).
     """
     path = Path(path)
     if not (path / "COMPLETE").exists():
@@ -241,11 +241,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def random_state() -> dict[str, Any]:
-    """State of every random generator that training may use (torch on CPU and CUDA, numpy, python), as JSON can hold it."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (others may draw from the global one)
+    """State of every global random generator (torch on CPU and CUDA, numpy, python), as JSON can hold it."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": _encode(torch.get_rng_state()),
-        "numpy": [name, base64.b64encode(keys.tobytes()).decode(), position, has_gauss, gauss],
+        "numpy": [name, base64.b64encode(np.asarray(keys).tobytes()).decode(), position, has_gauss, gauss],
         "python": random.getstate(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -257,10 +257,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Sets every generator back to what `random_state` gave."""
     torch.set_rng_state(_decode(state["torch"]))
     name, keys, position, has_gauss, gauss = state["numpy"]
-    keys = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
-    np.random.set_state((name, keys, position, has_gauss, gauss))  # noqa: NPY002
-    version, words, gauss_next = state["python"]
-    random.setstate((version, tuple(words), gauss_next))
+    words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
+    np.random.set_state((name, words, position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
     if "cuda" in state:
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
@@ -314,7 +314,7 @@ def _check_parameters(
     ours: Mapping[str, list[int]],
     mapping: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises ValueError naming every parameter of `mapping` (default: all of both) that is missing or of another shape."""
+    """Raises ValueError for parameters of `mapping` (default: all of both) that are missing or of another shape."""
     pairs = mapping if mapping is not None else {name: name for name in (*theirs, *ours)}
     problems = []
     for their_name, our_name in pairs.items():

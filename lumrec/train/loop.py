@@ -1,8 +1,8 @@
 """The training loop of every stage: a step function, a loader and a config go in, the best weights come out.
 
-Exact by construction: on one process a run that was killed at any moment and started again gives the losses, batches and
-weights of one that was not, to the bit. Over several processes the gradient is that of the whole batch, however unevenly
-it is spread over them.
+Exact by construction: on one process, a run that was killed at any moment and started again gives the losses, batches
+and weights of one that was not, to the bit. Over several processes, the gradient is that of the whole batch, however
+unevenly it is spread over them.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
-class StepOutput(NamedTuple):
+@dataclass(frozen=True)
+class StepOutput:
     """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
 
     loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
@@ -61,7 +62,7 @@ class StepOutput(NamedTuple):
 
     loss_sum: Tensor
     count: Tensor | int
-    metrics: Mapping[str, Tensor] = {}
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Loader(Protocol):
@@ -120,8 +121,8 @@ def fit(
     minimise; "" takes the last weights.  fingerprint: what a checkpoint must agree with (data, schema, model settings).
     Where `run.resumed`, training continues behind the newest complete checkpoint.
 
-    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s (evaluation and checkpoints not
-    counted), data_wait (share of the training time), memory_gib, wall_s, and "valid/<name>" of the best evaluation.
+    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s (evaluation and checkpoints
+    left out), data_wait (share of the training time), memory_gib, wall_s, and "valid/<name>" of the best evaluation.
 
     Raises NonFiniteError for a loss or gradient that is not finite, ValueError for a config that cannot work and for a
     checkpoint of something else.
@@ -165,7 +166,7 @@ class _Fit:
         quiet = rank() != 0 or not sys.stderr.isatty()
         with tqdm(total=self.total_steps, initial=self.state.step, desc=self.name, disable=quiet) as bar:
             while not self._done():
-                with contextlib.closing(prefetch(self.loader, self.model.device)) as batches:  # type: ignore[type-var]
+                with contextlib.closing(prefetch(self.loader, self.model.device)) as batches:
                     for fetched in batches:
                         self._train(fetched)
                         bar.update()
@@ -305,8 +306,9 @@ class _Fit:
             where = f"the batch is saved in {path}: read it with torch.load(path, weights_only=True)"
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
-            f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values that are "
-            f"not finite in it, or lower the learning rates ({rates}) or add warmup_steps. Checkpoints so far are untouched"
+            f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values "
+            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so far are "
+            "untouched"
         )
 
     def _memory_gib(self) -> float:

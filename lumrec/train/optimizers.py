@@ -1,8 +1,9 @@
 """Optimizers: what TorchRec fuses into the tables' backward pass, AdamW for everything else, one schedule for both."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 SCHEDULES = ("constant", "linear", "cosine")
 TABLE_EPS = 1e-8  # FBGEMM's
 # Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
-TABLE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": TABLE_EPS}),
     "adagrad": (torch.optim.Adagrad, {"eps": TABLE_EPS}),
     "sgd": (torch.optim.SGD, {}),
@@ -47,8 +48,8 @@ def check(config: OptimizerConfig) -> None:
     """Raises ValueError for a name or a number that no optimizer can work with."""
     if config.table_optimizer not in TABLE_OPTIMIZERS:
         raise ValueError(
-            f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what FBGEMM "
-            "fuses into the backward pass on CPU and CUDA alike (Adam has no fused kernel on CPU)"
+            f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what "
+            "FBGEMM fuses into the backward pass on CPU and CUDA alike (Adam has no fused kernel on CPU)"
         )
     if config.schedule not in SCHEDULES:
         raise ValueError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
@@ -113,7 +114,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
 def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.dense_lr, weight_decay=config.weight_decay
     )

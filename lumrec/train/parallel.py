@@ -26,6 +26,11 @@ from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check, table_shardings
 
+# What TorchRec 1.8 says at every use under torch 2.13, whatever the caller does.
+for _message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorageReservation"):
+    warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
+
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
 
@@ -87,14 +92,15 @@ def shard(
 ) -> DistributedModelParallel:
     """`model` under DMP: tables sharded with a fused optimizer, all other parameters replicated (DDP).
 
-    The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into their
-    backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` already holds are kept; tables
-    on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one type
+    The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into
+    their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept; tables on
+    the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one type
     for all tables ("table_wise", "row_wise", "column_wise", "data_parallel"); "" lets the planner choose between
     table_wise and, on CUDA, row_wise. Notes:
 
     - row_wise over several gloo processes needs the same number of bags on every process.
     - rowwise_adagrad keeps one sum per row *and shard*, so column_wise trains (slightly) differently from the others.
+    - Every step uses the same dense parameters, on all ranks (DDP's static graph): else the next step raises.
     - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
 
     `model` itself is taken over: its EmbeddingBagCollections are replaced. Raises ValueError for unknown names and for
@@ -170,7 +176,7 @@ def _plan(
     constraints: dict[str, ParameterConstraints],
     device: torch.device,
 ) -> ShardingPlan:
-    """The same plan on every rank, each computing it: an error then shows on all of them instead of hanging the others."""
+    """The same plan on every rank, each computing it: an error then shows on all of them and leaves none waiting."""
     with _quiet_torchrec():
         topology = Topology(
             world_size=world_size(),
@@ -182,15 +188,13 @@ def _plan(
 
 @contextmanager
 def _quiet_torchrec() -> Iterator[None]:
-    """Hides the warnings that TorchRec 1.8 gives for every plan, whatever the caller does; errors still show."""
+    """Hides the log warnings that TorchRec gives for every plan, whatever the caller does; errors still show."""
     loggers = [logging.getLogger(name) for name in ("torchrec", None)]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Fetched(NamedTuple):
     wait_s: float
 
 
-def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Iterator[Fetched]:
+def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Generator[Fetched, None, None]:
     """The rest of the loader's epoch, made in one thread while the caller computes; at most `depth` batches ahead.
 
     Close it (`contextlib.closing`) when leaving early: that ends the thread. The loader has then gone ahead of what was

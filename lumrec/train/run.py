@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
@@ -35,6 +36,9 @@ Value = TypeVar("Value")
 STAGE_SECTIONS = ("pretrain", "query", "rank", "pipeline")
 # Settings that say where and how to run, but not what comes out.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
+# What may stand in a folder whose making was interrupted before config.yaml was there.
+_FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
+_PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
 
 
 class RunFolder:
@@ -43,10 +47,10 @@ class RunFolder:
     path: the folder.  finished: it holds the result of this very config.  resumed: it continues an unfinished run.
     """
 
-    def __init__(self, path: Path, *, finished: bool, resumed: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.finished = finished
-        self.resumed = resumed
+        self.finished = False
+        self.resumed = False
         self._metrics: Any = None
         self._tensorboard: Any = None
         self._lock: Any = None
@@ -67,11 +71,63 @@ class RunFolder:
         Sections of other stages, and settings that only say where to run, are not compared. Every rank must call this,
         after `init_distributed`; an error of rank 0 is raised on all.
         """
-        path = Path(config.runs_dir) / run_name(config, stage)
-        finished, resumed, lock = on_rank_zero(lambda: _prepare(path, config, stage, dict(inputs or {})), keep=True)
-        run = cls(path, finished=finished, resumed=resumed)
-        run._lock = lock
+        run = cls(Path(config.runs_dir) / run_name(config, stage))
+        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {})))
         return run
+
+    def _open(self, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool]:
+        """Makes or checks the folder; whether it is finished and whether it is resumed."""
+        path, config_path = self.path, self.path / "config.yaml"
+        others = {entry.name for entry in path.iterdir()} - _FIRST_FILES if path.exists() else set()
+        if others and not config_path.exists():
+            raise ValueError(f"{path} is not a run folder (no config.yaml): choose another run=<name> or remove it")
+        self._take_lock()
+        resumed = config_path.exists()
+        finished = resumed and (path / "result.json").exists()
+        if resumed:
+            changes = list(_differences(path, config, stage, inputs))
+            state = "a finished" if finished else "an unfinished"
+            if changes and not config.overwrite:
+                more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
+                raise ValueError(
+                    f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true to "
+                    "replace it, or run=<name> for a folder of its own"
+                )
+            if config.overwrite and (changes or finished):
+                logger.warning("overwrite=true: replacing %s run in %s", state, path)
+                remove_folder(path)
+                self._take_lock()
+                resumed = finished = False
+        if finished:
+            logger.info("%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path)
+        elif resumed:
+            logger.info("%s: continuing the unfinished run", path)
+            _warn_of_other_versions(path)
+        else:
+            write_atomically(path / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+            write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+            write_atomically(config_path, OmegaConf.to_yaml(OmegaConf.create(_plain(config)), resolve=True))
+        return finished, resumed
+
+    def _take_lock(self) -> None:
+        """Locks the folder against other processes; the system frees it when this process ends, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            if owner != _PROCESS:  # an earlier run of this process may hold it still
+                pid = owner.partition(" ")[0] or "(unknown)"
+                raise ValueError(
+                    f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
+                ) from None
+        except OSError as error:
+            logger.warning("no locks on this file system (%s): let no second process write %s", error, self.path)
+        self._lock.truncate(0)
+        self._lock.write(_PROCESS)
+        self._lock.flush()
 
     def log(self, step: int, **metrics: float | str | None) -> None:
         """Appends one line to metrics.jsonl and the numbers to TensorBoard; does nothing but on rank 0.
@@ -81,7 +137,7 @@ class RunFolder:
         if rank() != 0:
             return
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         self._metrics.write(json.dumps(finite({"step": step, **metrics})) + "\n")
         self._metrics.flush()
         if self._tensorboard is None:
@@ -134,87 +190,20 @@ def run_name(config: Any, stage: str) -> str:
     return f"{config.name}-{stage}" + (f"-{fold.replace('/', 'of')}" if fold else "")
 
 
-def on_rank_zero(make: Callable[[], Value], *, keep: bool = False) -> Any:
-    """What `make` gives on rank 0, on every rank; an exception of it is raised on every rank too.
-
-    With `keep` the last entry of the tuple that `make` gives stays on rank 0 (None elsewhere).
-    """
-    error: Exception | None = None
-    value: Any = None
+def on_rank_zero(make: Callable[[], Value]) -> Value:
+    """What `make` gives on rank 0, on every rank; an exception of it is raised on every rank too. Collective."""
+    if world_size() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            value = make()
-        except Exception as raised:
-            error = raised
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return value
-    shared = [(value[:-1] + (None,) if keep and value is not None else value, error)]
-    dist.broadcast_object_list(shared, src=0)
-    if shared[0][1] is not None:
-        raise shared[0][1]
-    return value if rank() == 0 else shared[0][0]
-
-
-def _prepare(path: Path, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path / "config.yaml").exists() and any(path.iterdir()):
-        raise ValueError(
-            f"{path} exists but is not a run folder (no config.yaml): choose another run=<name> or remove it"
-        )
-    lock = _take_lock(path)
-    resumed = (path / "config.yaml").exists()
-    finished = resumed and (path / "result.json").exists()
-    if resumed:
-        changes = list(_differences(path, config, stage, inputs))
-        state = "finished" if finished else "unfinished"
-        if changes and not config.overwrite:
-            raise ValueError(
-                f"{path} holds a{'n' if state[0] == 'u' else ''} {state} run of another config: "
-                + "; ".join(changes[:8])
-                + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
-                + ". Say overwrite=true to replace it, or run=<name> for a folder of its own"
-            )
-        if config.overwrite and (changes or finished):
-            logger.warning("overwrite=true: replacing the %s run in %s", state, path)
-            remove_folder(path)
-            lock.close()
-            lock = _take_lock(path)
-            resumed = finished = False
-    if finished:
-        logger.info("%s is finished already, with this config: its result stands (overwrite=true makes it anew)", path)
-    elif resumed:
-        logger.info("%s: continuing the unfinished run", path)
-        _warn_of_other_versions(path)
-    else:
-        write_atomically(path / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-        write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-        write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_plain(config)), resolve=True))
-    return finished, resumed, lock
-
-
-def _take_lock(path: Path) -> Any:
-    """The open file whose lock says that this process writes the folder; the system frees it when the process ends."""
-    path.mkdir(exist_ok=True)
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip()
-        if owner != str(os.getpid()):
-            raise ValueError(
-                f"{path} is being written by process {owner or '(unknown)'}: wait for it, or choose another run=<name>"
-            ) from None
-    except OSError as error:
-        logger.warning(
-            "%s: this file system has no locks (%s); see that no second process writes this run", path, error
-        )
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def _plain(value: Any) -> Any:
@@ -288,13 +277,8 @@ def _warn_of_other_versions(path: Path) -> None:
     now = _versions()
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "threads"):
         if before.get(name) != now.get(name):
-            logger.warning(
-                "%s began with %s %s, now %s: the rest may differ in its last digits",
-                path,
-                name,
-                before.get(name),
-                now.get(name),
-            )
+            change = f"{name} {before.get(name)}, now {now.get(name)}"
+            logger.warning("%s began with %s: the rest may differ in its last digits", path, change)
 
 
 def _commit() -> str | None:

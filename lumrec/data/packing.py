@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, training_windows
 from lumrec.modules.attention import make_layout
@@ -25,12 +25,13 @@ ABSENT = -1
 class Queries(NamedTuple):
     """Conditions to ask. window_Q: int64 ascending, window asked; moment_Q: int64, events of it that are seen.
 
-    conditions: feature -> vocabulary row of each query (int64 [Q]; ABSENT where the feature is not given).
+    conditions: feature -> vocabulary row of each query (int64 [Q]; ABSENT where the feature is not given), or its bags
+    (values int64, lengths int64 [Q]) where a query may hold several values.
     """
 
     window_Q: Tensor
     moment_Q: Tensor
-    conditions: Mapping[str, Tensor]
+    conditions: Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 
 class PackBuilder:
@@ -83,8 +84,9 @@ class PackBuilder:
             given = self.data.event_columns[name].take(row_T)
             if shown_T is not None and name in shown_T:
                 given = _keep(given, shown_T[name])
-            asked_Q = queries.conditions.get(name, torch.full((num_queries,), ABSENT))
-            asked = _keep(Column(asked_Q).take(torch.arange(num_queries)), asked_Q != ABSENT)
+            asked = queries.conditions.get(name, torch.full((num_queries,), ABSENT))
+            if isinstance(asked, Tensor):
+                asked = _keep((asked, torch.ones_like(asked)), asked != ABSENT)
             columns[name] = _bags(stride, (0, given), (num_events, asked))
 
         layout = make_layout(
@@ -217,10 +219,8 @@ class PackLoader:
                 f"pretrain.packing.events_per_pack is {packing.events_per_pack}, less than model.max_events "
                 f"{max_events}: not even one full window fits; raise the one or lower the other"
             )
-        if contrast_feature and contrast_feature not in builder.condition_features:
-            raise ValueError(
-                f"pretrain.contrast.feature is {contrast_feature!r}; the model's conditions are {builder.condition_features}"
-            )
+        if contrast_feature:
+            _check_contrast(contrast_feature, builder)
         self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
         self.sampler = NegativeSampler(negatives, builder.data.item_counts)
         self.contrast_feature = contrast_feature
@@ -293,15 +293,27 @@ class PackLoader:
         window_T = torch.repeat_interleave(torch.arange(windows.count), windows.length_W)
         moment_T = row_T - windows.start_W[window_T]
         true_Q = data.event_columns[name].values[row_T[event_Q]]
-        num_values = data.table_rows[data.schema.features[name].table or name] - 1
-        if num_values < 2:
-            raise ValueError(f"condition {name!r} has {num_values} value(s): a contrast needs two or more")
+        num_values = data.table_rows[data.schema.features[name].table] - 1
         # Another row among 1 … num_values: skip ahead by 1 … num_values - 1, around the end.
         skip_Q = torch.randint(1, num_values, (len(event_Q),), generator=generator)
         other_Q = (true_Q - 1 + skip_Q) % num_values + 1
-        conditions = {}
-        for feature in self.builder.condition_features:
-            row_Q = data.event_columns[feature].values[row_T[event_Q]]
-            conditions[feature] = torch.where(shown_T[feature][event_Q], row_Q, ABSENT)
+        conditions: dict[str, Tensor | tuple[Tensor, Tensor]] = {
+            feature: _keep(data.event_columns[feature].take(row_T[event_Q]), shown_T[feature][event_Q])
+            for feature in self.builder.condition_features
+        }
         conditions[name] = other_Q
         return Queries(window_T[event_Q], moment_T[event_Q], conditions), event_Q
+
+
+def _check_contrast(name: str, builder: PackBuilder) -> None:
+    if name not in builder.condition_features:
+        raise ValueError(
+            f"pretrain.contrast.feature is {name!r}; the conditions that the model reads are {builder.condition_features}"
+        )
+    if builder.data.event_columns[name].offsets is not None:
+        raise ValueError(
+            f"pretrain.contrast.feature {name!r} is multi-valued: a contrast needs one value for each event"
+        )
+    num_values = builder.data.table_rows[builder.data.schema.features[name].table] - 1
+    if num_values < 2:
+        raise ValueError(f"pretrain.contrast.feature {name!r} has {num_values} value(s): a contrast needs two or more")

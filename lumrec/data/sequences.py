@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lumrec.data.prepared import PreparedData
-
-TRAIN, VALID, TEST = 0, 1, 2
+from lumrec.data.splits import TRAIN
 
 
 class Windows(NamedTuple):

@@ -13,9 +13,8 @@ from lumrec.data.schema import features_by_role
 from lumrec.modules.lum import LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
-from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.parallel import shard
-from lumrec.train.run import best_checkpoint
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -56,7 +55,7 @@ def build_lum(
     """A LUM with fresh weights, and the builder that makes packs for it."""
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     conditions = condition_features(config, data)
-    table_of = {name: data.schema.features[name].table or name for name in [*item, *feedback, *conditions]}
+    table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *conditions]}
     sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
     token_encoder = TokenEncoder(
         make_tables(sizes, table_of, device=device),
@@ -86,7 +85,7 @@ def build_lum(
     return model, builder
 
 
-def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict:
+def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict[str, str]:
     """What must agree for a checkpoint to fit: the data's fingerprint (schema, vocabularies) and the model's config."""
     return {"data": data.fingerprint, "model": repr(config)}
 

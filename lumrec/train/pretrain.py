@@ -53,7 +53,9 @@ def parse_fold(fold: str) -> tuple[int, int] | None:
     left, _, right = fold.partition("/")
     if left.isdecimal() and right.isdecimal() and int(left) < int(right) and int(right) >= 2:
         return int(left), int(right)
-    raise ValueError(f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users')
+    raise ValueError(
+        f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users'
+    )
 
 
 def training_users(data: PreparedData, fold: str) -> np.ndarray:
@@ -94,7 +96,7 @@ def run(config: "Config") -> dict[str, float | str]:
     """
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
-    run_folder = RunFolder.create(config, "pretrain")
+    run_folder = RunFolder.create(config, "pretrain", inputs={"prepared": data.fingerprint})
     if run_folder.finished:
         return run_folder.result()
     torch.manual_seed(config.seed)
@@ -127,7 +129,6 @@ def run(config: "Config") -> dict[str, float | str]:
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data),
     )
-    result |= {f"valid/{name}": value for name, value in evaluate("valid").items()}
     result |= evaluate("test")
     run_folder.finish(result)
     return result

@@ -1,0 +1,215 @@
+"""Next-item retrieval over the full catalogue: HR@k and NDCG@k, exact.
+
+One question per user: the user's last event of a part of the log is the target, everything before it the history.
+
+    HR@k = share of users whose target ranks among the first k      NDCG@k = mean of [rank ≤ k] / log2(1 + rank)
+    rank = 1 + number of candidates whose similarity is not below the target's (ties count against us)
+
+Candidates are all items with a training event, without those of the user's own history (the target itself stays in). An
+item that no training event holds has vectors nobody trained, so it is never recommended, and as a target it is a miss.
+
+Shape suffixes: B users, I catalogue items, D width, Q queries, P pairs of user and seen item.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lumrec.data.columns import expand_ranges
+from lumrec.data.packing import ABSENT, PackBuilder, Queries
+from lumrec.data.prepared import PreparedData
+from lumrec.data.sequences import Windows
+from lumrec.data.splits import PARTS
+from lumrec.query.group_query import condition_rows, encode_items
+from lumrec.train.parallel import rank, world_size
+
+# Users × items of the scores held at once (elements).
+SCORE_BUDGET = 1 << 23
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Evaluation by retrieval.
+
+    condition: what every user is asked with, raw values by condition feature, whatever the target; {} = no condition.
+    oracle: ask a second time with the target's own condition, which nobody knows before the item is chosen: an upper
+        bound, reported as oracle/hr@k and oracle/ndcg@k beside the honest figures.
+    ks: cut-offs. max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
+    """
+
+    condition: Dict[str, str] = field(default_factory=dict)
+    oracle: bool = False
+    ks: List[int] = field(default_factory=lambda: [10, 50])
+    max_users: int = 0
+    tokens_per_pack: int = 16384
+
+
+class Targets(NamedTuple):
+    """row_B: int64, event row of each user's target. first_B: int64, first event row of that user."""
+
+    row_B: Tensor
+    first_B: Tensor
+
+
+def evaluate_retrieval(
+    model: nn.Module, builder: PackBuilder, *, part: str, config: RetrievalConfig, max_events: int
+) -> dict[str, float]:
+    """{"hr@10": …, "ndcg@10": …, …, "retrieval_users": …} of a LUM on `part` ("train", "valid" or "test") of its data.
+
+    A user's history is the last max_events - 1 events before the target, whatever part they are of; without any, the
+    LUM answers from the condition alone. Under DMP every rank calls this and gets the figures of all users. Raises
+    ValueError where no user has an event in the part, or for a condition that the LUM does not know.
+    """
+    data = builder.data
+    targets = last_events(data, part, max_users=config.max_users)
+    fixed = condition_rows(data, builder.condition_features, [config.condition])
+    names = ["", "oracle/"] if config.oracle else [""]
+    ranks: dict[str, list[Tensor]] = {name: [torch.zeros(0, dtype=torch.int64)] for name in names}
+    training = model.training
+    model.eval()
+    try:
+        e_ID = encode_items(model, builder)
+        for mine in _shares(targets, max_events=max_events, tokens_per_pack=config.tokens_per_pack):
+            asked = [{name: row.expand(len(mine.row_B)) for name, row in fixed.items()}]
+            if config.oracle:
+                asked.append(_true_conditions(builder, mine.row_B))
+            o_BND = _ask(model, builder, mine, asked, max_events=max_events)
+            for place, name in enumerate(names):
+                ranks[name].append(_rank_targets(o_BND[:, place], e_ID, data, mine))
+    finally:
+        model.train(training)
+    result = {}
+    for name in names:
+        sums = metric_sums(torch.cat(ranks[name]), config.ks)
+        result |= {name + metric: value / len(targets.row_B) for metric, value in _over_ranks(sums).items()}
+    return result | {"retrieval_users": float(len(targets.row_B))}
+
+
+def last_events(data: PreparedData, part: str, *, max_users: int = 0) -> Targets:
+    """The last event of each user that has one in `part`, users ascending; with `max_users`, of a fixed sample."""
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}; expected one of {PARTS}")
+    rows = np.flatnonzero(data.split == PARTS.index(part))
+    if len(rows) == 0:
+        raise ValueError(f"no event is in the part {part!r} of {data.path}: choose another data.split")
+    is_last = np.append(data.user[rows[1:]] != data.user[rows[:-1]], True)
+    rows = rows[is_last]
+    if 0 < max_users < len(rows):
+        rows = np.sort(np.random.default_rng(0).choice(rows, max_users, replace=False))
+    return Targets(torch.from_numpy(rows), torch.from_numpy(data.user_offsets[data.user[rows]]))
+
+
+def target_ranks(
+    o_BD: Tensor, e_ID: Tensor, target_B: Tensor, *, is_candidate_I: Tensor, seen_user_P: Tensor, seen_item_P: Tensor
+) -> Tensor:
+    """Rank of each user's target among the candidates, from 1 (int64 [B]); num_items + 1 for a target that is none.
+
+    is_candidate_I: bool. seen_user_P, seen_item_P: int64, items left out for a user; a target is never left out.
+    A similarity that is no number counts against us, as a tie does.
+
+    >>> o, e = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0], [2.0, 0.0], [2.0, 1.0], [1.0, 0.0]])
+    >>> every, nobody = torch.ones(4, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    >>> target_ranks(o, e, torch.tensor([1]), is_candidate_I=every, seen_user_P=nobody, seen_item_P=nobody)
+    tensor([3])
+    """
+    score_BI = o_BD @ e_ID.T
+    target_score_B = score_BI.gather(1, target_B[:, None])
+    ahead_BI = ~(score_BI < target_score_B)
+    ahead_BI &= is_candidate_I
+    ahead_BI[seen_user_P, seen_item_P] = False
+    ahead_BI.scatter_(1, target_B[:, None], False)
+    return torch.where(is_candidate_I[target_B], 1 + ahead_BI.sum(1), len(e_ID) + 1)
+
+
+def metric_sums(rank_B: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Sums over users of what HR@k and NDCG@k average.
+
+    >>> metric_sums(torch.tensor([1, 3, 11]), [10])
+    {'hr@10': 2.0, 'ndcg@10': 1.5}
+    """
+    gain_B = 1 / torch.log2(1 + rank_B.double())
+    sums = {}
+    for k in ks:
+        hit_B = rank_B <= k
+        sums |= {f"hr@{k}": float(hit_B.sum()), f"ndcg@{k}": float((gain_B * hit_B).sum())}
+    return sums
+
+
+def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Iterator[Targets]:
+    """This rank's targets in portions of one forward pass, equally many on all ranks, the last perhaps empty."""
+    users = max(1, tokens_per_pack // (2 * max_events))
+    num_users = len(targets.row_B)
+    for turn in range(math.ceil(num_users / (users * world_size()))):
+        start = (turn * world_size() + rank()) * users
+        yield Targets(*(x[start : start + users] for x in targets))
+
+
+def _ask(
+    model: nn.Module, builder: PackBuilder, targets: Targets, asked: Sequence[Mapping[str, Tensor]], *, max_events: int
+) -> Tensor:
+    """Answers o_BND to the conditions `asked` (each feature -> row of each user), given the history before the target."""
+    num_users, num_conditions = len(targets.row_B), len(asked)
+    length_B = (targets.row_B - targets.first_B).clamp(max=max_events - 1)
+    user_B = torch.from_numpy(builder.data.user)[targets.row_B]
+    queries = Queries(
+        torch.arange(num_users).repeat_interleave(num_conditions),
+        length_B.repeat_interleave(num_conditions),
+        {name: torch.stack([rows[name] for rows in asked], dim=1).flatten() for name in builder.condition_features},
+    )
+    pack = builder.pack(Windows(targets.row_B - length_B, length_B, user_B), queries=queries)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        o_QD = model(pack.to(device), queries_only=True).o_QD
+    return o_QD.float().cpu().view(num_users, num_conditions, o_QD.shape[1])
+
+
+def _true_conditions(builder: PackBuilder, row_B: Tensor) -> dict[str, Tensor]:
+    """The condition under which each target was met: feature -> vocabulary row, ABSENT where it has none."""
+    rows = {}
+    for name in builder.condition_features:
+        values, lengths_B = builder.data.event_columns[name].take(row_B)
+        if bool((lengths_B > 1).any()):
+            raise ValueError(
+                f"oracle: condition {name!r} has several values at some event, which a query cannot ask for yet; leave "
+                "the feature out of model.conditions, or set oracle=false"
+            )
+        rows[name] = torch.full((len(row_B),), ABSENT)
+        rows[name][lengths_B > 0] = values
+    return rows
+
+
+def _rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targets) -> Tensor:
+    item_E = torch.from_numpy(data.item)
+    is_candidate_I = torch.from_numpy(data.item_counts > 0)
+    users = max(1, SCORE_BUDGET // len(e_ID))
+    ranks = [torch.zeros(0, dtype=torch.int64)]
+    for start in range(0, len(o_BD), users):
+        row_B, first_B = (x[start : start + users] for x in targets)
+        seen_B = row_B - first_B
+        ranks.append(
+            target_ranks(
+                o_BD[start : start + users],
+                e_ID,
+                item_E[row_B],
+                is_candidate_I=is_candidate_I,
+                seen_user_P=torch.repeat_interleave(torch.arange(len(row_B)), seen_B),
+                seen_item_P=item_E[expand_ranges(first_B, seen_B)],
+            )
+        )
+    return torch.cat(ranks)
+
+
+def _over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    if world_size() == 1:
+        return sums
+    # Ranks hold different users; every process group of ours has a CPU backend.
+    total = torch.tensor(list(sums.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(sums, total.tolist()))

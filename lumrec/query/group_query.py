@@ -1,0 +1,244 @@
+"""Group query: N conditions asked of each history, which is computed a single time (LUM section 4.2, figure 4).
+
+    serving     c1 i1 c2 i2 c3 i3 | a b        the user's last events; a and b both stand at the position behind them
+    rows        c1 i1 c2 i2 c3 i3              one pass for all rows of a window: row 2 is asked with event 1 alone,
+                      a b   a b                row 3 with events 1 and 2, as it would have been asked at that time
+
+A query never sees another query, the event that it asks for, or a later one. Row 1 has no history and is not asked.
+
+Shape suffixes: B users, R answers (moments asked), N conditions, D width, I catalogue items, W windows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lumrec.data.columns import expand_ranges
+from lumrec.data.packing import ABSENT, PackBuilder, Queries
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
+from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
+
+# Rows × items of the similarities held at once while their sum is taken (elements).
+SUM_BUDGET = 1 << 22
+ITEM_BLOCK = 1 << 16
+# Beyond this many, conditions that nobody chose would cost more than they tell.
+MAX_DEFAULT_CONDITIONS = 16
+
+
+class GroupQuery:
+    """Asks a LUM the same N conditions about many users, or about every row of the log.
+
+    model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
+    feature, for example {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any.
+
+    >>> lum, builder = build_lum(ModelConfig(max_events=32), data)
+    >>> query = GroupQuery(lum, builder, [{"feedback": "like"}, {}], max_events=32)
+    >>> o_BND, e_ID = query.users(torch.tensor([0, 1])), query.items()
+    >>> (o_BND @ e_ID.T).topk(10).indices.shape  # the ten best items for each user and condition
+    torch.Size([2, 2, 10])
+
+    Raises ValueError for a feature or value that the LUM does not know, naming the nearest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        builder: PackBuilder,
+        conditions: Sequence[Mapping[str, str]],
+        *,
+        max_events: int,
+        stride: int = 0,
+        tokens_per_pack: int = 32768,
+    ) -> None:
+        self.model, self.builder, self.data = model, builder, builder.data
+        self.conditions = [dict(condition) for condition in conditions]
+        self.asked_N = condition_rows(builder.data, builder.condition_features, self.conditions)
+        self.max_events = max_events
+        self.stride = stride or default_stride(max_events)
+        if not 1 <= self.stride < max_events:
+            raise ValueError(
+                f"the stride of the windows is {self.stride}; expected 1 to {max_events - 1} (max_events - 1), so that "
+                "every row of a long history is asked with some of it"
+            )
+        self.tokens_per_pack = tokens_per_pack
+        self.device = next(model.parameters()).device
+
+    def users(self, user_B: Tensor) -> Tensor:
+        """Answers after the last event of each user, o_BND (float32): what serving reads."""
+        return self._answer_all(serving_windows(self.data, user_B, max_events=self.max_events))
+
+    def rows(self, user_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Every event row of these users but each one's first (int64 [R]) and its answers, o_RND.
+
+        Each row is asked with the events before it, see `row_windows`.
+        """
+        answering = row_windows(self.data, user_B, max_events=self.max_events, stride=self.stride)
+        return asked_rows(answering), self._answer_all(answering)
+
+    def items(self) -> Tensor:
+        """Every catalogue item as the LUM sees it, e_ID (float32), to be matched with answers by a dot product."""
+        return encode_items(self.model, self.builder, block=self.tokens_per_pack)
+
+    @torch.no_grad()
+    def answer(self, answering: AnsweringWindows) -> Tensor:
+        """One forward pass: the answers of these windows' moments, in order, o_RND. No window at all is allowed.
+
+        Under DMP every rank has to call this equally often, with nothing to ask where it has run out of windows.
+        """
+        num_conditions = len(self.conditions)
+        window_R, moment_R = asked_moments(answering)
+        queries = Queries(
+            window_R.repeat_interleave(num_conditions),
+            moment_R.repeat_interleave(num_conditions),
+            {feature: row_N.repeat(len(window_R)) for feature, row_N in self.asked_N.items()},
+        )
+        pack = self.builder.pack(answering.windows, queries=queries)
+        o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
+        return o_QD.float().view(len(window_R), num_conditions, o_QD.shape[1])
+
+    def _answer_all(self, answering: AnsweringWindows) -> Tensor:
+        training = self.model.training
+        self.model.eval()
+        try:
+            parts = [
+                self.answer(part)
+                for part in packs(answering, num_conditions=len(self.conditions), tokens_per_pack=self.tokens_per_pack)
+            ]
+        finally:
+            self.model.train(training)
+        return torch.cat(parts) if parts else self.answer(answering)
+
+
+def default_stride(max_events: int) -> int:
+    """Half a window: a row of a long history is then asked with at least half a window of events before it."""
+    return max(1, max_events // 2)
+
+
+def serving_windows(data: PreparedData, user_B: Tensor, *, max_events: int) -> AnsweringWindows:
+    """Each user's last max_events - 1 events, asked once, behind the last of them.
+
+    One less than a window: the query stands where the next event's condition would, and training saw no later position.
+    """
+    end_B = torch.from_numpy(data.user_offsets)[user_B + 1]
+    length_B = (end_B - torch.from_numpy(data.user_offsets)[user_B]).clamp(max=max_events - 1)
+    return AnsweringWindows(Windows(end_B - length_B, length_B, user_B), length_B, length_B + 1)
+
+
+def row_windows(data: PreparedData, user_B: Tensor, *, max_events: int, stride: int) -> AnsweringWindows:
+    """Windows in which every event of these users, but the first of each, is asked for exactly once.
+
+    A row of a history that is longer than a window has between max_events - stride and max_events - 1 events before it.
+    """
+    start_B = torch.from_numpy(data.user_offsets)[user_B]
+    length_B = torch.from_numpy(data.user_offsets)[user_B + 1] - start_B
+    windows, first_W, last_W = answering_windows(start_B, length_B, user_B, max_events=max_events, stride=stride)
+    return AnsweringWindows(windows, first_W.clamp(min=1), last_W)
+
+
+def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: int) -> Iterator[AnsweringWindows]:
+    """The same windows, in order, in portions of about `tokens_per_pack` tokens (two an event, one a query)."""
+    tokens_W = 2 * answering.windows.length_W + num_conditions * (answering.last_W - answering.first_W)
+    # A pack ends with the window that fills it up, so one that is longer than a pack has one to itself.
+    pack_W = (tokens_W.cumsum(0) - tokens_W) // tokens_per_pack
+    _, sizes = torch.unique_consecutive(pack_W, return_counts=True)
+    start = 0
+    for size in sizes.tolist():
+        part = slice(start, start + size)
+        yield AnsweringWindows(answering.windows[part], answering.first_W[part], answering.last_W[part])
+        start += size
+
+
+def asked_moments(answering: AnsweringWindows) -> tuple[Tensor, Tensor]:
+    """Window and moment (int64 [R]) of each answer, windows in order, moments ascending."""
+    answers_W = answering.last_W - answering.first_W
+    window_R = torch.repeat_interleave(torch.arange(answering.windows.count), answers_W)
+    return window_R, expand_ranges(answering.first_W, answers_W)
+
+
+def asked_rows(answering: AnsweringWindows) -> Tensor:
+    """Event row that each answer is asked for (int64 [R]): the one behind the history that it sees."""
+    window_R, moment_R = asked_moments(answering)
+    return answering.windows.start_W[window_R] + moment_R
+
+
+@torch.no_grad()
+def encode_items(model: nn.Module, builder: PackBuilder, *, block: int = 32768) -> Tensor:
+    """Every catalogue item as the LUM sees it, e_ID (float32, on the CPU); the model should be in eval mode."""
+    nothing = Windows(*(torch.zeros(0, dtype=torch.int64) for _ in Windows._fields))
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, builder.data.num_items, block):
+        items = torch.arange(start, min(start + block, builder.data.num_items))
+        parts.append(model(builder.pack(nothing, candidates_C=items).to(device), queries_only=True).e_CD.float().cpu())
+    return torch.cat(parts)
+
+
+def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
+    """log Σ over all items of exp(o · e), exact, float32 [X]; memory is bounded whatever the size of the catalogue.
+
+    exp(o · e_i - log_normalizer) is the share of item i in the LUM's answer.
+
+    >>> log_normalizer(torch.zeros(1, 2), torch.ones(4, 2)).exp()
+    tensor([4.0000])
+    """
+    rows = max(1, SUM_BUDGET // min(len(e_ID), ITEM_BLOCK))
+    log_z_X = o_XD.new_full((len(o_XD),), float("-inf"))
+    for block in e_ID.split(ITEM_BLOCK):
+        sums = [(part @ block.T).logsumexp(1) for part in o_XD.split(rows)]
+        log_z_X = torch.logaddexp(log_z_X, torch.cat(sums))
+    return log_z_X
+
+
+def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
+    """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
+
+    Raises ValueError where that makes more than 16 conditions: then somebody has to choose.
+    """
+    wishes = [name for name in features if data.schema.features[name].wish]
+    conditions = [{name: value} for name in wishes for value in _vocabulary(data, name)]
+    if len(conditions) > MAX_DEFAULT_CONDITIONS:
+        raise ValueError(
+            f"the wishes {wishes} have {len(conditions)} values, too many to ask them all; choose some of them in "
+            f"query.conditions, such as [{{{wishes[0]}: {conditions[0][wishes[0]]}}}]"
+        )
+    return conditions or [{}]
+
+
+def condition_rows(
+    data: PreparedData, features: Sequence[str], conditions: Sequence[Mapping[str, str]]
+) -> dict[str, Tensor]:
+    """Vocabulary row of each asked condition: feature -> int64 [N], ABSENT where the feature is not given.
+
+    features: the condition features that the LUM reads. Raises ValueError for another feature, or a value not known.
+    """
+    if not conditions:
+        raise ValueError("no condition is asked; give at least one, [{}] to ask without any")
+    declared = features_by_role(data.schema, "condition")
+    rows = {name: torch.full((len(conditions),), ABSENT) for name in features}
+    for place, condition in enumerate(conditions):
+        for name, value in condition.items():
+            if name not in rows:
+                why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
+                raise ValueError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, rows)}")
+            known = _vocabulary(data, name)
+            if str(value) not in known:
+                raise ValueError(
+                    f"condition {name}: {value!r} does not occur in the training part{_nearest(str(value), known)}; "
+                    f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
+                )
+            rows[name][place] = known[str(value)]
+    return rows
+
+
+def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
+    return data.vocabulary(data.schema.features[feature].table or feature)
+
+
+def _nearest(word: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,371 @@
+"""Step 2 as a stage: asks the LUM about every user and every row of the log, and publishes the answers (LUM 4.2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lumrec.data.prepare import open_or_prepare, prepared_path
+from lumrec.data.prepared import PreparedData
+from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.splits import user_fold
+from lumrec.query.group_query import (
+    GroupQuery,
+    asked_rows,
+    condition_rows,
+    default_conditions,
+    default_stride,
+    log_normalizer,
+    packs,
+    row_windows,
+    serving_windows,
+)
+from lumrec.query.store import DTYPES, MANIFEST, UserAnswer, check_files, read_manifest
+from lumrec.query.writer import KnowledgeWriter, version_name
+from lumrec.train.checkpoint import best_checkpoint
+from lumrec.train.lum import condition_features, load_lum
+from lumrec.train.parallel import init_distributed, rank, world_size
+from lumrec.train.run import RunFolder, on_rank_zero
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+LOG_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """Step 2: what is asked, about whom, and how the answers are stored.
+
+    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike}]; [{}] asks without any.
+        Empty: each value of each wish of the schema.
+    rows: ask for every row of the log, with the history before it (what rankers train on).
+    users: ask for every user, after the last event (what serving reads).
+    stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
+        asked with at least max_events - stride events before it; 0 = half a window.
+    log_normalizer: store log Σ over the catalogue of exp(similarity), which makes log-probabilities of similarities.
+    dtype: float16 | float32, of the stored vectors. tokens_per_pack: tokens and queries of one forward pass.
+    """
+
+    conditions: List[Dict[str, str]] = field(default_factory=list)
+    rows: bool = True
+    users: bool = True
+    stride: int = 0
+    log_normalizer: bool = True
+    dtype: str = "float16"
+    tokens_per_pack: int = 32768
+
+
+class AskedLum(NamedTuple):
+    """A finished LUM run: its name, the fold "k/K" that it has not seen ("" = it saw all users), and what it is."""
+
+    run: str
+    fold: str
+    fingerprint: str
+    trained: Config
+
+
+class Unit(NamedTuple):
+    """What is asked, written and marked as finished in one go: windows of one kind ("rows" or "users")."""
+
+    name: str
+    kind: str
+    windows: AnsweringWindows
+
+
+NOTHING = AnsweringWindows(
+    Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3))),
+    *(torch.zeros(0, dtype=torch.int64) for _ in range(2)),
+)
+
+
+def run(config: Config) -> dict[str, float | str]:
+    """Publishes the knowledge of `config` in `<runs_dir>/<run>` and returns what stands in its result.json.
+
+    The answers are kept where they were made from the same data, LUMs and settings; a killed build is continued; else
+    the next version is built beside the old one, which can be read meanwhile. Raises FileNotFoundError for a missing
+    input (with the command that makes it), ValueError for inputs that do not belong together.
+    """
+    device = init_distributed(threads=config.threads)
+    if not prepared_path(config).exists():
+        raise FileNotFoundError(
+            f"there is no prepared data in {prepared_path(config)}; make it with: torchx run apps/prepare.py "
+            "--config <your config>"
+        )
+    data = open_or_prepare(config)
+    lums = find_lums(config, data)
+    identity = _identity(config.query, data, lums)
+    run_folder = RunFolder.create(config, "query")
+    if run_folder.finished and on_rank_zero(lambda: _is_published(run_folder.path, identity)):
+        return run_folder.result()
+
+    start = time.perf_counter()
+    job = _Job(data, identity, run_folder)
+    for place, lum in enumerate(lums):
+        if pending := job.pending(place):
+            dmp, builder, _ = load_lum(config, lum.run, data, device=device)
+            query = GroupQuery(
+                dmp,
+                builder,
+                identity["conditions"],
+                **identity["window"],
+                tokens_per_pack=identity["tokens_per_pack"],
+            )
+            job.ask(place, pending, query)
+    manifest = job.publish()
+    result = {
+        "dataset": data.manifest["dataset"],
+        "hazard": manifest["hazard"],
+        "lums": len(lums),
+        "conditions": len(manifest["conditions"]),
+        "dim": manifest["dim"],
+        **manifest["counts"],
+        "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
+        "answers_per_s": job.answers / job.seconds if job.seconds else float("nan"),
+        "wall_s": time.perf_counter() - start,
+    }
+    run_folder.finish(result)
+    if rank() == 0:
+        print(summary(result, manifest, run_folder.path), flush=True)
+    return result
+
+
+def find_lums(config: Config, data: PreparedData) -> list[AskedLum]:
+    """The LUM runs of `config.inputs.lums`: LUM k is the one that has not seen fold k; or the only one, of all users.
+
+    Raises FileNotFoundError where a run is missing, ValueError where the runs are not the K folds of K, were trained on
+    other data than `data`, or differ in their model settings.
+    """
+    names = list(config.inputs.lums) or [f"{config.name}-pretrain"]
+    lums = [_read_lum(config, name, data) for name in names]
+    if len(lums) == 1 and not lums[0].fold:
+        return lums
+    folds = {lum.fold: lum for lum in lums}
+    expected = [f"{place}/{len(lums)}" for place in range(len(lums))]
+    if sorted(folds) != sorted(expected) or len(lums) == 1:
+        got = ", ".join(f"{lum.run} has fold={lum.fold or '(none)'}" for lum in lums)
+        raise ValueError(
+            f"inputs.lums names {len(lums)} runs for cross-fitting, so they must be pre-trained with fold="
+            f"{', fold='.join(expected)}, one each; but {got}. One LUM alone must be one without a fold"
+        )
+    models = {lum.run: lum.trained.model for lum in lums}
+    if any(model != models[names[0]] for model in models.values()):
+        raise ValueError(f"the LUMs {names} have different settings of `model`; pre-train all folds with the same ones")
+    return [folds[fold] for fold in expected]
+
+
+def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
+    """What is known about a LUM run without loading it."""
+    from lumrec.config import load  # the root config nests QueryConfig, so it cannot be imported from here at the top
+
+    folder = Path(config.runs_dir) / name
+    if not (folder / "result.json").exists():
+        fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
+        raise FileNotFoundError(
+            f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py --config <your config> "
+            f"run={name}{fold}"
+        )
+    checkpoint = best_checkpoint(folder)
+    made_with = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))["fingerprint"]["data"]
+    if made_with != data.fingerprint:
+        raise ValueError(
+            f"the LUM {name} was trained on other data (fingerprint {made_with}) than {data.path} (fingerprint "
+            f"{data.fingerprint}): ask with the data that it was trained on, or pre-train it again"
+        )
+    trained = load(folder / "config.yaml", [])
+    # COMPLETE holds the checksum of meta.json, which holds those of all weights.
+    return AskedLum(name, trained.fold, (checkpoint / "COMPLETE").read_text(encoding="utf-8").strip(), trained)
+
+
+def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
+    """Everything that decides the answers, as JSON holds it. Raises ValueError for settings that cannot work."""
+    if not (config.rows or config.users):
+        raise ValueError("query.rows and query.users are both false: there is nothing to ask about; set one of them")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"query.dtype is {config.dtype!r}; expected one of {DTYPES}")
+    if config.tokens_per_pack < 1:
+        raise ValueError(f"query.tokens_per_pack is {config.tokens_per_pack}; expected a positive number")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
+        raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
+    model = lums[0].trained.model
+    features = condition_features(model, data)
+    conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
+    condition_rows(data, features, conditions)
+    return {
+        "data_fingerprint": data.fingerprint,
+        "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],
+        "hazard": "cross_fit" if len(lums) > 1 else "in_sample",
+        "conditions": conditions,
+        "dim": model.dim,
+        "dtype": config.dtype,
+        "similarity": model.similarity,
+        "temperature": model.temperature,
+        "window": {"max_events": model.max_events, "stride": config.stride or default_stride(model.max_events)},
+        "rows": config.rows,
+        "users": config.users,
+        "log_normalizer": config.log_normalizer,
+        "tokens_per_pack": config.tokens_per_pack,
+    }
+
+
+def _is_published(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether the version in force is of this identity; says so. Raises like `check_files` where it is damaged."""
+    if not (path / MANIFEST).exists():
+        return False
+    manifest = read_manifest(path)
+    if manifest["folder"] != version_name(identity):
+        print(f"query: {path} was made from other inputs; building the next version beside it", flush=True)
+        return False
+    check_files(path / manifest["folder"], manifest["files"], checksums=False)
+    return True
+
+
+class _Job:
+    """The build of one version on this rank: which units are left, and the asking and writing of each."""
+
+    def __init__(self, data: PreparedData, identity: dict[str, Any], run_folder: RunFolder) -> None:
+        self.data, self.identity, self.run_folder = data, identity, run_folder
+        self.fold_U = user_fold(data.user_keys(), len(identity["lums"]))
+        self.user_keys = data.user_keys()
+        self.length_U = np.diff(data.user_offsets)
+        self.writer = KnowledgeWriter(
+            run_folder.path, identity, num_events=data.num_events, num_users=data.num_users, num_items=data.num_items
+        )
+        self.answers, self.seconds = 0, 0.0
+
+    def pending(self, place: int) -> list[Unit]:
+        """Units of LUM `place` that no build has finished, the same list on every rank."""
+        users = torch.from_numpy(np.flatnonzero((self.fold_U == place) & (self.length_U > 0)))
+        window, kinds = self.identity["window"], {}
+        if self.identity["rows"]:
+            kinds["rows"] = row_windows(self.data, users, **window)
+        if self.identity["users"]:
+            kinds["users"] = serving_windows(self.data, users, max_events=window["max_events"])
+        units = [Unit(f"items/{place}", "items", NOTHING)]
+        for kind, answering in kinds.items():
+            parts = packs(
+                answering,
+                num_conditions=len(self.identity["conditions"]),
+                tokens_per_pack=self.identity["tokens_per_pack"],
+            )
+            units += [Unit(f"{kind}/{place}/{number}", kind, part) for number, part in enumerate(parts)]
+        return [unit for unit in units if unit.name not in self.writer.finished]
+
+    def ask(self, place: int, units: list[Unit], query: GroupQuery) -> None:
+        """Asks LUM `place` for this rank's share of the units. Lookups are collective: all ranks ask equally often."""
+        e_ID = self._as_stored(query.items())
+        if rank() == 0:
+            self.writer.write_items(place, e_ID)
+            self.writer.commit(f"items/{place}")
+        units = [unit for unit in units if unit.kind != "items"]
+        mine = units[rank() :: world_size()]
+        progress = _Progress(self.run_folder, f"query {place + 1}/{len(self.identity['lums'])}", len(mine))
+        for turn in range(-(-len(units) // world_size())):
+            start = time.perf_counter()
+            unit = mine[turn] if turn < len(mine) else Unit("", "", NOTHING)
+            o_RND = self._as_stored(query.answer(unit.windows).cpu())
+            log_z_RN = None
+            if self.identity["log_normalizer"]:
+                log_z_RN = log_normalizer(o_RND.flatten(0, 1), e_ID).view(o_RND.shape[:2])
+            if unit.kind == "rows":
+                self.writer.write_rows(asked_rows(unit.windows), o_RND, log_z_RN)
+            elif unit.kind == "users":
+                self._write_users(unit.windows, place, o_RND, log_z_RN)
+            if unit.name:
+                self.writer.commit(unit.name)
+            self.answers += o_RND.shape[0] * o_RND.shape[1]
+            self.seconds += time.perf_counter() - start
+            progress.advance(o_RND.shape[0] * o_RND.shape[1])
+        progress.close()
+
+    def _as_stored(self, x: Tensor) -> Tensor:
+        """`x` rounded as it is going to be stored, so that log_z is the sum over exactly what readers see."""
+        return torch.from_numpy(self.writer.stored(x).astype(np.float32))
+
+    def _write_users(self, asked: AnsweringWindows, place: int, o_BND: Tensor, log_z_BN: Tensor | None) -> None:
+        now = int(time.time())
+        users = asked.windows.user_W.numpy()
+        seen = asked.windows.length_W.tolist()
+        last_event_at = self.data.timestamp[self.data.user_offsets[users + 1] - 1].tolist()
+        num_events = self.length_U[users].tolist()
+        o, log_z = self.writer.stored(o_BND), None if log_z_BN is None else log_z_BN.numpy()
+        answers = [
+            UserAnswer(now, last_event_at[b], num_events[b], seen[b], place, o[b], None if log_z is None else log_z[b])
+            for b in range(len(users))
+        ]
+        self.writer.write_users([self.user_keys[user] for user in users], answers)
+
+    def publish(self) -> dict[str, Any]:
+        """The manifest of the published version."""
+        if rank() == 0:
+            self.writer.write_user_fold(self.fold_U)
+        with_history = int((self.length_U > 0).sum())
+        counts = {}
+        if self.identity["rows"]:
+            # A user's first event has no history: the LUM was not asked, as it would not have been at that time.
+            counts |= {"rows": self.data.num_events - with_history, "rows_absent": with_history}
+        if self.identity["users"]:
+            counts |= {"users": with_history, "users_absent": self.data.num_users - with_history}
+        return self.writer.publish({"counts": counts, "built_at": int(time.time())})
+
+
+class _Progress:
+    """A progress bar on rank 0's terminal, a line every half minute where there is none; both go to metrics.jsonl."""
+
+    def __init__(self, run_folder: RunFolder, name: str, num_units: int) -> None:
+        self.run_folder, self.name, self.num_units = run_folder, name, num_units
+        self.bar = tqdm(total=num_units, desc=name, unit="pack", disable=rank() != 0 or not sys.stderr.isatty())
+        self.units = self.answers = 0
+        self.start = self.logged = time.perf_counter()
+
+    def advance(self, answers: int) -> None:
+        self.units, self.answers = self.units + 1, self.answers + answers
+        rate = self.answers / (time.perf_counter() - self.start)
+        self.bar.update()
+        self.bar.set_postfix_str(f"{rate:,.0f} answers/s")
+        if time.perf_counter() - self.logged > LOG_EVERY_S and self.units < self.num_units:
+            self._line(rate)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.units:
+            self._line(self.answers / (time.perf_counter() - self.start))
+
+    def _line(self, rate: float) -> None:
+        self.logged = time.perf_counter()
+        self.run_folder.log(self.units, **{f"{self.name}/answers_per_s": rate})
+        if rank() == 0 and self.bar.disable:
+            print(f"{self.name}: {self.units}/{self.num_units} packs, {rate:,.0f} answers/s", flush=True)
+
+
+def summary(result: dict[str, float | str], manifest: dict[str, Any], path: Path) -> str:
+    """What was asked and published, in a few lines for the terminal."""
+    counts = manifest["counts"]
+    lums = ", ".join(lum["run"] for lum in manifest["lums"])
+    lines = [
+        f"knowledge of {lums} ({manifest['hazard']}), width {manifest['dim']} in {manifest['dtype']}",
+        f"  asked for: {', '.join(_spoken(condition) for condition in manifest['conditions'])}",
+    ]
+    if "rows" in counts:
+        lines.append(f"  {counts['rows']:,} rows, {counts['rows_absent']:,} absent (first events: no history)")
+    if "users" in counts:
+        lines.append(f"  {counts['users']:,} users, {counts['users_absent']:,} absent (no events)")
+    lines.append(
+        f"  {float(result['bytes']) / 2**20:,.1f} MiB in {path} ({result['answers_per_s']:,.0f} answers/s, "
+        f"{result['wall_s']:.1f} s)"
+    )
+    return "\n".join(lines)
+
+
+def _spoken(condition: dict[str, str]) -> str:
+    return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

@@ -189,7 +189,7 @@ def load_weights(
 
     `mapping`: parameter name there → name in `target`; None loads every parameter and buffer of `target` under its own
     name. Each rank reads only the rows that it holds. `fingerprint`: refuse a checkpoint of another one. Raises
-    FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt, and where names are missing
+    FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt, or names are missing
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
@@ -212,7 +212,10 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            try:
+                metadata = _MetadataUnpickler(file).load()
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{self.path}/.metadata was not written by lumrec: {error}") from error
         others = [
             name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
         ]

@@ -307,8 +307,8 @@ class _Fit:
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
             f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values "
-            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so far are "
-            "untouched"
+            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so far "
+            "are untouched"
         )
 
     def _memory_gib(self) -> float:

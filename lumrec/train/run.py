@@ -90,8 +90,8 @@ class RunFolder:
             if changes and not config.overwrite:
                 more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
                 raise ValueError(
-                    f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true to "
-                    "replace it, or run=<name> for a folder of its own"
+                    f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true "
+                    "to replace it, or run=<name> for a folder of its own"
                 )
             if config.overwrite and (changes or finished):
                 logger.warning("overwrite=true: replacing %s run in %s", state, path)

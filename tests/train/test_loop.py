@@ -1,0 +1,236 @@
+"""The training loop: exact resume, exact weighting over ranks is in test_parallel, best weights, non-finite losses."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import (
+    TinyConfig,
+    TinyLoader,
+    TinyModel,
+    make_batch,
+    noisy_evaluation,
+    noisy_step,
+    plain_step,
+    train_noisily,
+)
+from torch import nn
+
+from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
+from lumrec.train.optimizers import OptimizerConfig
+from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.prefetch import prefetch
+from lumrec.train.run import RunFolder
+
+CPU = torch.device("cpu")
+TIMES = ("events_per_s", "data_wait", "memory_gib")
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {
+        name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
+        for name, value in state.items()
+    }
+
+
+def train(
+    tmp_path: Path,
+    config: TrainConfig,
+    *,
+    step=plain_step,
+    evaluate=None,
+    select="",
+    run="run",
+    loader=None,
+    dropout=0.0,
+):
+    init_distributed("cpu")
+    torch.manual_seed(0)
+    model = shard(TinyModel(dropout=dropout), device="cpu", optimizer=config.optimizer)
+    folder = RunFolder.create(TinyConfig(str(tmp_path), run=run, pretrain=config), "pretrain")
+    result = fit(
+        model=model,
+        loader=loader or TinyLoader(),
+        step=step,
+        config=config,
+        run=folder,
+        evaluate=evaluate,
+        select=select,
+    )
+    return model, folder, result
+
+
+def die(runs_dir: Path, *words: str) -> None:
+    script = Path(__file__).with_name("tiny_training.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(runs_dir), *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_killed_runs_continue_to_the_bit(tmp_path, caplog):
+    model, folder, result = train_noisily(str(tmp_path / "whole"))
+    # Epochs have 9 steps, checkpoints come every 4: both kills fall into the middle of an epoch, the second one between
+    # the data of a checkpoint and its COMPLETE.
+    die(tmp_path / "killed", "kill-at-step", "12")
+    assert max(row["step"] for row in lines(tmp_path / "killed/tiny-pretrain")) == 10
+    die(tmp_path / "killed", "kill-in-save", "2")
+    assert list((tmp_path / "killed/tiny-pretrain/checkpoints").glob(".tmp-*"))
+    with caplog.at_level("INFO", logger="lumrec"):
+        again_model, again_folder, again = train_noisily(str(tmp_path / "killed"))
+    assert "resumed at step 1" in caplog.text
+
+    assert lines(again_folder.path) == lines(folder.path)
+    timed = ("events_per_s", "data_wait", "memory_gib", "wall_s")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, weights(again_model)[name]), name
+    last = sorted((folder.path / "checkpoints").glob("step-*"))[-1]
+    states = [
+        json.loads((root / "checkpoints" / last.name / "rank-0.json").read_text())
+        for root in (folder.path, again_folder.path)
+    ]
+    assert states[0] == states[1]
+    assert again_folder.finished and not list((again_folder.path / "checkpoints").glob(".t*"))
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    config = TrainConfig(max_steps=8, log_every=1, eval_every=2)
+    _, without, _ = train(tmp_path, config, step=noisy_step, run="without", dropout=0.3)
+    _, with_it, _ = train(tmp_path, config, step=noisy_step, run="with", dropout=0.3, evaluate=noisy_evaluation)
+    assert [row for row in lines(with_it.path) if "loss" in row] == lines(without.path)
+    assert sum("valid/chance" in row for row in lines(with_it.path)) == 4
+
+
+def test_loss_and_metrics_are_means_over_the_window(tmp_path):
+    _, folder, result = train(tmp_path, TrainConfig(epochs=2, log_every=4))
+    rows = lines(folder.path)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(4, 0), (8, 0), (12, 1), (16, 1), (18, 2)]
+    assert all(row["twice"] == pytest.approx(2 * row["loss"]) for row in rows)
+    assert result["loss"] == rows[-1]["loss"] and result["steps"] == 18 and result["best_step"] == 18
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (folder.path / "plan.txt").read_text().count("fused") == 2
+
+
+def test_best_weights_are_kept_and_patience_ends(tmp_path):
+    values = iter([1.0, 3.0, 2.0, math.nan, 9.0])
+    seen = []
+
+    def evaluate() -> dict[str, float]:
+        seen.append(weights(model_of[0]))
+        return {"error": -next(values)}
+
+    model_of: list[nn.Module] = []
+
+    def step(model: nn.Module, batch) -> StepOutput:
+        model_of[:] = [model]
+        return plain_step(model, batch)
+
+    config = TrainConfig(epochs=9, eval_every=2, checkpoint_every=1, keep_checkpoints=1, patience=2)
+    model, folder, result = train(tmp_path, config, step=step, evaluate=evaluate, select="-error")
+    assert (result["best_step"], result["steps"], result["valid/error"]) == (4, 8, -3.0)
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, seen[1][name])
+    assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert best_checkpoint(folder.path).name == "step-00000004"
+    plain = TinyModel(seed=1)
+    load_weights(best_checkpoint(folder.path), plain)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, seen[1][name])
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(tmp_path):
+    def step(model: nn.Module, batch) -> StepOutput:
+        output = plain_step(model, batch)
+        if len(before) == 3:
+            return StepOutput(output.loss_sum * math.inf, output.count)
+        before.append(weights(model))
+        return output
+
+    before: list[dict] = []
+    with pytest.raises(NonFiniteError, match=r"loss is (inf|nan) at step 4 \(epoch 0\)") as raised:
+        train(tmp_path, TrainConfig(log_every=1), step=step)
+    path = tmp_path / "run" / "non-finite-step-4-rank-0.pt"
+    assert str(path) in str(raised.value)
+    saved = torch.load(path, weights_only=True)
+    batch = make_batch(TinyLoader().rows(0, 3))
+    assert torch.equal(saved["label_B"], batch.label_B)
+    assert torch.equal(saved["features"]["values"], batch.features.values())
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_clipping_leaves_tables_alone(tmp_path):
+    moved = []
+    for clip in (0.0, 1e-3):
+        optimizer = OptimizerConfig(table_optimizer="sgd", clip_grad_norm=clip)
+        model, folder, _ = train(
+            tmp_path, TrainConfig(max_steps=1, log_every=1, optimizer=optimizer), run=f"clip-{clip}"
+        )
+        moved.append(weights(model)["ebc.embedding_bags.t0.weight"])
+    assert torch.equal(*moved)
+    assert lines(folder.path)[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "evaluate", "select", "message"),
+    [
+        (TrainConfig(epochs=0), None, "", "epochs=0"),
+        (TrainConfig(checkpoint_every=-1), None, "", "checkpoint_every=-1"),
+        (TrainConfig(patience=1), noisy_evaluation, "", "needs a metric"),
+        (TrainConfig(), None, "auc", "need an evaluation"),
+        (TrainConfig(), noisy_evaluation, "auc", "'auc', but the evaluation gives chance"),
+        (TrainConfig(optimizer=OptimizerConfig(schedule="step")), None, "", "constant, linear, cosine"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, config, evaluate, select, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, config, evaluate=evaluate, select=select)
+
+
+def test_prefetch_gives_the_state_behind_each_batch():
+    loader = TinyLoader(24)
+    fetched = list(prefetch(loader, CPU))
+    assert [entry.loader_state for entry in fetched] == [
+        {"epoch": 0, "position": 1},
+        {"epoch": 0, "position": 2},
+        {"epoch": 1, "position": 0},
+    ]
+    assert [entry.is_last for entry in fetched] == [False, False, True]
+    loader.load_state_dict(fetched[0].loader_state)
+    again = list(prefetch(loader, CPU))
+    assert [torch.equal(a.batch.label_B, b.batch.label_B) for a, b in zip(again, fetched[1:])] == [True, True]
+
+
+def test_prefetch_hands_over_errors_and_stops_when_closed():
+    class Broken(TinyLoader):
+        def __iter__(self):
+            for position, batch in enumerate(super().__iter__()):
+                if position == 2:
+                    raise OSError("disk gone")
+                yield batch
+
+    batches = prefetch(Broken(), CPU)
+    assert not next(batches).is_last
+    with pytest.raises(OSError, match="disk gone"):
+        list(batches)
+    loader = TinyLoader(8000)
+    batches = prefetch(loader, CPU)
+    next(batches)
+    batches.close()
+    assert loader.position < 10
+    empty = TinyLoader(0)
+    with pytest.raises(ValueError, match="no batch"):
+        list(prefetch(empty, CPU))

@@ -1,0 +1,195 @@
+"""A small but real training run (sharded tables, dropout, all random generators), shared by the tests of lumrec.train.
+
+Also a program: `python tiny_training.py RUNS_DIR [kill-at-step N | kill-in-save N]` trains, and dies by SIGKILL if told to.
+Shapes: B rows, D table width.
+"""
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+from lumrec.train import checkpoint
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.parallel import init_distributed, rank, shard, world_size
+from lumrec.train.run import RunFolder
+
+ROWS = (40, 12)
+WIDTH = 8
+FEATURES = ("f0", "f1")
+
+
+@dataclass
+class TinyBatch:
+    features: KeyedJaggedTensor
+    label_B: Tensor
+
+    def to(self, device: torch.device) -> "TinyBatch":
+        return TinyBatch(self.features.to(device), self.label_B.to(device))
+
+
+class TinyModel(nn.Module):
+    def __init__(self, *, rows: tuple[int, ...] = ROWS, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.ebc = EmbeddingBagCollection(
+                tables=[
+                    EmbeddingBagConfig(name=f"t{i}", num_embeddings=n, embedding_dim=WIDTH, feature_names=[FEATURES[i]])
+                    for i, n in enumerate(rows)
+                ]
+            )
+            self.mlp = nn.Sequential(nn.Linear(len(rows) * WIDTH, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 1))
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        return self.mlp(self.ebc(features).values()).squeeze(1)
+
+
+def make_batch(rows_B: Tensor, seed: int = 5) -> TinyBatch:
+    """The rows of an endless table: two features (the second jagged, 0 to 2 ids) and a label that depends on both."""
+    values, lengths = [], []
+    labels = []
+    for row in rows_B.tolist():
+        random_row = random.Random(seed * 1_000_003 + row)
+        first = random_row.randrange(ROWS[0])
+        second = [random_row.randrange(ROWS[1]) for _ in range(random_row.randrange(3))]
+        values.append(([first], second))
+        labels.append(float((first + sum(second)) % 3 == 0))
+    for i in range(2):
+        lengths.extend(len(entry[i]) for entry in values)
+    flat = [value for i in range(2) for entry in values for value in entry[i]]
+    features = KeyedJaggedTensor(
+        keys=list(FEATURES),
+        values=torch.tensor(flat, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        stride=len(rows_B),
+    )
+    return TinyBatch(features, torch.tensor(labels))
+
+
+class TinyLoader:
+    """Shuffled batches of 8 rows; over two ranks rank 0 gets `first_share(batch number)` of the rows, rank 1 the rest."""
+
+    def __init__(self, num_rows: int = 72, *, first_share: Any = lambda position: 4) -> None:
+        self.num_rows, self.first_share = num_rows, first_share
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return self.num_rows // 8
+
+    def rows(self, epoch: int, position: int) -> Tensor:
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(epoch))
+        return order[position * 8 : position * 8 + 8]
+
+    def __iter__(self) -> Iterator[TinyBatch]:
+        while self.position < len(self):
+            rows_B = self.rows(self.epoch, self.position)
+            if world_size() == 2:
+                share = self.first_share(self.position)
+                rows_B = rows_B[:share] if rank() == 0 else rows_B[share:]
+            self.position += 1
+            yield make_batch(rows_B)
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def loss_sum(model: nn.Module, batch: TinyBatch) -> Tensor:
+    logit_B = model(batch.features)
+    return nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")
+
+
+def plain_step(model: nn.Module, batch: TinyBatch) -> StepOutput:
+    loss = loss_sum(model, batch)
+    return StepOutput(loss, len(batch.label_B), {"twice": 2 * loss.detach()})
+
+
+def noisy_step(model: nn.Module, batch: TinyBatch) -> StepOutput:
+    """Draws from every random generator, so that a state that is not restored shows in the loss."""
+    return StepOutput(loss_sum(model, batch) * (1 + random.random() + np.random.rand()), len(batch.label_B))
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    runs_dir: str
+    run: str = ""
+    name: str = "tiny"
+    fold: str = ""
+    overwrite: bool = False
+    seed: int = 0
+    threads: int = 1
+    pretrain: TrainConfig = field(default_factory=TrainConfig)
+    rank: TrainConfig = field(default_factory=TrainConfig)
+
+
+def noisy_evaluation() -> dict[str, float]:
+    torch.rand(3), np.random.rand(3), random.random()
+    return {"chance": torch.rand(1).item()}
+
+
+def train_noisily(
+    runs_dir: str, *, step: Any = noisy_step, run: str = ""
+) -> tuple[nn.Module, RunFolder, dict[str, float]]:
+    """The run of the kill tests: dropout, 3 epochs of 9 steps, a checkpoint every 4 steps, an evaluation every 5."""
+    config = TinyConfig(
+        runs_dir=runs_dir, run=run, pretrain=TrainConfig(epochs=3, log_every=2, checkpoint_every=4, eval_every=5)
+    )
+    device = init_distributed("cpu", threads=config.threads)
+    torch.manual_seed(config.seed), np.random.seed(config.seed), random.seed(config.seed)
+    model = shard(TinyModel(dropout=0.3), device=device, optimizer=config.pretrain.optimizer)
+    folder = RunFolder.create(config, "pretrain")
+    result = fit(
+        model=model,
+        loader=TinyLoader(),
+        step=step,
+        config=config.pretrain,
+        run=folder,
+        evaluate=noisy_evaluation,
+        select="chance",
+        fingerprint={"data": "tiny"},
+    )
+    folder.finish(result)
+    return model, folder, result
+
+
+def main(runs_dir: str, how: str = "", when: str = "0") -> None:
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    steps = 0
+
+    def step(model: nn.Module, batch: TinyBatch) -> StepOutput:
+        nonlocal steps
+        steps += 1
+        if how == "kill-at-step" and steps == int(when):
+            kill()
+        return noisy_step(model, batch)
+
+    if how == "kill-in-save":
+        write, complete = checkpoint.write_atomically, 0
+
+        def write_or_die(path: Any, text: str) -> None:
+            nonlocal complete
+            complete += path.name == "COMPLETE"
+            if complete == int(when):
+                kill()
+            write(path, text)
+
+        checkpoint.write_atomically = write_or_die
+    train_noisily(runs_dir, step=step)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

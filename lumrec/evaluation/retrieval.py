@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lumrec.data.columns import expand_ranges
-from lumrec.data.packing import ABSENT, PackBuilder, Queries
+from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import PARTS
-from lumrec.query.group_query import condition_rows, encode_items
+from lumrec.query.group_query import condition_columns, encode_items
 from lumrec.train.parallel import rank, world_size
 
 # Users × items of the scores held at once (elements).
@@ -69,7 +69,7 @@ def evaluate_retrieval(
     """
     data = builder.data
     targets = last_events(data, part, max_users=config.max_users)
-    fixed = condition_rows(data, builder.condition_features, [config.condition])
+    fixed = condition_columns(data, builder.condition_features, [config.condition])
     names = ["", "oracle/"] if config.oracle else [""]
     ranks: dict[str, list[Tensor]] = {name: [torch.zeros(0, dtype=torch.int64)] for name in names}
     training = model.training
@@ -77,10 +77,7 @@ def evaluate_retrieval(
     try:
         e_ID = encode_items(model, builder)
         for mine in _shares(targets, max_events=max_events, tokens_per_pack=config.tokens_per_pack):
-            asked = [{name: row.expand(len(mine.row_B)) for name, row in fixed.items()}]
-            if config.oracle:
-                asked.append(_true_conditions(builder, mine.row_B))
-            o_BND = _ask(model, builder, mine, asked, max_events=max_events)
+            o_BND = _ask(model, builder, mine, fixed, oracle=config.oracle, max_events=max_events)
             for place, name in enumerate(names):
                 ranks[name].append(_rank_targets(o_BND[:, place], e_ID, data, mine))
     finally:
@@ -152,37 +149,43 @@ def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Itera
 
 
 def _ask(
-    model: nn.Module, builder: PackBuilder, targets: Targets, asked: Sequence[Mapping[str, Tensor]], *, max_events: int
+    model: nn.Module,
+    builder: PackBuilder,
+    targets: Targets,
+    fixed: Mapping[str, Column],
+    *,
+    oracle: bool,
+    max_events: int,
 ) -> Tensor:
-    """Answers o_BND to the conditions `asked` (each feature -> row of each user), given the history before the target."""
-    num_users, num_conditions = len(targets.row_B), len(asked)
+    """Answers o_BND given the history before each target: to the `fixed` condition and, if wished, to the true one."""
+    num_users, num_conditions = len(targets.row_B), 2 if oracle else 1
     length_B = (targets.row_B - targets.first_B).clamp(max=max_events - 1)
     user_B = torch.from_numpy(builder.data.user)[targets.row_B]
+    conditions = {name: column.take(torch.zeros(num_users, dtype=torch.int64)) for name, column in fixed.items()}
+    if oracle:
+        conditions = {
+            name: _in_turn(bags, builder.data.event_columns[name].take(targets.row_B))
+            for name, bags in conditions.items()
+        }
     queries = Queries(
         torch.arange(num_users).repeat_interleave(num_conditions),
         length_B.repeat_interleave(num_conditions),
-        {name: torch.stack([rows[name] for rows in asked], dim=1).flatten() for name in builder.condition_features},
+        conditions,
     )
-    pack = builder.pack(Windows(targets.row_B - length_B, length_B, user_B), queries=queries)
+    # TorchRec cannot look up nothing at all, so an empty pack reads one item.
+    nothing = torch.zeros(int(num_users == 0), dtype=torch.int64)
+    pack = builder.pack(Windows(targets.row_B - length_B, length_B, user_B), queries=queries, candidates_C=nothing)
     device = next(model.parameters()).device
     with torch.no_grad():
         o_QD = model(pack.to(device), queries_only=True).o_QD
     return o_QD.float().cpu().view(num_users, num_conditions, o_QD.shape[1])
 
 
-def _true_conditions(builder: PackBuilder, row_B: Tensor) -> dict[str, Tensor]:
-    """The condition under which each target was met: feature -> vocabulary row, ABSENT where it has none."""
-    rows = {}
-    for name in builder.condition_features:
-        values, lengths_B = builder.data.event_columns[name].take(row_B)
-        if bool((lengths_B > 1).any()):
-            raise ValueError(
-                f"oracle: condition {name!r} has several values at some event, which a query cannot ask for yet; leave "
-                "the feature out of model.conditions, or set oracle=false"
-            )
-        rows[name] = torch.full((len(row_B),), ABSENT)
-        rows[name][lengths_B > 0] = values
-    return rows
+def _in_turn(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Bags (values, lengths) of two equally long columns in turn: first 0, second 0, first 1, …"""
+    values, lengths = (torch.cat(parts) for parts in zip(first, second))
+    both = Column(values, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+    return both.take(torch.arange(len(lengths)).view(2, -1).T.flatten())
 
 
 def _rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targets) -> Tensor:

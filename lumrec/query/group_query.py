@@ -17,8 +17,8 @@ from typing import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lumrec.data.columns import expand_ranges
-from lumrec.data.packing import ABSENT, PackBuilder, Queries
+from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
@@ -34,7 +34,8 @@ class GroupQuery:
     """Asks a LUM the same N conditions about many users, or about every row of the log.
 
     model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
-    feature, for example {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any.
+    feature, such as {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any. A
+    multi-valued feature takes several values with | between them, {"query": "red|shoes"}.
 
     >>> lum, builder = build_lum(ModelConfig(max_events=32), data)
     >>> query = GroupQuery(lum, builder, [{"feedback": "like"}, {}], max_events=32)
@@ -57,7 +58,7 @@ class GroupQuery:
     ) -> None:
         self.model, self.builder, self.data = model, builder, builder.data
         self.conditions = [dict(condition) for condition in conditions]
-        self.asked_N = condition_rows(builder.data, builder.condition_features, self.conditions)
+        self.asked_N = condition_columns(builder.data, builder.condition_features, self.conditions)
         self.max_events = max_events
         self.stride = stride or default_stride(max_events)
         if not 1 <= self.stride < max_events:
@@ -95,9 +96,14 @@ class GroupQuery:
         queries = Queries(
             window_R.repeat_interleave(num_conditions),
             moment_R.repeat_interleave(num_conditions),
-            {feature: row_N.repeat(len(window_R)) for feature, row_N in self.asked_N.items()},
+            {
+                feature: column_N.take(torch.arange(num_conditions).repeat(len(window_R)))
+                for feature, column_N in self.asked_N.items()
+            },
         )
-        pack = self.builder.pack(answering.windows, queries=queries)
+        # TorchRec cannot look up nothing at all, so an empty pack reads one item.
+        nothing = torch.zeros(int(len(window_R) == 0), dtype=torch.int64)
+        pack = self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
         o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
         return o_QD.float().view(len(window_R), num_conditions, o_QD.shape[1])
 
@@ -209,36 +215,45 @@ def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict
     return conditions or [{}]
 
 
-def condition_rows(
+def condition_columns(
     data: PreparedData, features: Sequence[str], conditions: Sequence[Mapping[str, str]]
-) -> dict[str, Tensor]:
-    """Vocabulary row of each asked condition: feature -> int64 [N], ABSENT where the feature is not given.
+) -> dict[str, Column]:
+    """Vocabulary rows of N conditions: feature -> Column of N entries, an empty one where the feature is not given.
 
     features: the condition features that the LUM reads. Raises ValueError for another feature, or a value not known.
     """
     if not conditions:
         raise ValueError("no condition is asked; give at least one, [{}] to ask without any")
     declared = features_by_role(data.schema, "condition")
-    rows = {name: torch.full((len(conditions),), ABSENT) for name in features}
-    for place, condition in enumerate(conditions):
-        for name, value in condition.items():
-            if name not in rows:
-                why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
-                raise ValueError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, rows)}")
-            known = _vocabulary(data, name)
-            if str(value) not in known:
-                raise ValueError(
-                    f"condition {name}: {value!r} does not occur in the training part{_nearest(str(value), known)}; "
-                    f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
-                )
-            rows[name][place] = known[str(value)]
-    return rows
+    for name in {name for condition in conditions for name in condition}:
+        if name not in features:
+            why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
+            raise ValueError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, features)}")
+    columns = {}
+    for name in features:
+        known = _vocabulary(data, name)
+        rows = [_rows_of(data, name, condition[name], known) if name in condition else [] for condition in conditions]
+        lengths_N = torch.tensor([len(entry) for entry in rows])
+        values = torch.tensor([row for entry in rows for row in entry], dtype=torch.int64)
+        columns[name] = Column(values, torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]))
+    return columns
+
+
+def _rows_of(data: PreparedData, feature: str, value: str, known: Mapping[str, int]) -> list[int]:
+    values = str(value).split("|") if data.schema.features[feature].kind == "multi" else [str(value)]
+    for word in values:
+        if word not in known:
+            raise ValueError(
+                f"condition {feature}: {word!r} does not occur in the training part{_nearest(word, list(known))}; "
+                f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
+            )
+    return [known[word] for word in values]
 
 
 def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
     return data.vocabulary(data.schema.features[feature].table or feature)
 
 
-def _nearest(word: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from lumrec.data.splits import user_fold
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
-    condition_rows,
+    condition_columns,
     default_conditions,
     default_stride,
     log_normalizer,
@@ -40,6 +41,7 @@ from lumrec.train.run import RunFolder, on_rank_zero
 if TYPE_CHECKING:
     from lumrec.config import Config
 
+logger = logging.getLogger(__name__)
 LOG_EVERY_S = 30.0
 
 
@@ -135,8 +137,10 @@ def run(config: Config) -> dict[str, float | str]:
         "wall_s": time.perf_counter() - start,
     }
     run_folder.finish(result)
-    if rank() == 0:
-        print(summary(result, manifest, run_folder.path), flush=True)
+    asked = ", ".join(_spoken(condition) for condition in manifest["conditions"])
+    logger.info(
+        "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
+    )
     return result
 
 
@@ -200,7 +204,7 @@ def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> 
     model = lums[0].trained.model
     features = condition_features(model, data)
     conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
-    condition_rows(data, features, conditions)
+    condition_columns(data, features, conditions)
     return {
         "data_fingerprint": data.fingerprint,
         "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],
@@ -224,7 +228,7 @@ def _is_published(path: Path, identity: dict[str, Any]) -> bool:
         return False
     manifest = read_manifest(path)
     if manifest["folder"] != version_name(identity):
-        print(f"query: {path} was made from other inputs; building the next version beside it", flush=True)
+        logger.info("%s was made from other inputs or settings; building the next version beside it", path)
         return False
     check_files(path / manifest["folder"], manifest["files"], checksums=False)
     return True
@@ -344,27 +348,8 @@ class _Progress:
     def _line(self, rate: float) -> None:
         self.logged = time.perf_counter()
         self.run_folder.log(self.units, **{f"{self.name}/answers_per_s": rate})
-        if rank() == 0 and self.bar.disable:
-            print(f"{self.name}: {self.units}/{self.num_units} packs, {rate:,.0f} answers/s", flush=True)
-
-
-def summary(result: dict[str, float | str], manifest: dict[str, Any], path: Path) -> str:
-    """What was asked and published, in a few lines for the terminal."""
-    counts = manifest["counts"]
-    lums = ", ".join(lum["run"] for lum in manifest["lums"])
-    lines = [
-        f"knowledge of {lums} ({manifest['hazard']}), width {manifest['dim']} in {manifest['dtype']}",
-        f"  asked for: {', '.join(_spoken(condition) for condition in manifest['conditions'])}",
-    ]
-    if "rows" in counts:
-        lines.append(f"  {counts['rows']:,} rows, {counts['rows_absent']:,} absent (first events: no history)")
-    if "users" in counts:
-        lines.append(f"  {counts['users']:,} users, {counts['users_absent']:,} absent (no events)")
-    lines.append(
-        f"  {float(result['bytes']) / 2**20:,.1f} MiB in {path} ({result['answers_per_s']:,.0f} answers/s, "
-        f"{result['wall_s']:.1f} s)"
-    )
-    return "\n".join(lines)
+        if self.bar.disable:
+            logger.info("%s: %d/%d packs, %s answers/s", self.name, self.units, self.num_units, f"{rate:,.0f}")
 
 
 def _spoken(condition: dict[str, str]) -> str:

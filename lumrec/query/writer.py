@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from lumrec.train.files import remove_folder, sha256, sync_folder, write_atomica
 from lumrec.train.parallel import rank, world_size
 from lumrec.train.run import on_rank_zero
 
+logger = logging.getLogger(__name__)
 BUILDING = "building"
 IDENTITY = "identity.json"
 # LMDB's address space per user beside the value itself: key, node and page overheads, and pages that are half full.
@@ -77,10 +79,10 @@ class KnowledgeWriter:
         if stored.exists() and json.loads(stored.read_text()) == self.identity:
             finished = {line for file in self.folder.glob("progress-*") for line in _whole_lines(file)}
             if finished:
-                print(f"query: continuing the build in {self.folder} ({len(finished)} units are finished)", flush=True)
+                logger.info("%s: continuing a killed build, %d units of it are finished", self.folder, len(finished))
             return finished
         if self.folder.exists():
-            print(f"query: dropping the unfinished build of other knowledge in {self.folder}", flush=True)
+            logger.info("%s: dropping the unfinished build of other knowledge", self.folder)
             remove_folder(self.folder)
         self.folder.mkdir(parents=True)
         for name, (shape, dtype) in shapes.items():

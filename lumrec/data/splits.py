@@ -91,7 +91,7 @@ def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
     never to have seen the users of fold k. Raises ValueError unless 1 <= num_folds <= 127.
 
     >>> user_fold(["1", "2", "3"], 2)
-    array([0, 0, 0], dtype=int8)
+    array([0, 1, 1], dtype=int8)
     """
     if not 1 <= num_folds <= 127:
         raise ValueError(f"number of folds: got {num_folds}, expected 1 … 127")

@@ -62,7 +62,7 @@ def resolve(path: str = "", *, archive: Archive = ARCHIVE) -> Tuple[Path, str]:
     or nothing is found and the publisher cannot be reached; ValueError where the download has another checksum.
     """
     if path:
-        return _complete(Path(path), "data.path"), "data.path"
+        return _complete(Path(path).expanduser(), "data.path"), "data.path"
     root = os.environ.get("LUMREC_DATA", "")
     if root and (Path(root) / archive.folder).is_dir():
         return _complete(Path(root) / archive.folder, "LUMREC_DATA"), "LUMREC_DATA"
@@ -160,10 +160,13 @@ def _number_checks(*names: str) -> List[tuple]:
     """Checks of the text fields `names`; each must be a whole number."""
     checks = [(~pl.col("whole"), "wrong number of fields")]
     for name in names:
-        text = pl.col(name).str.strip_chars()
-        checks.append((text.is_in(["", "null", "NULL", "NaN", "nan", "None", r"\N"]), f"{name} is missing"))
+        checks.append((_is_null(name), f"{name} is missing"))
         checks.append((pl.col(name).cast(pl.Int64, strict=False).is_null(), f"{name} is not a whole number"))
     return checks
+
+
+def _is_null(name: str) -> pl.Expr:
+    return pl.col(name).str.strip_chars().is_in(["", "null", "NULL", "NaN", "nan", "None", r"\N"])
 
 
 def _whole_number(name: str) -> pl.Expr:
@@ -193,8 +196,8 @@ def _users(path: Path) -> pl.LazyFrame:
 def _events(path: Path, items: pl.LazyFrame) -> pl.LazyFrame:
     rating = pl.col("rating").cast(pl.Float64, strict=False)
     checks = _number_checks("user_id", "item_id", "timestamp") + [
-        (pl.col("rating").str.strip_chars() == "", "rating is missing"),
-        (rating.is_null() | rating.is_nan(), "rating is not a number"),
+        (_is_null("rating"), "rating is missing"),
+        (rating.is_null(), "rating is not a number"),
         (~rating.is_in([1.0, 2.0, 3.0, 4.0, 5.0]), "rating outside 1..5"),
     ]
     main_genre = (

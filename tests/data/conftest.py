@@ -1,0 +1,71 @@
+"""Small logs in the published layouts, made here, and a config with what the prepare stage reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lumrec.data.prepare import DataConfig
+from lumrec.data.schema import SchemaConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    prepared: str = ""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The part of the root config that preparing reads."""
+
+    data: DataConfig
+    runs_dir: str
+    schema: SchemaConfig = field(default_factory=SchemaConfig)
+    inputs: Inputs = field(default_factory=Inputs)
+    run: str = ""
+    name: str = "test"
+    seed: int = 0
+    overwrite: bool = False
+
+
+MOVIES = [
+    "1::Toy Story (1995)::Animation|Children's|Comedy",
+    "2::Jumanji (1995)::Adventure|Children's|Fantasy",
+    "10::Mis\xe9rables, Les (1995)::Drama|Musical",
+    "7::No Year::Comedy",
+    "99::Never Rated (2000)::Western",
+]
+USERS = ["1::F::1::10::48067", "2::M::56::16::70072", "10::M::25::15::55117", "11::M::25::15::55117"]
+
+
+@pytest.fixture(scope="session")
+def stage_config() -> type[StageConfig]:
+    """The config class itself, for fixtures that outlive one test."""
+    return StageConfig
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., StageConfig]:
+    """A config that prepares under the test's own folder; keywords replace its fields."""
+
+    def make(data: DataConfig, **fields: object) -> StageConfig:
+        return StageConfig(**{"data": data, "runs_dir": str(tmp_path / "runs"), **fields})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def movielens_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a log in the layout of MovieLens-1M: `::` between the fields, latin-1."""
+
+    def write(ratings: Sequence[str], movies: Sequence[str] = MOVIES, users: Sequence[str] = USERS) -> Path:
+        folder = tmp_path / "ml-1m"
+        folder.mkdir(exist_ok=True)
+        for name, lines in (("ratings.dat", ratings), ("movies.dat", movies), ("users.dat", users)):
+            (folder / name).write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
+        return folder
+
+    return write

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumrec.data.splits import TEST, TRAIN, VALID, SplitConfig, assign, check_split, user_fold
+
+lengths = st.lists(st.integers(0, 30), max_size=12)
+
+
+def parts_of_users(config: SplitConfig, counts: list[int]) -> list[np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    split = assign(config, [str(user) for user in range(len(counts))], offsets)
+    assert split.dtype == np.int8
+    assert len(split) == sum(counts)
+    return [split[first:last] for first, last in zip(offsets, offsets[1:])]
+
+
+@given(lengths, st.sampled_from([[], [0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.7, 0.0, 0.3]]))
+def test_temporal_trains_before_it_validates_before_it_tests(counts: list[int], fractions: list[float]):
+    for count, part in zip(counts, parts_of_users(SplitConfig("temporal", fractions), counts)):
+        assert (np.diff(part) >= 0).all()
+        first = fractions[0] if fractions else 0.8
+        assert (part == TRAIN).sum() == int(np.ceil(count * first - 1e-9))
+
+
+def test_temporal_counts_by_hand():
+    counts = [1, 2, 4, 5, 9, 10, 20]
+    got = [tuple(np.bincount(part, minlength=3)) for part in parts_of_users(SplitConfig("temporal"), counts)]
+    assert got == [(1, 0, 0), (2, 0, 0), (4, 0, 0), (4, 1, 0), (8, 1, 0), (8, 1, 1), (16, 2, 2)]
+
+
+@given(lengths)
+def test_leave_one_out_has_one_test_event_and_one_valid_event(counts: list[int]):
+    for count, part in zip(counts, parts_of_users(SplitConfig("leave_one_out"), counts)):
+        assert part.tolist() == ([TRAIN] * (count - 2) + [VALID, TEST] if count >= 3 else [TRAIN] * count)
+
+
+@given(lengths, st.integers(0, 2**63))
+def test_user_split_keeps_users_whole_and_ignores_the_other_users(counts: list[int], seed: int):
+    config = SplitConfig("user", seed=seed)
+    parts = parts_of_users(config, counts)
+    for part in parts:
+        assert len(set(part.tolist())) <= 1
+    for fewer, part in zip(parts_of_users(config, counts[:5]), parts):
+        assert fewer.tolist() == part.tolist()
+
+
+def test_user_split_shares_and_seed():
+    users = [str(user) for user in range(20_000)]
+    offsets = np.arange(len(users) + 1)
+    got = assign(SplitConfig("user"), users, offsets)
+    assert np.bincount(got) / len(users) == pytest.approx([0.68, 0.04, 0.28], abs=0.01)
+    assert (assign(SplitConfig("user", seed=1), users, offsets) != got).mean() > 0.3
+    assert set(assign(SplitConfig("user", [0.5, 0.0, 0.5]), users, offsets)) == {TRAIN, TEST}
+
+
+def test_folds_are_stable_balanced_and_independent_of_the_user_split():
+    users = [str(user) for user in range(20_000)]
+    fold = user_fold(users, 2)
+    assert fold.dtype == np.int8
+    # written down: a fold that moves would let a LUM answer for users that it was trained on
+    assert user_fold(["1", "2", "3", "6040", "ünï", "", "a" * 70], 4).tolist() == [2, 1, 3, 2, 3, 0, 1]
+    assert fold.mean() == pytest.approx(0.5, abs=0.02)
+    split = assign(SplitConfig("user"), users, np.arange(len(users) + 1))
+    for part in (TRAIN, TEST):
+        assert fold[split == part].mean() == pytest.approx(0.5, abs=0.02)
+    assert user_fold(users[100:200], 5).tolist() == user_fold(users, 5)[100:200].tolist()
+    assert len(user_fold([], 2)) == 0
+    for count in (0, 128):
+        with pytest.raises(ValueError, match="expected 1 … 127"):
+            user_fold(users, count)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SplitConfig("random"), "data.split.kind: got 'random', expected one of temporal, leave_one_out, user"),
+        (SplitConfig("temporal", [0.8, 0.1]), "expected three numbers"),
+        (SplitConfig("temporal", [0.8, 0.3, -0.1]), "expected three numbers"),
+        (SplitConfig("user", [0.8, 0.1, 0.2]), "sum to 1"),
+        (SplitConfig("leave_one_out", [0.8, 0.1, 0.1]), "no meaning for leave_one_out"),
+    ],
+)
+def test_bad_splits_are_refused(config: SplitConfig, message: str):
+    with pytest.raises(ValueError, match=message):
+        check_split(config)

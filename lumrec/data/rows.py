@@ -1,0 +1,217 @@
+"""Rows of a ranker: each event of the log with the history before it, in batches without padding.
+
+Shape suffixes: B rows, N rows of a part, T history events of all rows behind each other, U unique tokens, E events.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.prepared import PreparedData
+from lumrec.data.statistics import Statistics
+from lumrec.modules.knowledge import KnowledgeBatch
+from lumrec.modules.rankers.base import RankBatch
+from lumrec.modules.tokens import make_kjt
+from lumrec.query.store import Knowledge
+
+
+class RowBuilder:
+    """Makes batches out of rows (events of the prepared data) for a ranker that reads the given features.
+
+    features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
+    row_features: of the user, or of the event itself (context). max_history: events before the row at most; 0 = none.
+    statistics, knowledge: by event row, each may be left out.
+
+    A batch is put together without a loop over rows, and each token (an item with its feedback) that occurs in it is
+    looked up once: 4096 rows with 50 events each hold 200,000 tokens, but far fewer different ones.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        *,
+        features: Sequence[str],
+        item_features: Sequence[str],
+        feedback_features: Sequence[str],
+        row_features: Sequence[str],
+        max_history: int,
+        statistics: Statistics | None = None,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        if max_history < 0:
+            raise ValueError(f"max_history is {max_history}; expected 0 or more events")
+        self.data, self.knowledge, self.max_history = data, knowledge, max_history
+        self.features, self.item_features = list(features), list(item_features)
+        self.feedback_features, self.row_features = list(feedback_features), list(row_features)
+        self.dense_EF = np.zeros((data.num_events, 0), np.float32) if statistics is None else statistics.values_EF
+        self.first_E = data.user_offsets[data.user]
+        # Token ids: first every pair (item, feedback) of the log, by number, then every item as a target.
+        pair_E = _pair(data.item, [data.event_columns[name] for name in feedback_features])
+        _, self.event_of_pair, self.token_E = np.unique(pair_E, return_index=True, return_inverse=True)
+        self._scratch = threading.local()
+
+    def batch(self, rows: np.ndarray) -> RankBatch:
+        """The batch of the event rows `rows` (int64, any order, repeats allowed, at least one)."""
+        data, num_pairs = self.data, len(self.event_of_pair)
+        begin_B = np.maximum(self.first_E[rows], rows - self.max_history)
+        offsets_B1 = np.concatenate([[0], np.cumsum(rows - begin_B)])
+        history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(rows - begin_B)).numpy()
+        target_items_B = data.item[rows]
+        ids = np.concatenate([self.token_E[history_events_T], num_pairs + target_items_B])
+        token_U, place = self._unique(ids)
+        tokens = make_kjt(self.features, self._columns(token_U, rows), stride=len(token_U) + len(rows))
+        knowledge = None
+        if self.knowledge is not None:
+            answers = self.knowledge.for_rows(rows)
+            knowledge = KnowledgeBatch(
+                o_BND=answers.o_BND,
+                e_BD=self.knowledge.items_e[answers.fold_B, torch.from_numpy(target_items_B)],
+                log_z_BN=answers.log_z_BN,
+                present_BN=answers.present_BN,
+                fold_B=answers.fold_B,
+            )
+        return RankBatch(
+            tokens=tokens,
+            num_tokens=len(token_U),
+            target_B=torch.from_numpy(place[len(history_events_T) :]),
+            history_T=torch.from_numpy(place[: len(history_events_T)]),
+            offsets_B1=torch.from_numpy(offsets_B1),
+            dense_BF=torch.from_numpy(self.dense_EF[rows]),
+            label_B=torch.from_numpy(data.label[rows]),
+            row_B=torch.from_numpy(rows),
+            knowledge=knowledge,
+        )
+
+    def _columns(self, token_U: np.ndarray, rows: np.ndarray) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Values and lengths of every feature over U token bags and B row bags (see RankBatch)."""
+        data, num_tokens, num_pairs = self.data, len(token_U), len(self.event_of_pair)
+        is_pair_U = token_U < num_pairs
+        event_P = self.event_of_pair[token_U[is_pair_U]]
+        item_U = token_U - num_pairs
+        item_U[is_pair_U] = data.item[event_P]
+        index_U, index_P, index_B = (torch.from_numpy(x) for x in (item_U, event_P, rows))
+        is_bag = {"pair": torch.from_numpy(is_pair_U), "token": slice(num_tokens), "row": slice(num_tokens, None)}
+        user_B = torch.from_numpy(data.user[rows])
+        columns = {}
+
+        def put(name: str, values_and_lengths: tuple[Tensor, Tensor], where: str) -> None:
+            values, lengths = values_and_lengths
+            lengths_S = torch.zeros(num_tokens + len(rows), dtype=torch.int64)
+            if where == "pair":
+                lengths_S[:num_tokens][is_bag["pair"]] = lengths
+            else:
+                lengths_S[is_bag[where]] = lengths
+            columns[name] = (values, lengths_S)
+
+        for name in self.item_features:
+            put(name, data.item_columns[name].take(index_U), "token")
+        for name in self.feedback_features:
+            put(name, data.event_columns[name].take(index_P), "pair")
+        for name in self.row_features:
+            is_of_user = name in data.user_columns
+            column = data.user_columns[name] if is_of_user else data.event_columns[name]
+            put(name, column.take(user_B if is_of_user else index_B), "row")
+        return columns
+
+    def _unique(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct ids, and the place of each of `ids` among them: np.unique without its sort, in another order.
+
+        A scratch array over all ids keeps, for each, where it occurs last; what is left there is one place per id.
+        """
+        place_of = getattr(self._scratch, "place_of", None)  # one per thread: loader and evaluation may overlap
+        if place_of is None:
+            place_of = self._scratch.place_of = np.empty(len(self.event_of_pair) + self.data.num_items, np.int64)
+        place_of[ids] = np.arange(len(ids))
+        unique_U = ids[place_of[ids] == np.arange(len(ids))]
+        place_of[unique_U] = np.arange(len(unique_U))
+        return unique_U, place_of[ids]
+
+
+class RowLoader:
+    """Batches of an epoch in a seeded order; the state is (epoch, batches done), so any batch can be made again.
+
+    Rows are dealt evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by one at most, so
+    that no step has a rank without rows, or a last batch of a few. Raises ValueError with fewer rows than ranks.
+    """
+
+    def __init__(
+        self,
+        builder: RowBuilder,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        if len(rows) < world_size:
+            raise ValueError(
+                f"the training part has {len(rows)} rows for {world_size} process(es); expected at least one each: "
+                "look at the split of the prepared data"
+            )
+        self.builder, self.rows, self.seed = builder, rows, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.done = 0, 0
+        self._length = min(-(-len(rows) // (batch_size * world_size)), len(rows) // world_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        bounds = np.linspace(0, len(order), self._length * self.world_size + 1).astype(np.int64)
+        for step in range(self.done, self._length):
+            number = step * self.world_size + self.rank
+            self.done = step + 1
+            yield self.builder.batch(order[bounds[number] : bounds[number + 1]])
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+def evaluation_batches(
+    builder: RowBuilder, rows: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[np.ndarray, RankBatch]]:
+    """Each row once over all ranks: (places in `rows` [B], batch); every rank gets the same number of batches.
+
+    Where the rows do not suffice, a rank gets one again that another has too (sharded tables need every rank's call).
+    """
+    length = -(-len(rows) // (batch_size * world_size))
+    bounds = np.linspace(0, len(rows), length * world_size + 1).astype(np.int64)
+    for step in range(length):
+        number = step * world_size + rank
+        place_B = np.arange(bounds[number], bounds[number + 1])
+        if not len(place_B):
+            place_B = np.array([min(bounds[number], len(rows) - 1)])
+        yield place_B, builder.batch(rows[place_B])
+
+
+def _pair(item_E: np.ndarray, feedback: Sequence[Column]) -> np.ndarray:
+    """A number for each event that two events share where item and all feedback agree."""
+    pair_E = item_E.astype(np.int64)
+    for column in feedback:
+        code_E = _codes(column)
+        # Numbered anew each time, so that the product cannot overflow.
+        pair_E = np.unique(pair_E, return_inverse=True)[1] * (int(code_E.max(initial=0)) + 1) + code_E
+    return pair_E
+
+
+def _codes(column: Column) -> np.ndarray:
+    """A number for each entry that two entries share where their values agree."""
+    if column.offsets is None:
+        return column.values.numpy()
+    lengths = column.offsets.diff().numpy()
+    longest = int(lengths.max(initial=0))
+    padded = np.full((len(lengths), longest), -1, np.int64)
+    padded[np.arange(longest) < lengths[:, None]] = column.values.numpy()
+    return np.unique(padded, axis=0, return_inverse=True)[1].reshape(-1)

@@ -1,0 +1,278 @@
+"""Step 3: a ranker on the log, without or with what the LUM knows (LUM section 4.3)."""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, List
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepared import PreparedData
+from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
+from lumrec.data.schema import features_by_role
+from lumrec.data.splits import PARTS
+from lumrec.data.statistics import row_statistics
+from lumrec.evaluation.metrics import ranking_metrics
+from lumrec.modules.knowledge import MODES, KnowledgeFusion
+from lumrec.modules.rankers.base import RankBatch, Ranker
+from lumrec.modules.rankers.din import Din
+from lumrec.modules.rankers.dlrm import Dlrm
+from lumrec.modules.tokens import make_tables
+from lumrec.query.store import Knowledge
+from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.lum import condition_features, lum_fingerprint
+from lumrec.train.optimizers import OptimizerConfig
+from lumrec.train.parallel import init_distributed, rank, shard, world_size
+from lumrec.train.run import RunFolder
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+logger = logging.getLogger(__name__)
+
+MODELS = ("din", "dlrm")
+TABLES = ("fresh", "lum")
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Step 3.
+
+    model: "din" or "dlrm" (Embedding + MLP with pooled history).
+    knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
+    knowledge_dim: width to which direct features are projected.
+    tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
+    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py.
+    max_history: events before the row. batch_size: rows of one step on each rank.
+    hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
+    activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
+    select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
+    """
+
+    model: str = "din"
+    knowledge: str = "none"
+    knowledge_dim: int = 32
+    tables: str = "fresh"
+    statistics: str = "all"
+    max_history: int = 50
+    batch_size: int = 4096
+    hidden_dims: List[int] = field(default_factory=lambda: [200, 80])
+    dropout: float = 0.1
+    activation: str = "prelu"
+    activation_dim: int = 36
+    softmax: bool = False
+    select: str = "auc"
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            epochs=10, patience=2, optimizer=OptimizerConfig(table_lr=0.05, dense_lr=1e-3, weight_decay=0.01)
+        )
+    )
+
+
+def row_features(data: PreparedData) -> list[str]:
+    """Features of the row itself: the user's, the context's, and conditions that are known before the item is shown.
+
+    A wish (such as the feedback that is hoped for) is what the row is about to be asked, and so is left out.
+    """
+    known = [name for name in features_by_role(data.schema, "condition") if not data.schema.features[name].wish]
+    return [*features_by_role(data.schema, "user"), *features_by_role(data.schema, "context"), *known]
+
+
+def build_ranker(
+    config: RankConfig,
+    data: PreparedData,
+    *,
+    num_statistics: int,
+    knowledge: Knowledge | None = None,
+    device: torch.device | str | None = None,
+) -> Ranker:
+    """A ranker with fresh weights for the features of the data's schema.
+
+    Raises ValueError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
+    """
+    if config.model not in MODELS:
+        raise ValueError(f"rank.model is {config.model!r}; expected one of {', '.join(MODELS)}")
+    if config.knowledge not in ("none", *MODES):
+        raise ValueError(f"rank.knowledge is {config.knowledge!r}; expected one of {', '.join(('none', *MODES))}")
+    if (knowledge is None) != (config.knowledge == "none"):
+        raise ValueError(
+            f"rank.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
+        )
+    fusion = knowledge and KnowledgeFusion(
+        config.knowledge,
+        knowledge.num_conditions,
+        knowledge.dim,
+        knowledge.num_folds,
+        config.knowledge_dim,
+        has_log_z=knowledge.log_z is not None,
+    )
+    item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
+    table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *row_features(data)]}
+    sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
+    arguments = {
+        "item_features": item,
+        "feedback_features": feedback,
+        "row_features": row_features(data),
+        "num_statistics": num_statistics,
+        "hidden_dims": config.hidden_dims,
+        "activation": config.activation,
+        "dropout": config.dropout,
+        "knowledge": fusion,
+    }
+    tables = make_tables(sizes, table_of, device=device)
+    if config.model == "din":
+        return Din(tables, activation_dim=config.activation_dim, softmax=config.softmax, **arguments)
+    return Dlrm(tables, **arguments)
+
+
+def step(model: nn.Module, batch: RankBatch) -> StepOutput:
+    """The step function of the training loop: binary cross-entropy of the batch's rows."""
+    return StepOutput(F.binary_cross_entropy_with_logits(model(batch), batch.label_B, reduction="sum"), len(batch))
+
+
+def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, *, batch_size: int) -> np.ndarray:
+    """Logit of each of the event rows `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
+    was_training = dmp.training
+    dmp.eval()
+    average_buffers(dmp)
+    logit_N = torch.zeros(len(rows), dtype=torch.float64)
+    times_N = torch.zeros(len(rows), dtype=torch.float64)
+    with torch.no_grad():
+        batches = evaluation_batches(builder, rows, batch_size=batch_size, rank=rank(), world_size=world_size())
+        for place_B, batch in batches:
+            logit_N[place_B] = dmp(batch.to(dmp.device)).double().cpu()
+            times_N[place_B] = 1.0
+    if world_size() > 1:
+        dist.all_reduce(logit_N)
+        dist.all_reduce(times_N)
+    dmp.train(was_training)
+    return (logit_N / times_N).numpy()
+
+
+def average_buffers(dmp: DistributedModelParallel) -> None:
+    """Makes running moments (Dice's, the knowledge's) equal on all ranks, of which each saw its own rows. Collective."""
+    if world_size() > 1:
+        for buffer in dmp.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world_size()
+
+
+def load_lum_tables(config: "Config", data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
+    """Fills the tables that the LUM of `inputs.lums` has too with its weights; their names. The optimizer starts anew.
+
+    Raises FileNotFoundError without a finished LUM, ValueError where it was trained on other data.
+    """
+    from lumrec.config import load  # the root config nests RankConfig, so it cannot be imported from here at the top
+
+    run = (config.inputs.lums or [f"{config.name}-pretrain"])[0]
+    folder = Path(config.runs_dir) / run
+    if not (folder / "result.json").exists():
+        raise FileNotFoundError(
+            f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
+            f"torchx run apps/pretrain.py --config <your config> run={run}; or train with rank.tables=fresh"
+        )
+    trained = load(folder / "config.yaml", [])
+    schema = data.schema
+    read_by_lum = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
+    read_by_lum += condition_features(trained.model, data)
+    ours = {name for name, _ in dmp.named_parameters()}
+    mapping = {}
+    for table in dict.fromkeys(schema.features[name].table for name in read_by_lum):
+        weight = f"tables.embedding_bags.{table}.weight"
+        if weight in ours:
+            mapping[f"token_encoder.{weight}"] = weight
+    load_weights(best_checkpoint(folder), dmp, mapping, fingerprint=lum_fingerprint(trained.model, data))
+    return [weight.split(".")[2] for weight in mapping.values()]
+
+
+def run(config: "Config") -> dict[str, float | str]:
+    """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, once, and returns result.json.
+
+    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped of the test part; valid/… of
+    the kept weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
+    tables_from_lum, and `note` and `undefined` where a part is empty or has one class only.
+    Raises FileNotFoundError for a missing input, with the command that makes it.
+    """
+    settings = config.rank
+    device = init_distributed(threads=config.threads)
+    started = time.perf_counter()
+    if settings.tables not in TABLES:
+        raise ValueError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
+    data = open_or_prepare(config)
+    knowledge = None
+    if settings.knowledge != "none":
+        folder = Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query")
+        knowledge = Knowledge.open(folder, data)
+    inputs = {"data": data.fingerprint} | ({"knowledge": knowledge.path.name} if knowledge else {})
+    run_folder = RunFolder.create(config, "rank", inputs=inputs)
+    if run_folder.finished:
+        return run_folder.result()
+    statistics = row_statistics(data, kind=settings.statistics)
+    torch.manual_seed(config.seed)
+    model = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
+    builder = RowBuilder(
+        data,
+        features=model.features,
+        item_features=features_by_role(data.schema, "item"),
+        feedback_features=features_by_role(data.schema, "feedback"),
+        row_features=model.row_features,
+        max_history=settings.max_history,
+        statistics=statistics,
+        knowledge=knowledge,
+    )
+    optimizer = settings.train.optimizer
+    dmp = shard(model, table_lr=optimizer.table_lr, table_optimizer=optimizer.table_optimizer, device=device)
+    loaded = load_lum_tables(config, data, dmp) if settings.tables == "lum" else []
+    train_rows, valid_rows, test_rows = (np.flatnonzero(data.split == part) for part in range(len(PARTS)))
+
+    def evaluate(rows: np.ndarray) -> dict[str, float | str]:
+        logit_N = score(dmp, builder, rows, batch_size=settings.batch_size)
+        return ranking_metrics(data.label[rows], logit_N, data.user[rows])
+
+    result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
+    train, select = settings.train, settings.select
+    if not len(valid_rows):
+        result["note"] = "the validation part has no rows: the last weights are kept and tested"
+        logger.warning("rank: %s", result["note"])
+        train, select = dataclasses.replace(train, patience=0), ""
+    trained = fit(
+        model=dmp,
+        loader=RowLoader(
+            builder,
+            train_rows,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            rank=rank(),
+            world_size=world_size(),
+        ),
+        step=step,
+        config=train,
+        run=run_folder,
+        evaluate=(lambda: _numbers(evaluate(valid_rows))) if len(valid_rows) else None,
+        select=select,
+        progress=f"rank {settings.model} {settings.knowledge}",
+        fingerprint={**inputs, "model": repr(settings)},
+    )
+    result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in trained.items()}
+    result |= evaluate(test_rows)
+    if knowledge is not None:
+        result["knowledge_hazard"] = knowledge.hazard
+    if loaded:
+        result["tables_from_lum"] = ", ".join(loaded)
+    result["wall_s"] = time.perf_counter() - started
+    run_folder.finish(result)
+    return result
+
+
+def _numbers(metrics: dict[str, float | str]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not isinstance(value, str)}

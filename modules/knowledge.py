@@ -1,0 +1,170 @@
+"""What a ranker makes of a LUM's answers: direct features and interest matching (LUM section 4.3, figure 3c).
+
+Shape suffixes: B rows, N conditions asked, D width of the LUM, K folds (LUMs), F features given to the ranker.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("direct", "matching", "both")
+
+
+class KnowledgeBatch(NamedTuple):
+    """What LUMs say about B rows; fixed numbers, no gradient flows into them.
+
+    o_BND: float, answers of the row's user to each condition, asked with the history before the row.
+    e_BD: float, the target item by the token encoder of the same LUM. fold_B: int64, which LUM that was.
+    log_z_BN: float, log of the sum over the catalogue of exp(similarity); None where it was not stored.
+    present_BN: bool, False where there is no answer; what stands there is not read.
+    """
+
+    o_BND: Tensor
+    e_BD: Tensor
+    log_z_BN: Tensor | None
+    present_BN: Tensor
+    fold_B: Tensor
+
+    def to(self, device: torch.device | str) -> "KnowledgeBatch":
+        """The same batch on `device`."""
+        return KnowledgeBatch(*(None if value is None else value.to(device) for value in self))  # type: ignore[arg-type]
+
+
+class KnowledgeFusion(nn.Module):
+    """Features for a ranker's over-arch out of a LUM's answers; usable in front of any.
+
+    direct: o of every condition and e, projected together. The spaces of K cross-fitted LUMs have nothing to do with
+        each other, so each has a projection of its own, chosen by the row's fold.
+    matching: for each condition the similarity o·e (a LUM scales o and e so that their dot product is its similarity),
+        its log-probability o·e - log z, and how far each of the two is from its mean over the row's answers: what tells
+        "an item that this user will like" from "one that this user will not".
+    both: the two behind each other. In every mode a column says of each answer whether it is there.
+
+    Columns are standardised by running moments over the answers that are there (BatchNorm that knows absence), since a
+    LUM's scale is its own. An absent answer is 0 in every column: the mean of the rows that have one. ::
+
+        o_BND ──┬── project by fold ──────────────┐
+        e_BD ───┼── o·e ── standardise ───────────┼── [B, num_features]
+        log_z ──┘  o·e - log z, contrasts         │
+        present ──────────────────────────────────┘
+
+    Raises ValueError for an unknown mode, and where matching was set up with log z and is called without, or reverse.
+
+    >>> fusion = KnowledgeFusion("both", num_conditions=2, knowledge_dim=8, num_folds=3, out_dim=4)
+    >>> o_BND, e_BD, log_z_BN = torch.randn(5, 2, 8), torch.randn(5, 8), torch.randn(5, 2)
+    >>> fusion(o_BND, e_BD, log_z_BN, torch.ones(5, 2, dtype=torch.bool), torch.tensor([0, 2, 1, 0, 0])).shape
+    torch.Size([5, 14])
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        num_conditions: int,
+        knowledge_dim: int,
+        num_folds: int,
+        out_dim: int,
+        *,
+        has_log_z: bool = True,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"the knowledge mode is {mode!r}; expected one of {', '.join(MODES)}")
+        self.mode, self.num_conditions, self.has_log_z = mode, num_conditions, has_log_z
+        self.num_features = num_conditions
+        if mode != "matching":
+            in_dim = (num_conditions + 1) * knowledge_dim
+            self.direct_scale = MaskedStandardise(in_dim)
+            bound = in_dim**-0.5
+            self.direct_weight_KIF = nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
+            self.direct_bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
+            self.num_features += out_dim
+        if mode != "direct":
+            kinds = (2 if has_log_z else 1) * (2 if num_conditions > 1 else 1)
+            self.matching_scale = MaskedStandardise(kinds * num_conditions)
+            self.num_features += kinds * num_conditions
+
+    def forward(
+        self, o_BND: Tensor, e_BD: Tensor, log_z_BN: Tensor | None, present_BN: Tensor, fold_B: Tensor
+    ) -> Tensor:
+        """Features [B, num_features], float32 (shapes and meaning of the inputs: KnowledgeBatch)."""
+        o_BND, e_BD = o_BND.detach().float(), e_BD.detach().float()
+        # What stands in the place of an absent answer may be anything, nan included.
+        o_BND = o_BND.masked_fill(~present_BN[:, :, None], 0.0)
+        features = [present_BN.float()]
+        if self.mode != "matching":
+            features.append(self._direct(o_BND, e_BD, present_BN, fold_B))
+        if self.mode != "direct":
+            features.append(self._matching(o_BND, e_BD, log_z_BN, present_BN))
+        return torch.cat(features, dim=1)
+
+    def _direct(self, o_BND: Tensor, e_BD: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
+        x_BI = torch.cat([o_BND.flatten(1), e_BD], dim=1)
+        # e is known wherever any answer is: both are read from one LUM.
+        has_item_B1 = present_BN.any(dim=1, keepdim=True)
+        present_BI = torch.cat(
+            [present_BN.repeat_interleave(o_BND.shape[2], dim=1), has_item_B1.expand(-1, e_BD.shape[1])], dim=1
+        )
+        x_BI = self.direct_scale(x_BI, present_BI)
+        # All folds' projections of all rows, then each row's own: K is small, and one batched product beats K gathers.
+        x_KBF = torch.baddbmm(
+            self.direct_bias_KF[:, None], x_BI.expand(len(self.direct_bias_KF), -1, -1), self.direct_weight_KIF
+        )
+        return x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)] * has_item_B1
+
+    def _matching(self, o_BND: Tensor, e_BD: Tensor, log_z_BN: Tensor | None, present_BN: Tensor) -> Tensor:
+        if (log_z_BN is not None) != self.has_log_z:
+            raise ValueError(
+                f"this KnowledgeFusion was made with has_log_z={self.has_log_z} and is called "
+                f"{'with' if log_z_BN is not None else 'without'} log z: make it the way the knowledge is stored"
+            )
+        kinds = [torch.einsum("bnd,bd->bn", o_BND, e_BD)]
+        if log_z_BN is not None:
+            kinds.append(kinds[0] - log_z_BN.detach().float().masked_fill(~present_BN, 0.0))
+        if self.num_conditions > 1:
+            count_B1 = present_BN.sum(dim=1, keepdim=True).clamp(min=1)
+            for x_BN in tuple(kinds):
+                mean_B1 = (x_BN * present_BN).sum(dim=1, keepdim=True) / count_B1
+                kinds.append(x_BN - mean_B1)
+        return self.matching_scale(torch.cat(kinds, dim=1), present_BN.repeat(1, len(kinds)))
+
+
+class MaskedStandardise(nn.Module):
+    """Columns brought to mean 0 and variance 1 over the entries that are present; 0 where absent.
+
+    BatchNorm without scale and shift, whose moments leave absent entries out: a batch's own while training (running
+    ones are kept beside), the running ones in evaluation. A column without a present entry in a batch leaves no trace.
+    """
+
+    mean_F: Tensor
+    var_F: Tensor
+    is_started_F: Tensor
+
+    def __init__(self, num_features: int, *, momentum: float = 0.05, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean_F", torch.zeros(num_features))
+        self.register_buffer("var_F", torch.ones(num_features))
+        self.register_buffer("is_started_F", torch.zeros(num_features))
+
+    def forward(self, x_BF: Tensor, present_BF: Tensor) -> Tensor:
+        """x_BF standardised, float32 [B, F]. present_BF: bool."""
+        if self.training:
+            mean_F, var_F = self._observe(x_BF, present_BF)
+        else:
+            mean_F, var_F = self.mean_F, self.var_F
+        return ((x_BF - mean_F) * (var_F + self.eps).rsqrt()).masked_fill(~present_BF, 0.0)
+
+    def _observe(self, x_BF: Tensor, present_BF: Tensor) -> tuple[Tensor, Tensor]:
+        count_F = present_BF.sum(dim=0)
+        safe_F = count_F.clamp(min=1)
+        kept_BF = x_BF.masked_fill(~present_BF, 0.0)
+        mean_F = kept_BF.sum(dim=0) / safe_F
+        var_F = ((kept_BF - mean_F).square() * present_BF).sum(dim=0) / safe_F
+        with torch.no_grad():
+            # The first batch sets the moments, so that a short training does not evaluate with those of the start.
+            step_F = torch.where(self.is_started_F > 0, self.momentum, 1.0) * (count_F > 1)
+            self.mean_F.lerp_(mean_F, step_F)
+            self.var_F.lerp_(var_F, step_F)
+            self.is_started_F.copy_(torch.maximum(self.is_started_F, (count_F > 1).float()))
+        return mean_F, var_F

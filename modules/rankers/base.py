@@ -1,0 +1,192 @@
+"""What all rankers share: one table lookup of a batch, dense layers, and the place where a LUM's knowledge comes in.
+
+Shape suffixes: B rows, T history events of all rows behind each other, U unique tokens, F statistics, D width of a
+token (its item and feedback features), I width of its item features, R width of the row's own features, X of anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
+from lumrec.modules.tokens import feature_order
+
+ACTIVATIONS = ("relu", "prelu", "dice")
+
+
+@dataclass
+class RankBatch:
+    """B rows to be ranked: user, context and target item, with the user's history before the row.
+
+    A token is an item with the feedback that it got, or a target without any. Each that occurs in the batch, however
+    often, is one bag of the tables; history and target are indices into them::
+
+        bag       0 … U-1                     U … U+B-1
+        is        unique token                row
+        features  item (+ feedback)           user, context
+
+        history_T     7 0 3 | 3 | | 0 1       offsets_B1  0 3 4 4 6
+        target_B      8       2  8  5
+
+    tokens: KJT of all features, stride U + B. target_B, history_T: int64. offsets_B1: int64 [B + 1].
+    dense_BF: float32, statistics of what was before the row (F may be 0). label_B: float32, 0 or 1.
+    row_B: int64, row of each in the prepared events. knowledge: what a LUM says of the rows, or None.
+    """
+
+    tokens: KeyedJaggedTensor
+    num_tokens: int
+    target_B: Tensor
+    history_T: Tensor
+    offsets_B1: Tensor
+    dense_BF: Tensor
+    label_B: Tensor
+    row_B: Tensor
+    knowledge: KnowledgeBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self.target_B)
+
+    def to(self, device: torch.device | str) -> "RankBatch":
+        """The same batch on `device`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+        return dataclasses.replace(self, **moved)
+
+
+class Looked(NamedTuple):
+    """What the tables gave: token_UD (its first I columns are item features), target_BI, row_BR."""
+
+    token_UD: Tensor
+    target_BI: Tensor
+    row_BR: Tensor
+
+
+class Ranker(nn.Module):
+    """logit = MLP(user and context; target item; interest in the target; statistics; a LUM's knowledge).
+
+    A subclass says what the interest is: it reads the history. `tables` are called as those of a LUM's token encoder
+    are, so that its checkpoint can fill them. The knowledge joins the over-arch's input and nothing else, as fixed
+    features (LUM section 4.3); without it a ranker is the plain model.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingBagCollection,
+        *,
+        item_features: Sequence[str],
+        feedback_features: Sequence[str],
+        row_features: Sequence[str],
+        num_statistics: int,
+        hidden_dims: Sequence[int],
+        activation: str = "prelu",
+        dropout: float = 0.0,
+        knowledge: KnowledgeFusion | None = None,
+    ) -> None:
+        super().__init__()
+        self.tables = tables
+        self.features = feature_order(tables)
+        self.token_features = [*item_features, *feedback_features]
+        self.row_features = list(row_features)
+        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        self.item_dim = sum(width[f] for f in item_features)
+        self.token_dim = sum(width[f] for f in self.token_features)
+        self.row_dim = sum(width[f] for f in row_features)
+        self.knowledge = knowledge
+        self.num_statistics = num_statistics
+        in_dim = self.row_dim + self.item_dim + self.make_interest() + num_statistics
+        self.over_arch = make_mlp(
+            in_dim + (knowledge.num_features if knowledge else 0), hidden_dims, activation=activation, dropout=dropout
+        )
+
+    def make_interest(self) -> int:
+        """Makes the subclass's own modules, now that the widths are known, and returns the width of `interest`."""
+        raise NotImplementedError
+
+    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
+        """What the history says about the target, [B, X]."""
+        raise NotImplementedError
+
+    def forward(self, batch: RankBatch) -> Tensor:
+        """Logits [B], float32.
+
+        Raises ValueError for a batch made for other features, or without the knowledge that this ranker reads.
+        """
+        looked = self.look_up(batch)
+        x = [looked.row_BR, looked.target_BI, self.interest(looked, batch), batch.dense_BF]
+        if self.knowledge is not None:
+            if batch.knowledge is None:
+                raise ValueError(
+                    "this ranker reads a LUM's knowledge and the batch has none: give it to the RowBuilder"
+                )
+            x.append(self.knowledge(*batch.knowledge))
+        return self.over_arch(torch.cat(x, dim=1)).squeeze(1)
+
+    def look_up(self, batch: RankBatch) -> Looked:
+        """One call of the tables for all tokens and rows of the batch."""
+        if batch.tokens.keys() != self.features:
+            raise ValueError(
+                f"the batch has the keys {batch.tokens.keys()}; these tables are called with {self.features}"
+            )
+        if batch.dense_BF.shape[1] != self.num_statistics:
+            raise ValueError(f"the batch has {batch.dense_BF.shape[1]} statistics; expected {self.num_statistics}")
+        embedded = self.tables(batch.tokens).to_dict()
+        token_UD = torch.cat([embedded[f][: batch.num_tokens] for f in self.token_features], dim=1)
+        if self.row_features:
+            row_BR = torch.cat([embedded[f][batch.num_tokens :] for f in self.row_features], dim=1)
+        else:
+            row_BR = token_UD.new_zeros(len(batch), 0)
+        target_BI = nn.functional.embedding(batch.target_B, token_UD[:, : self.item_dim])
+        return Looked(token_UD, target_BI, row_BR)
+
+
+def mean_history(token_UD: Tensor, batch: RankBatch) -> Tensor:
+    """Mean over each row's history of its tokens, [B, D]; 0 for an empty one."""
+    return nn.functional.embedding_bag(
+        batch.history_T, token_UD, batch.offsets_B1, mode="mean", include_last_offset=True
+    )
+
+
+def make_mlp(in_dim: int, hidden_dims: Sequence[int], *, activation: str, dropout: float) -> nn.Sequential:
+    """Linear layers with an activation behind each but the last, which gives one logit."""
+    layers: list[nn.Module] = []
+    for hidden_dim in hidden_dims:
+        layers += [nn.Linear(in_dim, hidden_dim), make_activation(activation, hidden_dim)]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        in_dim = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(in_dim, 1))
+
+
+def make_activation(name: str, dim: int) -> nn.Module:
+    """ "relu", "prelu" (one slope) or "dice". Raises ValueError for another name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return {"relu": nn.ReLU, "prelu": nn.PReLU}[name]() if name != "dice" else Dice(dim)
+
+
+class Dice(nn.Module):
+    """DIN's activation (1706.06978 section 5.3): x where it is high for its unit, alpha x where it is low.
+
+    p = sigmoid of x standardised over the batch (running moments in evaluation); p x + (1 - p) alpha x.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.standardise = nn.BatchNorm1d(dim, affine=False, eps=1e-8)
+        self.alpha = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_XD: Tensor) -> Tensor:
+        """The activated units, same shape [X, D]; with fewer than 2 entries while training, by the running moments."""
+        if self.training and len(x_XD) < 2:
+            moments = self.standardise
+            z_XD = (x_XD - moments.running_mean) * (moments.running_var + moments.eps).rsqrt()  # type: ignore[operator]
+        else:
+            z_XD = self.standardise(x_XD)
+        p_XD = torch.sigmoid(z_XD)
+        return x_XD * (p_XD + (1 - p_XD) * self.alpha)

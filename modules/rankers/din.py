@@ -1,0 +1,210 @@
+"""Deep Interest Network: the history weighted by its relevance to the target (Zhou et al., 1706.06978).
+
+Shape suffixes: see rankers/base.py; H hidden units of the activation unit, L events of the longest history of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, make_activation
+
+CHUNK_ROWS = 128  # rows whose gathered histories stay in a CPU core's cache
+
+
+class Din(Ranker):
+    """DIN: interest = sum over the history of a(h, t) h, without softmax, so that its length says how strong it is.
+
+    activation_dim: hidden units of the local activation unit (36 in the paper's figure 2). softmax: weights that sum to
+    1 instead (what the paper advises against). activation: of the activation unit and of the over-arch.
+
+    Where we differ from the paper: a token of the history has the feedback it got, which a target has not; no
+    regularisation by mini-batch; the activation unit sees h and t, their product and their difference (as the authors'
+    code does), where the paper's text has an outer product.
+    """
+
+    def __init__(
+        self, *args: Any, activation_dim: int = 36, softmax: bool = False, activation: str = "prelu", **kwargs: Any
+    ):
+        self._unit_arguments = {"hidden_dim": activation_dim, "softmax": softmax, "activation": activation}
+        super().__init__(*args, activation=activation, **kwargs)
+
+    def make_interest(self) -> int:
+        self.local_activation = LocalActivation(self.token_dim, self.item_dim, **self._unit_arguments)
+        return self.token_dim + self.item_dim
+
+    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
+        """The weighted sum of the history, and its product with the target: [B, D + I]."""
+        interest_BD = self.local_activation(looked.token_UD, looked.target_BI, batch.history_T, batch.offsets_B1)
+        return torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1)
+
+
+class LocalActivation(nn.Module):
+    """DIN's activation unit and weighted sum over jagged histories: sum_l a(h_l, t) h_l.
+
+    The unit's first layer reads [h; t; h*t; h-t], which is linear in h once the target is known::
+
+        W_h h + W_t t + W_p (h*t) + W_d (h-t)  =  (W_h + W_d + W_p diag(t)) h  +  (W_t - W_d) t
+                                                   token     product             target
+
+    so that `token`, `product` and `target` hold all that four matrices could say, and the layer is one small matrix per
+    row times the row's history. h*t is taken over item features alone: a target has no feedback to multiply.
+
+    The path for ReLU and PReLU goes through the rows in chunks, sorted by length, that stay in cache, and computes
+    again in the backward pass what it does not keep. `plain` is its twin; Dice (moments over all events) and softmax
+    use it.
+    """
+
+    def __init__(
+        self, token_dim: int, item_dim: int, *, hidden_dim: int = 36, activation: str = "prelu", softmax: bool = False
+    ) -> None:
+        super().__init__()
+        self.item_dim, self.softmax = item_dim, softmax
+        bound = (token_dim + 2 * item_dim) ** -0.5
+        self.token_DH = nn.Parameter(torch.empty(token_dim, hidden_dim).uniform_(-bound, bound))
+        self.product_IH = nn.Parameter(torch.empty(item_dim, hidden_dim).uniform_(-bound, bound))
+        self.target = nn.Linear(item_dim, hidden_dim)
+        self.activation = make_activation(activation, hidden_dim)
+        self.output_H = nn.Parameter(torch.empty(hidden_dim).uniform_(-(hidden_dim**-0.5), hidden_dim**-0.5))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
+        """Weighted sum of each row's history, [B, D]; 0 for an empty one (meaning of the inputs: RankBatch)."""
+        if self.softmax or not isinstance(self.activation, (nn.PReLU, nn.ReLU)):
+            return self.plain(token_UD, target_BI, history_T, offsets_B1)
+        slope = self.activation.weight if isinstance(self.activation, nn.PReLU) else token_UD.new_zeros(1)
+        return _ChunkedActivation.apply(
+            token_UD,
+            target_BI,
+            self.target(target_BI),
+            self.token_DH,
+            self.product_IH,
+            self.output_H,
+            self.bias,
+            slope,
+            history_T,
+            offsets_B1,
+        )
+
+    def plain(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
+        """The same as `forward`, without chunks: what it is tested against."""
+        row_T = torch.repeat_interleave(offsets_B1.diff(), output_size=len(history_T))
+        hidden_TH = F.embedding(history_T, token_UD @ self.token_DH) + F.embedding(row_T, self.target(target_BI))
+        item_TI = F.embedding(history_T, token_UD[:, : self.item_dim])
+        hidden_TH = hidden_TH + (item_TI * F.embedding(row_T, target_BI)) @ self.product_IH
+        weight_T = self.activation(hidden_TH) @ self.output_H + self.bias
+        if self.softmax:
+            weight_T = segment_softmax(weight_T, row_T, len(target_BI))
+        return F.embedding_bag(
+            history_T, token_UD, offsets_B1, mode="sum", per_sample_weights=weight_T, include_last_offset=True
+        )
+
+
+def segment_softmax(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
+    """Softmax of x within each segment, [T]; segment_T: int64, in any order, segments may be empty."""
+    highest = x_T.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_T, x_T.detach(), "amax")
+    exp_T = (x_T - highest[segment_T]).exp()
+    return exp_T / x_T.new_zeros(num_segments).index_add(0, segment_T, exp_T)[segment_T]
+
+
+class _ChunkedActivation(torch.autograd.Function):
+    """LocalActivation's weighted sum for a PReLU with one slope (0: ReLU), in chunks of rows of about equal length.
+
+    Within a chunk the histories stand padded, [rows, L, D], so that a row's target reaches its events without a copy
+    per event; sorting by length keeps the padding small. A padded place reads a token of zeros behind the last one: its
+    product with anything is 0, in the sum and in every gradient, so that no mask is needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token_UD: Tensor,
+        target_BI: Tensor,
+        bias_BH: Tensor,
+        token_DH: Tensor,
+        product_IH: Tensor,
+        output_H: Tensor,
+        bias: Tensor,
+        slope: Tensor,
+        history_T: Tensor,
+        offsets_B1: Tensor,
+    ) -> Tensor:
+        length_B, order_B = offsets_B1.diff().sort(descending=True)
+        padded_UD = F.pad(token_UD, (0, 0, 0, 1))
+        target_BI, bias_BH = target_BI[order_B], bias_BH[order_B]
+        sum_BD = torch.zeros(len(order_B), token_UD.shape[1], dtype=token_UD.dtype, device=token_UD.device)
+        chunks = []
+        for rows, index_RL in _chunks(history_T, offsets_B1[order_B], length_B, padding=len(token_UD)):
+            history_RLD = F.embedding(index_RL, padded_UD)
+            matrix_RDH = _first_layer(target_BI[rows], token_DH, product_IH)
+            hidden_RLH = F.leaky_relu_(
+                torch.baddbmm(bias_BH[rows, None], history_RLD, matrix_RDH), negative_slope=float(slope)
+            )
+            weight_RL = hidden_RLH @ output_H + bias
+            sum_BD[rows] = torch.bmm(weight_RL[:, None], history_RLD).squeeze(1)
+            chunks.append((rows, index_RL, weight_RL))
+        ctx.chunks = chunks
+        ctx.save_for_backward(padded_UD, target_BI, bias_BH, token_DH, product_IH, output_H, slope, order_B)
+        return torch.empty_like(sum_BD).index_copy_(0, order_B, sum_BD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+        padded_UD, target_BI, bias_BH, token_DH, product_IH, output_H, slope, order_B = ctx.saved_tensors
+        grad_BD, negative_slope = grad_BD[order_B], float(slope)
+        g_token_UD, g_target_BI, g_bias_BH = (torch.zeros_like(x) for x in (padded_UD, target_BI, bias_BH))
+        g_token_DH, g_product_IH, g_output_H = (torch.zeros_like(x) for x in (token_DH, product_IH, output_H))
+        g_bias, g_slope = torch.zeros_like(slope), torch.zeros_like(slope)
+        for rows, index_RL, weight_RL in ctx.chunks:
+            history_RLD, target_RI = F.embedding(index_RL, padded_UD), target_BI[rows]
+            matrix_RDH = _first_layer(target_RI, token_DH, product_IH)
+            hidden_RLH = torch.baddbmm(bias_BH[rows, None], history_RLD, matrix_RDH)
+            # sum = weight · history, weight = leaky_relu(hidden) · output + bias
+            g_weight_RL = torch.bmm(history_RLD, grad_BD[rows, :, None]).squeeze(2)
+            g_weight_N = g_weight_RL.flatten()
+            low_NH = hidden_RLH.clamp(max=0).flatten(0, 1)
+            g_slope += g_weight_N @ (low_NH @ output_H)
+            active_NH = F.leaky_relu(hidden_RLH, negative_slope).flatten(0, 1)
+            g_output_H.addmv_(active_NH.t(), g_weight_N)
+            g_bias += g_weight_N.sum()
+            g_hidden_RLH = torch.ops.aten.leaky_relu_backward(
+                g_weight_RL[:, :, None] * output_H, hidden_RLH, negative_slope, False
+            )
+            # hidden = history · matrix + bias, matrix = token + diag(target) · product
+            g_bias_BH[rows] = g_hidden_RLH.sum(dim=1)
+            g_matrix_RDH = torch.bmm(history_RLD.transpose(1, 2), g_hidden_RLH)
+            g_token_DH += g_matrix_RDH.sum(dim=0)
+            g_matrix_RIH = g_matrix_RDH[:, : len(product_IH)]
+            g_target_BI[rows] = (g_matrix_RIH * product_IH).sum(dim=2)
+            g_product_IH += torch.einsum("rih,ri->ih", g_matrix_RIH, target_RI)
+            g_history_RLD = torch.bmm(weight_RL[:, :, None], grad_BD[rows, None])
+            g_history_RLD.baddbmm_(g_hidden_RLH, matrix_RDH.transpose(1, 2))
+            g_token_UD.index_add_(0, index_RL.flatten(), g_history_RLD.flatten(0, 1))
+        g_target_BI, g_bias_BH = (torch.empty_like(g).index_copy_(0, order_B, g) for g in (g_target_BI, g_bias_BH))
+        return (
+            *(g_token_UD[:-1], g_target_BI, g_bias_BH, g_token_DH, g_product_IH, g_output_H, g_bias, g_slope),
+            *(None, None),
+        )
+
+
+def _first_layer(target_RI: Tensor, token_DH: Tensor, product_IH: Tensor) -> Tensor:
+    """The activation unit's first matrix for each row, [R, D, H]: token + diag(target) product, over item features."""
+    matrix_RDH = token_DH.expand(len(target_RI), -1, -1).clone()
+    matrix_RDH[:, : len(product_IH)].addcmul_(target_RI[:, :, None], product_IH)
+    return matrix_RDH
+
+
+def _chunks(history_T: Tensor, start_B: Tensor, length_B: Tensor, *, padding: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of each chunk, and their histories padded to its longest, [R, L]; rows come longest first."""
+    with_padding = F.pad(history_T, (0, 1), value=padding)
+    place_L = torch.arange(int(length_B[0]) if len(length_B) else 0, device=history_T.device)
+    chunk_rows = CHUNK_ROWS if history_T.device.type == "cpu" else max(1, len(length_B))
+    for first, longest in zip(range(0, len(length_B), chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
+        if longest == 0:
+            return
+        rows = slice(first, first + chunk_rows)
+        place_RL = start_B[rows, None] + place_L[:longest]
+        yield rows, with_padding[torch.where(place_L[:longest] < length_B[rows, None], place_RL, len(history_T))]

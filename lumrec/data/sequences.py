@@ -3,6 +3,7 @@
 Shape suffixes: U users, W windows, R answered events (rows).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +14,15 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """start_W: int64, first event row of each window. length_W: int64, its number of events. user_W: int64."""
 
     start_W: Tensor
     length_W: Tensor
     user_W: Tensor
 
-    def __getitem__(self, index) -> "Windows":  # type: ignore[override]
+    def __getitem__(self, index: Tensor | slice) -> "Windows":
         return Windows(self.start_W[index], self.length_W[index], self.user_W[index])
 
     @property

@@ -1,5 +1,6 @@
 """Step 1: pre-training of a LUM by next-condition-item prediction (LUM section 4.1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def training_users(data: PreparedData, fold: str) -> np.ndarray:
     return user_fold(data.user_keys(), parsed[1]) != parsed[0]
 
 
-def make_step(config: PretrainConfig):
+def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]:
     """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
     if config.precision not in PRECISIONS:
         raise ValueError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
@@ -118,7 +119,8 @@ def run(config: "Config") -> dict[str, float | str]:
     def evaluate(part: str) -> dict[str, float]:
         return evaluate_retrieval(dmp, builder, part=part, config=settings.evaluate, max_events=config.model.max_events)
 
-    result = fit(
+    result: dict[str, float | str] = {}
+    result |= fit(
         model=dmp,
         loader=loader,
         step=make_step(settings),

@@ -37,8 +37,8 @@ def test_training_windows_hold_each_training_event_of_the_chosen_users_once(leng
     ]
     expected = np.flatnonzero((log.split == TRAIN) & users[log.user]) if log.num_events else []
     assert sorted(rows) == list(expected)
-    for start, length, user in zip(*(x.tolist() for x in windows), strict=True):
-        assert (log.user[start : start + length] == user).all()
+    assert (log.user[windows.start_W] == windows.user_W.numpy()).all()
+    assert windows.count == 0 or (log.user[windows.start_W + windows.length_W - 1] == windows.user_W.numpy()).all()
 
 
 def test_long_histories_are_cut_at_other_places_in_other_epochs():
@@ -69,12 +69,9 @@ def test_answering_windows_ask_each_event_once_with_enough_history(lengths, stri
         starts, torch.tensor(lengths), torch.arange(len(lengths)), max_events=8, stride=stride
     )
     asked = []
-    for (start, length, user), first, last in zip(
-        zip(*(x.tolist() for x in answering.windows), strict=True),
-        answering.first_W.tolist(),
-        answering.last_W.tolist(),
-        strict=True,
-    ):
+    windows = answering.windows
+    columns = (windows.start_W, windows.length_W, windows.user_W, answering.first_W, answering.last_W)
+    for start, length, user, first, last in zip(*(column.tolist() for column in columns), strict=True):
         assert length <= 8 and last <= length
         for moment in range(first, last):
             place = start + moment - int(starts[user])

@@ -89,7 +89,7 @@ def test_editing_one_user_leaves_the_others_as_they_were(model):
 
 @pytest.mark.parametrize("moment", [0, 3, 6])
 def test_what_comes_later_changes_nothing_before(model, moment):
-    """An output at condition token k depends on events before k and on condition k: neither on item k nor on what follows."""
+    """An output at condition token k depends on events before k and on condition k, on nothing else."""
     items, conditions = USERS[0]
     later_items = items[:moment] + [19 - i for i in items[moment:]]
     later_conditions = conditions[: moment + 1] + [4 - c for c in conditions[moment + 1 :]]

@@ -1,0 +1,161 @@
+"""Step 1 as a stage, on a small simulated log: it learns, resumes after kill -9 to the bit, and runs on two ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lumrec.config import Config, load
+from lumrec.data.prepared import PreparedData
+from lumrec.train.checkpoint import best_checkpoint
+from lumrec.train.lum import load_lum
+from lumrec.train.parallel import init_distributed
+from lumrec.train.pretrain import parse_fold, run
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "model": {"dim": 16, "num_layers": 1, "max_events": 16, "conditions": ["feedback", "scenario"]},
+    "pretrain": {
+        "packing": {"events_per_pack": 64},
+        "negatives": {"sampled": 32},
+        "contrast": {"feature": "feedback"},
+        "train": {"epochs": 2, "log_every": 1, "checkpoint_every": 5, "eval_every": 10},
+        "evaluate": {"oracle": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_prepared: PreparedData, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A YAML file and words that name the shared prepared folder and a fresh runs folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "data").symlink_to(tiny_prepared.path, target_is_directory=True)
+    file = runs / "tiny.yaml"
+    file.write_text(json.dumps(SETTINGS))
+    return file, [f"runs_dir={runs}", "inputs.prepared=data"]
+
+
+def config_of(settings: tuple[Path, list[str]], *words: str) -> Config:
+    return load(settings[0], [*settings[1], *words])
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def command(settings: tuple[Path, list[str]], *words: str) -> list[str]:
+    return [sys.executable, "apps/pretrain.py", "--config", str(settings[0]), *settings[1], *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def trained(settings) -> tuple[Config, dict]:
+    config = config_of(settings, "run=uninterrupted")
+    return config, run(config)
+
+
+def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
+    config, result = trained
+    folder = Path(config.runs_dir) / "uninterrupted"
+    curve = [loss for _, loss in losses(folder)]
+    assert np.mean(curve[-5:]) < np.mean(curve[:5])
+    assert {"hr@10", "ndcg@10", "oracle/hr@10", "events_per_s", "best_step"} <= set(result)
+    assert json.loads((folder / "result.json").read_text())["hr@10"] == result["hr@10"]
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_every_table_and_matrix_has_moved(trained, tiny_prepared):
+    config, _ = trained
+    device = init_distributed("cpu")
+    dmp, _, _ = load_lum(config, "uninterrupted", tiny_prepared, device=device)
+    from lumrec.train.lum import build_lum
+
+    torch.manual_seed(config.seed)
+    fresh = build_lum(config.model, tiny_prepared)[0].state_dict()
+    after = dmp.state_dict()
+    assert fresh.keys() == after.keys()
+    for name, before in fresh.items():
+        value = after[name].local_shards()[0].tensor if hasattr(after[name], "local_shards") else after[name]
+        assert not torch.equal(before, value), f"{name} has not been trained"
+
+
+def test_killed_and_started_again_it_ends_as_if_it_had_not_been(trained, settings):
+    """kill -9 in mid-epoch: the same batches, the same losses and the same weights, to the bit."""
+    config, _ = trained
+    folder = Path(config.runs_dir) / "killed"
+    process = subprocess.Popen(command(settings, "run=killed"), cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-00000010" / "COMPLETE").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    subprocess.run(command(settings, "run=killed"), cwd=ROOT, env=environment(), check=True)
+    reference = Path(config.runs_dir) / "uninterrupted"
+    assert losses(folder) == losses(reference)
+    weights = [_weights(best_checkpoint(path)) for path in (folder, reference)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith("model.")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def test_two_ranks(settings):
+    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launch, "apps/pretrain.py", "--config", str(settings[0]), *words], cwd=ROOT, env=environment(), check=True
+    )
+    folder = Path(config_of(settings).runs_dir) / "two-ranks"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["loss"] > 0 and result["hr@10"] >= 0
+    assert "rank" in (folder / "plan.txt").read_text()
+
+
+def test_without_any_condition(settings):
+    """LUM's ablation: a constant token in place of the condition."""
+    words = ["run=none", "model.conditions=[]", "pretrain.contrast.feature=", "pretrain.train.max_steps=5"]
+    assert np.isfinite(run(config_of(settings, *words))["loss"])
+
+
+def test_a_checkpoint_of_another_schema_is_refused(trained, tiny_prepared, tmp_path):
+    config, _ = trained
+    other = PreparedData.open(tiny_prepared.path)
+    other.fingerprint = "another"
+    with pytest.raises(ValueError, match="another"):
+        load_lum(config, "uninterrupted", other, device=init_distributed("cpu"))
+
+
+def test_a_missing_lum_names_the_command(settings, tiny_prepared):
+    with pytest.raises(FileNotFoundError, match="torchx run apps/pretrain.py"):
+        load_lum(config_of(settings), "nowhere", tiny_prepared, device=init_distributed("cpu"))
+
+
+@pytest.mark.parametrize("fold", ["2/2", "1", "a/b", "0/1", "-1/2"])
+def test_a_fold_that_is_none_is_refused(fold):
+    with pytest.raises(ValueError, match="fold is"):
+        parse_fold(fold)

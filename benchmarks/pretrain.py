@@ -2,8 +2,8 @@
 
     python benchmarks/pretrain.py [--events 4096] [--width 64] [--repeats 7]
 
-Plain: every history padded to the longest that is allowed, attention and FFN on all places, the whole logit matrix through
-F.cross_entropy, dense Adam over the tables. Both train the same number of events of histories with ML-1M's lengths, on
+Plain: every history padded to the longest that is allowed, attention and FFN on all places, the whole logit matrix
+through F.cross_entropy, dense Adam over the tables. Both train the same number of events of histories with ML-1M's lengths, on
 the whole catalogue, and count two tokens an event. The ratio within one run is what counts; machines differ.
 """
 
@@ -144,15 +144,10 @@ def main() -> None:
     torch.manual_seed(0)
     lengths_B = draw_lengths(args.events, args.max_events)
     inputs = torch.randint(1, NUM_ITEMS, (args.events,)), torch.randint(1, 4, (args.events,)), lengths_B
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads;",
-        end=" ",
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads;", end=" ")
     print(f"torch {torch.__version__}, torchrec {torchrec.__version__}")
     fill = args.events / (len(lengths_B) * args.max_events)
-    print(
-        f"{args.events} events of {len(lengths_B)} users, {fill:.0%} of the padded places, width {args.width}, {NUM_LAYERS} layers"
-    )
+    print(f"{args.events} events of {len(lengths_B)} users ({fill:.0%} of the padded places), width {args.width}")
     print(f"{'':24}{'median s':>10}{'min':>8}{'max':>8}{'events/s':>12}   (3 warm-up, {args.repeats} timed)")
     medians = {}
     for name, make in (("plain, padded", plain_step), ("lumrec, flat packs", lumrec_step)):

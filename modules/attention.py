@@ -4,7 +4,7 @@ Shape suffixes: T tokens of all sequences behind each other, B sequences, Q quer
 H heads, K head width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,16 +47,15 @@ class JaggedLayout:
 
     def to(self, device: torch.device | str) -> "JaggedLayout":
         """The same layout with its indices on `device`."""
-        moved = [
-            Bucket(**{f.name: _to(getattr(bucket, f.name), device) for f in fields(Bucket)}) for bucket in self.buckets
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device)
+
+        buckets = [
+            replace(b, token_P=moved(b.token_P), query_P=moved(b.query_P), prefix_P=moved(b.prefix_P))
+            for b in self.buckets
         ]
-        return JaggedLayout(
-            self.offsets_B1.to(device), moved, self.token_place_T.to(device), self.query_place_Q.to(device)
-        )
-
-
-def _to(value: Tensor | int, device: torch.device | str) -> Tensor | int:
-    return value.to(device) if isinstance(value, Tensor) else value
+        return JaggedLayout(moved(self.offsets_B1), buckets, moved(self.token_place_T), moved(self.query_place_Q))
 
 
 def make_layout(

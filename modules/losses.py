@@ -3,6 +3,8 @@
 Shape suffixes: T positions, C candidate items, D width, Q counterfactual queries.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ class _InfoNCE(torch.autograd.Function):
     """Loss and both gradients, chunk by chunk: the softmax is turned into gradients while it is at hand."""
 
     @staticmethod
-    def forward(ctx, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor) -> Tensor:
+    def forward(ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor) -> Tensor:
         # Under autocast the two matrix products run in its precision, the softmax in float32 (float64 where given).
         low = torch.get_autocast_dtype(o_TD.device.type) if torch.is_autocast_enabled(o_TD.device.type) else o_TD.dtype
         high = torch.promote_types(o_TD.dtype, torch.float32)
@@ -70,7 +72,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_o, grad_e = ctx.saved_tensors
         return (grad_o * grad).to(ctx.dtypes[0]), (grad_e * grad).to(ctx.dtypes[1]), None, None
 

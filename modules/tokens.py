@@ -21,8 +21,8 @@ def make_tables(
     """The embedding tables as one EmbeddingBagCollection with mean pooling.
 
     tables: name -> (rows, width); row 0 is "unknown". features: feature -> name of its table; features may share one.
-    Tables that no feature reads are left out. Rows start uniform in ±1/sqrt(width), whatever the number of rows, so that
-    tables of all sizes start with vectors of the same length.
+    Tables that no feature reads are left out. Rows start uniform in ±1/sqrt(width), whatever the number of rows, so
+    that tables of all sizes start with vectors of the same length.
 
     >>> tables = make_tables({"genre": (19, 8)}, {"genres": "genre", "main_genre": "genre"})
     >>> [config.feature_names for config in tables.embedding_bag_configs()]

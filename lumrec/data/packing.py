@@ -308,7 +308,7 @@ class PackLoader:
 def _check_contrast(name: str, builder: PackBuilder) -> None:
     if name not in builder.condition_features:
         raise ValueError(
-            f"pretrain.contrast.feature is {name!r}; the conditions that the model reads are {builder.condition_features}"
+            f"pretrain.contrast.feature is {name!r}; the conditions that the model reads: {builder.condition_features}"
         )
     if builder.data.event_columns[name].offsets is not None:
         raise ValueError(

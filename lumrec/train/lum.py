@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ModelConfig:
     """The LUM. conditions: condition features of the schema that it reads; null = all of them, [] = none.
 
-    max_events: longest stretch of history, in events (two tokens each). similarity: cosine (divided by temperature) or dot.
+    max_events: longest stretch of history, in events (two tokens each). similarity: cosine (over temperature) or dot.
     """
 
     dim: int = 64

@@ -100,6 +100,16 @@ class World(NamedTuple):
     cumulative_all: np.ndarray
 
 
+class Visits(NamedTuple):
+    """What surrounds each event: start of a session, scenario, focus category, category searched for (or -1), query."""
+
+    session_start_E: np.ndarray
+    scenario_E: np.ndarray
+    focus_E: np.ndarray
+    wanted_E: np.ndarray
+    words_E: pl.Series
+
+
 def read(config: SimulatorConfig, *, seed: int) -> RawLog:
     """The simulated log; the same for the same config and seed. Raises ValueError for sizes that make no log."""
     for name, least in (("num_users", 1), ("num_items", 1), ("events_per_user", 1), ("num_scenarios", 1),
@@ -194,40 +204,24 @@ def _block(
     first_E = np.zeros(len(user_E), bool)
     first_E[np.cumsum(count_U) - count_U] = True
 
-    # sessions (Z of them): scenario and focus category
-    session_start_E = first_E | (rng.random(len(user_E)) < 1 / config.session_events)
-    session_E = np.cumsum(session_start_E) - 1
-    user_Z = user_E[session_start_E]
-    scenario_Z = rng.choice(len(names), len(user_Z), p=_scenario_shares(len(names)))
-    focus_Z = _draw_category(interest_USC[user_Z, scenario_Z], rng)
-
-    # queries (Q of them): mostly about the focus; outside the search scenario no query is typed
-    search_Z = np.array([name == SEARCH for name in names])[scenario_Z]
-    query_start_E = session_start_E | (rng.random(len(user_E)) < 0.2)
-    query_E = np.cumsum(query_start_E) - 1
-    session_Q = session_E[query_start_E]
-    other_Q = _draw_category(interest_USC[user_Z[session_Q], scenario_Z[session_Q]], rng)
-    category_Q = np.where(rng.random(len(session_Q)) < 0.7, focus_Z[session_Q], other_Q)
-    search_Q = search_Z[session_Q]
-    words_Q = _queries(category_Q, search_Q, rng)
-
-    search_E = search_Q[query_E]
-    scenario_E = scenario_Z[session_E]
-    item_E = _impressions(world, user_E, scenario_E, np.where(search_E, category_Q[query_E], -1), interest_USC, rng)
+    visits = _visits(config, user_E, first_E, interest_USC, rng)
+    item_E = _impressions(world, user_E, visits.scenario_E, visits.wanted_E, interest_USC, rng)
     items = world.items
+    price_gap_E = np.abs(items.price_I[item_E] - segment_U[user_E] * (NUM_PRICES - 1) / (NUM_SEGMENTS - 1))
+    matches_E = np.where(visits.wanted_E >= 0, 2 * items.category_IC[item_E, visits.wanted_E] - 1, 0)
     logit_E = (
         config.bias
-        + 0.3 * (scenario_E % 3 - 1)
+        + 0.3 * (visits.scenario_E % 3 - 1)
         + config.propensity * rng.standard_normal(num_users)[user_E]
-        + 2 * config.taste * np.einsum("ek,ek->e", taste_USK[user_E, scenario_E], items.latent_IK[item_E])
-        + config.focus * (2 * items.category_IC[item_E, focus_Z[session_E]] - 1)
+        + 2 * config.taste * np.einsum("ek,ek->e", taste_USK[user_E, visits.scenario_E], items.latent_IK[item_E])
+        + config.focus * (2 * items.category_IC[item_E, visits.focus_E] - 1)
         + config.popularity * items.popularity_I[item_E]
-        + config.price * (1 - np.abs(items.price_I[item_E] - segment_U[user_E] * (NUM_PRICES - 1) / (NUM_SEGMENTS - 1)))
-        + config.query * np.where(search_E, 2 * items.category_IC[item_E, category_Q[query_E]] - 1, 0)
+        + config.price * (1 - price_gap_E)
+        + config.query * matches_E
     )
     probability_E = (1 / (1 + np.exp(-logit_E))).astype(np.float32)
     click_E = rng.random(len(user_E)) < probability_E
-    time_E = _times(first_E, session_start_E, rng)
+    time_E = _times(first_E, visits.session_start_E, rng)
     user_key = pl.Series("user_id", np.arange(first, first + num_users)).cast(pl.String)
     feedback = pl.Series("feedback", ["dislike", "like"], dtype=pl.String)
     events = pl.DataFrame(
@@ -238,14 +232,42 @@ def _block(
             "label": pl.Series("label", click_E, dtype=pl.Float32),
             "probability": pl.Series("probability", probability_E),
             "feedback": feedback.gather(click_E.astype(np.int64)),
-            "scenario": pl.Series("scenario", names, dtype=pl.String).gather(scenario_E),
-            "query": words_Q.gather(query_E),
+            "scenario": pl.Series("scenario", names, dtype=pl.String).gather(visits.scenario_E),
+            "query": visits.words_E,
             "category": _category_names(config.num_categories).gather(items.main_I[item_E]),
             "hour": pl.Series("hour", time_E // 3600 % 24).cast(pl.String),
             "weekday": pl.Series("weekday", (time_E // DAY_S + 3) % 7 + 1).cast(pl.String),
         }
     )
     return events, pl.DataFrame({"user_id": user_key, "segment": pl.Series("segment", segment_U).cast(pl.String)})
+
+
+def _visits(
+    config: SimulatorConfig, user_E: np.ndarray, first_E: np.ndarray, interest_USC: np.ndarray, rng: np.random.Generator
+) -> Visits:
+    """Sessions, each with a scenario and a focus, and the queries typed in them, spread over the events."""
+    names = scenario_names(config.num_scenarios)
+    session_start_E = first_E | (rng.random(len(user_E)) < 1 / config.session_events)
+    session_E = np.cumsum(session_start_E) - 1
+    user_Z = user_E[session_start_E]
+    share_S = 1.0 / np.arange(1, len(names) + 1) ** 0.7
+    scenario_Z = rng.choice(len(names), len(user_Z), p=share_S / share_S.sum())
+    focus_Z = _draw_category(interest_USC[user_Z, scenario_Z], rng)
+
+    # queries are mostly about the focus; outside the search scenario none is typed
+    query_start_E = session_start_E | (rng.random(len(user_E)) < 0.2)
+    query_E = np.cumsum(query_start_E) - 1
+    session_Q = session_E[query_start_E]
+    other_Q = _draw_category(interest_USC[user_Z[session_Q], scenario_Z[session_Q]], rng)
+    category_Q = np.where(rng.random(len(session_Q)) < 0.7, focus_Z[session_Q], other_Q)
+    is_search_Q = np.array([name == SEARCH for name in names])[scenario_Z[session_Q]]
+    return Visits(
+        session_start_E=session_start_E,
+        scenario_E=scenario_Z[session_E],
+        focus_E=focus_Z[session_E],
+        wanted_E=np.where(is_search_Q, category_Q, -1)[query_E],
+        words_E=_queries(category_Q, is_search_Q, rng).gather(query_E),
+    )
 
 
 def _interests(
@@ -262,11 +284,6 @@ def _interests(
     taste_USK = interest_USC @ world.centre_CK + personal_UK[:, None, :]
     taste_USK /= np.linalg.norm(taste_USK, axis=-1, keepdims=True)
     return interest_USC, taste_USK.astype(np.float32)
-
-
-def _scenario_shares(num_scenarios: int) -> np.ndarray:
-    share_S = 1.0 / np.arange(1, num_scenarios + 1) ** 0.7
-    return share_S / share_S.sum()
 
 
 def _draw_category(share_NC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -298,7 +315,7 @@ def _impressions(
     return np.where(popular_E | empty_E, by_popularity_E, world.by_category[place_E])
 
 
-def _queries(category_Q: np.ndarray, search_Q: np.ndarray, rng: np.random.Generator) -> pl.Series:
+def _queries(category_Q: np.ndarray, is_search_Q: np.ndarray, rng: np.random.Generator) -> pl.Series:
     """The words of each query (list of str): one to three words of the category, then perhaps a common one."""
     num = len(category_Q)
     own_Q = rng.integers(1, 4, num)
@@ -307,7 +324,7 @@ def _queries(category_Q: np.ndarray, search_Q: np.ndarray, rng: np.random.Genera
     word_Q4 = category_Q[:, None] * WORDS_PER_CATEGORY + (start_Q[:, None] + np.arange(4)) % WORDS_PER_CATEGORY
     common = -1 - rng.integers(0, COMMON_WORDS, num)
     word_Q4 = np.where(np.arange(4) < own_Q[:, None], word_Q4, common[:, None])
-    length_Q = np.where(search_Q, own_Q + common_Q, 0)
+    length_Q = np.where(is_search_Q, own_Q + common_Q, 0)
     flat = word_Q4[np.arange(4) < length_Q[:, None]]
     text = pl.select(
         pl.when(pl.lit(pl.Series(flat)) >= 0)

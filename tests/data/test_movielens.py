@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -57,6 +58,22 @@ def test_the_published_data_set(published: DataConfig, make_config: Callable, ki
     assert sorted(data.vocabulary("genres").values()) == list(range(1, 19))
     # the first event of user 1, by hand: the earliest timestamp (978300019), row 32 of ratings.dat
     assert (data.timestamp[0], data.order[0], data.item_keys()[data.item[0]]) == (978300019, 31, "3186")
+
+
+def test_every_rating_of_the_published_data_set(published: DataConfig, make_config: Callable):
+    """Against a plain reading of the file and NumPy's stable sort."""
+    text = (Path(os.environ["LUMREC_DATA"]) / "ml-1m" / "ratings.dat").read_text().replace("::", " ")
+    user, item, rating, timestamp = np.array(text.split(), dtype=np.int64).reshape(-1, 4).T
+    order = np.lexsort((timestamp, user))
+    data = open_log(make_config(published))
+    assert (data.order == order).all()
+    assert (data.timestamp == timestamp[order]).all()
+    assert (np.array(data.user_keys(), dtype=np.int64)[data.user] == user[order]).all()
+    assert (np.array(data.item_keys(), dtype=np.int64)[data.item] == item[order]).all()
+    assert (data.label == (rating[order] >= 4)).all()
+    row = data.vocabulary("rating")
+    stars = {value: int(key) for key, value in row.items()}
+    assert [stars[value] for value in data.event_columns["rating"].values.tolist()] == rating[order].tolist()
 
 
 def test_layout_titles_years_and_genres(movielens_folder: Callable, make_config: Callable):

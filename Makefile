@@ -51,7 +51,7 @@ format: $(STAMP) ## ruff format and the fixes ruff can make
 	@$(BIN)/ruff format .
 
 bench: $(STAMP) ## speed on this machine, with a plain baseline in the same run
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 clean: ## remove .venv and tool caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,304 @@
+"""All steps as one run: prepare → LUM per fold → query → rankers without and with knowledge → result and report.
+
+    runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/ rank-din-none-s0/ …  logs/  config.yaml result.json report.html
+
+Each stage is a TorchX job of its own. Stages that are finished with the same settings are not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, List
+
+import yaml
+
+from lumrec.jobs import Job, run_jobs, torchx_command
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+KNOWLEDGE = ("none", "direct", "matching", "both")
+RANKERS = ("din", "dlrm")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What to run and compare.
+
+    dataset: "" = what `data` says; auto = MovieLens-1M where it is found or can be downloaded, else the simulator.
+    folds: cross-fitting: each user is asked of a LUM that has not seen them; 1 = one LUM of all users (in-sample).
+    rankers, knowledge, seeds: every combination is trained. jobs: stages at a time; 0 = one per core.
+    """
+
+    dataset: str = ""
+    folds: int = 2
+    rankers: List[str] = field(default_factory=lambda: ["din"])
+    knowledge: List[str] = field(default_factory=lambda: list(KNOWLEDGE))
+    seeds: List[int] = field(default_factory=lambda: [0])
+    jobs: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the plan: the app that runs it, its config, and the stages it reads."""
+
+    name: str
+    app: str
+    config: Config
+    needs: tuple[str, ...] = ()
+    exclusive: bool = False
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.runs_dir) / self.config.run
+
+
+def run(config: Config) -> dict[str, float | str]:
+    """Runs what is not finished yet, and gives the pipeline's flat result.json: "rank/<ranker>/<knowledge>/<metric>"
+    (means over seeds, with "…/auc_sd" beside), "lum/<metric>" (means over folds), "dataset", "wall_s/<stage>".
+
+    Raises ValueError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
+    stage fails.
+    """
+    from lumrec.config import to_yaml
+    from lumrec.report.page import write_page
+    from lumrec.report.table import comparison, what_next
+
+    check(config)
+    config, note = resolve_dataset(config)
+    folder = Path(config.runs_dir) / config.run
+    stages = plan(config)
+    pending = _pending(stages, overwrite=config.overwrite)
+    config = dataclasses.replace(config, overwrite=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parallel = config.pipeline.jobs or cores
+    say(f"{config.run}: {note}")
+    done = len(stages) - len(pending)
+    say(
+        f"{len(stages)} stages{f', {done} finished before' if done else ''}; up to {parallel} at a time on {cores} "
+        f"cores; logs in {folder / 'logs'}"
+    )
+    start = time.monotonic()
+    jobs = []
+    for stage in stages:
+        if stage.name in pending:
+            words = stage_words(stage, config) + (["overwrite=true"] if pending[stage.name] else [])
+            command = torchx_command(stage.app, words, config=folder / "config.yaml")
+            needs = tuple(need for need in stage.needs if need in pending)
+            jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
+    seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
+    seconds = remember_seconds(folder, stages, seconds)
+
+    result = collect(config, stages)
+    result |= {f"wall_s/{name}": round(value, 1) for name, value in seconds.items()}
+    result |= {"stages_run": len(jobs), "wall_s": round(time.monotonic() - start, 1)}
+    write_json(folder / "result.json", result)
+    page = write_page(folder, config, stages, result, note)
+    say("\n" + comparison(config, result) + "\n")
+    say(what_next(folder, page))
+    return result
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, flush=True)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for pipeline settings that cannot work."""
+    settings = config.pipeline
+    for name, given, valid in (
+        ("rankers", settings.rankers, RANKERS),
+        ("knowledge", settings.knowledge, KNOWLEDGE),
+        ("dataset", [settings.dataset], ("", "auto")),
+    ):
+        wrong = [value for value in given if value not in valid]
+        if wrong:
+            raise ValueError(f"pipeline.{name}: got {wrong[0]!r}, expected one of {', '.join(map(repr, valid))}")
+    if not (settings.rankers and settings.knowledge and settings.seeds):
+        raise ValueError("pipeline.rankers, pipeline.knowledge and pipeline.seeds must each name at least one")
+    for name in ("rankers", "knowledge", "seeds"):
+        if len(set(getattr(settings, name))) < len(getattr(settings, name)):
+            raise ValueError(f"pipeline.{name} names one twice: {getattr(settings, name)}")
+    if settings.folds < 1 or settings.jobs < 0:
+        raise ValueError(f"pipeline.folds={settings.folds} must be 1 or more, pipeline.jobs={settings.jobs} 0 or more")
+    if config.fold:
+        raise ValueError(
+            f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself"
+        )
+
+
+def resolve_dataset(config: Config) -> tuple[Config, str]:
+    """The config with its data source and run name settled, and what data that is, in a sentence."""
+    from lumrec.data.sources import movielens
+    from lumrec.data.sources.raw_log import DataSetMissing
+
+    data, run_name = config.data, config.run or config.name
+    if config.pipeline.dataset == "auto":
+        try:
+            folder, origin = movielens.resolve(config.data.path)
+            data = dataclasses.replace(data, source="movielens-1m", path=str(folder))
+            note = f"MovieLens-1M from {folder} ({origin})"
+        except DataSetMissing as error:
+            say(f"MovieLens-1M cannot be had here: {error}")
+            data = dataclasses.replace(data, source="simulator")
+            note = "a SIMULATED LOG in place of MovieLens-1M: its figures say nothing about real data"
+        run_name = config.run or f"{config.name}-{'ml-1m' if data.source == 'movielens-1m' else data.source}"
+    else:
+        note = f"data source {data.source}"
+    return dataclasses.replace(config, data=data, run=run_name), note
+
+
+def plan(config: Config) -> list[Stage]:
+    """The stages of a pipeline run, in an order in which each comes after what it needs."""
+    settings, run_name = config.pipeline, config.run
+
+    def stage_config(name: str, **changes: Any) -> Config:
+        inputs = dataclasses.replace(config.inputs, prepared=f"{run_name}/prepare", **changes.pop("inputs", {}))
+        return dataclasses.replace(config, run=f"{run_name}/{name}", inputs=inputs, overwrite=False, **changes)
+
+    stages = [Stage("prepare", "prepare", stage_config("prepare"), exclusive=True)]
+    folds = [""] if settings.folds == 1 else [f"{k}/{settings.folds}" for k in range(settings.folds)]
+    lums = {fold: f"lum-{fold.replace('/', 'of')}" if fold else "lum" for fold in folds}
+    with_knowledge = [kind for kind in settings.knowledge if kind != "none"]
+    if with_knowledge:
+        stages += [Stage(lums[fold], "pretrain", stage_config(lums[fold], fold=fold), ("prepare",)) for fold in folds]
+        inputs = {"lums": [f"{run_name}/{lum}" for lum in lums.values()]}
+        stages.append(Stage("query", "query", stage_config("query", inputs=inputs), tuple(lums.values())))
+    for ranker in settings.rankers:
+        for kind in settings.knowledge:
+            for seed in settings.seeds:
+                name = f"rank-{ranker}-{kind}-s{seed}"
+                changes: dict[str, Any] = {"rank": dataclasses.replace(config.rank, model=ranker, knowledge=kind)}
+                if kind != "none":
+                    changes["inputs"] = {"knowledge": f"{run_name}/query", **inputs}
+                needs = ("prepare",) if kind == "none" else ("query",)
+                stages.append(Stage(name, "rank", stage_config(name, seed=seed, **changes), needs))
+    return stages
+
+
+def _pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
+    """Stages to run, by name; True where the stage must replace what its folder holds.
+
+    Raises ValueError where a folder holds a run of other settings and `overwrite` is not given.
+    """
+    pending: dict[str, bool] = {}
+    for stage in stages:
+        changes = differences(stage)
+        if changes and not overwrite:
+            raise ValueError(
+                f"{stage.path} was made with other settings ({'; '.join(changes[:5])}). Say overwrite=true to "
+                "make again what they touch, or run=<name> for a folder of its own"
+            )
+        replace = bool(changes) or any(pending.get(need, False) for need in stage.needs)
+        again = any(need in pending for need in stage.needs)
+        if replace or again or not (stage.path / "result.json").exists():
+            pending[stage.name] = replace
+    return pending
+
+
+def differences(stage: Stage) -> list[str]:
+    """What the stage's folder was made with and its config do not share, as "key: stored → now"; [] for no folder."""
+    from lumrec.config import leaves
+    from lumrec.train.run import NEUTRAL_KEYS, STAGE_SECTIONS
+
+    stored_file = stage.path / "config.yaml"
+    if not stored_file.exists():
+        return []
+    stored = dict(_flat(yaml.safe_load(stored_file.read_text(encoding="utf-8")) or {}))
+    own = ("data", "schema", "seed") if stage.app == "prepare" else None
+    changes = []
+    for key, now in leaves(stage.config).items():
+        section = key.split(".")[0]
+        if section in NEUTRAL_KEYS or (section in STAGE_SECTIONS and section != stage.app):
+            continue
+        if key in ("name", "data.path") or (own is not None and section not in own):
+            continue
+        if stored.get(key) != now and not (key not in stored and now in ([], {}, None)):
+            changes.append(f"{key}: {stored.get(key)!r} → {now!r}")
+    return changes
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def stage_words(stage: Stage, base: Config) -> list[str]:
+    """key=value words that turn the pipeline's config into the stage's."""
+    from lumrec.config import leaves
+
+    before = leaves(base)
+    return [f"{key}={_word(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]
+
+
+def _word(value: Any) -> str:
+    """A value as `config.load` reads it from a word; JSON is the part of YAML that needs no guessing."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
+    """The flat result of the pipeline from the stages' result.json; a metric that is not finite there is left out."""
+    results = {stage.name: read_result(stage) for stage in stages}
+    prepared = results["prepare"]
+    collected: dict[str, float | str] = {"dataset": prepared.get("dataset", config.data.source)}
+    for name in ("best_auc", "popularity_auc"):
+        if name in prepared:
+            collected[f"prepare/{name}"] = prepared[name]
+    lums = [results[stage.name] for stage in stages if stage.app == "pretrain"]
+    collected |= {f"lum/{name}": value for name, value in _mean(lums).items()}
+    if "query" in results:
+        collected |= {f"query/{name}": value for name, value in results["query"].items() if name != "dataset"}
+    for ranker in config.pipeline.rankers:
+        for kind in config.pipeline.knowledge:
+            runs = [results[f"rank-{ranker}-{kind}-s{seed}"] for seed in config.pipeline.seeds]
+            prefix = f"rank/{ranker}/{kind}"
+            collected |= {f"{prefix}/{name}": value for name, value in _mean(runs).items()}
+            if len(runs) > 1:
+                for name in ("auc", "gauc", "log_loss"):
+                    values = [run[name] for run in runs if isinstance(run.get(name), float)]
+                    if len(values) == len(runs):
+                        collected[f"{prefix}/{name}_sd"] = statistics.stdev(values)
+    return collected
+
+
+def _mean(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of each number that all results have."""
+    names = [name for name in (results[0] if results else {}) if isinstance(results[0][name], (int, float))]
+    shared = [name for name in names if all(isinstance(result.get(name), (int, float)) for result in results)]
+    return {name: sum(result[name] for result in results) / len(results) for name in shared}
+
+
+def read_result(stage: Stage) -> dict[str, Any]:
+    """The stage's result.json; a metric that was not a number is None."""
+    return json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
+
+
+def remember_seconds(folder: Path, stages: list[Stage], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Wall time of every stage: of this call, and of earlier ones for the stages that were finished then."""
+    path = folder / "seconds.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = {**before, **seconds}
+    known = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}
+    write_json(path, known)
+    return known
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)

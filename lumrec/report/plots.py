@@ -1,0 +1,103 @@
+"""Plots as SVG text, drawn from metrics.jsonl and from the rows of the comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row
+
+# Okabe and Ito's colours, which hold for colour-blind readers too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+KNOWLEDGE_COLOURS = {"none": "#7f7f7f", "direct": "#0072b2", "matching": "#009e73", "both": "#d55e00"}
+STYLE = {"fontsize": 9}
+
+
+class Series(NamedTuple):
+    """One line of a plot."""
+
+    label: str
+    steps: list[float]
+    values: list[float]
+
+
+def read_series(path: Path, metric: str, label: str) -> Series:
+    """The metric over the steps of a run's metrics.jsonl; lines without it, or where it is null, are left out."""
+    steps, values = [], []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if isinstance(line.get(metric), (int, float)):
+                steps.append(line["step"])
+                values.append(line[metric])
+    return Series(label, steps, values)
+
+
+def curves(panels: Mapping[str, Sequence[Series]]) -> str:
+    """Panels side by side, title → lines over steps; few points are marked as points. An SVG element."""
+    figure = Figure(figsize=(5.0 * len(panels), 3.1), layout="constrained")
+    for place, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        for number, line in enumerate(lines):
+            marker = "o" if len(line.steps) <= 30 else None
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(
+                line.steps, line.values, label=line.label, color=colour, marker=marker, markersize=3, linewidth=1.4
+            )
+        axes.set_xlabel("step", **STYLE)
+        _plain(axes, title)
+        axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+        axes.set_axisbelow(True)
+        if any(line.steps for line in lines):
+            axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def comparison_plot(rows: Sequence[Row]) -> str:
+    """The comparison as dots, one panel a metric, one line a row, with ± one standard deviation. An SVG element."""
+    figure = Figure(figsize=(11.0, 0.9 + 0.34 * len(rows)), layout="constrained")
+    names = [f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}" for row in rows]
+    places = list(range(len(rows)))[::-1]
+    first: Axes | None = None
+    for number, (metric, title) in enumerate(METRICS.items()):
+        axes = figure.add_subplot(1, len(METRICS), number + 1, sharey=first)
+        first = first or axes
+        for place, row in zip(places, rows):
+            if found := row.figures.get(metric):
+                colour = KNOWLEDGE_COLOURS[row.knowledge]
+                axes.errorbar(
+                    [found.value], [place], xerr=[found.sd or 0.0], fmt="o", color=colour, markersize=6, capsize=3
+                )
+                if row.knowledge == "none":
+                    axes.axvline(found.value, color=colour, linewidth=0.8, linestyle=":")
+        axes.set_yticks(places, names, **STYLE)
+        axes.tick_params(axis="y", left=False, labelleft=number == 0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        _plain(axes, title + (" (lower is better)" if metric == "log_loss" else " (higher is better)"))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.15)
+        axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return _svg(figure)
+
+
+def _plain(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that scales with the page, without the XML head that HTML does not take."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

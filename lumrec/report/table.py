@@ -1,0 +1,103 @@
+"""The comparison of rankers without and with LUM knowledge: rows of figures, and the terminal's table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+METRICS = {"auc": "AUC", "gauc": "gAUC", "log_loss": "log loss"}
+LABELS = {
+    "none": "base",
+    "direct": "+ direct features",
+    "matching": "+ interest matching",
+    "both": "+ both",
+}
+RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM"}
+
+
+class Figure(NamedTuple):
+    """A metric's mean over seeds, its standard deviation (None for one seed), and the difference to the base's mean."""
+
+    value: float
+    sd: float | None
+    gain: float | None
+
+
+class Row(NamedTuple):
+    """One ranker with one kind of knowledge; a metric that could not be computed is not in `figures`."""
+
+    ranker: str
+    knowledge: str
+    figures: dict[str, Figure]
+
+
+def rows(config: Config, result: Mapping[str, float | str]) -> list[Row]:
+    """The rows of the comparison in the order of the config, from a pipeline's flat result."""
+
+    def number(name: str) -> float | None:
+        value = result.get(name)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    table = []
+    for ranker in config.pipeline.rankers:
+        for kind in config.pipeline.knowledge:
+            figures = {}
+            for metric in METRICS:
+                value, base = number(f"rank/{ranker}/{kind}/{metric}"), number(f"rank/{ranker}/none/{metric}")
+                if value is not None:
+                    gain = None if base is None or kind == "none" else value - base
+                    figures[metric] = Figure(value, number(f"rank/{ranker}/{kind}/{metric}_sd"), gain)
+            table.append(Row(ranker, kind, figures))
+    return table
+
+
+def comparison(config: Config, result: Mapping[str, float | str]) -> str:
+    """The table for the terminal."""
+    seeds, folds = config.pipeline.seeds, config.pipeline.folds
+    head = [
+        f"{result['dataset']}, {config.data.split.kind} split, test part",
+        f"LUM knowledge cross-fitted over {folds} folds of users" if folds > 1 else "LUM knowledge in-sample (folds=1)",
+        f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}",
+    ]
+    width = 31 if len(seeds) > 1 else 22
+    lines = ["; ".join(head), f"{'':28}" + "".join(f"{label:<{width}}" for label in METRICS.values())]
+    for row in rows(config, result):
+        name = RANKER_NAMES.get(row.ranker, row.ranker) if row.knowledge == "none" else "  "
+        if row.knowledge != "none" and "none" not in config.pipeline.knowledge:
+            name = RANKER_NAMES.get(row.ranker, row.ranker)
+        label = f"{name} {LABELS[row.knowledge]}"
+        lines.append(
+            f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
+        )
+    if "prepare/best_auc" in result:
+        lines.append(
+            f"best possible AUC {float(result['prepare/best_auc']):.4f} (the true click probabilities of the simulator)"
+        )
+    return "\n".join(lines)
+
+
+def spoken(figure: Figure | None) -> str:
+    """0.7988 ± 0.0004 (+0.0053); "–" where there is none."""
+    if figure is None:
+        return "–"
+    text = f"{figure.value:.4f}"
+    if figure.sd is not None:
+        text += f" ± {figure.sd:.4f}"
+    return text if figure.gain is None else f"{text} ({figure.gain:+.4f})"
+
+
+def what_next(folder: Path, page: Path) -> str:
+    """Where the results are, and what one may run now."""
+    return f"""report   {page}
+numbers  {folder / "result.json"}
+curves   tensorboard --logdir {folder}
+
+what to run next
+  both rankers, three seeds   torchx run apps/pipeline.py --config configs/ml-1m.yaml
+  split by time               torchx run apps/pipeline.py --config configs/ml-1m-temporal.yaml
+  the LUM by itself           torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml
+  settings of your own        torchx run apps/pipeline.py --config configs/ml-1m.yaml run=mine model.dim=96"""

@@ -1,0 +1,97 @@
+"""The main of every app: environment check, arguments, logging, the stage, and errors told in a sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lumrec.environment import check_environment
+
+STAGES = {
+    "prepare": "lumrec.data.prepare",
+    "pretrain": "lumrec.train.pretrain",
+    "query": "lumrec.query.stage",
+    "rank": "lumrec.train.rank",
+    "pipeline": "lumrec.pipeline",
+}
+PACKAGE = Path(__file__).resolve().parent
+
+
+def run_stage(stage: str, description: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a stage with --config and key=value words. Exits with 2 for an error of the user's (one message, no trace).
+
+    LUMREC_TRACEBACK=1 shows the trace of such an error too.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings over the file, such as model.dim=64")
+    given = parser.parse_args(arguments)
+    check_environment()
+    start_logging()
+    try:
+        from lumrec.config import load
+
+        config = load(given.config, given.words)
+        result = importlib.import_module(STAGES[stage]).run(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not is_for_the_user(error) or os.environ.get("LUMREC_TRACEBACK") == "1":
+            traceback.print_exc()
+            sys.exit(2 if is_for_the_user(error) else 1)
+        tell(str(error))
+        sys.exit(2)
+    if rank() == 0 and stage != "pipeline":
+        print(summary(stage, result), flush=True)
+
+
+def rank() -> int:
+    """This process's rank as torchrun gave it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_logging() -> None:
+    """Log lines with the time on rank 0; warnings alone on the other ranks."""
+    logging.basicConfig(
+        level=logging.INFO if rank() == 0 else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether an error is a message of ours to the user: a ValueError or missing file that our own code raised."""
+    if not isinstance(error, (ValueError, FileNotFoundError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(frames[-1].filename).resolve() if frames else PACKAGE
+    return PACKAGE in path.parents or PACKAGE.parent / "modules" in path.parents
+
+
+def tell(message: str) -> None:
+    """The message on stderr, once: when every rank fails alike, torchrun ends the others while they wait here."""
+    if rank() > 0:
+        time.sleep(3.0)
+        message = f"(rank {rank()}) {message}"
+    print(f"lumrec: {message}", file=sys.stderr, flush=True)
+
+
+def summary(stage: str, result: dict[str, float | str]) -> str:
+    """The numbers of a result, a few to the line."""
+    texts = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()]
+    lines = [f"{stage} finished"]
+    for text in texts:
+        if len(lines[-1]) + len(text) > 110 or len(lines) == 1:
+            lines.append("  " + text)
+        else:
+            lines[-1] += ", " + text
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""TorchX side of the apps: `torchx run apps/pretrain.py` without ":function", and the job that each app describes.
+
+TorchX loads this module whenever its command line starts, so it imports nothing heavy.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Sequence
+
+import torchx.specs as specs
+from torchx.cli.cmd_run import CmdRun
+from torchx.components.dist import ddp
+from torchx.runner import Runner
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UsageError(ValueError):
+    """Arguments of a component that cannot be used; `torchx run` ends with the message and exit code 2."""
+
+
+class CmdRunFile(CmdRun):
+    """`torchx run` that also takes a file alone: apps/pretrain.py means apps/pretrain.py:pretrain."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        words = args.component_name_and_args
+        first = 1 if words[:1] == ["--"] else 0
+        if len(words) > first and words[first].endswith(".py"):
+            file = Path(words[first])
+            if not file.is_file():
+                print(f"torchx run: there is no file {file} (from {Path.cwd()})", file=sys.stderr)
+                sys.exit(2)
+            words[first] = f"{file}:{file.stem}"
+        try:
+            super().run(args)
+        except UsageError as error:
+            print(f"torchx run: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
+        """As in TorchX, but a failed job ends with one line: what went wrong stands in the job's own output above."""
+        log_thread = self._start_log_thread(runner, app_handle) if log else None
+        status = runner.wait(app_handle, wait_interval=0.2)
+        if log_thread:
+            log_thread.join()
+        if status is None or status.state != specs.AppState.SUCCEEDED:
+            print(f"torchx run: job {app_handle} {status.state if status else 'lost'}", file=sys.stderr)
+            sys.exit(1)
+
+
+def stage_app(stage: str, words: Sequence[str], *, config: str, j: str) -> specs.AppDef:
+    """The job that runs apps/<stage>.py under torchrun, `j` = nodes x processes per node; prints its plain command.
+
+    Raises UsageError where a word is no key=value or `j` is not of that form.
+    """
+    arguments, script = _arguments(stage, words, config)
+    num_nodes, num_processes = _parse_j(j)
+    if num_nodes == 1:
+        plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
+        print(f"the same without TorchX: {shlex.join(plain)}", file=sys.stderr)
+    # One process writes straight through; several get their rank in front of each line.
+    app = ddp(*arguments, script=script, name=f"/{stage}", j=j, tee=3 if num_nodes * num_processes > 1 else 0)
+    command = app.roles[0].args[1]
+    assert command.startswith("torchrun ")
+    # The launching interpreter comes first on PATH; where its folder does not exist (a container), the image's does.
+    path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$$PATH"
+    app.roles[0].args[1] = f"{path} exec python -m lumrec.launch {command.removeprefix('torchrun ')}"
+    return app
+
+
+def single_app(stage: str, words: Sequence[str], *, config: str) -> specs.AppDef:
+    """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own."""
+    arguments, script = _arguments(stage, words, config)
+    print(f"the same without TorchX: {shlex.join(['python', script, *arguments])}", file=sys.stderr)
+    role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=[script, *arguments])
+    return specs.AppDef(name=stage, roles=[role])
+
+
+def _arguments(stage: str, words: Sequence[str], config: str) -> "tuple[list[str], str]":
+    """Arguments of the app's main, and the script: relative where the working directory has it, as remote jobs need."""
+    for word in words:
+        if "=" not in word:
+            raise UsageError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
+    relative = Path("apps") / f"{stage}.py"
+    script = relative if relative.is_file() else ROOT / relative
+    return ["--config", config, *words], str(script)
+
+
+def _parse_j(j: str) -> "tuple[int, int]":
+    nodes, _, processes = j.partition("x")
+    if not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
+        raise UsageError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
+    return int(nodes), int(processes)

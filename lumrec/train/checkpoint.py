@@ -115,7 +115,11 @@ class Checkpointer:
         A checkpoint that is half-written or corrupt is set aside under another name, with a warning. Raises ValueError
         for one of another fingerprint or model, or of another number of processes.
         """
-        for path in reversed(complete_checkpoints(self.folder)):
+        paths = sorted(self.folder.glob("step-*"), reverse=True)
+        if rank() == 0:
+            for left in self.folder.glob(".tmp-*"):
+                logger.warning("checkpoint %s was not finished when its process ended: it is skipped", left)
+        for path in paths:
             problem = _verify(path)
             if problem is None:
                 return self._load(path)

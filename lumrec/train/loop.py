@@ -213,7 +213,7 @@ class _Fit:
         sums = _sum_over_ranks(output)
         state.step += 1
         if not math.isfinite(sums["loss"]):
-            self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum)))
+            self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum.detach())))
         # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
         (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
         if config.clip_grad_norm and self.optimizer.dense_parameters:
@@ -307,8 +307,8 @@ class _Fit:
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
             f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values "
-            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so far "
-            "are untouched"
+            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so "
+            "far are untouched"
         )
 
     def _memory_gib(self) -> float:

@@ -93,9 +93,9 @@ def shard(
     """`model` under DMP: tables sharded with a fused optimizer, all other parameters replicated (DDP).
 
     The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into
-    their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept; tables
-    on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one type
-    for all tables ("table_wise", "row_wise", "column_wise", "data_parallel"); "" lets the planner choose between
+    their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept;
+    tables on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one
+    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel"); "" lets the planner choose between
     table_wise and, on CUDA, row_wise. Notes:
 
     - row_wise over several gloo processes needs the same number of bags on every process.

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_training import (
@@ -58,7 +61,7 @@ def train(
     dropout=0.0,
 ):
     init_distributed("cpu")
-    torch.manual_seed(0)
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
     model = shard(TinyModel(dropout=dropout), device="cpu", optimizer=config.optimizer)
     folder = RunFolder.create(TinyConfig(str(tmp_path), run=run, pretrain=config), "pretrain")
     result = fit(
@@ -74,10 +77,10 @@ def train(
 
 
 def die(runs_dir: Path, *words: str) -> None:
-    script = Path(__file__).with_name("tiny_training.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(runs_dir), *words], capture_output=True, text=True, timeout=300
-    )
+    script = Path(__file__).resolve().with_name("tiny_training.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
+    command = [sys.executable, str(script), str(runs_dir), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -91,7 +94,7 @@ def test_killed_runs_continue_to_the_bit(tmp_path, caplog):
     assert list((tmp_path / "killed/tiny-pretrain/checkpoints").glob(".tmp-*"))
     with caplog.at_level("INFO", logger="lumrec"):
         again_model, again_folder, again = train_noisily(str(tmp_path / "killed"))
-    assert "resumed at step 1" in caplog.text
+    assert "resumed at step 1" in caplog.text and "was not finished when its process ended" in caplog.text
 
     assert lines(again_folder.path) == lines(folder.path)
     timed = ("events_per_s", "data_wait", "memory_gib", "wall_s")

@@ -1,6 +1,6 @@
 """A small but real training run (sharded tables, dropout, all random generators), shared by the tests of lumrec.train.
 
-Also a program: `python tiny_training.py RUNS_DIR [kill-at-step N | kill-in-save N]` trains, and dies by SIGKILL if told to.
+Also a program: `python tiny_training.py RUNS_DIR [kill-at-step N | kill-in-save N]` trains, killed if told so.
 Shapes: B rows, D table width.
 """
 
@@ -76,7 +76,7 @@ def make_batch(rows_B: Tensor, seed: int = 5) -> TinyBatch:
 
 
 class TinyLoader:
-    """Shuffled batches of 8 rows; over two ranks rank 0 gets `first_share(batch number)` of the rows, rank 1 the rest."""
+    """Shuffled batches of 8 rows; of two ranks, rank 0 gets `first_share(batch number)` of them, rank 1 the rest."""
 
     def __init__(self, num_rows: int = 72, *, first_share: Any = lambda position: 4) -> None:
         self.num_rows, self.first_share = num_rows, first_share

@@ -1,0 +1,223 @@
+"""Checkpoints: whole or not there, refused where they do not fit, weights loaded by name."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import TinyModel, loss_sum, make_batch
+from torch import nn
+
+from lumrec.train.checkpoint import Checkpointer, load_weights, random_state, set_random_state
+from lumrec.train.files import sha256
+from lumrec.train.optimizers import OptimizerConfig, build_optimizer
+from lumrec.train.parallel import init_distributed, shard
+
+FINGERPRINT = {"data": "aaa"}
+
+
+class Session:
+    """A model, its optimizer and their checkpoints, as one process of a run has them."""
+
+    def __init__(
+        self, folder: Path, *, rows=(40, 12), fingerprint=FINGERPRINT, keep=3, weight_decay=0.1, seed=0
+    ) -> None:
+        init_distributed("cpu")
+        config = OptimizerConfig(weight_decay=weight_decay)
+        self.model = shard(TinyModel(rows=rows, seed=seed), device="cpu", optimizer=config)
+        self.optimizer = build_optimizer(self.model, config)
+        self.checkpointer = Checkpointer(
+            folder, model=self.model, optimizer=self.optimizer, fingerprint=fingerprint, keep=keep
+        )
+
+    def train(self, step: int) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss_sum(self.model, make_batch(torch.arange(8) + step))
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def save(self, step: int, best_step: int = 1) -> Path:
+        return self.checkpointer.save(step, state={"at": step}, local={"loader": step}, best_step=best_step)
+
+
+def trained(folder: Path, steps: int = 3) -> tuple[Session, list[dict[str, torch.Tensor]]]:
+    session, snapshots = Session(folder), []
+    for step in range(1, steps + 1):
+        session.train(step)
+        session.save(step)
+        snapshots.append(snapshot(session.model))
+    return session, snapshots
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def break_file(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_loaded_run_goes_on_to_the_bit(tmp_path):
+    first, snapshots = trained(tmp_path, 2)
+    second = Session(tmp_path, seed=9)
+    loaded = second.checkpointer.load_latest()
+    assert loaded == (2, {"at": 2}, {"loader": 2})
+    assert same(snapshot(second.model), snapshots[-1])
+    assert [first.train(step) for step in range(5, 9)] == [second.train(step) for step in range(5, 9)]
+    assert same(snapshot(first.model), snapshot(second.model))
+
+
+def test_a_parameter_without_a_gradient_has_no_state_after_loading(tmp_path):
+    def session(folder: Path) -> Session:
+        made = Session(folder)
+        made.model.module.mlp[3].bias.requires_grad_(True)
+        return made
+
+    first = session(tmp_path)
+    first.model.module.mlp[0].weight.grad = torch.ones(16, 16)
+    first.optimizer.step()
+    first.save(1)
+    second = session(tmp_path)
+    second.checkpointer.load_latest()
+    dense = second.optimizer.optimizers[1][1]
+    assert [name for name, entries in dense.state_dict()["state"].items() if entries] == ["mlp.0.weight"]
+
+
+@pytest.mark.parametrize("broken", ["__0_0.distcp", ".metadata", "rank-0.json", "meta.json", "COMPLETE"])
+def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, caplog, broken):
+    _, snapshots = trained(tmp_path)
+    break_file(tmp_path / "step-00000003" / broken)
+    session = Session(tmp_path)
+    assert session.checkpointer.load_latest().step == 2
+    assert same(snapshot(session.model), snapshots[1])
+    assert "step-00000003 is skipped" in caplog.text
+    assert (tmp_path / "corrupt-step-00000003").is_dir() and not (tmp_path / "step-00000003").exists()
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path, caplog):
+    trained(tmp_path)
+    (tmp_path / "step-00000003" / "COMPLETE").unlink()
+    (tmp_path / "step-00000002" / "__0_0.distcp").unlink()
+    session = Session(tmp_path)
+    assert session.checkpointer.load_latest().step == 1
+    assert "step-00000002 is skipped: " in caplog.text and "step-00000003 is skipped" in caplog.text
+    for path in tmp_path.glob("step-*"):
+        break_file(path / "meta.json")
+    assert session.checkpointer.load_latest() is None
+
+
+def test_newest_and_best_stay(tmp_path):
+    session = Session(tmp_path, keep=2)
+    for step in range(1, 7):
+        session.train(step)
+        session.save(step, best_step=min(step, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
+    session.checkpointer.load_model(2)
+    again = Session(tmp_path)
+    load_weights(tmp_path / "step-00000002", again.model)
+    assert same(snapshot(again.model), snapshot(session.model))
+    session.save(6)  # the same step again replaces it
+    assert json.loads((tmp_path / "step-00000006" / "meta.json").read_text())["best_step"] == 1
+
+
+def test_another_schema_or_model_is_refused_naming_both(tmp_path):
+    trained(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"another data: it was made with 'aaa', this run has 'bbb'"):
+        Session(tmp_path, fingerprint={"data": "bbb"}).checkpointer.load_latest()
+    with pytest.raises(ValueError, match=r"t1.weight' is \[12, 8\] in the checkpoint, .*t1.weight' is \[13, 8\] here"):
+        Session(tmp_path, rows=(40, 13)).checkpointer.load_latest()
+    with pytest.raises(ValueError, match=r"t1.weight' \(from .*\) is not in this model"):
+        Session(tmp_path, rows=(40,)).checkpointer.load_latest()
+    meta_path = tmp_path / "step-00000001" / "meta.json"
+    meta_path.write_text(json.dumps({**json.loads(meta_path.read_text()), "world_size": 2}))
+    (tmp_path / "step-00000001" / "COMPLETE").write_text(sha256(meta_path))
+    with pytest.raises(ValueError, match=r"saved by 2 process\(es\), this run has 1"):
+        Session(tmp_path).checkpointer.load_latest()
+
+
+def test_weights_load_into_plain_and_sharded_modules_under_other_names(tmp_path):
+    _, snapshots = trained(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    plain = TinyModel(seed=3)
+    load_weights(path, plain, fingerprint=FINGERPRINT)
+    assert same(dict(plain.state_dict()), snapshots[0])
+
+    holder = nn.ModuleDict({"lum": TinyModel(seed=3), "own": nn.Linear(2, 2)})
+    own = holder["own"].weight.detach().clone()
+    load_weights(path, holder, {name: f"lum.{name}" for name in snapshots[0]})
+    assert same(dict(holder["lum"].state_dict()), snapshots[0]) and torch.equal(holder["own"].weight, own)
+
+    sharded = shard(TinyModel(seed=3), device="cpu", sharding="row_wise")
+    load_weights(path, sharded, {"ebc.embedding_bags.t0.weight": "ebc.embedding_bags.t0.weight"})
+    loaded, fresh = snapshot(sharded), dict(TinyModel(seed=3).state_dict())
+    assert [name for name in loaded if torch.equal(loaded[name], snapshots[0][name])] == [
+        "ebc.embedding_bags.t0.weight"
+    ]
+    assert [name for name in loaded if not torch.equal(loaded[name], fresh[name])] == ["ebc.embedding_bags.t0.weight"]
+
+
+def test_weights_that_do_not_fit_load_nothing(tmp_path):
+    trained(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    target = TinyModel(seed=3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'t9' \(for 'mlp.3.bias'\) is not in the checkpoint"):
+        load_weights(path, target, {"mlp.0.bias": "mlp.0.bias", "t9": "mlp.3.bias"})
+    with pytest.raises(ValueError, match=r"'mlp.0.bias' is \[16\] in the checkpoint, 'mlp.3.bias' is \[1\] here"):
+        load_weights(path, target, {"mlp.3.weight": "mlp.3.weight", "mlp.0.bias": "mlp.3.bias"})
+    with pytest.raises(ValueError, match=r"'mlp.9' \(from 'mlp.0.bias'\) is not in this model"):
+        load_weights(path, target, {"mlp.0.bias": "mlp.9"})
+    with pytest.raises(ValueError, match="another data"):
+        load_weights(path, target, fingerprint={"data": "bbb"})
+    with pytest.raises(FileNotFoundError, match="no COMPLETE"):
+        load_weights(tmp_path / "step-00000009", target)
+    break_file(path / "__0_0.distcp")
+    with pytest.raises(ValueError, match="corrupt: __0_0.distcp"):
+        load_weights(path, target)
+    assert same(dict(target.state_dict()), before)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    trained(tmp_path / "run", 1)
+    path = tmp_path / "run" / "step-00000001"
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    meta = json.loads((path / "meta.json").read_text())
+    meta["files"][".metadata"] = sha256(path / ".metadata")
+    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "COMPLETE").write_text(sha256(path / "meta.json"))
+    with pytest.raises(ValueError, match="was not written by lumrec"):
+        load_weights(path, TinyModel())
+    with pytest.raises(ValueError, match="was not written by lumrec"):
+        Session(tmp_path / "run").checkpointer.load_latest()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_random_states_survive_json():
+    import random
+
+    import numpy as np
+
+    np.random.standard_normal()  # leaves a second value waiting
+    state = json.loads(json.dumps(random_state()))
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), *torch.randn(3).tolist()]
+
+    first = draw()
+    set_random_state(state)
+    assert draw() == first

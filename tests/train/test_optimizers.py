@@ -1,0 +1,89 @@
+"""Optimizers: one schedule for tables and dense parameters, every parameter in exactly one part."""
+
+import pytest
+import torch
+from tiny_training import TinyModel, loss_sum, make_batch
+
+from lumrec.train.optimizers import OptimizerConfig, TableAndDenseOptimizer, build_optimizer, learning_rate_factor
+from lumrec.train.parallel import init_distributed, shard
+
+
+def prepare(config: OptimizerConfig) -> tuple[torch.nn.Module, TableAndDenseOptimizer]:
+    init_distributed("cpu")
+    model = shard(TinyModel(), device="cpu", optimizer=config)
+    return model, build_optimizer(model, config)
+
+
+def table(model: torch.nn.Module) -> torch.Tensor:
+    return model.state_dict()["ebc.embedding_bags.t0.weight"].local_shards()[0].tensor
+
+
+def moves(factors: list[float]) -> list[tuple[float, float]]:
+    """How far a table and the dense bias move in one plain SGD/AdamW step at each learning rate factor."""
+    distances = []
+    for factor in factors:
+        model, optimizer = prepare(OptimizerConfig(table_optimizer="sgd"))
+        table_before, bias_before = table(model).clone(), model.state_dict()["mlp.3.bias"].clone()
+        optimizer.set_learning_rate(factor)
+        loss_sum(model, make_batch(torch.arange(8))).backward()
+        optimizer.step()
+        distances.append(
+            (
+                float((table(model) - table_before).abs().max()),
+                float((model.state_dict()["mlp.3.bias"] - bias_before).abs().max()),
+            )
+        )
+    return distances
+
+
+def test_the_schedule_moves_fused_tables_in_the_very_step():
+    (table_0, dense_0), (table_half, dense_half), (table_1, dense_1) = moves([0.0, 0.5, 1.0])
+    assert table_0 == dense_0 == 0.0
+    assert table_1 > 0 and table_half == pytest.approx(table_1 / 2, rel=1e-4)
+    assert dense_1 > 0 and dense_half == pytest.approx(dense_1 / 2, rel=1e-4)
+
+
+def test_the_rate_is_set_from_the_highest_not_from_the_last():
+    _, optimizer = prepare(OptimizerConfig(table_lr=0.2, dense_lr=0.01))
+    for factor in (0.5, 0.1, 1.0):
+        optimizer.set_learning_rate(factor)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.01, 0.2])
+
+
+def test_every_parameter_is_in_exactly_one_part():
+    model, optimizer = prepare(OptimizerConfig())
+    assert set(optimizer.params) == set(dict(model.named_parameters()))
+    assert sum(len(part.params) for _, part in optimizer.optimizers) == len(optimizer.params)
+    assert len(optimizer.dense_parameters) == 4
+
+
+def test_weight_decay_is_for_matrices():
+    _, optimizer = prepare(OptimizerConfig(weight_decay=0.1))
+    decayed = {
+        group["weight_decay"]: {p.dim() for p in group["params"]} for group in optimizer.optimizers[1][1].param_groups
+    }
+    assert decayed == {0.1: {2}, 0.0: {1}}
+
+
+def test_schedules():
+    def rates(**settings) -> list[float]:
+        return [round(learning_rate_factor(OptimizerConfig(**settings), step, 5), 4) for step in range(5)]
+
+    assert rates() == [1.0] * 5
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(schedule="linear") == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert rates(schedule="cosine", warmup_steps=1) == [1.0, 1.0, 0.8536, 0.5, 0.1464]
+    assert learning_rate_factor(OptimizerConfig(schedule="cosine", warmup_steps=9), 9, 9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"table_optimizer": "adam"}, "no fused kernel on CPU"),
+        ({"schedule": "exponential"}, "constant, linear, cosine"),
+        ({"table_lr": -1.0}, "table_lr=-1.0"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(OptimizerConfig(**settings))

@@ -1,0 +1,161 @@
+"""The run folder: what is written, what continues, what is refused."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Optional
+
+import pytest
+from omegaconf import OmegaConf
+
+from lumrec.train.loop import TrainConfig
+from lumrec.train.run import RunFolder, run_name
+
+
+@dataclass(frozen=True)
+class Inner:
+    names: tuple[str, ...] = ("a", "b")
+    nothing: Optional[str] = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Root:
+    runs_dir: str
+    run: str = ""
+    name: str = "ml-1m"
+    fold: str = ""
+    overwrite: bool = False
+    threads: int = 0
+    seed: int = 0
+    pretrain: Inner = field(default_factory=Inner)
+    rank: Inner = field(default_factory=Inner)
+
+
+def test_names():
+    assert run_name(Root("runs"), "rank") == "ml-1m-rank"
+    assert run_name(Root("runs", fold="0/2"), "pretrain") == "ml-1m-pretrain-0of2"
+    assert run_name(Root("runs", fold="0/2", run="mine"), "pretrain") == "mine"
+
+
+def test_a_new_folder_holds_config_and_versions(tmp_path):
+    run = RunFolder.create(Root(str(tmp_path), seed=3), "pretrain", inputs={"prepared": "abc"})
+    assert (run.path, run.finished, run.resumed) == (tmp_path / "ml-1m-pretrain", False, False)
+    config = OmegaConf.load(run.path / "config.yaml")
+    assert (
+        config.seed == 3 and config.pretrain.train.optimizer.dense_lr == 1e-3 and list(config.rank.names) == ["a", "b"]
+    )
+    versions = json.loads((run.path / "versions.json").read_text())
+    assert {"torch", "torchrec", "python", "commit", "cpu_count", "processes"} <= versions.keys()
+    assert json.loads((run.path / "inputs.json").read_text()) == {"prepared": "abc"}
+
+
+def test_an_unfinished_run_of_the_same_config_continues(tmp_path):
+    RunFolder.create(Root(str(tmp_path)), "pretrain").close()
+    # What belongs to another stage, or says only where to run, does not make it another run.
+    same = Root(str(tmp_path), threads=2, overwrite=True, rank=Inner(names=("c",)))
+    again = RunFolder.create(same, "pretrain")
+    assert again.resumed and not again.finished
+
+
+def test_another_config_is_refused_naming_the_keys(tmp_path):
+    config = Root(str(tmp_path))
+    RunFolder.create(config, "pretrain", inputs={"prepared": "abc"}).close()
+    other = replace(config, seed=1, pretrain=Inner(train=TrainConfig(epochs=9)))
+    with pytest.raises(ValueError) as raised:
+        RunFolder.create(other, "pretrain", inputs={"prepared": "xyz"})
+    for part in (
+        "an unfinished run of another config",
+        "pretrain.train.epochs: 1 → 9",
+        "seed: 0 → 1",
+        "input prepared: 'abc' → 'xyz'",
+        "overwrite=true",
+        "run=<name>",
+    ):
+        assert part in str(raised.value)
+    run = RunFolder.create(replace(other, overwrite=True), "pretrain")
+    assert not run.resumed and OmegaConf.load(run.path / "config.yaml").seed == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m-pretrain"]
+
+
+def test_a_finished_run_keeps_its_result(tmp_path, caplog):
+    config = Root(str(tmp_path))
+    run = RunFolder.create(config, "pretrain")
+    run.log(1, loss=0.5)
+    run.finish({"auc": 0.75, "gauc": math.nan, "dataset": "ml-1m"})
+    assert json.loads((run.path / "result.json").read_text()) == {"auc": 0.75, "gauc": None, "dataset": "ml-1m"}
+    with caplog.at_level("INFO", logger="lumrec"):
+        again = RunFolder.create(config, "pretrain")
+    assert again.finished and "its result stands" in caplog.text
+    result = again.result()
+    assert result["auc"] == 0.75 and math.isnan(result["gauc"])
+    with pytest.raises(ValueError, match="a finished run of another config: seed"):
+        RunFolder.create(replace(config, seed=1), "pretrain")
+    anew = RunFolder.create(replace(config, overwrite=True), "pretrain")
+    assert not anew.finished and not (anew.path / "result.json").exists() and "replacing a finished run" in caplog.text
+
+
+def test_results_are_flat(tmp_path):
+    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    with pytest.raises(ValueError, match="'auc' is a dict"):
+        run.finish({"auc": {"valid": 0.5}})
+    assert not (run.path / "result.json").exists()
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path):
+    folder = tmp_path / "ml-1m-pretrain"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a run folder"):
+        RunFolder.create(Root(str(tmp_path), overwrite=True), "pretrain")
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_whose_making_was_interrupted_is_made_whole(tmp_path):
+    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    run.close()
+    (run.path / "config.yaml").unlink()
+    again = RunFolder.create(Root(str(tmp_path), seed=8), "pretrain")
+    assert not again.resumed and OmegaConf.load(again.path / "config.yaml").seed == 8
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    folder = tmp_path / "ml-1m-pretrain"
+    folder.mkdir()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+            "f.write(f'{os.getpid()} x'); f.flush(); print('held', flush=True); sys.stdin.read()",
+            str(folder / ".lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"being written by process {holder.pid}"):
+            RunFolder.create(Root(str(tmp_path)), "pretrain")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert not RunFolder.create(Root(str(tmp_path)), "pretrain").resumed
+    assert (folder / ".lock").read_text().startswith(f"{os.getpid()} ")
+
+
+def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
+    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    for step in range(1, 5):
+        run.log(step, loss=1.0 / step, **({"valid/auc": math.inf} if step == 2 else {}))
+    run.close()
+    path = run.path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 2, "los')
+    run.rewind(2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5, "valid/auc": None}]
+    assert list((run.path / "tensorboard").glob("events.*"))

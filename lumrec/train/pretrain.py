@@ -37,12 +37,17 @@ class ContrastConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Step 1. precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32)."""
+    """Step 1.
+
+    precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
+    select: validation metric of the weights that are kept ("ndcg@10", "hr@10", …); "" keeps the last weights.
+    """
 
     packing: PackingConfig = field(default_factory=PackingConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     precision: str = "float32"
+    select: str = "ndcg@10"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
     evaluate: RetrievalConfig = field(default_factory=RetrievalConfig)
 
@@ -127,7 +132,7 @@ def run(config: "Config") -> dict[str, float | str]:
         config=settings.train,
         run=run_folder,
         evaluate=lambda: evaluate("valid"),
-        select="ndcg@10",
+        select=settings.select,
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data),
     )

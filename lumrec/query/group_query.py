@@ -105,7 +105,7 @@ class GroupQuery:
         nothing = torch.zeros(int(len(window_R) == 0), dtype=torch.int64)
         pack = self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
         o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
-        return o_QD.float().view(len(window_R), num_conditions, o_QD.shape[1])
+        return o_QD.float().cpu().view(len(window_R), num_conditions, o_QD.shape[1])
 
     def _answer_all(self, answering: AnsweringWindows) -> Tensor:
         training = self.model.training
@@ -175,7 +175,7 @@ def asked_rows(answering: AnsweringWindows) -> Tensor:
 @torch.no_grad()
 def encode_items(model: nn.Module, builder: PackBuilder, *, block: int = 32768) -> Tensor:
     """Every catalogue item as the LUM sees it, e_ID (float32, on the CPU); the model should be in eval mode."""
-    nothing = Windows(*(torch.zeros(0, dtype=torch.int64) for _ in Windows._fields))
+    nothing = Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
     device = next(model.parameters()).device
     parts = []
     for start in range(0, builder.data.num_items, block):

@@ -109,6 +109,7 @@ def run(config: Config) -> dict[str, float | str]:
     identity = _identity(config.query, data, lums)
     run_folder = RunFolder.create(config, "query")
     if run_folder.finished and on_rank_zero(lambda: _is_published(run_folder.path, identity)):
+        run_folder.close()
         return run_folder.result()
 
     start = time.perf_counter()
@@ -277,7 +278,7 @@ class _Job:
         for turn in range(-(-len(units) // world_size())):
             start = time.perf_counter()
             unit = mine[turn] if turn < len(mine) else Unit("", "", NOTHING)
-            o_RND = self._as_stored(query.answer(unit.windows).cpu())
+            o_RND = self._as_stored(query.answer(unit.windows))
             log_z_RN = None
             if self.identity["log_normalizer"]:
                 log_z_RN = log_normalizer(o_RND.flatten(0, 1), e_ID).view(o_RND.shape[:2])

@@ -1,0 +1,277 @@
+"""The query stage: what it publishes is what the LUM says, whatever the ranks, kills and versions on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import user_fold
+from lumrec.query import stage
+from lumrec.query.group_query import GroupQuery
+from lumrec.query.store import Knowledge, KnowledgeStore
+from lumrec.train import pretrain
+from lumrec.train.lum import load_lum
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDS = "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"
+CONDITIONS = "query.conditions=[{feedback: like}, {feedback: dislike, scenario: search}, {}]"
+
+
+def opened(config) -> tuple[PreparedData, Path]:
+    runs = Path(config.runs_dir)
+    return PreparedData.open(runs / "tiny-prepare"), runs / "tiny-query"
+
+
+def asked_directly(config, run: str, data: PreparedData, conditions) -> GroupQuery:
+    dmp, builder, trained = load_lum(config, run, data, device=torch.device("cpu"))
+    return GroupQuery(dmp, builder, conditions, max_events=trained.model.max_events)
+
+
+def in_subprocess(code: str, config, *words: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    """Runs `code` with `config` loaded, in a process of its own or under torchrun with so many ranks."""
+    folder = Path(config.runs_dir).parent
+    text = "import sys\nfrom lumrec.config import load\nfrom lumrec.query import stage, writer\n"
+    text += f"config = load({str(folder / 'runs/tiny-pretrain/config.yaml')!r}, sys.argv[1:])\n"
+    (folder / "script.py").write_text(text + textwrap.dedent(code))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(folder / "script.py"), f"runs_dir={config.runs_dir}", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_what_is_published_is_what_the_lum_says(experiment):
+    config = experiment(CONDITIONS)
+    result = stage.run(config)
+    data, path = opened(config)
+    knowledge, store = Knowledge.open(path, data), KnowledgeStore.open(path)
+    query = asked_directly(config, "tiny-pretrain", data, knowledge.conditions)
+    everyone = torch.from_numpy(np.flatnonzero(np.diff(data.user_offsets) > 0))
+
+    row_R, o_RND = query.rows(everyone)
+    got = knowledge.for_rows(row_R)
+    torch.testing.assert_close(got.o_BND, o_RND, atol=3e-3, rtol=0)
+    assert got.present_BN.shape == (len(row_R), 3) and bool(got.present_BN.all()) and not got.fold_B.any()
+    torch.testing.assert_close(knowledge.items_e[0], query.items(), atol=3e-3, rtol=0)
+    similarity = got.o_BND.double() @ knowledge.items_e[0].double().T
+    torch.testing.assert_close(got.log_z_BN.double(), similarity.logsumexp(-1), atol=1e-4, rtol=1e-5)
+
+    keys = data.user_keys()
+    served = store.get([keys[user] for user in everyone.tolist()])
+    torch.testing.assert_close(served.o_BND, query.users(everyone), atol=3e-3, rtol=0)
+    similarity = served.o_BND.double() @ knowledge.items_e[0].double().T
+    torch.testing.assert_close(served.log_z_BN.double(), similarity.logsumexp(-1), atol=1e-4, rtol=1e-5)
+    assert bool((served.age_s_B >= 0).all()) and bool((served.age_s_B < 600).all())
+
+    assert result["hazard"] == "in_sample" and result["conditions"] == 3 and result["dim"] == 16
+    assert result["rows"] == int(knowledge.present.sum()) == data.num_events - len(everyone)
+    assert result["users"] == len(store) == len(everyone)
+    assert result["rows"] + result["rows_absent"] == data.num_events
+    assert result["bytes"] == sum(file.stat().st_size for file in knowledge.path.rglob("*") if file.is_file())
+    assert json.loads((path / "result.json").read_text()) == result
+    assert knowledge.manifest["window"] == {"max_events": 16, "stride": 8}
+    assert knowledge.manifest["similarity"] == "cosine" and knowledge.manifest["temperature"] == 0.05
+
+
+def test_a_first_event_and_an_unknown_user_are_absent(experiment):
+    config = experiment()
+    stage.run(config)
+    data, path = opened(config)
+    firsts = Knowledge.open(path, data).for_rows(data.user_offsets[:-1])
+    assert not firsts.present_BN.any() and not firsts.o_BND.any()
+    store = KnowledgeStore.open(path)
+    known = data.user_keys()[0]
+    served = store.get(["nobody", known, "", "x" * 2000])
+    assert served.present_BN[:, 0].tolist() == [False, True, False, False]
+    assert (
+        not served.o_BND[0].any() and bool(torch.isnan(served.age_s_B[0])) and served.fold_B.tolist() == [-1, 0, -1, -1]
+    )
+
+
+def test_a_finished_run_stands_and_a_new_lum_makes_a_new_version(experiment):
+    config = experiment("query.users=false")
+    result = stage.run(config)
+    data, path = opened(config)
+    before = Knowledge.open(path, data)
+    assert stage.run(config) == result and Knowledge.open(path, data).path == before.path
+
+    pretrain.run(experiment("seed=1", "data.simulator.num_users=60", "overwrite=true", "inputs.prepared=tiny-prepare"))
+    stage.run(config)
+    after = Knowledge.open(path, data)
+    assert after.path != before.path and not before.path.exists()
+    assert not torch.equal(after.items_e, before.items_e)
+    assert np.isfinite(before.for_rows(np.arange(data.num_events)).o_BND).all()  # who has opened the old one reads on
+    with pytest.raises(ValueError, match="query.users=true"):
+        KnowledgeStore.open(path)
+
+
+def test_cross_fitting_asks_each_user_of_the_lum_that_never_saw_them(experiment):
+    config = experiment("inputs.lums=[tiny-pretrain-1of2, tiny-pretrain-0of2]")  # whatever the order
+    result = stage.run(config)
+    assert result["hazard"] == "cross_fit" and result["lums"] == 2
+    data, path = opened(config)
+    knowledge = Knowledge.open(path, data)
+    fold_U = user_fold(data.user_keys(), 2)
+    assert np.array_equal(knowledge.user_fold, fold_U) and 0 < fold_U.mean() < 1
+    for fold in (0, 1):
+        query = asked_directly(config, f"tiny-pretrain-{fold}of2", data, knowledge.conditions)
+        users = torch.from_numpy(np.flatnonzero((fold_U == fold) & (np.diff(data.user_offsets) > 0)))
+        row_R, o_RND = query.rows(users)
+        got = knowledge.for_rows(row_R)
+        torch.testing.assert_close(got.o_BND, o_RND, atol=3e-3, rtol=0)
+        assert got.fold_B.tolist() == [fold] * len(row_R)
+        torch.testing.assert_close(knowledge.items_e[fold], query.items(), atol=3e-3, rtol=0)
+        served = KnowledgeStore.open(path).get([data.user_keys()[user] for user in users.tolist()])
+        torch.testing.assert_close(served.o_BND, query.users(users), atol=3e-3, rtol=0)
+        assert served.fold_B.tolist() == [fold] * len(users)
+    assert set(fold_U[data.user[data.split == 2]]) == {0, 1}  # test rows are shared out as well
+
+
+def test_switched_off_parts_are_not_there(experiment):
+    config = experiment("query.rows=false", "query.log_normalizer=false", "query.dtype=float32")
+    result = stage.run(config)
+    data, path = opened(config)
+    assert "rows" not in result
+    knowledge = Knowledge.open(path, data)
+    assert sorted(file.name for file in knowledge.path.iterdir()) == ["items_e.npy", "store", "user_fold.npy"]
+    with pytest.raises(ValueError, match="query.rows=true"):
+        knowledge.for_rows(np.array([0]))
+    served = KnowledgeStore.open(path).get([data.user_keys()[0]])
+    assert served.log_z_BN is None
+    direct = asked_directly(config, "tiny-pretrain", data, knowledge.conditions).users(torch.tensor([0]))
+    torch.testing.assert_close(served.o_BND, direct, atol=2e-5, rtol=0)
+
+
+def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experiment):
+    words = [FOLDS, CONDITIONS]
+    config = experiment(*words)
+    stage.run(config)
+    data, path = opened(config)
+    old = Knowledge.open(path, data)
+    everything = np.arange(data.num_events)
+    answers = old.for_rows(everything)
+
+    other = experiment("seed=1", "fold=0/2", "overwrite=true", "inputs.prepared=tiny-prepare")
+    pretrain.run(other)
+    killed = in_subprocess(
+        """
+        import os, signal
+        commit = writer.KnowledgeWriter.commit
+        def die_or_commit(self, unit):
+            if unit == "users/0/1":  # written, but not yet marked as finished
+                os.kill(os.getpid(), signal.SIGKILL)
+            commit(self, unit)
+        writer.KnowledgeWriter.commit = die_or_commit
+        stage.run(config)
+        """,
+        config,
+        *words,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (path / "building" / "progress-0").exists()
+    assert torch.equal(Knowledge.open(path, data).for_rows(everything).o_BND, answers.o_BND)
+    assert bool(KnowledgeStore.open(path).get([data.user_keys()[0]]).present_BN.all())
+
+    finished = (path / "building" / "progress-0").read_text().splitlines()
+    resumed = in_subprocess(
+        """
+        commit = writer.KnowledgeWriter.commit
+        def tell_and_commit(self, unit):
+            print("unit", unit)
+            commit(self, unit)
+        writer.KnowledgeWriter.commit = tell_and_commit
+        stage.run(config)
+        """,
+        config,
+        *words,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    rest = [line.removeprefix("unit ") for line in resumed.stdout.splitlines() if line.startswith("unit ")]
+    assert finished and "users/0/1" in rest and "rows/1/0" in rest
+    assert set(finished) & set(rest) == {"items/0"}  # items are cheap: encoded anew, to be summed over
+    new = Knowledge.open(path, data)
+    assert new.path != old.path and not (path / "building").exists()
+
+    fresh = experiment(*words, "run=uninterrupted")
+    result = stage.run(fresh)
+    whole = Knowledge.open(path.with_name("uninterrupted"), data)
+    for name in ("rows_o.npy", "rows_log_z.npy", "rows_present.npy", "items_e.npy", "user_fold.npy"):
+        assert (new.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    mine, theirs = KnowledgeStore.open(path), KnowledgeStore.open(path.with_name("uninterrupted"))
+    assert torch.equal(mine.get(data.user_keys()).o_BND, theirs.get(data.user_keys()).o_BND)
+    assert len(mine) == len(theirs) == result["users"]
+
+
+def test_two_ranks_write_what_one_writes(experiment):
+    words = [FOLDS, CONDITIONS]
+    config = experiment(*words)
+    both = in_subprocess("stage.run(config)", config, *words, "run=two-ranks", ranks=2)
+    assert both.returncode == 0, both.stderr
+    stage.run(config)
+    data, path = opened(config)
+    one, two = Knowledge.open(path, data), Knowledge.open(path.with_name("two-ranks"), data)
+    everything = np.arange(data.num_events)
+    assert torch.equal(one.for_rows(everything).present_BN, two.for_rows(everything).present_BN)
+    torch.testing.assert_close(one.for_rows(everything).o_BND, two.for_rows(everything).o_BND, atol=5e-3, rtol=0)
+    torch.testing.assert_close(one.for_rows(everything).log_z_BN, two.for_rows(everything).log_z_BN, atol=5e-3, rtol=0)
+    torch.testing.assert_close(one.items_e, two.items_e, atol=5e-3, rtol=0)
+    keys = [*data.user_keys(), "nobody"]
+    alone, shared = KnowledgeStore.open(path).get(keys), KnowledgeStore.open(path.with_name("two-ranks")).get(keys)
+    torch.testing.assert_close(alone.o_BND, shared.o_BND, atol=5e-3, rtol=0)
+    assert torch.equal(alone.present_BN, shared.present_BN)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inputs.lums=[tiny-pretrain, tiny-pretrain-1of2]"], r"fold=0/2, fold=1/2.*tiny-pretrain has fold=\(none\)"),
+        (
+            ["inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-0of2]"],
+            "tiny-pretrain-0of2 has fold=0/2, tiny-pretrain-0of2",
+        ),
+        (["inputs.lums=[tiny-pretrain-0of2]"], "One LUM alone must be one without a fold"),
+        (["query.dtype=float61"], "expected one of"),
+        (["query.rows=false", "query.users=false"], "nothing to ask about"),
+        (["query.conditions=[{feedback: liek}]"], "did you mean 'like'"),
+        (["query.stride=16"], "expected 1 to 15"),
+        (["query.tokens_per_pack=0"], "expected a positive number"),
+    ],
+)
+def test_inputs_that_do_not_belong_together_are_refused(experiment, words, message):
+    with pytest.raises(ValueError, match=message):
+        stage.run(experiment(*words))
+
+
+def test_missing_inputs_name_the_command_that_makes_them(experiment):
+    with pytest.raises(FileNotFoundError, match=r"apps/pretrain.py .* run=tiny-pretrain-3of4 fold=3/4"):
+        stage.run(experiment("inputs.lums=[tiny-pretrain-3of4]"))
+    config = experiment()
+    shutil.rmtree(Path(config.runs_dir) / "tiny-prepare")
+    with pytest.raises(FileNotFoundError, match="apps/prepare.py"):
+        stage.run(config)
+
+
+def test_a_lum_of_other_data_is_refused(experiment, tmp_path):
+    from lumrec.data import prepare
+
+    prepare.run(experiment("run=other", "seed=5"))
+    with pytest.raises(ValueError, match="trained on other data"):
+        stage.run(experiment("inputs.prepared=other"))
+
+
+def test_answers_too_large_for_the_dtype_are_refused(experiment):
+    pretrain.run(experiment("run=hot", "model.temperature=1e-12"))
+    with pytest.raises(ValueError, match="query.dtype=float32"):
+        stage.run(experiment("inputs.lums=[hot]"))

@@ -124,7 +124,7 @@ def shard(
     sharders: list[ModuleSharder[nn.Module]] = [_Sharder(allowed)]  # type: ignore[list-item]
     plan = _plan(model, sharders, constraints, device)
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
-    with torch.random.fork_rng(), _quiet_torchrec():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _quiet_torchrec():
         # TorchRec redraws every shard. One seed on all ranks would give equal rows to the shards of one table.
         torch.manual_seed(torch.initial_seed() + 1 + rank())
         sharded = DistributedModelParallel(

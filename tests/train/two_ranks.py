@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny_training import TinyConfig, TinyLoader, TinyModel, plain_step
 from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
@@ -93,7 +95,10 @@ def main(folder: str) -> None:
         model = train(folder, name)
         plans[name] = plan_table(model)
     interrupted_and_resumed(folder)
-    model = shard(TinyModel(rows=(1000, 12)), device="cpu", sharding="row_wise")
+    config = EmbeddingBagConfig(name="t0", num_embeddings=1000, embedding_dim=8, feature_names=["f0"])
+    drawn = EmbeddingBagCollection(tables=[config], device=torch.device("meta"))
+    torch.manual_seed(3)  # equal on both ranks, as a stage does it
+    model = shard(nn.ModuleDict({"ebc": drawn}), device="cpu", sharding="row_wise")
     table = model.state_dict()["ebc.embedding_bags.t0.weight"].local_shards()[0].tensor
     report = {"plans": plans, "errors": errors(folder), "first_row": table[0].tolist(), "rows": len(table)}
     (Path(folder) / f"report-{rank()}.json").write_text(json.dumps(report))

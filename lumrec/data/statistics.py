@@ -35,15 +35,25 @@ class Statistics(NamedTuple):
 
 
 def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
-    """Statistics of every event of the prepared data, by event row number.
+    """Statistics of every event of the prepared data, by event row number, each column standardised.
+
+    kind: "all" of them; "user" leaves out what needs other users (the item's, and every excess); "none" has no column.
+    Raises ValueError for another kind, and where the training part is empty (there is nothing to standardise by).
+    """
+    columns = raw_statistics(data, kind=kind)
+    values_EF = np.empty((data.num_events, len(columns)), dtype=np.float32)
+    for f, column_E in enumerate(columns.values()):
+        values_EF[:, f] = _standardised(column_E, data.split == TRAIN)
+    return Statistics(values_EF, list(columns))
+
+
+def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.ndarray]:
+    """Name of each statistic and its values before they are standardised, float64 [E].
 
     Of the user, over all events before this one and over the last 5, 10 and 50: the smoothed like-rate, and its excess
     over the like-rate of the items shown (who likes good items is not easy to please for that). Of the user and each
     value of each item feature (genre, …) that the target has: like-rate, excess, log count. Of the item: like-rate and
     log count over earlier training events. And the log number of events so far, the log seconds since the last one.
-
-    kind: "all" of them; "user" leaves out what needs other users (the item's, and every excess); "none" has no column.
-    Raises ValueError for another kind, and where the training part is empty (there is nothing to standardise by).
     """
     if kind not in KINDS:
         raise ValueError(f"the kind of statistics is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -51,19 +61,17 @@ def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
     if not is_training_E.any():
         raise ValueError(f"{data.path}: the training part has no events; expected some to take statistics from")
     columns: dict[str, np.ndarray] = {}
-    if kind != "none":
-        label_E = data.label.astype(np.float64)
-        base_rate = label_E[is_training_E].mean()
-        columns |= _recency(data)
-        columns |= _user_averages(data, label_E, "like_rate", prior=base_rate)
+    if kind == "none":
+        return columns
+    label_E = data.label.astype(np.float64)
+    base_rate = label_E[is_training_E].mean()  # one constant for all rows
+    columns |= _recency(data)
+    columns |= _user_averages(data, label_E, "like_rate", prior=base_rate)
     if kind == "all":
         item_rate_E, item_count_E = _item_history(data, label_E, is_training_E, base_rate)
         columns |= {"item_like_rate": item_rate_E, "item_log_count": np.log1p(item_count_E)}
         columns |= _user_averages(data, label_E - item_rate_E, "excess", prior=0.0)
-    values_EF = np.empty((data.num_events, len(columns)), dtype=np.float32)
-    for f, column_E in enumerate(columns.values()):
-        values_EF[:, f] = _standardised(column_E, is_training_E)
-    return Statistics(values_EF, list(columns))
+    return columns
 
 
 def _standardised(column_E: np.ndarray, is_training_E: np.ndarray) -> np.ndarray:

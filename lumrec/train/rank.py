@@ -230,8 +230,7 @@ def run(config: "Config") -> dict[str, float | str]:
         statistics=statistics,
         knowledge=knowledge,
     )
-    optimizer = settings.train.optimizer
-    dmp = shard(model, table_lr=optimizer.table_lr, table_optimizer=optimizer.table_optimizer, device=device)
+    dmp = shard(model, optimizer=settings.train.optimizer, device=device)
     loaded = load_lum_tables(config, data, dmp) if settings.tables == "lum" else []
     train_rows, valid_rows, test_rows = (np.flatnonzero(data.split == part) for part in range(len(PARTS)))
 

@@ -6,6 +6,22 @@
 
 A query never sees another query, the event that it asks for, or a later one. Row 1 has no history and is not asked.
 
+From nothing to the ten best items for two users, each asked twice (`load_lum` gives a trained LUM):
+
+>>> import tempfile
+>>> from lumrec.config import load
+>>> from lumrec.data.prepare import open_or_prepare
+>>> from lumrec.train.lum import build_lum
+>>> runs = tempfile.TemporaryDirectory()
+>>> config = load(None, ["data.source=simulator", "data.simulator.num_users=20", f"runs_dir={runs.name}"])
+>>> data = open_or_prepare(config)
+no prepared data at ...
+>>> lum, builder = build_lum(config.model, data)
+>>> query = GroupQuery(lum, builder, [{"feedback": "like"}, {"feedback": "dislike"}], max_events=128)
+>>> o_BND, e_ID = query.users(torch.tensor([0, 1])), query.items()
+>>> (o_BND @ e_ID.T).topk(10).indices.shape
+torch.Size([2, 2, 10])
+
 Shape suffixes: B users, R answers (moments asked), N conditions, D width, I catalogue items, W windows.
 """
 
@@ -36,12 +52,6 @@ class GroupQuery:
     model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
     feature, such as {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any. A
     multi-valued feature takes several values with | between them, {"query": "red|shoes"}.
-
-    >>> lum, builder = build_lum(ModelConfig(max_events=32), data)
-    >>> query = GroupQuery(lum, builder, [{"feedback": "like"}, {}], max_events=32)
-    >>> o_BND, e_ID = query.users(torch.tensor([0, 1])), query.items()
-    >>> (o_BND @ e_ID.T).topk(10).indices.shape  # the ten best items for each user and condition
-    torch.Size([2, 2, 10])
 
     Raises ValueError for a feature or value that the LUM does not know, naming the nearest.
     """
@@ -190,7 +200,7 @@ def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
     exp(o · e_i - log_normalizer) is the share of item i in the LUM's answer.
 
     >>> log_normalizer(torch.zeros(1, 2), torch.ones(4, 2)).exp()
-    tensor([4.0000])
+    tensor([4.])
     """
     rows = max(1, SUM_BUDGET // min(len(e_ID), ITEM_BLOCK))
     log_z_X = o_XD.new_full((len(o_XD),), float("-inf"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +154,9 @@ def torchx_command(stage: str, words: Sequence[str], *, config: Path, processes:
     return [*prefix, f"{app}:{stage}", "-j", f"1x{processes}", "--config", str(config), *words]
 
 
-def as_typed(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+def as_typed(command: Sequence[str]) -> str:
     """The command of `torchx_command` as one types it."""
     words = list(command)
     place = words.index("local_cwd") + 1
-    return " ".join(
-        ["torchx run", words[place].split(":")[0], *(w for w in words[place + 1 :] if w not in ("-j", "1x1"))]
-    )
+    app, *rest = words[place].split(":")[0], *words[place + 1 :]
+    return shlex.join(["torchx", "run", app, *(word for word in rest if word not in ("-j", "1x1"))])

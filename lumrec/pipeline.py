@@ -97,11 +97,11 @@ def run(config: Config) -> dict[str, float | str]:
             needs = tuple(need for need in stage.needs if need in pending)
             jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
-    seconds = remember_seconds(folder, stages, seconds)
+    wall_s, seconds = add_up(folder, stages, seconds, time.monotonic() - start)
 
     result = collect(config, stages)
     result |= {f"wall_s/{name}": round(value, 1) for name, value in seconds.items()}
-    result |= {"stages_run": len(jobs), "wall_s": round(time.monotonic() - start, 1)}
+    result |= {"stages_run": len(jobs), "wall_s": round(wall_s, 1)}
     write_json(folder / "result.json", result)
     page = write_page(folder, config, stages, result, note)
     say("\n" + comparison(config, result) + "\n")
@@ -225,7 +225,7 @@ def differences(stage: Stage) -> list[str]:
         if key in ("name", "data.path") or (own is not None and section not in own):
             continue
         if stored.get(key) != now and not (key not in stored and now in ([], {}, None)):
-            changes.append(f"{key}: {stored.get(key)!r} → {now!r}")
+            changes.append(f"{key}: {stored.get(key, '(absent)')!r} → {now!r}")
     return changes
 
 
@@ -287,14 +287,19 @@ def read_result(stage: Stage) -> dict[str, Any]:
     return json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
 
 
-def remember_seconds(folder: Path, stages: list[Stage], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Wall time of every stage: of this call, and of earlier ones for the stages that were finished then."""
+def add_up(
+    folder: Path, stages: list[Stage], seconds: Mapping[str, float], wall_s: float
+) -> tuple[float, dict[str, float]]:
+    """Wall time of the run and of each stage, those of earlier calls included where a stage is from one of them."""
     path = folder / "seconds.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known = {**before, **seconds}
-    known = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}
-    write_json(path, known)
-    return known
+    before = {"wall_s": 0.0, "stages": {}}
+    if path.exists() and len(seconds) < len(stages):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    wall_s += before["wall_s"]
+    known = {**before["stages"], **seconds}
+    by_stage = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}
+    write_json(path, {"wall_s": wall_s, "stages": by_stage})
+    return wall_s, by_stage
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumrec.environment import check_environment
+from lumrec.jobs import JobFailed
 
 STAGES = {
     "prepare": "lumrec.data.prepare",
@@ -20,6 +21,11 @@ STAGES = {
     "query": "lumrec.query.stage",
     "rank": "lumrec.train.rank",
     "pipeline": "lumrec.pipeline",
+}
+# Figures that a stage does not print by itself.
+HEADLINES = {
+    "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
+    "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
 }
 PACKAGE = Path(__file__).resolve().parent
 
@@ -44,14 +50,17 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
         result = importlib.import_module(STAGES[stage]).run(config)
     except KeyboardInterrupt:
         sys.exit(130)
+    except JobFailed as failure:  # the failed stage has told its own error
+        print(f"lumrec: {failure}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except Exception as error:
         if not is_for_the_user(error) or os.environ.get("LUMREC_TRACEBACK") == "1":
             traceback.print_exc()
             sys.exit(2 if is_for_the_user(error) else 1)
         tell(str(error))
         sys.exit(2)
-    if rank() == 0 and stage != "pipeline":
-        print(summary(stage, result), flush=True)
+    if rank() == 0 and stage in HEADLINES:
+        print(f"{stage} finished: {headline(stage, result)}", flush=True)
 
 
 def rank() -> int:
@@ -62,7 +71,10 @@ def rank() -> int:
 def start_logging() -> None:
     """Log lines with the time on rank 0; warnings alone on the other ranks."""
     logging.basicConfig(
-        level=logging.INFO if rank() == 0 else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO if rank() == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,  # libraries that are imported by now may have put a handler of their own
     )
     for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -85,13 +97,9 @@ def tell(message: str) -> None:
     print(f"lumrec: {message}", file=sys.stderr, flush=True)
 
 
-def summary(stage: str, result: dict[str, float | str]) -> str:
-    """The numbers of a result, a few to the line."""
-    texts = [f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()]
-    lines = [f"{stage} finished"]
-    for text in texts:
-        if len(lines[-1]) + len(text) > 110 or len(lines) == 1:
-            lines.append("  " + text)
-        else:
-            lines[-1] += ", " + text
-    return "\n".join(lines)
+def headline(stage: str, result: dict[str, float | str]) -> str:
+    """The figures of a result that say how a stage went; the others stand in its result.json."""
+    names = [name for name in result if name in HEADLINES[stage] or name.split("@")[0] in HEADLINES[stage]]
+    figures = [result[name] for name in names]
+    texts = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in figures]
+    return ", ".join(f"{name} {text}" for name, text in zip(names, texts))

@@ -26,11 +26,12 @@ tr.base td { border-top: 1px solid #ddd; } code, pre { font-size: .87em; backgro
 pre { padding: .7em .9em; overflow-x: auto; } svg { width: 100%; height: auto; }
 """
 HAZARD = {
-    "cross_fit": """Cross-fitted over users: the users were split into {folds} folds, one LUM was trained without each fold,
-and every user, of training and test alike, was asked of the LUM that never saw them. So a training row's knowledge is no
-better than a test row's. Each fold's outputs get a projection of their own in the ranker, as their spaces differ.""",
-    "in_sample": """In-sample: one LUM was trained on all users, so it has memorised the training rows that the ranker learns
-from, and knowledge looks better in training than in testing. Use pipeline.folds=2 for honest knowledge.""",
+    "cross_fit": """Cross-fitted over users: the users were split into {folds} folds, one LUM was trained without each
+fold, and every user, of training and test alike, was asked of the LUM that never saw them. So a training row's
+knowledge is no better than a test row's. Each fold's outputs get a projection of their own in the ranker, as the spaces
+of two LUMs differ.""",
+    "in_sample": """In-sample: one LUM was trained on all users, so it has memorised the training rows that the ranker
+learns from, and knowledge looks better in training than in testing. Use pipeline.folds=2 for honest knowledge.""",
 }
 
 

@@ -52,6 +52,7 @@ def curves(panels: Mapping[str, Sequence[Series]]) -> str:
                 line.steps, line.values, label=line.label, color=colour, marker=marker, markersize=3, linewidth=1.4
             )
         axes.set_xlabel("step", **STYLE)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes, title)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axes.set_axisbelow(True)

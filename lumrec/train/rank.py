@@ -159,7 +159,7 @@ def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, 
 
 
 def average_buffers(dmp: DistributedModelParallel) -> None:
-    """Makes running moments (Dice's, the knowledge's) equal on all ranks, of which each saw its own rows. Collective."""
+    """Makes running moments (Dice's, the knowledge's) equal on all ranks; each has seen its own rows. Collective."""
     if world_size() > 1:
         for buffer in dmp.buffers():
             if buffer.is_floating_point():

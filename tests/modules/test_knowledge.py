@@ -1,0 +1,164 @@
+"""Knowledge fusion: matching by hand, a projection per fold, absence, standardising, and no gradient into knowledge."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchrec.models.dlrm import OverArch
+
+from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion, MaskedStandardise
+
+B, N, D, K = 12, 3, 4, 2
+
+
+def make_batch(seed: int = 0, rows: int = B, conditions: int = N) -> KnowledgeBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return KnowledgeBatch(
+        o_BND=torch.randn(rows, conditions, D, generator=generator),
+        e_BD=torch.randn(rows, D, generator=generator),
+        log_z_BN=torch.randn(rows, conditions, generator=generator),
+        present_BN=torch.rand(rows, conditions, generator=generator) < 0.8,
+        fold_B=torch.randint(K, (rows,), generator=generator),
+    )
+
+
+def make_fusion(mode: str, conditions: int = N, **keywords) -> KnowledgeFusion:
+    torch.manual_seed(0)
+    return KnowledgeFusion(mode, conditions, D, K, 5, **keywords)
+
+
+def masked_moments(x: Tensor, present: Tensor) -> Tensor:
+    """Each column standardised over its present entries, in NumPy."""
+    columns = []
+    for column, mask in zip(x.T.double().numpy(), present.T.numpy()):
+        kept = column[mask]
+        columns.append(np.where(mask, (column - kept.mean()) / np.sqrt(kept.var() + 1e-5), 0.0))
+    return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+
+def test_matching_by_hand():
+    batch = make_batch()
+    got = make_fusion("matching")(*batch)
+    similarity = torch.stack([(batch.o_BND[:, n] * batch.e_BD).sum(1) for n in range(N)], dim=1)
+    log_probability = similarity - batch.log_z_BN
+    expected = [batch.present_BN.float()]
+    kinds = [similarity, log_probability]
+    for x in (similarity, log_probability):
+        rows = []
+        for b in range(B):
+            mask = batch.present_BN[b]
+            rows.append(x[b] - x[b][mask].mean() if mask.any() else x[b])
+        kinds.append(torch.stack(rows))
+    expected += [masked_moments(x, batch.present_BN) for x in kinds]
+    torch.testing.assert_close(got, torch.cat(expected, dim=1), atol=2e-5, rtol=2e-5)
+
+
+def test_direct_features_have_a_projection_of_their_own_for_each_fold():
+    fusion = make_fusion("direct")
+    batch = make_batch()._replace(present_BN=torch.ones(B, N, dtype=torch.bool))
+    with torch.no_grad():
+        fusion.direct_bias_KF.normal_()
+    got = fusion(*batch)
+    x = torch.cat([batch.o_BND.flatten(1), batch.e_BD], dim=1)
+    x = masked_moments(x, torch.ones_like(x, dtype=torch.bool))
+    for b in range(B):
+        fold = batch.fold_B[b]
+        expected = x[b] @ fusion.direct_weight_KIF[fold] + fusion.direct_bias_KF[fold]
+        torch.testing.assert_close(got[b, N:], expected, atol=2e-5, rtol=2e-5)
+    fusion(*batch)[batch.fold_B == 0].sum().backward()
+    assert fusion.direct_weight_KIF.grad[1].abs().sum() == 0 < fusion.direct_weight_KIF.grad[0].abs().sum()
+
+
+@pytest.mark.parametrize("mode", ["direct", "matching", "both"])
+def test_what_stands_where_no_answer_is_has_no_effect(mode):
+    fusion = make_fusion(mode)
+    batch = make_batch()
+    absent_BN = ~batch.present_BN
+    assert absent_BN.any() and not absent_BN.all(dim=1).any()
+    o_BND, log_z_BN = batch.o_BND.clone(), batch.log_z_BN.clone()
+    o_BND[absent_BN], log_z_BN[absent_BN] = torch.nan, torch.inf
+    for train in (True, False):
+        fusion.train(train)
+        assert torch.equal(fusion(*batch), fusion(*batch._replace(o_BND=o_BND, log_z_BN=log_z_BN)))
+
+
+@pytest.mark.parametrize("mode", ["direct", "matching", "both"])
+def test_a_row_without_any_answer_is_all_zeros_and_leaves_the_others_as_they_are(mode):
+    fusion = make_fusion(mode)
+    with torch.no_grad():
+        fusion(*make_batch(seed=5))
+        if mode != "matching":
+            fusion.direct_bias_KF.normal_()
+    batch = make_batch()
+    present_BN = batch.present_BN.clone()
+    present_BN[4] = False
+    got = fusion(*batch._replace(present_BN=present_BN))
+    assert got[4].abs().max() == 0
+    without = [x[torch.arange(B) != 4] for x in batch]
+    torch.testing.assert_close(make_like(fusion, mode)(*without), got[torch.arange(B) != 4], atol=2e-5, rtol=2e-5)
+
+
+def make_like(fusion: KnowledgeFusion, mode: str) -> KnowledgeFusion:
+    twin = make_fusion(mode)
+    twin.load_state_dict(fusion.state_dict())
+    return twin
+
+
+def test_no_gradient_flows_into_knowledge_and_modes_add_up():
+    batch = make_batch()
+    fixed = [x.requires_grad_() if x.is_floating_point() else x for x in batch]
+    fusion = make_fusion("both")
+    got = fusion(*fixed)
+    got.sum().backward()
+    assert all(x.grad is None for x in fixed if x.is_floating_point())
+    direct, matching = make_fusion("direct"), make_fusion("matching")
+    assert fusion.num_features == got.shape[1] == direct.num_features + matching.num_features - N
+    torch.testing.assert_close(got[:, : N + 5], direct(*batch))
+    torch.testing.assert_close(got[:, N + 5 :], matching(*batch)[:, N:])
+
+
+def test_without_log_z_and_with_one_condition():
+    batch = make_batch(conditions=1)
+    assert make_fusion("matching", 1)(*batch).shape == (B, 3) == (B, make_fusion("matching", 1).num_features)
+    fusion = make_fusion("matching", 1, has_log_z=False)
+    assert fusion(*batch._replace(log_z_BN=None)).shape == (B, 2) == (B, fusion.num_features)
+    with pytest.raises(ValueError, match="has_log_z=False and is called with log z"):
+        fusion(*batch)
+    with pytest.raises(ValueError, match="is 'all'; expected one of direct, matching, both"):
+        make_fusion("all")
+
+
+def test_order_of_rows_does_not_matter_in_evaluation():
+    fusion, batch = make_fusion("both"), make_batch()
+    fusion(*batch)
+    fusion.eval()
+    order = torch.randperm(B)
+    torch.testing.assert_close(fusion(*(x[order] for x in batch)), fusion(*batch)[order])
+    torch.testing.assert_close(torch.cat([fusion(*(x[b : b + 1] for x in batch)) for b in range(B)]), fusion(*batch))
+
+
+def test_running_moments_start_with_the_first_batch_and_follow():
+    scale = MaskedStandardise(2, momentum=0.5)
+    present = torch.tensor([[True, False]] * 4)
+    scale(torch.tensor([[1.0, 9], [2, 9], [3, 9], [4, 9]]), present)
+    assert scale.mean_F.tolist() == [2.5, 0.0] and scale.var_F.tolist() == [1.25, 1.0]
+    scale(torch.tensor([[5.0, 9], [5, 9], [5, 9], [5, 9]]), present)
+    assert scale.mean_F.tolist() == [3.75, 0.0] and scale.var_F.tolist() == [0.625, 1.0]
+    scale.eval()
+    assert scale(torch.tensor([[3.75, 5.0]]), torch.tensor([[True, True]])).tolist() == [
+        [0.0, pytest.approx(5.0, abs=1e-4)]
+    ]
+
+
+def test_stands_in_front_of_torchrecs_over_arch():
+    fusion, batch = make_fusion("both"), make_batch()
+    interaction_BF = torch.randn(B, 7)  # what DLRM's InteractionArch gives
+    over = OverArch(7 + fusion.num_features, [8, 1])
+    logits = over(torch.cat([interaction_BF, fusion(*batch)], dim=1))
+    logits.sum().backward()
+    assert logits.shape == (B, 1) and fusion.direct_weight_KIF.grad.abs().sum() > 0
+
+
+def test_to_moves_what_is_there():
+    moved = make_batch()._replace(log_z_BN=None).to("cpu")
+    assert moved.log_z_BN is None and moved.o_BND.shape == (B, N, D)

@@ -1,0 +1,395 @@
+"""Rankers: DIN's fast path equals its twins, rows do not see each other, and planted signals are found in seconds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lumrec.evaluation.metrics import auc
+from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
+from lumrec.modules.rankers import din
+from lumrec.modules.rankers.base import Dice, RankBatch, Ranker
+from lumrec.modules.rankers.din import Din, LocalActivation, segment_softmax
+from lumrec.modules.rankers.dlrm import Dlrm
+from lumrec.modules.tokens import feature_order, make_kjt, make_tables
+
+TABLES = {"item": (40, 8), "genre": (9, 8), "rating": (4, 8), "user": (30, 8)}
+FEATURES = {"item": "item", "genres": "genre", "rating": "rating", "user": "user", "hour": "rating"}
+MODELS = {
+    "din": Din,
+    "din softmax": lambda *args, **keywords: Din(*args, softmax=True, **keywords),
+    "din dice": lambda *args, **keywords: Din(*args, activation="dice", **keywords),
+    "dlrm": Dlrm,
+}
+
+
+def make_ranker(name: str, *, num_statistics: int = 3, knowledge: KnowledgeFusion | None = None, **keywords) -> Ranker:
+    torch.manual_seed(0)
+    return MODELS[name](
+        make_tables(TABLES, FEATURES),
+        item_features=["item", "genres"],
+        feedback_features=["rating"],
+        row_features=["user", "hour"],
+        num_statistics=num_statistics,
+        hidden_dims=[16, 8],
+        knowledge=knowledge,
+        **keywords,
+    )
+
+
+class Row:
+    """One row in words: the target item, (item, rating) of the history, user, label; genres follow from the item."""
+
+    def __init__(self, target: int, history: list[tuple[int, int]], user: int = 1, label: float = 0.0) -> None:
+        self.target, self.history, self.user, self.label = target, history, user, label
+        self.dense = [float(user) / 10, len(history) / 10, 0.5]
+
+
+def make_batch(rows: list[Row], *, num_statistics: int = 3, knowledge: KnowledgeBatch | None = None) -> RankBatch:
+    tokens = sorted({(row.target, 0) for row in rows} | {pair for row in rows for pair in row.history})
+    place = {token: i for i, token in enumerate(tokens)}
+    bags: dict[str, list[list[int]]] = {
+        "item": [[item] for item, _ in tokens] + [[] for _ in rows],
+        "genres": [[item % 9, item // 9][: 1 + item % 2] for item, _ in tokens] + [[] for _ in rows],
+        "rating": [[rating] if rating else [] for _, rating in tokens] + [[] for _ in rows],
+        "user": [[] for _ in tokens] + [[row.user] for row in rows],
+        "hour": [[] for _ in tokens] + [[row.user % 4] for row in rows],
+    }
+    columns = {
+        name: (torch.tensor(sum(bag, []), dtype=torch.int64), torch.tensor([len(x) for x in bag]))
+        for name, bag in bags.items()
+    }
+    lengths = torch.tensor([0] + [len(row.history) for row in rows])
+    return RankBatch(
+        tokens=make_kjt(feature_order(make_tables(TABLES, FEATURES)), columns, stride=len(tokens) + len(rows)),
+        num_tokens=len(tokens),
+        target_B=torch.tensor([place[row.target, 0] for row in rows]),
+        history_T=torch.tensor([place[pair] for row in rows for pair in row.history], dtype=torch.int64),
+        offsets_B1=lengths.cumsum(0),
+        dense_BF=torch.tensor([row.dense[:num_statistics] for row in rows]).reshape(len(rows), num_statistics),
+        label_B=torch.tensor([row.label for row in rows]),
+        row_B=torch.arange(len(rows)),
+        knowledge=knowledge,
+    )
+
+
+def make_rows(lengths: list[int], seed: int = 0) -> list[Row]:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=random))
+
+    return [
+        Row(draw(40), [(draw(40), 1 + draw(3)) for _ in range(length)], user=draw(30), label=float(draw(2)))
+        for length in lengths
+    ]
+
+
+# --- DIN's activation unit ---
+
+
+def unit_inputs(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """token_UD, target_BI, history_T, offsets_B1."""
+    random = torch.Generator().manual_seed(seed)
+    token_UD = torch.randn(11, 6, generator=random, dtype=dtype)
+    target_BI = torch.randn(len(lengths), 4, generator=random, dtype=dtype)
+    history_T = torch.randint(11, (sum(lengths),), generator=random)
+    return token_UD, target_BI, history_T, torch.tensor([0, *lengths]).cumsum(0)
+
+
+def make_unit(activation: str = "prelu", softmax: bool = False) -> LocalActivation:
+    torch.manual_seed(1)
+    unit = LocalActivation(6, 4, hidden_dim=5, activation=activation, softmax=softmax).double()
+    with torch.no_grad():
+        unit.bias.fill_(0.3)
+    return unit
+
+
+def gradients(unit: LocalActivation, function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output, and gradients of a weighted sum of it by both inputs and every parameter."""
+    token_UD, target_BI = (x.clone().requires_grad_() for x in inputs[:2])
+    unit.zero_grad()
+    output = function(token_UD, target_BI, *inputs[2:])
+    (output * torch.arange(output.numel(), dtype=output.dtype).view_as(output).cos()).sum().backward()
+    parameters = [p.grad if p.grad is not None else torch.zeros_like(p) for p in unit.parameters()]
+    return [output.detach(), token_UD.grad, target_BI.grad, *(p.clone() for p in parameters)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.sampled_from([0, 0, 1, 2, 7, 30]), min_size=1, max_size=12),
+    chunk_rows=st.sampled_from([1, 2, 5, 128]),
+    activation=st.sampled_from(["prelu", "relu"]),
+)
+def test_chunks_equal_the_plain_twin_forward_and_backward(lengths, chunk_rows, activation):
+    inputs, unit = unit_inputs(lengths), make_unit(activation)
+    before, din.CHUNK_ROWS = din.CHUNK_ROWS, chunk_rows
+    try:
+        got = gradients(unit, unit, inputs)
+    finally:
+        din.CHUNK_ROWS = before
+    for x, y in zip(got, gradients(unit, unit.plain, inputs), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
+
+
+def test_gradients_are_those_of_finite_differences():
+    token_UD, target_BI, history_T, offsets_B1 = unit_inputs([2, 0, 3])
+    unit = make_unit()
+    names = [name for name, _ in unit.named_parameters()]
+
+    def function(token_UD, target_BI, *parameters):
+        arguments = (token_UD, target_BI, history_T, offsets_B1)
+        return torch.func.functional_call(unit, dict(zip(names, parameters)), arguments)
+
+    inputs = [token_UD, target_BI, *(p.detach().clone() for p in unit.parameters())]
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_jagged_unit_equals_the_papers_padded_one(softmax):
+    """DIN as it is written: W [h; t; h*t; h-t] over histories padded to the longest, masked."""
+    lengths = [3, 0, 5, 1]
+    token_UD, target_BI, history_T, offsets_B1 = unit_inputs(lengths)
+    unit = make_unit(softmax=softmax)
+    token_dim, item_dim, hidden = 6, 4, 5
+    torch.manual_seed(2)
+    # Four matrices of the paper; a target's feedback part is zero, as it has none.
+    w_history, w_difference = torch.randn(2, token_dim, hidden, dtype=torch.float64)
+    w_target, w_product = torch.randn(2, item_dim, hidden, dtype=torch.float64)
+    with torch.no_grad():
+        unit.token_DH.copy_(w_history + w_difference)
+        unit.product_IH.copy_(w_product)
+        unit.target.weight.copy_((w_target - w_difference[:item_dim]).T)
+    padded_BLD = torch.zeros(4, 5, token_dim, dtype=torch.float64)
+    mask_BL = torch.arange(5) < torch.tensor(lengths)[:, None]
+    padded_BLD[mask_BL] = token_UD[history_T]
+    target_BLD = F.pad(target_BI, (0, token_dim - item_dim))[:, None].expand_as(padded_BLD)
+    hidden_BLH = (
+        padded_BLD @ w_history
+        + target_BLD[..., :item_dim] @ w_target
+        + (padded_BLD * target_BLD)[..., :item_dim] @ w_product
+        + (padded_BLD - target_BLD) @ w_difference
+        + unit.target.bias
+    )
+    weight_BL = unit.activation(hidden_BLH) @ unit.output_H + unit.bias
+    if softmax:
+        weight_BL = weight_BL.masked_fill(~mask_BL, -1e30).softmax(dim=1)
+    expected = ((weight_BL * mask_BL)[:, :, None] * padded_BLD).sum(dim=1)
+    torch.testing.assert_close(unit(token_UD, target_BI, history_T, offsets_B1), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_float32_chunks_are_as_exact_as_the_plain_twin():
+    lengths = [int(x) for x in torch.randint(0, 60, (300,), generator=torch.Generator().manual_seed(0))]
+    inputs = unit_inputs(lengths)
+    single = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    unit = make_unit()
+    exact = gradients(unit, unit.plain, inputs)
+    unit = unit.float()
+    for x, plain, fast in zip(exact, gradients(unit, unit.plain, single), gradients(unit, unit, single), strict=True):
+        assert (fast - x).norm() <= 2 * (plain - x).norm() + 1e-7 * x.norm()
+
+
+def test_segment_softmax_by_hand():
+    x, segment = torch.tensor([0.0, 1000.0, 0.0, 0.0]), torch.tensor([0, 2, 0, 2])
+    torch.testing.assert_close(segment_softmax(x, segment, 4), torch.tensor([0.5, 1.0, 0.5, 0.0]))
+
+
+def test_dice():
+    dice = Dice(2)
+    with torch.no_grad():
+        dice.alpha.copy_(torch.tensor([0.25, 0.5]))
+    x = torch.randn(50, 2) * 3 + 1
+    p = torch.sigmoid((x - x.mean(0)) / x.std(0, unbiased=False))
+    torch.testing.assert_close(dice(x), p * x + (1 - p) * dice.alpha * x, atol=1e-5, rtol=1e-5)
+    assert dice(x[:1]).isfinite().all() and dice(x[:0]).shape == (0, 2)
+    dice.eval()
+    torch.testing.assert_close(dice(x)[:3], dice(x[:3]))
+
+
+# --- invariances of whole rankers ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [[3, 0, 50, 1, 7], [0, 0], [4]])
+def test_rows_do_not_see_each_other(name: str, lengths: list[int]):
+    """A batch equals its rows one by one, in any order."""
+    ranker = make_ranker(name).eval()
+    rows = make_rows(lengths)
+    together = ranker(make_batch(rows))
+    assert together.shape == (len(rows),) and together.dtype == torch.float32
+    torch.testing.assert_close(torch.cat([ranker(make_batch([row])) for row in rows]), together)
+    torch.testing.assert_close(ranker(make_batch(rows[::-1])), together.flip(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_history_counts_and_that_of_other_rows_does_not(name: str):
+    ranker = make_ranker(name).eval()
+    rows = make_rows([6, 6, 6])
+    before = ranker(make_batch(rows))
+    rows[1].history[2] = (39, 3)
+    after = ranker(make_batch(rows))
+    assert not torch.equal(after[1], before[1])
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_order_of_the_history_does_not_matter_but_its_feedback_does(name: str):
+    ranker = make_ranker(name).eval()
+    row = Row(5, [(1, 1), (2, 2), (3, 3)])
+    other_order, other_feedback = Row(5, [(3, 3), (1, 1), (2, 2)]), Row(5, [(1, 2), (2, 2), (3, 3)])
+    first, second, third = ranker(make_batch([row, other_order, other_feedback]))
+    torch.testing.assert_close(first, second)
+    assert not torch.isclose(first, third, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_history_an_unknown_item_and_no_dense_features_work(name: str):
+    ranker = make_ranker(name, num_statistics=0)
+    batch = make_batch([Row(0, []), Row(0, []), Row(0, [(0, 1)])], num_statistics=0)
+    ranker(batch).sum().backward()
+    assert all(p.grad.isfinite().all() for p in ranker.parameters() if p.grad is not None)
+    assert ranker.eval()(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name: str):
+    fusion = KnowledgeFusion("both", 2, 4, 2, 3)
+    ranker = make_ranker(name, knowledge=fusion, dropout=0.1)
+    rows = make_rows([5] * 60)
+    ranker(make_batch(rows, knowledge=random_knowledge(len(rows)))).square().sum().backward()
+    assert [name for name, p in ranker.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def random_knowledge(rows: int) -> KnowledgeBatch:
+    return KnowledgeBatch(
+        torch.randn(rows, 2, 4),
+        torch.randn(rows, 4),
+        torch.randn(rows, 2),
+        torch.ones(rows, 2, dtype=torch.bool),
+        torch.arange(rows) % 2,
+    )
+
+
+@pytest.mark.parametrize("name", ["din", "dlrm"])
+def test_knowledge_is_an_addition_to_the_plain_model(name: str):
+    """With the knowledge's columns weighted 0 the ranker is the one without."""
+    rows = make_rows([4, 0, 9])
+    plain = make_ranker(name).eval()
+    with_knowledge = make_ranker(name, knowledge=KnowledgeFusion("both", 2, 4, 2, 3)).eval()
+    state = plain.state_dict()
+    first = with_knowledge.over_arch[0]
+    with torch.no_grad():
+        for key, value in with_knowledge.state_dict().items():
+            if key in state and value.shape == state[key].shape:
+                value.copy_(state[key])
+        first.weight.zero_()
+        first.weight[:, : plain.over_arch[0].in_features] = plain.over_arch[0].weight
+    batch = make_batch(rows, knowledge=random_knowledge(3))
+    torch.testing.assert_close(with_knowledge(batch), plain(batch))
+
+
+def test_wrong_batches_are_refused():
+    ranker = make_ranker("din", knowledge=KnowledgeFusion("matching", 2, 4, 1, 3))
+    with pytest.raises(ValueError, match="reads a LUM's knowledge and the batch has none"):
+        ranker(make_batch(make_rows([2])))
+    with pytest.raises(ValueError, match="the batch has 2 statistics; expected 3"):
+        ranker(make_batch(make_rows([2]), num_statistics=2))
+    batch = make_batch(make_rows([2]))
+    batch.tokens = make_kjt(["user"], {}, stride=batch.tokens.stride())
+    with pytest.raises(ValueError, match="these tables are called with"):
+        ranker(batch)
+    with pytest.raises(ValueError, match="activation is 'gelu'; expected one of relu, prelu, dice"):
+        make_ranker("dlrm", activation="gelu")
+
+
+def test_a_batch_moves_with_its_knowledge():
+    batch = make_batch(make_rows([2, 3]), knowledge=random_knowledge(2))
+    moved = batch.to("cpu")
+    assert moved.num_tokens == batch.num_tokens and torch.equal(moved.knowledge.e_BD, batch.knowledge.e_BD)
+    assert moved.tokens.keys() == batch.tokens.keys() and len(moved) == 2
+
+
+# --- planted signals ---
+
+
+def train(ranker: Ranker, make, *, steps: int) -> float:
+    """AUC on fresh rows after `steps` batches of 256 fresh rows each."""
+    optimizer = torch.optim.Adam(ranker.parameters(), lr=1e-2)
+    for seed in range(steps):
+        batch = make(seed)
+        loss = F.binary_cross_entropy_with_logits(ranker(batch), batch.label_B)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    batch = make(10_000)
+    with torch.no_grad():
+        return auc(batch.label_B.numpy(), ranker.eval()(batch).numpy())
+
+
+def liked_before(seed: int) -> RankBatch:
+    """Liked: an item that stands in the history with rating 3 (the others stand there with rating 1)."""
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for target in torch.randint(1, 40, (256,), generator=random).tolist():
+        items = {target, *torch.randint(1, 40, (5,), generator=random).tolist()}
+        ratings = (1 + 2 * torch.randint(2, (len(items),), generator=random)).tolist()
+        history = list(zip(items, ratings))
+        rows.append(Row(target, history, label=float((target, 3) in history)))
+    return make_batch(rows, num_statistics=0)
+
+
+def mood(seed: int) -> RankBatch:
+    """Liked: anything, by a user whose history has more ratings of 3 than of 1."""
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(256):
+        items, ratings = torch.randint(1, 40, (5,), generator=random), torch.randint(2, (5,), generator=random)
+        history = [(i, 1 + 2 * r) for i, r in zip(items.tolist(), ratings.tolist())]
+        rows.append(Row(1 + len(rows) % 39, history, label=float(ratings.sum() >= 3)))
+    return make_batch(rows, num_statistics=0)
+
+
+def test_din_finds_what_the_same_item_got_in_the_history():
+    assert train(make_ranker("din", num_statistics=0), liked_before, steps=100) > 0.95
+
+
+def test_dlrm_finds_the_mood_of_the_history():
+    assert train(make_ranker("dlrm", num_statistics=0), mood, steps=40) > 0.97
+
+
+@pytest.mark.parametrize("name", ["din", "dlrm"])
+def test_rankers_find_a_signal_that_only_knowledge_has(name: str):
+    """Liked: where the answer "liked" fits the item better than the answer "disliked" does; two LUMs, two spaces."""
+
+    def informed(seed: int) -> RankBatch:
+        random = torch.Generator().manual_seed(seed)
+        knowledge = KnowledgeBatch(
+            torch.randn(256, 2, 8, generator=random),
+            torch.randn(256, 8, generator=random),
+            torch.zeros(256, 2),
+            torch.ones(256, 2, dtype=torch.bool),
+            torch.arange(256) % 2,
+        )
+        rows = make_rows([1] * 256, seed=seed)
+        batch = make_batch(rows, num_statistics=0, knowledge=knowledge)
+        fits = torch.einsum("bnd,bd->bn", knowledge.o_BND, knowledge.e_BD)
+        batch.label_B = (fits[:, 0] > fits[:, 1]).float()
+        return batch
+
+    fusion = KnowledgeFusion("matching", 2, 8, 2, 4)
+    assert train(make_ranker(name, num_statistics=0, knowledge=fusion), informed, steps=40) > 0.97
+
+
+def test_the_base_needs_a_subclass():
+    with pytest.raises(NotImplementedError):
+        Ranker(
+            make_tables(TABLES, FEATURES),
+            item_features=["item", "genres"],
+            feedback_features=["rating"],
+            row_features=["user", "hour"],
+            num_statistics=0,
+            hidden_dims=[4],
+        )
+    assert issubclass(Din, nn.Module)

@@ -22,7 +22,8 @@ def make_tables(
 
     tables: name -> (rows, width); row 0 is "unknown". features: feature -> name of its table; features may share one.
     Tables that no feature reads are left out. Rows start uniform in ±1/sqrt(width), whatever the number of rows, so
-    that tables of all sizes start with vectors of the same length.
+    that tables of all sizes start with vectors of the same length; row 0 starts at zero, as neutral as an empty bag:
+    where the vocabulary covers the training part, no gradient ever reaches it.
 
     >>> tables = make_tables({"genre": (19, 8)}, {"genres": "genre", "main_genre": "genre"})
     >>> [config.feature_names for config in tables.embedding_bag_configs()]
@@ -38,7 +39,10 @@ def make_tables(
             continue
 
         def init(weight: Tensor, bound: float = width**-0.5) -> Tensor:
-            return nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(weight, -bound, bound)
+            with torch.no_grad():
+                weight[:1] = 0.0
+            return weight
 
         configs.append(
             EmbeddingBagConfig(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lumrec.data.prepared import PreparedData
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +37,15 @@ def tiny_words() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_prepared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of the small simulated log; not to be written to."""
+def tiny_prepared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """The small simulated log, prepared; neither it nor its folder is to be written to."""
     from lumrec.config import load
     from lumrec.data.prepare import run
+    from lumrec.data.prepared import PreparedData
 
     runs = tmp_path_factory.mktemp("tiny")
     run(load(None, [*tiny_words, f"runs_dir={runs}"]))
-    return runs / "tiny-prepare"
+    return PreparedData.open(runs / "tiny-prepare")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ WORDS_PER_CATEGORY = 6
 COMMON_WORDS = 8
 
 DEFAULT_SCHEMA = SchemaConfig(
-    tables={"item_id": TableConfig(32), "user_id": TableConfig(16), "categories": TableConfig(16)},
+    tables={"item_id": TableConfig(32), "categories": TableConfig(16)},
     features={
         "item_id": FeatureConfig("item"),
         "categories": FeatureConfig("item", kind="multi"),
@@ -46,7 +46,6 @@ DEFAULT_SCHEMA = SchemaConfig(
         "query": FeatureConfig("condition", kind="multi"),
         "category": FeatureConfig("condition", table="categories"),
         "clicked": FeatureConfig("feedback", column="feedback"),
-        "user_id": FeatureConfig("user"),
         "segment": FeatureConfig("user"),
         "hour": FeatureConfig("context"),
         "weekday": FeatureConfig("context"),

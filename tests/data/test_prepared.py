@@ -45,7 +45,7 @@ def test_arrays_and_columns(folder: Path):
         assert (np.diff(data.timestamp[first:last]) >= 0).all()
     assert list(data.event_columns) == ["feedback", "scenario", "query", "category", "clicked", "hour", "weekday"]
     assert list(data.item_columns) == ["item_id", "categories", "price_bucket"]
-    assert list(data.user_columns) == ["user_id", "segment"]
+    assert list(data.user_columns) == ["segment"]
     for columns, size in (
         (data.event_columns, data.num_events),
         (data.item_columns, data.num_items),

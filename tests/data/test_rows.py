@@ -15,7 +15,7 @@ from lumrec.modules.rankers.base import RankBatch
 
 ITEM = ["item_id", "categories", "price_bucket"]
 FEEDBACK = ["clicked"]
-ROW = ["user_id", "segment", "hour", "weekday", "scenario", "query"]
+ROW = ["segment", "hour", "weekday", "scenario", "query"]
 
 
 def make_builder(data: PreparedData, **changes) -> RowBuilder:

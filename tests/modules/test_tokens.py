@@ -23,6 +23,11 @@ def test_tables_are_shared_by_features_and_left_out_when_unread(encoder):
     assert encoder.features == feature_order(encoder.tables) == ["item_id", "genres", "main_genre", "rating"]
 
 
+def test_the_unknown_row_starts_as_neutral_as_an_empty_bag(encoder):
+    for bag in encoder.tables.embedding_bags.values():
+        assert not bag.weight[0].any() and bag.weight[1:].all()
+
+
 def test_a_candidate_is_the_item_without_feedback(encoder):
     """One event, one query, two candidates: hand-made from the tables."""
     columns = {

@@ -36,7 +36,7 @@ MD5 = {
     "users.dat": "681c0711d0d4548cd3d4718a49c2dcd8",
 }
 DEFAULT_SCHEMA = SchemaConfig(
-    tables={"item_id": TableConfig(32), "user_id": TableConfig(16), "genres": TableConfig(16)},
+    tables={"item_id": TableConfig(32), "genres": TableConfig(16)},
     features={
         "item_id": FeatureConfig("item"),
         "genres": FeatureConfig("item", kind="multi"),
@@ -44,7 +44,6 @@ DEFAULT_SCHEMA = SchemaConfig(
         "feedback": FeatureConfig("condition", wish=True),
         "main_genre": FeatureConfig("condition", table="genres"),
         "rating": FeatureConfig("feedback"),
-        "user_id": FeatureConfig("user"),
         "gender": FeatureConfig("user"),
         "age": FeatureConfig("user"),
         "occupation": FeatureConfig("user"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested plain dictionaries and lists."""
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config)))
+    return dataclasses.asdict(config)
 
 
 def to_yaml(config: Any) -> str:
@@ -166,12 +167,17 @@ def _type_at(key: str) -> Any:
     kind: Any = Config
     for part in key.split("."):
         if dataclasses.is_dataclass(kind):
-            kind = get_type_hints(kind).get(part)
+            kind = _fields(kind).get(part)
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         else:
             return None
     return kind
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is_valid(key: str) -> bool:
@@ -183,7 +189,7 @@ def valid_keys() -> list[str]:
 
     def walk(kind: Any, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(kind):
-            for name, inner in get_type_hints(kind).items():
+            for name, inner in _fields(kind).items():
                 yield from walk(inner, f"{prefix}.{name}" if prefix else name)
         elif get_origin(kind) is dict:
             yield from walk(get_args(kind)[1], f"{prefix}.<name>")

@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, float | str]:
     config, note = resolve_dataset(config)
     folder = Path(config.runs_dir) / config.run
     stages = plan(config)
-    pending = _pending(stages, overwrite=config.overwrite)
+    left = pending(stages, overwrite=config.overwrite)
     config = dataclasses.replace(config, overwrite=False)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, float | str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parallel = config.pipeline.jobs or cores
     say(f"{config.run}: {note}")
-    done = len(stages) - len(pending)
+    done = len(stages) - len(left)
     say(
         f"{len(stages)} stages{f', {done} finished before' if done else ''}; up to {parallel} at a time on {cores} "
         f"cores; logs in {folder / 'logs'}"
@@ -91,10 +91,10 @@ def run(config: Config) -> dict[str, float | str]:
     start = time.monotonic()
     jobs = []
     for stage in stages:
-        if stage.name in pending:
-            words = stage_words(stage, config) + (["overwrite=true"] if pending[stage.name] else [])
+        if stage.name in left:
+            words = stage_words(stage, config) + (["overwrite=true"] if left[stage.name] else [])
             command = torchx_command(stage.app, words, config=folder / "config.yaml")
-            needs = tuple(need for need in stage.needs if need in pending)
+            needs = tuple(need for need in stage.needs if need in left)
             jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
     wall_s, seconds = add_up(folder, stages, seconds, time.monotonic() - start)
@@ -187,12 +187,12 @@ def plan(config: Config) -> list[Stage]:
     return stages
 
 
-def _pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
+def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
     """Stages to run, by name; True where the stage must replace what its folder holds.
 
     Raises ValueError where a folder holds a run of other settings and `overwrite` is not given.
     """
-    pending: dict[str, bool] = {}
+    again: dict[str, bool] = {}
     for stage in stages:
         changes = differences(stage)
         if changes and not overwrite:
@@ -200,11 +200,11 @@ def _pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
                 f"{stage.path} was made with other settings ({'; '.join(changes[:5])}). Say overwrite=true to "
                 "make again what they touch, or run=<name> for a folder of its own"
             )
-        replace = bool(changes) or any(pending.get(need, False) for need in stage.needs)
-        again = any(need in pending for need in stage.needs)
-        if replace or again or not (stage.path / "result.json").exists():
-            pending[stage.name] = replace
-    return pending
+        replace = bool(changes) or any(again.get(need, False) for need in stage.needs)
+        upstream = any(need in again for need in stage.needs)
+        if replace or upstream or not (stage.path / "result.json").exists():
+            again[stage.name] = replace
+    return again
 
 
 def differences(stage: Stage) -> list[str]:

@@ -1,0 +1,219 @@
+"""The pipeline: its plan, what is run again, and one run from a simulated log to the report."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lumrec.config import load, to_yaml
+from lumrec.pipeline import add_up, check, collect, differences, pending, plan, resolve_dataset, run, stage_words
+from lumrec.report.page import write_page
+from lumrec.report.table import comparison, rows
+
+
+@pytest.fixture
+def config(tiny_words, tmp_path):
+    words = [f"runs_dir={tmp_path}", "run=all", "pipeline.rankers=[din, dlrm]", "pipeline.seeds=[0, 1]", "seed=5"]
+    return load(None, [*tiny_words, *words])
+
+
+def finish(stage, **result):
+    stage.path.mkdir(parents=True, exist_ok=True)
+    (stage.path / "config.yaml").write_text(to_yaml(stage.config))
+    (stage.path / "result.json").write_text(json.dumps(result))
+
+
+def test_plan_covers_every_combination_in_an_order_that_works(config):
+    stages = plan(config)
+    names = [stage.name for stage in stages]
+    assert names[:4] == ["prepare", "lum-0of2", "lum-1of2", "query"]
+    assert len(names) == len(set(names)) == 4 + 2 * 4 * 2
+    for place, stage in enumerate(stages):
+        assert set(stage.needs) <= set(names[:place])
+    by_name = {stage.name: stage for stage in stages}
+    assert by_name["rank-din-none-s1"].needs == ("prepare",)
+    ranker = by_name["rank-dlrm-both-s1"]
+    assert ranker.needs == ("query",)
+    assert (ranker.config.seed, ranker.config.rank.model, ranker.config.rank.knowledge) == (1, "dlrm", "both")
+    assert ranker.config.inputs.knowledge == "all/query"
+    assert by_name["query"].config.inputs.lums == ["all/lum-0of2", "all/lum-1of2"]
+    assert by_name["lum-1of2"].config.fold == "1/2"
+    assert by_name["lum-1of2"].config.seed == 5
+
+
+def test_words_of_a_stage_give_its_config(config, tmp_path):
+    base = tmp_path / "config.yaml"
+    base.write_text(to_yaml(config))
+    for stage in plan(config):
+        assert load(base, stage_words(stage, config)) == stage.config
+
+
+def test_without_knowledge_no_lum_is_trained(config):
+    alone = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, knowledge=["none"], seeds=[0]))
+    assert [stage.name for stage in plan(alone)] == ["prepare", "rank-din-none-s0", "rank-dlrm-none-s0"]
+
+
+def test_one_fold_is_a_lum_of_all_users(config):
+    stages = plan(dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, folds=1)))
+    assert [stage.name for stage in stages][:3] == ["prepare", "lum", "query"]
+    assert stages[1].config.fold == ""
+
+
+def test_finished_stages_are_not_run_again(config):
+    stages = plan(config)
+    assert set(pending(stages, overwrite=False)) == {stage.name for stage in stages}
+    for stage in stages[:3]:
+        finish(stage)
+    left = pending(stages, overwrite=False)
+    assert "lum-0of2" not in left
+    assert left["query"] is False
+    for stage in stages:
+        finish(stage)
+    assert pending(stages, overwrite=False) == {}
+
+
+def test_other_settings_are_refused_or_replace_what_they_touch(config):
+    for stage in plan(config):
+        finish(stage)
+    changed = dataclasses.replace(config, query=dataclasses.replace(config.query, stride=7))
+    with pytest.raises(ValueError, match=r"all/query was made with other settings \(query.stride: 0 → 7\)"):
+        pending(plan(changed), overwrite=False)
+    again = pending(plan(changed), overwrite=True)
+    assert {name.split("-")[0] for name in again} == {"query", "rank"}
+    assert not any("none" in name for name in again)
+    assert all(again.values())
+
+
+def test_settings_of_other_stages_do_not_count(config):
+    stage = plan(config)[0]
+    finish(stage)
+    other = dataclasses.replace(stage.config, rank=dataclasses.replace(config.rank, dropout=0.9), threads=3)
+    assert differences(dataclasses.replace(stage, config=other)) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("pipeline.rankers=[dim]", "got 'dim', expected one of 'din', 'dlrm'"),
+        ("pipeline.knowledge=[all]", "got 'all', expected one of 'none', 'direct'"),
+        ("pipeline.dataset=ml", "pipeline.dataset: got 'ml'"),
+        ("pipeline.seeds=[]", "must each name at least one"),
+        ("pipeline.seeds=[1, 1]", "names one twice"),
+        ("pipeline.folds=0", "pipeline.folds=0 must be 1 or more"),
+        ("fold=0/2", "fold=0/2 is for apps/pretrain.py"),
+    ],
+)
+def test_settings_that_cannot_work(word, says):
+    with pytest.raises(ValueError) as error:
+        check(load(None, [word]))
+    assert says in str(error.value)
+
+
+def test_auto_falls_back_to_the_simulator_and_says_so(tmp_path, capsys):
+    config = load(None, ["name=quick", "pipeline.dataset=auto", f"data.path={tmp_path / 'nowhere'}"])
+    resolved, note = resolve_dataset(config)
+    assert (resolved.data.source, resolved.run) == ("simulator", "quick-simulator")
+    assert "SIMULATED LOG" in note
+    assert "MovieLens-1M cannot be had here" in capsys.readouterr().out
+
+
+def test_auto_takes_movielens_where_it_is(ml1m):
+    resolved, note = resolve_dataset(load(None, ["name=quick", "pipeline.dataset=auto", f"data.path={ml1m}"]))
+    assert (resolved.data.source, resolved.run) == ("movielens-1m", "quick-ml-1m")
+    assert str(ml1m) in note
+
+
+FACTS = {
+    "dataset": "simulator",
+    "events": 9,
+    "users": 3,
+    "items": 4,
+    "train_events": 5,
+    "valid_events": 2,
+    "test_events": 2,
+}
+
+
+def finish_all(config):
+    stages = plan(config)
+    for stage in stages:
+        if stage.app == "prepare":
+            finish(stage, **FACTS, best_auc=0.9)
+        elif stage.app == "pretrain":
+            finish(stage, **{"ndcg@10": 0.1 if "0of2" in stage.name else 0.3, "hr@10": None})
+        elif stage.app == "query":
+            finish(stage, hazard="cross_fit", dataset="simulator")
+        else:
+            gain = 0.02 * (stage.config.rank.knowledge == "both")
+            finish(stage, auc=0.7 + gain + 0.01 * stage.config.seed, gauc=None, log_loss=0.5, knowledge="x")
+        (stage.path / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "valid/auc": null}\n'
+        )
+    return stages
+
+
+def test_result_holds_means_and_deviations_over_seeds(config):
+    result = collect(config, finish_all(config))
+    assert result["dataset"] == "simulator"
+    assert result["rank/din/none/auc"] == pytest.approx(0.705)
+    assert result["rank/din/none/auc_sd"] == pytest.approx(0.01 / math.sqrt(2))
+    assert result["lum/ndcg@10"] == pytest.approx(0.2)
+    assert "lum/hr@10" not in result
+    assert "rank/din/none/gauc" not in result
+    assert all(isinstance(value, (int, float, str)) for value in result.values())
+
+
+def test_table_and_page_show_the_figures_and_what_is_missing(config):
+    stages = finish_all(config)
+    result = {**collect(config, stages), "wall_s/prepare": 3.0}
+    table = comparison(config, result)
+    assert "0.7250 ± 0.0071 (+0.0200)" in table
+    assert "cross-fitted over 2 folds" in table
+    assert [row.knowledge for row in rows(config, result)] == ["none", "direct", "matching", "both"] * 2
+    assert "–" in table
+    assert "best possible AUC 0.9000" in table
+    folder = Path(config.runs_dir) / config.run
+    (folder / "config.yaml").write_text(to_yaml(config))
+    page = write_page(folder, config, stages, result, "a <log>").read_text()
+    assert page.count("<svg") == 3
+    assert "0.7250 ± 0.0071 (+0.0200)" in page
+    assert "a &lt;log&gt;" in page
+    assert "simulated clicks" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+
+
+def test_wall_time_adds_up_over_calls(config, tmp_path):
+    stages = plan(config)
+    total, by_stage = add_up(tmp_path, stages, {stage.name: 1.0 for stage in stages}, 10.0)
+    assert total == 10.0
+    assert len(by_stage) == len(stages)
+    total, by_stage = add_up(tmp_path, stages, {"query": 5.0}, 6.0)
+    assert total == 16.0
+    assert by_stage["query"] == 5.0
+
+
+@pytest.mark.slow
+def test_from_a_simulated_log_to_the_report(tiny_words, tmp_path, capsys):
+    config = load(None, [*tiny_words, f"runs_dir={tmp_path}", "run=all", "pipeline.knowledge=[none, both]"])
+    result = run(config)
+    told = capsys.readouterr().out
+    assert "DIN base" in told
+    assert "+ both" in told
+    stored = json.loads((tmp_path / "all" / "result.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert stored["dataset"] == "simulator"
+    assert 0 < stored["rank/din/none/auc"] < 1
+    assert 0 < stored["rank/din/both/log_loss"]
+    assert stored["query/hazard"] == "cross_fit"
+    assert stored["stages_run"] == 6
+    assert "Cross-fitted over users" in (tmp_path / "all" / "report.html").read_text()
+
+    again = run(config)
+    assert "6 finished before" in capsys.readouterr().out
+    assert again["stages_run"] == 0
+    figures = [name for name in stored if not name.startswith(("stages_run", "wall_s"))]
+    assert all(again[name] == stored[name] for name in figures)

@@ -82,7 +82,7 @@ def evaluate_retrieval(
                 ranks[name].append(_rank_targets(o_BND[:, place], e_ID, data, mine))
     finally:
         model.train(training)
-    result = {}
+    result: dict[str, float] = {}
     for name in names:
         sums = metric_sums(torch.cat(ranks[name]), config.ks)
         result |= {name + metric: value / len(targets.row_B) for metric, value in _over_ranks(sums).items()}
@@ -132,7 +132,7 @@ def metric_sums(rank_B: Tensor, ks: Sequence[int]) -> dict[str, float]:
     {'hr@10': 2.0, 'ndcg@10': 1.5}
     """
     gain_B = 1 / torch.log2(1 + rank_B.double())
-    sums = {}
+    sums: dict[str, float] = {}
     for k in ks:
         hit_B = rank_B <= k
         sums |= {f"hr@{k}": float(hit_B.sum()), f"ndcg@{k}": float((gain_B * hit_B).sum())}

@@ -39,9 +39,11 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
 
-# Rows × items of the similarities held at once while their sum is taken (elements).
-SUM_BUDGET = 1 << 22
+# Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
+SUM_BUDGET = 1 << 19
 ITEM_BLOCK = 1 << 16
+# Sums over 2**16 items of exp(±SAFE_EXPONENT) are neither infinite nor denormal in float32.
+SAFE_EXPONENT = 60.0
 # Beyond this many, conditions that nobody chose would cost more than they tell.
 MAX_DEFAULT_CONDITIONS = 16
 
@@ -203,9 +205,15 @@ def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
     tensor([4.])
     """
     rows = max(1, SUM_BUDGET // min(len(e_ID), ITEM_BLOCK))
+    # Where no similarity can be large, as with a cosine, exp cannot overflow and needs no largest one taken off first.
+    bound = float(o_XD.norm(dim=1).max() * e_ID.norm(dim=1).max()) if len(o_XD) else 0.0
     log_z_X = o_XD.new_full((len(o_XD),), float("-inf"))
     for block in e_ID.split(ITEM_BLOCK):
-        sums = [(part @ block.T).logsumexp(1) for part in o_XD.split(rows)]
+        similarity = (part @ block.T for part in o_XD.split(rows))
+        if bound <= SAFE_EXPONENT:
+            sums = [part.exp_().sum(1).log_() for part in similarity]
+        else:
+            sums = [part.logsumexp(1) for part in similarity]
         log_z_X = torch.logaddexp(log_z_X, torch.cat(sums))
     return log_z_X
 

@@ -315,7 +315,7 @@ class _Job:
         if rank() == 0:
             self.writer.write_user_fold(self.fold_U)
         with_history = int((self.length_U > 0).sum())
-        counts = {}
+        counts: dict[str, int] = {}
         if self.identity["rows"]:
             # A user's first event has no history: the LUM was not asked, as it would not have been at that time.
             counts |= {"rows": self.data.num_events - with_history, "rows_absent": with_history}

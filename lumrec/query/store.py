@@ -95,7 +95,8 @@ def unpack_answer(value: bytes, *, shape: tuple[int, int], dtype: np.dtype, with
         )
     o_ND = np.frombuffer(value, dtype, shape[0] * shape[1], HEADER.size).reshape(shape)
     log_z_N = np.frombuffer(value, "<f4", shape[0], HEADER.size + size) if with_log_z else None
-    return UserAnswer(*HEADER.unpack_from(value), o_ND, log_z_N)
+    asked_at, last_event_at, num_events, num_seen, fold = HEADER.unpack_from(value)
+    return UserAnswer(asked_at, last_event_at, num_events, num_seen, fold, o_ND, log_z_N)
 
 
 def user_key_bytes(key: str) -> bytes:
@@ -161,9 +162,9 @@ def _open_version(path: Path, names: Sequence[str], verify: bool) -> tuple[Path,
 class Knowledge:
     """Answers for training rows and the items they are matched with, memory-mapped: nothing is read before it is used.
 
-    o: [E, N, D] in the store's dtype; log_z: float32 [E, N] or None; present: bool [E]; items_e: float32 [K, I, D];
-    user_fold: int8 [U]; conditions: the N conditions that were asked; hazard: "in_sample" (one LUM that may have been
-    trained on these rows) or "cross_fit" (each user answered by a LUM that never saw them).
+    o: [E, N, D] in the store's dtype; log_z: float32 [E, N]; present: bool [E]; each None where it was switched off.
+    items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions asked. hazard: "in_sample" (one LUM,
+    which may have been trained on these rows) or "cross_fit" (each user is answered by a LUM that never saw them).
     Similarity is the dot product o · e: the model's temperature is in both sides already.
     """
 
@@ -175,13 +176,13 @@ class Knowledge:
         self.items_e = torch.from_numpy(np.load(folder / "items_e.npy").astype(np.float32))
         self.user_fold: np.ndarray = np.load(folder / "user_fold.npy")
         self._row_user = data.user
-        self._rows = manifest["rows"]
-        if self._rows:
-            self.o: np.ndarray = np.load(folder / "rows_o.npy", mmap_mode="r")
-            self.present: np.ndarray = np.load(folder / "rows_present.npy", mmap_mode="r")
-            self.log_z: np.ndarray | None = (
-                np.load(folder / "rows_log_z.npy", mmap_mode="r") if manifest["log_normalizer"] else None
-            )
+        names = {"o": "rows_o.npy", "present": "rows_present.npy", "log_z": "rows_log_z.npy"}
+        columns = {
+            column: np.load(folder / name, mmap_mode="r") for column, name in names.items() if name in manifest["files"]
+        }
+        self.o: np.ndarray | None = columns.get("o")
+        self.present: np.ndarray | None = columns.get("present")
+        self.log_z: np.ndarray | None = columns.get("log_z")
 
     @classmethod
     def open(cls, path: str | Path, data: PreparedData, *, verify: bool = True) -> Knowledge:
@@ -205,7 +206,7 @@ class Knowledge:
 
         Raises ValueError where the knowledge was built without rows (query.rows=false).
         """
-        if not self._rows:
+        if self.o is None or self.present is None:
             raise ValueError(f"the knowledge in {self.path} holds no rows: run the query stage with query.rows=true")
         rows = np.asarray(rows_B)
         # Sorted reads touch each page of the file once.

@@ -206,6 +206,14 @@ def test_items_and_their_normaliser(lum):
     torch.testing.assert_close(share.sum(1), torch.ones(len(o_XD), dtype=torch.float64), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 5.0, 50.0, 1e4])
+def test_the_normaliser_is_exact_for_small_and_for_large_similarities(scale):
+    generator = torch.Generator().manual_seed(0)
+    o_XD, e_ID = scale * torch.randn(50, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    expected = (o_XD.double() @ e_ID.double().T).logsumexp(1)
+    torch.testing.assert_close(log_normalizer(o_XD, e_ID).double(), expected, atol=1e-5, rtol=1e-6)
+
+
 def test_the_normaliser_goes_over_several_blocks_of_items(monkeypatch):
     o_XD, e_ID = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.randn(11, 4)
     whole = log_normalizer(o_XD, e_ID)

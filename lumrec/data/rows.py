@@ -94,27 +94,28 @@ class RowBuilder:
         item_U = token_U - num_pairs
         item_U[is_pair_U] = data.item[event_P]
         index_U, index_P, index_B = (torch.from_numpy(x) for x in (item_U, event_P, rows))
-        is_bag = {"pair": torch.from_numpy(is_pair_U), "token": slice(num_tokens), "row": slice(num_tokens, None)}
+        bag_U, bag_B = torch.arange(num_tokens), torch.arange(num_tokens, num_tokens + len(rows))
+        bag_P = torch.from_numpy(np.flatnonzero(is_pair_U))
         user_B = torch.from_numpy(data.user[rows])
         columns = {}
 
-        def put(name: str, values_and_lengths: tuple[Tensor, Tensor], where: str) -> None:
-            values, lengths = values_and_lengths
-            lengths_S = torch.zeros(num_tokens + len(rows), dtype=torch.int64)
-            if where == "pair":
-                lengths_S[:num_tokens][is_bag["pair"]] = lengths
-            else:
-                lengths_S[is_bag[where]] = lengths
-            columns[name] = (values, lengths_S)
+        def put(name: str, column: Column, index: Tensor, bag: Tensor) -> None:
+            """Fills bags (in ascending order) with entries of a column; the other bags of the feature are empty."""
+            values, lengths = column.take(index)
+            columns[name] = (
+                values,
+                torch.zeros(num_tokens + len(rows), dtype=torch.int64).index_copy_(0, bag, lengths),
+            )
 
         for name in self.item_features:
-            put(name, data.item_columns[name].take(index_U), "token")
+            put(name, data.item_columns[name], index_U, bag_U)
         for name in self.feedback_features:
-            put(name, data.event_columns[name].take(index_P), "pair")
+            put(name, data.event_columns[name], index_P, bag_P)
         for name in self.row_features:
-            is_of_user = name in data.user_columns
-            column = data.user_columns[name] if is_of_user else data.event_columns[name]
-            put(name, column.take(user_B if is_of_user else index_B), "row")
+            if name in data.user_columns:
+                put(name, data.user_columns[name], user_B, bag_B)
+            else:
+                put(name, data.event_columns[name], index_B, bag_B)
         return columns
 
     def _unique(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ def auc(label_N: ArrayLike, score_N: ArrayLike) -> float:
 
 
 class GroupedAuc(NamedTuple):
-    """value: row-weighted mean of the groups' AUC; num_groups: groups that have rows; num_skipped: those of one class."""
+    """value: row-weighted mean of the groups' AUC. num_groups: groups with rows. num_skipped: those of one class."""
 
     value: float
     num_groups: int
@@ -38,10 +38,10 @@ class GroupedAuc(NamedTuple):
 
 
 def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> GroupedAuc:
-    """Mean of the AUC within each group (user), weighted by its rows (impressions): DIN (1706.06978) section 6.1's metric.
+    """Mean of the AUC within each group (user), weighted by its rows (impressions): the AUC of DIN (1706.06978).
 
-    A group whose rows are all of one class has no AUC: it is left out, weight included, and counted. `value` is `nan` if
-    none is left. All groups at once: one sort, no loop over users.
+    A group whose rows are all of one class has no AUC: it is left out, weight included, and counted. `value` is `nan`
+    if none is left. All groups at once: one sort, no loop over users.
 
     User 7 is in order (AUC 1, three rows), user 8 in the wrong order (AUC 0, two rows), user 9 has one class: 3/5.
 
@@ -76,8 +76,8 @@ def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> G
 def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     """Mean negative log likelihood in nats; `nan` for no rows.
 
-    Probabilities are kept 2.2e-16 (float64's rounding unit, scikit-learn's choice) away from 0 and 1, so that a certain and
-    wrong row costs 36, not infinity.
+    Probabilities are kept 2.2e-16 (float64's rounding unit, scikit-learn's choice) away from 0 and 1, so that a row
+    that is certain and wrong costs 36, not infinity.
 
     >>> log_loss([1, 0], [0.5, 0.5])  # log 2
     0.6931471805599453
@@ -87,12 +87,12 @@ def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     if not len(label_N):
         return float("nan")
     eps = np.finfo(np.float64).eps
-    probability_N = np.clip(probability_N, eps, 1 - eps)
-    return float(-np.mean(np.where(label_N > 0, np.log(probability_N), np.log1p(-probability_N))))
+    right_N = np.where(np.equal(label_N, 1.0), probability_N, np.subtract(1.0, probability_N))
+    return float(-np.mean(np.log(np.clip(right_N, eps, 1 - eps))))
 
 
 def normalized_entropy(label_N: ArrayLike, probability_N: ArrayLike) -> float:
-    """Log loss over the entropy of the rows' own positive rate (He et al., 2014, ADKDD): below 1 beats the constant rate.
+    """Log loss over the entropy of the rows' positive rate (He et al., 2014, ADKDD): below 1 beats the constant rate.
 
     `nan` for no rows or one class only (its entropy is 0).
 
@@ -142,12 +142,12 @@ def expected_calibration_error(label_N: ArrayLike, probability_N: ArrayLike, *, 
 def ranking_metrics(label_N: ArrayLike, logit_N: ArrayLike, user_N: ArrayLike) -> dict[str, float | str]:
     """All metrics of one scored part, flat, as `result.json` holds them.
 
-    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped; and `undefined`, a sentence,
-    only where some of them are `nan`. logit_N: scores before the sigmoid.
+    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped; and, only where some of
+    them are `nan`, a sentence `undefined`. logit_N: scores before the sigmoid.
     """
     label_N, logit_N = _checked(label_N, logit_N)
     # 1 / (1 + exp(-x)) written so that it does not overflow for large negative x.
-    probability_N = np.exp(-np.logaddexp(0.0, -logit_N))
+    probability_N = np.exp(-np.logaddexp(0.0, np.negative(logit_N)))
     by_user = grouped_auc(label_N, logit_N, user_N)
     result: dict[str, float | str] = {
         "auc": auc(label_N, logit_N),
@@ -182,7 +182,7 @@ def _checked(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.nda
     label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
         raise ValueError(
-            f"got labels of shape {label_N.shape} and scores of shape {score_N.shape}; expected two vectors of one length"
+            f"got labels of shape {label_N.shape} and scores of shape {score_N.shape}; expected vectors of one length"
         )
     if not np.isin(label_N, (0.0, 1.0)).all():
         raise ValueError(f"got label {label_N[~np.isin(label_N, (0.0, 1.0))][0]}; expected 0 and 1 only")
@@ -194,5 +194,5 @@ def _checked(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.nda
 def _check_probabilities(probability_N: np.ndarray) -> None:
     if len(probability_N) and not (probability_N.min() >= 0 and probability_N.max() <= 1):
         raise ValueError(
-            f"got probabilities from {probability_N.min():g} to {probability_N.max():g}; expected 0 … 1 (apply a sigmoid)"
+            f"got probabilities from {probability_N.min():g} to {probability_N.max():g}; expected 0 … 1, of a sigmoid"
         )

@@ -5,7 +5,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING, Any, List
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
 from lumrec.data.schema import features_by_role
-from lumrec.data.splits import PARTS
-from lumrec.data.statistics import row_statistics
+from lumrec.data.splits import TEST, TRAIN, VALID
+from lumrec.data.statistics import Statistics, row_statistics
 from lumrec.evaluation.metrics import ranking_metrics
 from lumrec.modules.knowledge import MODES, KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
@@ -118,7 +118,7 @@ def build_ranker(
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *row_features(data)]}
     sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
-    arguments = {
+    arguments: dict[str, Any] = {
         "item_features": item,
         "feedback_features": feedback,
         "row_features": row_features(data),
@@ -167,13 +167,24 @@ def average_buffers(dmp: DistributedModelParallel) -> None:
                 buffer /= world_size()
 
 
-def load_lum_tables(config: "Config", data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
-    """Fills the tables that the LUM of `inputs.lums` has too with its weights; their names. The optimizer starts anew.
+def build_rows(
+    ranker: Ranker, data: PreparedData, config: RankConfig, statistics: Statistics, knowledge: Knowledge | None = None
+) -> RowBuilder:
+    """The builder of batches for a ranker that `build_ranker` made."""
+    return RowBuilder(
+        data,
+        features=ranker.features,
+        item_features=features_by_role(data.schema, "item"),
+        feedback_features=features_by_role(data.schema, "feedback"),
+        row_features=ranker.row_features,
+        max_history=config.max_history,
+        statistics=statistics,
+        knowledge=knowledge,
+    )
 
-    Raises FileNotFoundError without a finished LUM, ValueError where it was trained on other data.
-    """
-    from lumrec.config import load  # the root config nests RankConfig, so it cannot be imported from here at the top
 
+def lum_folder(config: "Config") -> Path:
+    """Folder of the LUM whose tables are taken, the first of `inputs.lums`. Raises FileNotFoundError without it."""
     run = (config.inputs.lums or [f"{config.name}-pretrain"])[0]
     folder = Path(config.runs_dir) / run
     if not (folder / "result.json").exists():
@@ -181,6 +192,16 @@ def load_lum_tables(config: "Config", data: PreparedData, dmp: DistributedModelP
             f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
             f"torchx run apps/pretrain.py --config <your config> run={run}; or train with rank.tables=fresh"
         )
+    return folder
+
+
+def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
+    """Fills the tables that the LUM in `folder` has too with its weights; their names. The optimizer starts anew.
+
+    Raises ValueError where the LUM was trained on other data.
+    """
+    from lumrec.config import load  # the root config nests RankConfig, so it cannot be imported from here at the top
+
     trained = load(folder / "config.yaml", [])
     schema = data.schema
     read_by_lum = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
@@ -203,75 +224,84 @@ def run(config: "Config") -> dict[str, float | str]:
     tables_from_lum, and `note` and `undefined` where a part is empty or has one class only.
     Raises FileNotFoundError for a missing input, with the command that makes it.
     """
-    settings = config.rank
+    settings, started = config.rank, time.perf_counter()
     device = init_distributed(threads=config.threads)
-    started = time.perf_counter()
     if settings.tables not in TABLES:
         raise ValueError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
     data = open_or_prepare(config)
-    knowledge = None
+    inputs = {"data": data.fingerprint}
+    knowledge = lum = None
     if settings.knowledge != "none":
-        folder = Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query")
-        knowledge = Knowledge.open(folder, data)
-    inputs = {"data": data.fingerprint} | ({"knowledge": knowledge.path.name} if knowledge else {})
+        knowledge = Knowledge.open(Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query"), data)
+        inputs["knowledge"] = knowledge.path.name
+    if settings.tables == "lum":
+        lum = lum_folder(config)
+        inputs["lum"] = (best_checkpoint(lum) / "COMPLETE").read_text(encoding="utf-8").strip()
     run_folder = RunFolder.create(config, "rank", inputs=inputs)
     if run_folder.finished:
         return run_folder.result()
     statistics = row_statistics(data, kind=settings.statistics)
     torch.manual_seed(config.seed)
-    model = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
-    builder = RowBuilder(
-        data,
-        features=model.features,
-        item_features=features_by_role(data.schema, "item"),
-        feedback_features=features_by_role(data.schema, "feedback"),
-        row_features=model.row_features,
-        max_history=settings.max_history,
-        statistics=statistics,
-        knowledge=knowledge,
-    )
-    dmp = shard(model, optimizer=settings.train.optimizer, device=device)
-    loaded = load_lum_tables(config, data, dmp) if settings.tables == "lum" else []
-    train_rows, valid_rows, test_rows = (np.flatnonzero(data.split == part) for part in range(len(PARTS)))
-
-    def evaluate(rows: np.ndarray) -> dict[str, float | str]:
-        logit_N = score(dmp, builder, rows, batch_size=settings.batch_size)
-        return ranking_metrics(data.label[rows], logit_N, data.user[rows])
-
+    ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
+    builder = build_rows(ranker, data, settings, statistics, knowledge)
+    dmp = shard(ranker, optimizer=settings.train.optimizer, device=device)
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
-    train, select = settings.train, settings.select
-    if not len(valid_rows):
-        result["note"] = "the validation part has no rows: the last weights are kept and tested"
-        logger.warning("rank: %s", result["note"])
-        train, select = dataclasses.replace(train, patience=0), ""
-    trained = fit(
-        model=dmp,
-        loader=RowLoader(
-            builder,
-            train_rows,
-            batch_size=settings.batch_size,
-            seed=config.seed,
-            rank=rank(),
-            world_size=world_size(),
-        ),
-        step=step,
-        config=train,
-        run=run_folder,
-        evaluate=(lambda: _numbers(evaluate(valid_rows))) if len(valid_rows) else None,
-        select=select,
-        progress=f"rank {settings.model} {settings.knowledge}",
-        fingerprint={**inputs, "model": repr(settings)},
-    )
-    result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in trained.items()}
-    result |= evaluate(test_rows)
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard
-    if loaded:
-        result["tables_from_lum"] = ", ".join(loaded)
+    if lum is not None:
+        result["tables_from_lum"] = ", ".join(load_lum_tables(lum, data, dmp))
+    result |= _train(config, dmp, builder, run_folder, {**inputs, "model": repr(settings)})
+    result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size)
     result["wall_s"] = time.perf_counter() - started
     run_folder.finish(result)
     return result
 
 
-def _numbers(metrics: dict[str, float | str]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
+def evaluate(
+    dmp: DistributedModelParallel, builder: RowBuilder, part: int, *, batch_size: int
+) -> dict[str, float | str]:
+    """`ranking_metrics` of the rows of a part (TRAIN, VALID or TEST), on every rank. Collective."""
+    data = builder.data
+    rows = np.flatnonzero(data.split == part)
+    logit_N = score(dmp, builder, rows, batch_size=batch_size)
+    return ranking_metrics(data.label[rows], logit_N, data.user[rows])
+
+
+def _train(
+    config: "Config", dmp: DistributedModelParallel, builder: RowBuilder, run_folder: RunFolder, fingerprint: dict
+) -> dict[str, float | str]:
+    """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
+    settings = config.rank
+    train, select, note = settings.train, settings.select, ""
+    rows = np.flatnonzero(builder.data.split == TRAIN)
+    loader = RowLoader(
+        builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
+    )
+
+    def validate() -> dict[str, float]:
+        metrics = evaluate(dmp, builder, VALID, batch_size=settings.batch_size)
+        return {name: value for name, value in metrics.items() if not isinstance(value, str)}
+
+    has_validation = bool((builder.data.split == VALID).any())
+    if not has_validation:
+        note = "the validation part has no rows: the last weights are kept and tested"
+        train, select = dataclasses.replace(train, patience=0), ""
+    metrics = fit(
+        model=dmp,
+        loader=loader,
+        step=step,
+        config=train,
+        run=run_folder,
+        evaluate=validate if has_validation else None,
+        select=select,
+        progress=f"rank {settings.model} {settings.knowledge}",
+        fingerprint=fingerprint,
+    )
+    result: dict[str, float | str] = {}
+    result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in metrics.items()}
+    if select and f"valid/{select.removeprefix('-')}" not in result:
+        note = f"{select} is nan over the validation part: the last weights are kept and tested"
+    if note:
+        result["note"] = note
+        logger.warning("rank: %s", note)
+    return result

@@ -185,7 +185,8 @@ class Dice(nn.Module):
         """The activated units, same shape [X, D]; with fewer than 2 entries while training, by the running moments."""
         if self.training and len(x_XD) < 2:
             moments = self.standardise
-            z_XD = (x_XD - moments.running_mean) * (moments.running_var + moments.eps).rsqrt()  # type: ignore[operator]
+            assert moments.running_mean is not None and moments.running_var is not None
+            z_XD = (x_XD - moments.running_mean) * torch.rsqrt(moments.running_var + moments.eps)
         else:
             z_XD = self.standardise(x_XD)
         p_XD = torch.sigmoid(z_XD)

@@ -28,12 +28,12 @@ class Din(Ranker):
 
     def __init__(
         self, *args: Any, activation_dim: int = 36, softmax: bool = False, activation: str = "prelu", **kwargs: Any
-    ):
-        self._unit_arguments = {"hidden_dim": activation_dim, "softmax": softmax, "activation": activation}
+    ) -> None:
+        self._unit: dict[str, Any] = {"hidden_dim": activation_dim, "softmax": softmax, "activation": activation}
         super().__init__(*args, activation=activation, **kwargs)
 
     def make_interest(self) -> int:
-        self.local_activation = LocalActivation(self.token_dim, self.item_dim, **self._unit_arguments)
+        self.local_activation = LocalActivation(self.token_dim, self.item_dim, **self._unit)
         return self.token_dim + self.item_dim
 
     def interest(self, looked: Looked, batch: RankBatch) -> Tensor:

@@ -117,7 +117,7 @@ def test_extreme_logits_stay_finite():
         (lambda: auc([0, 2], [0.1, 0.2]), "got label 2"),
         (lambda: auc([0, 1], [0.1]), "one length"),
         (lambda: auc([0, 1], [0.1, math.nan]), "nan"),
-        (lambda: log_loss([0, 1], [0.1, 1.2]), "apply a sigmoid"),
+        (lambda: log_loss([0, 1], [0.1, 1.2]), "of a sigmoid"),
         (lambda: grouped_auc([0, 1], [0.1, 1.2], [1]), "one group for each row"),
         (lambda: expected_calibration_error([0, 1], [0.1, 0.2], num_bins=0), "num_bins"),
     ],

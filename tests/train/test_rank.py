@@ -1,0 +1,245 @@
+"""Step 3 as a stage, on a small simulated log with real LUMs: with and without knowledge, on one rank and on two."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lumrec.config import Config, load
+from lumrec.data.columns import Column
+from lumrec.data.prepared import PreparedData
+from lumrec.data.rows import RowBuilder, RowLoader
+from lumrec.data.splits import TEST, TRAIN
+from lumrec.data.statistics import row_statistics
+from lumrec.query import stage as query
+from lumrec.query.store import Knowledge
+from lumrec.train import pretrain
+from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.lum import load_lum
+from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.rank import (
+    RankConfig,
+    build_ranker,
+    build_rows,
+    evaluate,
+    load_lum_tables,
+    lum_folder,
+    row_features,
+    run,
+    score,
+)
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "name=tiny",
+    "data.source=simulator",
+    "data.simulator.num_users=60",
+    "data.simulator.num_items=120",
+    "data.simulator.events_per_user=30",
+    "model.dim=16",
+    "model.max_events=16",
+    "pretrain.train.max_steps=4",
+    "pretrain.packing.events_per_pack=256",
+    "rank.batch_size=128",
+    "rank.train.epochs=2",
+    "rank.train.log_every=4",
+    "rank.hidden_dims=[16]",
+]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """Words of a runs folder that holds prepared data, two cross-fitted LUMs and their knowledge."""
+    words = [*WORDS, f"runs_dir={tmp_path_factory.mktemp('rank')}"]
+    for fold in ("0/2", "1/2"):
+        pretrain.run(load(None, [*words, f"fold={fold}"]))
+    query.run(load(None, [*words, "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]))
+    return words
+
+
+@pytest.fixture(scope="module")
+def data(words) -> PreparedData:
+    return PreparedData.open(Path(config_of(words).runs_dir) / "tiny-prepare")
+
+
+def config_of(words: list[str], *more: str) -> Config:
+    return load(None, [*words, *more])
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.runs_dir) / config.run
+
+
+def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
+    return build_rows(ranker, data, RankConfig(), row_statistics(data), knowledge)
+
+
+@pytest.mark.parametrize("model", ["din", "dlrm"])
+@pytest.mark.parametrize("knowledge", ["none", "direct", "matching", "both"])
+def test_every_ranker_with_every_knowledge(words, data, model, knowledge):
+    config = config_of(words, f"run={model}-{knowledge}", f"rank.model={model}", f"rank.knowledge={knowledge}")
+    result = run(config)
+    stored = json.loads((folder_of(config) / "result.json").read_text())
+    assert stored == result and (result["model"], result["knowledge"]) == (model, knowledge)
+    assert result["num_rows"] == (data.split == TEST).sum() and 0.3 < result["auc"] < 1
+    assert {"gauc", "log_loss", "ne", "calibration", "ece", "num_users_skipped", "rows_per_s", "valid/auc"} <= set(
+        result
+    )
+    assert result.get("knowledge_hazard") == (None if knowledge == "none" else "cross_fit")
+    curve = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in curve if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert run(config) == result  # finished: read, not trained again
+
+
+def trained_model(config: Config, data: PreparedData):
+    """The tested weights of a finished run, and its rows."""
+    knowledge = None
+    if config.rank.knowledge != "none":
+        knowledge = Knowledge.open(Path(config.runs_dir) / "tiny-query", data)
+    statistics = len(row_statistics(data).names)
+    torch.manual_seed(0)
+    dmp = shard(build_ranker(config.rank, data, num_statistics=statistics, knowledge=knowledge), device="cpu")
+    fresh = {name: value.clone() for name, value in unsharded(dmp).items()}
+    load_weights(best_checkpoint(folder_of(config)), dmp)
+    return dmp, fresh, builder_of(dmp.module, data, knowledge)
+
+
+def unsharded(dmp) -> dict[str, torch.Tensor]:
+    return {
+        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for name, value in dmp.state_dict().items()
+    }
+
+
+def test_every_table_and_matrix_moves_and_the_result_is_that_of_the_best_checkpoint(words, data):
+    config = config_of(words, "run=moved", "rank.knowledge=both")
+    result = run(config)
+    dmp, fresh, builder = trained_model(config, data)
+    assert [name for name, value in unsharded(dmp).items() if torch.equal(value, fresh[name])] == []
+    rows = np.flatnonzero(data.split == TEST)
+    logits = score(dmp, builder, rows, batch_size=77)
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.allclose(score(dmp, builder, rows[order], batch_size=50), logits[order], atol=1e-5)
+    again = evaluate(dmp, builder, TEST, batch_size=50)
+    assert {name: result[name] for name in again} == pytest.approx(again, abs=1e-6)
+
+
+def test_tables_of_the_lum(words, data):
+    """The shared tables start as the LUM's; the others, and the dense part, fresh."""
+    config = config_of(words, "run=lum-tables", "rank.tables=lum", "inputs.lums=[tiny-pretrain-1of2]")
+    device = init_distributed("cpu")
+    dmp = shard(build_ranker(config.rank, data, num_statistics=0), device=device)
+    before = {name: value.clone() for name, value in unsharded(dmp).items()}
+    loaded = load_lum_tables(lum_folder(config), data, dmp)
+    assert loaded == ["item_id", "categories", "price_bucket", "clicked", "scenario", "query"]
+    lum = unsharded(load_lum(config, "tiny-pretrain-1of2", data, device=device)[0])
+    for name, value in unsharded(dmp).items():
+        table = name.split(".")[2] if name.startswith("tables.") else ""
+        expected = lum[f"token_encoder.{name}"] if table in loaded else before[name]
+        assert torch.equal(value, expected), name
+    assert run(config)["tables_from_lum"] == ", ".join(loaded)
+
+
+def test_labels_of_the_test_part_change_no_training_batch(words, data):
+    other = copy.copy(data)
+    random, is_test = np.random.default_rng(0), data.split == TEST
+    order = np.arange(data.num_events)
+    order[is_test] = random.permutation(order[is_test])
+    other.label = data.label[order]
+    clicked = data.event_columns["clicked"].values[torch.from_numpy(order)]
+    other.event_columns = {**data.event_columns, "clicked": Column(clicked), "feedback": Column(clicked)}
+    torch.manual_seed(0)
+    model = build_ranker(RankConfig(), data, num_statistics=len(row_statistics(data).names))
+    rows = np.flatnonzero(data.split == TRAIN)
+    pairs = zip(*(RowLoader(builder_of(model, log), rows, batch_size=300) for log in (data, other)), strict=True)
+    for batch, same in pairs:
+        for name in ("target_B", "history_T", "offsets_B1", "dense_BF", "label_B", "row_B"):
+            assert torch.equal(getattr(batch, name), getattr(same, name)), name
+        assert torch.equal(batch.tokens.values(), same.tokens.values())
+    assert not np.array_equal(data.label, other.label)
+
+
+def test_a_rows_own_feedback_label_and_wish_are_not_read(words, data):
+    """The scores of test rows stay when their own labels and feedback are turned around."""
+    assert "feedback" not in row_features(data) and "scenario" in row_features(data)
+    torch.manual_seed(0)
+    model = build_ranker(RankConfig(), data, num_statistics=len(row_statistics(data).names)).eval()
+    last = data.user_offsets[1:][np.diff(data.user_offsets) > 0] - 1
+    rows = last[data.split[last] == TEST]
+    other = copy.copy(data)
+    other.label = data.label.copy()
+    other.label[rows] = 1 - data.label[rows]
+    clicked = data.event_columns["clicked"].values.clone()
+    clicked[torch.from_numpy(rows)] = 3 - clicked[torch.from_numpy(rows)]
+    other.event_columns = {**data.event_columns, "clicked": Column(clicked), "feedback": Column(clicked)}
+    with torch.no_grad():
+        first, second = (model(builder_of(model, log).batch(rows)) for log in (data, other))
+    torch.testing.assert_close(first, second)
+
+
+def test_two_ranks_score_alike(words, data):
+    """A job of two processes runs through, and its result is what one process gets from its checkpoint."""
+    config = config_of(words, "run=two-ranks", "rank.knowledge=both", "rank.activation=dice")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = (
+        "from lumrec.config import load; from lumrec.train.rank import run; import sys; run(load(None, sys.argv[1:]))"
+    )
+    file = Path(config.runs_dir) / "rank_on_two.py"
+    file.write_text(script)
+    more = ["run=two-ranks", "rank.knowledge=both", "rank.activation=dice", "threads=1"]
+    more += ["rank.train.epochs=1", "rank.train.max_steps=5"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(file), *words, *more], env=environment, check=True)
+    result = json.loads((folder_of(config) / "result.json").read_text())
+    dmp, _, builder = trained_model(config, data)
+    again = evaluate(dmp, builder, TEST, batch_size=100)
+    assert result["num_rows"] == again["num_rows"] > 0
+    # Running moments of the two ranks are averaged for the evaluation; the checkpoint holds them so.
+    assert result["auc"] == pytest.approx(again["auc"], abs=1e-6)
+    assert result["log_loss"] == pytest.approx(again["log_loss"], abs=1e-6)
+
+
+def test_no_validation_rows_and_no_test_rows_are_stated(words, tmp_path):
+    words = [*words, f"runs_dir={tmp_path}", "data.split.kind=user", "data.split.fractions=[1, 0, 0]", "run=all"]
+    result = run(config_of(words, "rank.train.epochs=1", "rank.train.patience=3"))
+    assert "validation part has no rows" in result["note"] and "no rows" in result["undefined"]
+    assert math.isnan(result["auc"]) and result["num_rows"] == 0
+    assert json.loads((tmp_path / "all" / "result.json").read_text())["auc"] is None
+
+
+def test_one_class_only_is_stated(words, tmp_path):
+    words = [*words, f"runs_dir={tmp_path}", "data.simulator.bias=-60", "run=zeros", "rank.train.epochs=1"]
+    result = run(config_of(words))
+    assert "all" in result["undefined"] and "labels are 0" in result["undefined"]
+    assert "auc is nan over the validation part" in result["note"]
+    assert math.isnan(result["auc"]) and result["log_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "message"),
+    [
+        ("rank.model=sim", ValueError, "rank.model is 'sim'; expected one of din, dlrm"),
+        ("rank.knowledge=some", ValueError, "rank.knowledge is 'some'; expected one of none, direct"),
+        ("rank.tables=warm", ValueError, "rank.tables is 'warm'; expected one of fresh, lum"),
+        ("rank.statistics=few", ValueError, "'few'; expected one of all, user, none"),
+        ("rank.select=auk", ValueError, "auk"),
+    ],
+)
+def test_a_wrong_setting_is_refused(words, word, error, message):
+    with pytest.raises(error, match=message):
+        run(config_of(words, "run=refused", "overwrite=true", word))
+
+
+def test_a_missing_input_names_the_command(words, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"torchx run apps/query\.py"):
+        run(config_of(words, "run=missing", "rank.knowledge=both", "inputs.knowledge=nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"torchx run apps/pretrain\.py"):
+        run(config_of(words, "run=missing-too", "rank.tables=lum", "inputs.lums=[nowhere]"))

@@ -49,6 +49,9 @@ class KnowledgeFusion(nn.Module):
         log_z ──┘  o·e - log z, contrasts         │
         present ──────────────────────────────────┘
 
+    dropout: share of rows whose answers are withheld while training. A ranker that can lean on the answers from its
+    first step learns little from the history; and serving has users without answers.
+
     Raises ValueError for an unknown mode, and where matching was set up with log z and is called without, or reverse.
 
     >>> fusion = KnowledgeFusion("both", num_conditions=2, knowledge_dim=8, num_folds=3, out_dim=4)
@@ -66,8 +69,12 @@ class KnowledgeFusion(nn.Module):
         out_dim: int,
         *,
         has_log_z: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"the knowledge dropout is {dropout}; expected 0 or more and less than 1")
+        self.dropout = dropout
         if mode not in MODES:
             raise ValueError(f"the knowledge mode is {mode!r}; expected one of {', '.join(MODES)}")
         self.mode, self.num_conditions, self.has_log_z = mode, num_conditions, has_log_z
@@ -89,6 +96,8 @@ class KnowledgeFusion(nn.Module):
     ) -> Tensor:
         """Features [B, num_features], float32 (shapes and meaning of the inputs: KnowledgeBatch)."""
         o_BND, e_BD = o_BND.detach().float(), e_BD.detach().float()
+        if self.training and self.dropout:
+            present_BN = present_BN & (torch.rand(len(present_BN), 1, device=present_BN.device) >= self.dropout)
         # What stands in the place of an absent answer may be anything, nan included.
         o_BND = o_BND.masked_fill(~present_BN[:, :, None], 0.0)
         features = [present_BN.float()]

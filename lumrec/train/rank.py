@@ -49,7 +49,7 @@ class RankConfig:
 
     model: "din" or "dlrm" (Embedding + MLP with pooled history).
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
-    knowledge_dim: width to which direct features are projected.
+    knowledge_dim: width to which direct features are projected. knowledge_dropout: share of rows that train without.
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
     statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py.
     max_history: events before the row. batch_size: rows of one step on each rank.
@@ -61,6 +61,7 @@ class RankConfig:
     model: str = "din"
     knowledge: str = "none"
     knowledge_dim: int = 32
+    knowledge_dropout: float = 0.0
     tables: str = "fresh"
     statistics: str = "all"
     max_history: int = 50
@@ -114,6 +115,7 @@ def build_ranker(
         knowledge.num_folds,
         config.knowledge_dim,
         has_log_z=knowledge.log_z is not None,
+        dropout=config.knowledge_dropout,
     )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *row_features(data)]}

@@ -166,7 +166,7 @@ def _type_at(key: str) -> Any:
     """The declared type of a dotted key; None where there is no such key."""
     kind: Any = Config
     for part in key.split("."):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             kind = _fields(kind).get(part)
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
@@ -176,7 +176,7 @@ def _type_at(key: str) -> Any:
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, Any]:
+def _fields(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -188,7 +188,7 @@ def valid_keys() -> list[str]:
     """Every dotted key of a config; "<name>" stands for a name of the user's own (a feature, a table)."""
 
     def walk(kind: Any, prefix: str) -> Iterator[str]:
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             for name, inner in _fields(kind).items():
                 yield from walk(inner, f"{prefix}.{name}" if prefix else name)
         elif get_origin(kind) is dict:

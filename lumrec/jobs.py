@@ -16,6 +16,7 @@ from pathlib import Path
 
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20
+SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
 # What torchrun gives its processes: a job started by one of them must not take it for its own.
 TORCHRUN_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE "
@@ -86,7 +87,7 @@ def run_jobs(
                 told = time.monotonic()
             if time.monotonic() - told > HEARTBEAT_S:
                 for one in running:
-                    say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150]}")
+                    say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150] or 'no word yet'}")
                 told = time.monotonic()
     return seconds
 
@@ -137,7 +138,8 @@ def tail(log: Path, lines: int) -> list[str]:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     text = _TORCHX_PREFIX.sub("", text.replace("\r", "\n"))
-    return [line.rstrip() for line in text.splitlines() if line.strip() and "://torchx/" not in line][-lines:]
+    said = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return [line for line in said if "://torchx/" not in line and not line.startswith(SAME_WITHOUT)][-lines:]
 
 
 def _clock(start: float) -> str:

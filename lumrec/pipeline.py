@@ -292,7 +292,7 @@ def add_up(
 ) -> tuple[float, dict[str, float]]:
     """Wall time of the run and of each stage, those of earlier calls included where a stage is from one of them."""
     path = folder / "seconds.json"
-    before = {"wall_s": 0.0, "stages": {}}
+    before: dict[str, Any] = {"wall_s": 0.0, "stages": {}}
     if path.exists() and len(seconds) < len(stages):
         before = json.loads(path.read_text(encoding="utf-8"))
     wall_s += before["wall_s"]

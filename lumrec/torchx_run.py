@@ -15,6 +15,8 @@ from torchx.cli.cmd_run import CmdRun
 from torchx.components.dist import ddp
 from torchx.runner import Runner
 
+from lumrec.jobs import SAME_WITHOUT
+
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +63,7 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str) -> specs
     num_nodes, num_processes = _parse_j(j)
     if num_nodes == 1:
         plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
-        print(f"the same without TorchX: {shlex.join(plain)}", file=sys.stderr)
+        print(SAME_WITHOUT + shlex.join(plain), file=sys.stderr)
     # One process writes straight through; several get their rank in front of each line.
     app = ddp(*arguments, script=script, name=f"/{stage}", j=j, tee=3 if num_nodes * num_processes > 1 else 0)
     command = app.roles[0].args[1]
@@ -75,7 +77,7 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str) -> specs
 def single_app(stage: str, words: Sequence[str], *, config: str) -> specs.AppDef:
     """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own."""
     arguments, script = _arguments(stage, words, config)
-    print(f"the same without TorchX: {shlex.join(['python', script, *arguments])}", file=sys.stderr)
+    print(SAME_WITHOUT + shlex.join(["python", script, *arguments]), file=sys.stderr)
     role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=[script, *arguments])
     return specs.AppDef(name=stage, roles=[role])
 

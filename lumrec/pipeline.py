@@ -24,7 +24,8 @@ from lumrec.jobs import Job, run_jobs, torchx_command
 if TYPE_CHECKING:
     from lumrec.config import Config
 
-KNOWLEDGE = ("none", "direct", "matching", "both")
+# none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
+KNOWLEDGE = ("none", "tables", "direct", "matching", "both")
 RANKERS = ("din", "dlrm")
 
 
@@ -34,13 +35,15 @@ class PipelineConfig:
 
     dataset: "" = what `data` says; auto = MovieLens-1M where it is found or can be downloaded, else the simulator.
     folds: cross-fitting: each user is asked of a LUM that has not seen them; 1 = one LUM of all users (in-sample).
-    rankers, knowledge, seeds: every combination is trained. jobs: stages at a time; 0 = one per core.
+    rankers, knowledge, seeds: every combination is trained. knowledge: none (the base; always on fresh tables), tables
+    (the base on the LUM's tables: the control where rank.tables is lum), direct, matching, both.
+    jobs: stages at a time; 0 = one per core.
     """
 
     dataset: str = ""
     folds: int = 2
     rankers: List[str] = field(default_factory=lambda: ["din"])
-    knowledge: List[str] = field(default_factory=lambda: list(KNOWLEDGE))
+    knowledge: List[str] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
     seeds: List[int] = field(default_factory=lambda: [0])
     jobs: int = 0
 
@@ -170,19 +173,26 @@ def plan(config: Config) -> list[Stage]:
     stages = [Stage("prepare", "prepare", stage_config("prepare"), exclusive=True)]
     folds = [""] if settings.folds == 1 else [f"{k}/{settings.folds}" for k in range(settings.folds)]
     lums = {fold: f"lum-{fold.replace('/', 'of')}" if fold else "lum" for fold in folds}
-    with_knowledge = [kind for kind in settings.knowledge if kind != "none"]
-    if with_knowledge:
+    inputs: dict[str, Any] = {}
+    if any(kind != "none" for kind in settings.knowledge):
         stages += [Stage(lums[fold], "pretrain", stage_config(lums[fold], fold=fold), ("prepare",)) for fold in folds]
-        inputs = {"lums": [f"{run_name}/{lum}" for lum in lums.values()]}
+        inputs["lums"] = [f"{run_name}/{lum}" for lum in lums.values()]
+    if any(kind not in ("none", "tables") for kind in settings.knowledge):
         stages.append(Stage("query", "query", stage_config("query", inputs=inputs), tuple(lums.values())))
     for ranker in settings.rankers:
         for kind in settings.knowledge:
             for seed in settings.seeds:
                 name = f"rank-{ranker}-{kind}-s{seed}"
-                changes: dict[str, Any] = {"rank": dataclasses.replace(config.rank, model=ranker, knowledge=kind)}
-                if kind != "none":
-                    changes["inputs"] = {"knowledge": f"{run_name}/query", **inputs}
-                needs = ("prepare",) if kind == "none" else ("query",)
+                tables = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
+                read = "none" if kind == "tables" else kind
+                changes: dict[str, Any] = {
+                    "rank": dataclasses.replace(config.rank, model=ranker, knowledge=read, tables=tables)
+                }
+                needs: tuple[str, ...] = ("prepare",)
+                if kind == "tables":
+                    changes["inputs"], needs = inputs, tuple(lums.values())
+                elif kind != "none":
+                    changes["inputs"], needs = {"knowledge": f"{run_name}/query", **inputs}, ("query",)
                 stages.append(Stage(name, "rank", stage_config(name, seed=seed, **changes), needs))
     return stages
 

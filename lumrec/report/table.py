@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 METRICS = {"auc": "AUC", "gauc": "gAUC", "log_loss": "log loss"}
 LABELS = {
     "none": "base",
+    "tables": "+ LUM's tables",
     "direct": "+ direct features",
     "matching": "+ interest matching",
     "both": "+ both",

@@ -55,6 +55,22 @@ def test_without_knowledge_no_lum_is_trained(config):
     assert [stage.name for stage in plan(alone)] == ["prepare", "rank-din-none-s0", "rank-dlrm-none-s0"]
 
 
+def test_lum_tables_are_a_variant_of_their_own_and_never_the_base(config):
+    settings = dataclasses.replace(config.pipeline, knowledge=["none", "tables", "both"], rankers=["din"], seeds=[0])
+    stages = plan(
+        dataclasses.replace(config, pipeline=settings, rank=dataclasses.replace(config.rank, tables="lum"))
+    )
+    ranks = {stage.name: stage for stage in stages if stage.app == "rank"}
+    read = {name: (stage.config.rank.knowledge, stage.config.rank.tables) for name, stage in ranks.items()}
+    assert read == {
+        "rank-din-none-s0": ("none", "fresh"),
+        "rank-din-tables-s0": ("none", "lum"),
+        "rank-din-both-s0": ("both", "lum"),
+    }
+    assert ranks["rank-din-tables-s0"].needs == ("lum-0of2", "lum-1of2")
+    assert ranks["rank-din-tables-s0"].config.inputs.lums == ["all/lum-0of2", "all/lum-1of2"]
+
+
 def test_one_fold_is_a_lum_of_all_users(config):
     stages = plan(dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, folds=1)))
     assert [stage.name for stage in stages][:3] == ["prepare", "lum", "query"]
@@ -97,7 +113,7 @@ def test_settings_of_other_stages_do_not_count(config):
     ("word", "says"),
     [
         ("pipeline.rankers=[dim]", "got 'dim', expected one of 'din', 'dlrm'"),
-        ("pipeline.knowledge=[all]", "got 'all', expected one of 'none', 'direct'"),
+        ("pipeline.knowledge=[all]", "got 'all', expected one of 'none', 'tables', 'direct'"),
         ("pipeline.dataset=ml", "pipeline.dataset: got 'ml'"),
         ("pipeline.seeds=[]", "must each name at least one"),
         ("pipeline.seeds=[1, 1]", "names one twice"),

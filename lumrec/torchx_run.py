@@ -14,6 +14,7 @@ import torchx.specs as specs
 from torchx.cli.cmd_run import CmdRun
 from torchx.components.dist import ddp
 from torchx.runner import Runner
+from torchx.schedulers.local_scheduler import SignalException
 
 from lumrec.jobs import SAME_WITHOUT
 
@@ -42,6 +43,9 @@ class CmdRunFile(CmdRun):
         except UsageError as error:
             print(f"torchx run: {error}", file=sys.stderr)
             sys.exit(2)
+        except SignalException as stop:
+            print("torchx run: stopped; the same command continues an unfinished run", file=sys.stderr)
+            sys.exit(128 + int(stop.sigval))
 
     def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
         """As in TorchX, but a failed job ends with one line: what went wrong stands in the job's own output above."""

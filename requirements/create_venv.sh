@@ -13,7 +13,7 @@ for candidate in ${asked:-python3 python3.13 python3.12 python3.11 python3.10 py
   if suits "$candidate"; then python=$candidate && break; fi
 done
 if [ -z "$python" ]; then
-  found=$("${asked:-python3}" --version 2>&1 || true)
+  found=$(command -v "${asked:-python3}" >/dev/null && "${asked:-python3}" --version 2>&1 | head -n 1 || true)
   echo "lumrec needs Python 3.10 to 3.14; ${asked:-python3} is: ${found:-not there}." \
     "Install one, or name it: make setup PYTHON=/path/to/python3" >&2
   exit 1

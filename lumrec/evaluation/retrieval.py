@@ -48,7 +48,7 @@ class RetrievalConfig:
     oracle: bool = False
     ks: List[int] = field(default_factory=lambda: [10, 50])
     max_users: int = 0
-    tokens_per_pack: int = 16384
+    tokens_per_pack: int = 8192
 
 
 class Targets(NamedTuple):
@@ -143,6 +143,9 @@ def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Itera
     """This rank's targets in portions of one forward pass, equally many on all ranks, the last perhaps empty."""
     users = max(1, tokens_per_pack // (2 * max_events))
     num_users = len(targets.row_B)
+    # Histories alike in length go together, so that little is padded.
+    order = torch.argsort((targets.row_B - targets.first_B).clamp(max=max_events), stable=True)
+    targets = Targets(targets.row_B[order], targets.first_B[order])
     for turn in range(math.ceil(num_users / (users * world_size()))):
         start = (turn * world_size() + rank()) * users
         yield Targets(*(x[start : start + users] for x in targets))

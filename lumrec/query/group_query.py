@@ -28,8 +28,9 @@ Shape suffixes: B users, R answers (moments asked), N conditions, D width, I cat
 from __future__ import annotations
 
 import difflib
-from typing import Iterator, Mapping, Sequence
+from typing import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
 
 # Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
 SUM_BUDGET = 1 << 19
+SORTED_WINDOWS = 4096
 ITEM_BLOCK = 1 << 16
 # Sums over 2**16 items of exp(±SAFE_EXPONENT) are neither infinite nor denormal in float32.
 SAFE_EXPONENT = 60.0
@@ -66,7 +68,7 @@ class GroupQuery:
         *,
         max_events: int,
         stride: int = 0,
-        tokens_per_pack: int = 32768,
+        tokens_per_pack: int = 8192,
     ) -> None:
         self.model, self.builder, self.data = model, builder, builder.data
         self.conditions = [dict(condition) for condition in conditions]
@@ -95,7 +97,7 @@ class GroupQuery:
 
     def items(self) -> Tensor:
         """Every catalogue item as the LUM sees it, e_ID (float32), to be matched with answers by a dot product."""
-        return encode_items(self.model, self.builder, block=self.tokens_per_pack)
+        return encode_items(self.model, self.builder)
 
     @torch.no_grad()
     def answer(self, answering: AnsweringWindows) -> Tensor:
@@ -120,16 +122,22 @@ class GroupQuery:
         return o_QD.float().cpu().view(len(window_R), num_conditions, o_QD.shape[1])
 
     def _answer_all(self, answering: AnsweringWindows) -> Tensor:
+        answers_W = answering.last_W - answering.first_W
+        starts_W = answers_W.cumsum(0) - answers_W
+        places, parts = [], []
         training = self.model.training
         self.model.eval()
         try:
-            parts = [
-                self.answer(part)
-                for part in packs(answering, num_conditions=len(self.conditions), tokens_per_pack=self.tokens_per_pack)
-            ]
+            for index in packs(
+                answering, num_conditions=len(self.conditions), tokens_per_pack=self.tokens_per_pack
+            ) or [torch.zeros(0, dtype=torch.int64)]:
+                parts.append(self.answer(take(answering, index)))
+                places.append(expand_ranges(starts_W[index], answers_W[index]))
         finally:
             self.model.train(training)
-        return torch.cat(parts) if parts else self.answer(answering)
+        o_RND = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
+        o_RND[torch.cat(places)] = torch.cat(parts)
+        return o_RND
 
 
 def default_stride(max_events: int) -> int:
@@ -158,17 +166,25 @@ def row_windows(data: PreparedData, user_B: Tensor, *, max_events: int, stride: 
     return AnsweringWindows(windows, first_W.clamp(min=1), last_W)
 
 
-def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: int) -> Iterator[AnsweringWindows]:
-    """The same windows, in order, in portions of about `tokens_per_pack` tokens (two an event, one a query)."""
-    tokens_W = 2 * answering.windows.length_W + num_conditions * (answering.last_W - answering.first_W)
+def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: int) -> list[Tensor]:
+    """Windows (int64 indices) of each forward pass, of about `tokens_per_pack` tokens: two an event, one a query.
+
+    Windows alike in length and number of answers go together, so that little is padded; within blocks of neighbours
+    only, so that their answers are written near to each other.
+    """
+    length_W, answers_W = answering.windows.length_W, answering.last_W - answering.first_W
+    block_W = torch.arange(len(length_W)) // SORTED_WINDOWS
+    order = np.lexsort((-answers_W, -length_W, block_W))
+    tokens = (2 * length_W + num_conditions * answers_W)[order]
     # A pack ends with the window that fills it up, so one that is longer than a pack has one to itself.
-    pack_W = (tokens_W.cumsum(0) - tokens_W) // tokens_per_pack
-    _, sizes = torch.unique_consecutive(pack_W, return_counts=True)
-    start = 0
-    for size in sizes.tolist():
-        part = slice(start, start + size)
-        yield AnsweringWindows(answering.windows[part], answering.first_W[part], answering.last_W[part])
-        start += size
+    pack = (tokens.cumsum(0) - tokens) // tokens_per_pack
+    _, sizes = torch.unique_consecutive(pack, return_counts=True)
+    return list(torch.from_numpy(order).split(sizes.tolist())) if len(order) else []
+
+
+def take(answering: AnsweringWindows, index_W: Tensor) -> AnsweringWindows:
+    """The windows `index_W`, in that order."""
+    return AnsweringWindows(answering.windows[index_W], answering.first_W[index_W], answering.last_W[index_W])
 
 
 def asked_moments(answering: AnsweringWindows) -> tuple[Tensor, Tensor]:

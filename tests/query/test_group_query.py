@@ -16,10 +16,12 @@ from lumrec.query.group_query import (
     asked_rows,
     condition_columns,
     default_conditions,
+    encode_items,
     log_normalizer,
     packs,
     row_windows,
     serving_windows,
+    take,
 )
 from lumrec.train.lum import ModelConfig, build_lum
 
@@ -182,9 +184,12 @@ def test_windows_ask_each_row_once_with_enough_history(lengths, max_events, stri
     data = type("Offsets", (), {"user_offsets": offsets})()
     users = torch.arange(len(lengths))
     answering = row_windows(data, users, max_events=max_events, stride=stride)
-    parts = list(packs(answering, num_conditions=2, tokens_per_pack=budget))
-    rows = torch.cat([asked_rows(part) for part in parts]) if parts else torch.zeros(0, dtype=torch.int64)
-    assert rows.tolist() == [row for user in range(len(lengths)) for row in range(offsets[user] + 1, offsets[user + 1])]
+    parts = [take(answering, index) for index in packs(answering, num_conditions=2, tokens_per_pack=budget)]
+    rows = sorted(row for part in parts for row in asked_rows(part).tolist())
+    assert rows == [row for user in range(len(lengths)) for row in range(offsets[user] + 1, offsets[user + 1])]
+    for part in parts:
+        tokens_W = 2 * part.windows.length_W + 2 * (part.last_W - part.first_W)
+        assert int(tokens_W[:-1].sum()) < budget
     assert int(answering.windows.length_W.max() if answering.windows.count else 0) <= max_events
     later = answering.windows.start_W > torch.from_numpy(offsets)[answering.windows.user_W]
     assert bool((answering.first_W[later] >= max_events - stride).all())
@@ -195,10 +200,10 @@ def test_windows_ask_each_row_once_with_enough_history(lengths, max_events, stri
 
 def test_items_and_their_normaliser(lum):
     model, builder = lum
-    query = make_query(lum, tokens_per_pack=50)  # several blocks of items
+    query = make_query(lum)
     e_ID = query.items()
     assert e_ID.shape == (builder.data.num_items, MODEL.dim)
-    torch.testing.assert_close(e_ID, make_query(lum).items(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(e_ID, encode_items(model, builder, block=50), atol=1e-5, rtol=0)
     o_XD = query.users(torch.arange(5)).flatten(0, 1)
     similarity = o_XD.double() @ e_ID.double().T
     torch.testing.assert_close(log_normalizer(o_XD, e_ID).double(), similarity.logsumexp(1), atol=1e-4, rtol=1e-5)

@@ -1,0 +1,32 @@
+"""Runs the benchmarks of this folder one after the other, each in a process of its own.
+
+    python -m benchmarks [pretrain] [query] [rank]        (make bench, make bench ARGS=pretrain)
+
+Each prints hardware, versions and settings, and its plain baseline beside it; `python benchmarks/<name>.py --help` has
+the options of one.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_"))
+
+
+def main(names: list[str]) -> int:
+    """Exit code 1 where a benchmark fails, 2 where a name is none."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    failed = False
+    for name in names or NAMES:
+        print(f"== {name}", flush=True)
+        failed |= subprocess.run([sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py")]).returncode != 0
+        print(flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

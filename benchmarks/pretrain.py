@@ -2,9 +2,9 @@
 
     python benchmarks/pretrain.py [--events 4096] [--width 64] [--repeats 7]
 
-Plain: every history padded to the longest allowed, attention and FFN on all places, the whole logit matrix
-through F.cross_entropy, dense Adam over the tables. Both train the same number of events of histories with ML-1M's lengths, on
-the whole catalogue, and count two tokens an event. The ratio within one run is what counts; machines differ.
+Plain: every history padded to the longest allowed, attention and FFN on all places, the whole logit matrix through
+F.cross_entropy, dense Adam over the tables. Both train the same number of events, of histories with ML-1M's lengths,
+against the whole catalogue, with two tokens an event. The ratio within one run is what counts; machines differ.
 """
 
 import argparse

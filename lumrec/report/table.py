@@ -74,11 +74,22 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         lines.append(
             f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
         )
+    lines += treatment(config)
     if "prepare/best_auc" in result:
         lines.append(
             f"best possible AUC {float(result['prepare/best_auc']):.4f} (the true click probabilities of the simulator)"
         )
     return "\n".join(lines)
+
+
+def treatment(config: Config) -> list[str]:
+    """What the rows with knowledge have beyond the paper's set-up, in sentences; none where nothing."""
+    said = []
+    if config.rank.tables == "lum":
+        said.append("Rows with knowledge start from the LUM's tables, the base from fresh ones.")
+    if config.pretrain.contrast.feature:
+        said.append("The LUM learned with counterfactual contrast, an extension that the paper does not have.")
+    return said
 
 
 def spoken(figure: Figure | None) -> str:

@@ -16,7 +16,13 @@ from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row
 
 # Okabe and Ito's colours, which hold for colour-blind readers too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-KNOWLEDGE_COLOURS = {"none": "#7f7f7f", "tables": "#e69f00", "direct": "#0072b2", "matching": "#009e73", "both": "#d55e00"}
+KNOWLEDGE_COLOURS = {
+    "none": "#7f7f7f",
+    "tables": "#e69f00",
+    "direct": "#0072b2",
+    "matching": "#009e73",
+    "both": "#d55e00",
+}
 STYLE = {"fontsize": 9}
 
 

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -91,11 +92,19 @@ def torch_cuda() -> str:
 
 
 def check_environment() -> None:
-    """Returns where the installation is sound; else prints what is wrong in one sentence and exits with code 2."""
+    """Returns where the installation is sound; else prints what is wrong in one sentence and exits with code 2.
+
+    The CPU build of fbgemm beside a CUDA build of torch (what pip's own index has for Linux) is sound, but on the CPU
+    alone: then this process is kept from the GPU, and told so where there is one.
+    """
     problem = diagnose()
     if problem:
         print(f"lumrec: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(2)
+    if installed("fbgemm-gpu-cpu") and torch_cuda():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if Path("/proc/driver/nvidia/version").exists():
+            print("lumrec: fbgemm is the CPU build, so the GPU is not used (make setup DEVICE=cuda)", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -16,15 +16,19 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str]) -> int:
     """Runs the script under torch.distributed.run; gives the exit code."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = run.parse_args(list(arguments))
     if args.nproc_per_node.isdecimal():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node))))
     # torchrun repeats a failure as a log line and a table; both lead away from the message of the process itself.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         run.run(args)
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         first = error.get_first_failure()[1].exitcode

@@ -29,7 +29,7 @@ def check(*folders: Path, code: str = "", isolated: bool = False) -> subprocess.
         "-c",
         code + "\nimport lumrec.environment as e\ne.check_environment()",
     ]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:

@@ -29,7 +29,7 @@ def launch(tmp_path):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         command = [sys.executable, "-m", "lumrec.launch", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.run(
-            [*command, str(script), what], env=environment, capture_output=True, text=True, timeout=120
+            [*command, str(script), what], env=environment, capture_output=True, text=True, timeout=600
         )
 
     return run

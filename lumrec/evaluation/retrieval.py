@@ -59,16 +59,23 @@ class Targets(NamedTuple):
 
 
 def evaluate_retrieval(
-    model: nn.Module, builder: PackBuilder, *, part: str, config: RetrievalConfig, max_events: int
+    model: nn.Module,
+    builder: PackBuilder,
+    *,
+    part: str,
+    config: RetrievalConfig,
+    max_events: int,
+    users: np.ndarray | None = None,
 ) -> dict[str, float]:
     """{"hr@10": …, "ndcg@10": …, …, "retrieval_users": …} of a LUM on `part` ("train", "valid" or "test") of its data.
 
     A user's history is the last max_events - 1 events before the target, whatever part they are of; without any, the
-    LUM answers from the condition alone. Under DMP every rank calls this and gets the figures of all users. Raises
-    ValueError where no user has an event in the part, or for a condition that the LUM does not know.
+    LUM answers from the condition alone. users: bool [U], who is asked about (None: everybody); a LUM of cross-fitting
+    must not be chosen by the users that it is kept from. Under DMP every rank calls this and gets the figures of all
+    users. Raises ValueError where no user has an event in the part, or for a condition that the LUM does not know.
     """
     data = builder.data
-    targets = last_events(data, part, max_users=config.max_users)
+    targets = last_events(data, part, users=users, max_users=config.max_users)
     fixed = condition_columns(data, builder.condition_features, [config.condition])
     names = ["", "oracle/"] if config.oracle else [""]
     ranks: dict[str, list[Tensor]] = {name: [torch.zeros(0, dtype=torch.int64)] for name in names}
@@ -89,13 +96,16 @@ def evaluate_retrieval(
     return result | {"retrieval_users": float(len(targets.row_B))}
 
 
-def last_events(data: PreparedData, part: str, *, max_users: int = 0) -> Targets:
-    """The last event of each user that has one in `part`, users ascending; with `max_users`, of a fixed sample."""
+def last_events(data: PreparedData, part: str, *, users: np.ndarray | None = None, max_users: int = 0) -> Targets:
+    """The last event of each of `users` (bool [U]) that has one in `part`; with `max_users`, of a fixed sample."""
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; expected one of {PARTS}")
-    rows = np.flatnonzero(data.split == PARTS.index(part))
+    is_asked = data.split == PARTS.index(part)
+    if users is not None:
+        is_asked &= users[data.user]
+    rows = np.flatnonzero(is_asked)
     if len(rows) == 0:
-        raise ValueError(f"no event is in the part {part!r} of {data.path}: choose another data.split")
+        raise ValueError(f"no event of these users is in the part {part!r} of {data.path}: choose another data.split")
     is_last = np.append(data.user[rows[1:]] != data.user[rows[:-1]], True)
     rows = rows[is_last]
     if 0 < max_users < len(rows):

@@ -91,6 +91,18 @@ def test_the_target_is_the_last_event_of_the_part(tiny_prepared):
     assert torch.equal(last_events(data, "train", max_users=7).row_B, sample.row_B)
 
 
+def test_only_the_users_asked_for_count(lum):
+    model, builder = lum
+    data = builder.data
+    every = last_events(data, "valid")
+    asked = np.zeros(data.num_users, dtype=bool)
+    asked[data.user[every.row_B[:3].numpy()]] = True
+    assert torch.equal(last_events(data, "valid", users=asked).row_B, every.row_B[:3])
+    config = RetrievalConfig(ks=[1000])
+    got = evaluate_retrieval(model, builder, part="valid", config=config, max_events=MODEL.max_events, users=asked)
+    assert got["retrieval_users"] == 3
+
+
 def plain_metrics(lum, part: str, condition: dict, k: int) -> dict[str, float]:
     """One user at a time, one item at a time."""
     model, builder = lum
@@ -196,7 +208,7 @@ def test_errors_say_what_is_wrong(lum):
         last_events(builder.data, "tset")
     data = copy.copy(builder.data)
     data.split = np.zeros(data.num_events, np.int8)
-    with pytest.raises(ValueError, match="no event is in the part 'valid'"):
+    with pytest.raises(ValueError, match="no event of these users is in the part 'valid'"):
         last_events(data, "valid")
     with pytest.raises(ValueError, match="did you mean 'like'"):
         evaluate_retrieval(

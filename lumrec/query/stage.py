@@ -20,6 +20,7 @@ from lumrec.data.prepare import open_or_prepare, prepared_path
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import AnsweringWindows, Windows
 from lumrec.data.splits import user_fold
+from lumrec.evaluation.answers import rank_by_answers
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
@@ -32,7 +33,7 @@ from lumrec.query.group_query import (
     serving_windows,
     take,
 )
-from lumrec.query.store import DTYPES, MANIFEST, UserAnswer, check_files, read_manifest
+from lumrec.query.store import DTYPES, MANIFEST, Knowledge, UserAnswer, check_files, read_manifest
 from lumrec.query.writer import KnowledgeWriter, version_name
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import condition_features, load_lum
@@ -96,6 +97,8 @@ NOTHING = AnsweringWindows(
 def run(config: Config) -> dict[str, float | str]:
     """Publishes the knowledge of `config` in `<runs_dir>/<run>` and returns what stands in its result.json.
 
+    Among it "test/lum_auc": how well the answers rank the labels by themselves (evaluation/answers.py).
+
     The answers are kept where they were made from the same data, LUMs and settings; a killed build is continued; else
     the next version is built beside the old one, which can be read meanwhile. Raises FileNotFoundError for a missing
     input (with the command that makes it), ValueError for inputs that do not belong together.
@@ -137,8 +140,10 @@ def run(config: Config) -> dict[str, float | str]:
         **manifest["counts"],
         "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
         "answers_per_s": job.answers / job.seconds if job.seconds else float("nan"),
-        "wall_s": time.perf_counter() - start,
     }
+    if config.query.rows:
+        result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
+    result["wall_s"] = time.perf_counter() - start
     run_folder.finish(result)
     asked = ", ".join(_spoken(condition) for condition in manifest["conditions"])
     logger.info(

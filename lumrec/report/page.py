@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumrec.jobs import as_typed, torchx_command
 from lumrec.report.plots import Series, comparison_plot, curves, read_series
-from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row, rows, spoken, treatment
+from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row, alone, rows, spoken, treatment
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -48,7 +48,7 @@ def write_page(
         "<h2>Rankers without and with LUM knowledge</h2>",
         f"<p class='note'>Test part of the {escape(config.data.split.kind)} split; {escape(_seeds(config))}; "
         "differences to the base in brackets. gAUC is the mean of the users' AUC weighted by their rows. "
-        f"{escape(' '.join(treatment(config)))}</p>",
+        f"{escape(' '.join(alone(result) + treatment(config)))}</p>",
         _comparison_table(config, table),
         comparison_plot(table),
         "<h2>How the LUM was kept from what it is asked about</h2>",

@@ -74,12 +74,20 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         lines.append(
             f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
         )
-    lines += treatment(config)
+    lines += alone(result) + treatment(config)
     if "prepare/best_auc" in result:
         lines.append(
             f"best possible AUC {float(result['prepare/best_auc']):.4f} (the true click probabilities of the simulator)"
         )
     return "\n".join(lines)
+
+
+def alone(result: Mapping[str, float | str]) -> list[str]:
+    """What the LUM's answers rank without any ranker, in a sentence; nothing where they were not asked."""
+    figures = [result.get(f"query/test/lum_{metric}") for metric in ("auc", "gauc")]
+    if not all(isinstance(figure, float) for figure in figures):
+        return []
+    return ["The LUM's answers by themselves, without a ranker: AUC {:.4f}, gAUC {:.4f}.".format(*figures)]
 
 
 def treatment(config: Config) -> list[str]:

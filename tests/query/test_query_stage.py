@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from lumrec.data.prepared import PreparedData
-from lumrec.data.splits import user_fold
+from lumrec.data.splits import TEST, user_fold
 from lumrec.query import stage
 from lumrec.query.group_query import GroupQuery
 from lumrec.query.store import Knowledge, KnowledgeStore
@@ -67,6 +68,14 @@ def test_what_is_published_is_what_the_lum_says(experiment):
     torch.testing.assert_close(knowledge.items_e[0], query.items(), atol=3e-3, rtol=0)
     similarity = got.o_BND.double() @ knowledge.items_e[0].double().T
     torch.testing.assert_close(got.log_z_BN.double(), similarity.logsumexp(-1), atol=1e-4, rtol=1e-5)
+
+    # What the answers rank by themselves: like against the mean of the two other answers, over the rows that have one.
+    score_R = got.o_BND @ knowledge.items_e[0].float().T
+    score_R = score_R[torch.arange(len(row_R)), :, data.item[row_R]]
+    score_R = score_R[:, 0] - score_R[:, 1:].mean(1)
+    in_test = torch.from_numpy(data.split == TEST)[row_R]
+    expected = roc_auc_score(data.label[row_R[in_test]], score_R[in_test])
+    assert result["test/lum_auc"] == pytest.approx(expected, abs=1e-6)
 
     keys = data.user_keys()
     served = store.get([keys[user] for user in everyone.tolist()])

@@ -1,0 +1,50 @@
+"""How well a LUM's answers rank by themselves, before any ranker has seen them.
+
+Shape suffixes: B rows, N conditions, D width, R rows of a part.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import PARTS
+from lumrec.evaluation.metrics import auc, grouped_auc
+from lumrec.query.store import Knowledge
+
+ROWS_AT_ONCE = 1 << 16
+
+
+def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
+    """Similarity of the item to the answer to the first condition, less its mean over the others', [B].
+
+    With a wish and its opposite (feedback = like, dislike) this is what tells the one from the other; with a single
+    condition it is the similarity.
+
+    >>> o_BND, e_BD = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[3.0, 1.0]])
+    >>> wish_score(o_BND, e_BD)
+    tensor([2.])
+    """
+    similarity_BN = torch.einsum("bnd,bd->bn", o_BND, e_BD)
+    others_BN = similarity_BN[:, 1:]
+    return similarity_BN[:, 0] - (others_BN.mean(1) if others_BN.shape[1] else 0.0)
+
+
+def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float]:
+    """{"valid/lum_auc", "valid/lum_gauc", "test/lum_auc", "test/lum_gauc"}: the labels ranked by `wish_score` alone.
+
+    Rows without an answer are left out. A part without rows, or with one class, has nan.
+    """
+    result: dict[str, float] = {}
+    for part in ("valid", "test"):
+        row_R = np.flatnonzero((data.split == PARTS.index(part)) & np.asarray(knowledge.present))
+        scores = []
+        for first in range(0, len(row_R), ROWS_AT_ONCE):
+            rows = row_R[first : first + ROWS_AT_ONCE]
+            answers = knowledge.for_rows(rows)
+            e_BD = knowledge.items_e[answers.fold_B, torch.from_numpy(data.item[rows])].float()
+            scores.append(wish_score(answers.o_BND, e_BD))
+        score_R = torch.cat(scores).double().numpy() if scores else np.zeros(0)
+        result[f"{part}/lum_auc"] = auc(data.label[row_R], score_R)
+        result[f"{part}/lum_gauc"] = grouped_auc(data.label[row_R], score_R, data.user[row_R]).value
+    return result

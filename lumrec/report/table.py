@@ -84,10 +84,10 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
 
 def alone(result: Mapping[str, float | str]) -> list[str]:
     """What the LUM's answers rank without any ranker, in a sentence; nothing where they were not asked."""
-    figures = [result.get(f"query/test/lum_{metric}") for metric in ("auc", "gauc")]
-    if not all(isinstance(figure, float) for figure in figures):
+    auc, gauc = result.get("query/test/lum_auc"), result.get("query/test/lum_gauc")
+    if not (isinstance(auc, float) and isinstance(gauc, float)):
         return []
-    return ["The LUM's answers by themselves, without a ranker: AUC {:.4f}, gAUC {:.4f}.".format(*figures)]
+    return [f"The LUM's answers by themselves, without a ranker: AUC {auc:.4f}, gAUC {gauc:.4f}."]
 
 
 def treatment(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, make_activation
 
-CHUNK_ROWS = 128  # rows whose gathered histories stay in a CPU core's cache
+CHUNK_BYTES = 1 << 20  # of gathered histories, so that a chunk's arrays stay in a CPU core's cache
 
 
 class Din(Ranker):
@@ -64,8 +64,8 @@ class LocalActivation(nn.Module):
         super().__init__()
         self.item_dim, self.softmax = item_dim, softmax
         bound = (token_dim + 2 * item_dim) ** -0.5
-        self.token_DH = nn.Parameter(torch.empty(token_dim, hidden_dim).uniform_(-bound, bound))
-        self.product_IH = nn.Parameter(torch.empty(item_dim, hidden_dim).uniform_(-bound, bound))
+        self.token_HD = nn.Parameter(torch.empty(hidden_dim, token_dim).uniform_(-bound, bound))
+        self.product_HI = nn.Parameter(torch.empty(hidden_dim, item_dim).uniform_(-bound, bound))
         self.target = nn.Linear(item_dim, hidden_dim)
         self.activation = make_activation(activation, hidden_dim)
         self.output_H = nn.Parameter(torch.empty(hidden_dim).uniform_(-(hidden_dim**-0.5), hidden_dim**-0.5))
@@ -80,8 +80,8 @@ class LocalActivation(nn.Module):
             token_UD,
             target_BI,
             self.target(target_BI),
-            self.token_DH,
-            self.product_IH,
+            self.token_HD,
+            self.product_HI,
             self.output_H,
             self.bias,
             slope,
@@ -92,9 +92,9 @@ class LocalActivation(nn.Module):
     def plain(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """The same as `forward`, without chunks: what it is tested against."""
         row_T = torch.repeat_interleave(offsets_B1.diff(), output_size=len(history_T))
-        hidden_TH = F.embedding(history_T, token_UD @ self.token_DH) + F.embedding(row_T, self.target(target_BI))
+        hidden_TH = F.embedding(history_T, token_UD @ self.token_HD.t()) + F.embedding(row_T, self.target(target_BI))
         item_TI = F.embedding(history_T, token_UD[:, : self.item_dim])
-        hidden_TH = hidden_TH + (item_TI * F.embedding(row_T, target_BI)) @ self.product_IH
+        hidden_TH = hidden_TH + (item_TI * F.embedding(row_T, target_BI)) @ self.product_HI.t()
         weight_T = self.activation(hidden_TH) @ self.output_H + self.bias
         if self.softmax:
             weight_T = segment_softmax(weight_T, row_T, len(target_BI))
@@ -124,8 +124,8 @@ class _ChunkedActivation(torch.autograd.Function):
         token_UD: Tensor,
         target_BI: Tensor,
         bias_BH: Tensor,
-        token_DH: Tensor,
-        product_IH: Tensor,
+        token_HD: Tensor,
+        product_HI: Tensor,
         output_H: Tensor,
         bias: Tensor,
         slope: Tensor,
@@ -137,74 +137,73 @@ class _ChunkedActivation(torch.autograd.Function):
         target_BI, bias_BH = target_BI[order_B], bias_BH[order_B]
         sum_BD = torch.zeros(len(order_B), token_UD.shape[1], dtype=token_UD.dtype, device=token_UD.device)
         chunks = []
-        for rows, index_RL in _chunks(history_T, offsets_B1[order_B], length_B, padding=len(token_UD)):
+        for rows, index_RL in _chunks(history_T, offsets_B1[order_B], length_B, token_UD):
             history_RLD = F.embedding(index_RL, padded_UD)
-            matrix_RDH = _first_layer(target_BI[rows], token_DH, product_IH)
-            hidden_RLH = F.leaky_relu_(
-                torch.baddbmm(bias_BH[rows, None], history_RLD, matrix_RDH), negative_slope=float(slope)
-            )
-            weight_RL = hidden_RLH @ output_H + bias
+            matrix_RHD = _first_layer(target_BI[rows], token_HD, product_HI)
+            hidden_RLH = torch.bmm(history_RLD, matrix_RHD.transpose(1, 2)).add_(bias_BH[rows, None])
+            weight_RL = F.leaky_relu(hidden_RLH, negative_slope=float(slope)) @ output_H + bias
             sum_BD[rows] = torch.bmm(weight_RL[:, None], history_RLD).squeeze(1)
-            chunks.append((rows, index_RL, weight_RL))
+            chunks.append((rows, index_RL, hidden_RLH, weight_RL))
         ctx.chunks = chunks
-        ctx.save_for_backward(padded_UD, target_BI, bias_BH, token_DH, product_IH, output_H, slope, order_B)
+        ctx.save_for_backward(padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope, order_B)
         return torch.empty_like(sum_BD).index_copy_(0, order_B, sum_BD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
-        padded_UD, target_BI, bias_BH, token_DH, product_IH, output_H, slope, order_B = ctx.saved_tensors
+        padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope, order_B = ctx.saved_tensors
         grad_BD, negative_slope = grad_BD[order_B], float(slope)
         g_token_UD, g_target_BI, g_bias_BH = (torch.zeros_like(x) for x in (padded_UD, target_BI, bias_BH))
-        g_token_DH, g_product_IH, g_output_H = (torch.zeros_like(x) for x in (token_DH, product_IH, output_H))
+        g_token_HD, g_product_HI, g_output_H = (torch.zeros_like(x) for x in (token_HD, product_HI, output_H))
         g_bias, g_slope = torch.zeros_like(slope), torch.zeros_like(slope)
-        for rows, index_RL, weight_RL in ctx.chunks:
-            history_RLD, target_RI = F.embedding(index_RL, padded_UD), target_BI[rows]
-            matrix_RDH = _first_layer(target_RI, token_DH, product_IH)
-            hidden_RLH = torch.baddbmm(bias_BH[rows, None], history_RLD, matrix_RDH)
+        for rows, index_RL, hidden_RLH, weight_RL in ctx.chunks:
+            history_RLD, target_RI, grad_RD = F.embedding(index_RL, padded_UD), target_BI[rows], grad_BD[rows]
             # sum = weight · history, weight = leaky_relu(hidden) · output + bias
-            g_weight_RL = torch.bmm(history_RLD, grad_BD[rows, :, None]).squeeze(2)
+            g_weight_RL = torch.bmm(history_RLD, grad_RD[:, :, None]).squeeze(2)
             g_weight_N = g_weight_RL.flatten()
-            low_NH = hidden_RLH.clamp(max=0).flatten(0, 1)
-            g_slope += g_weight_N @ (low_NH @ output_H)
-            active_NH = F.leaky_relu(hidden_RLH, negative_slope).flatten(0, 1)
-            g_output_H.addmv_(active_NH.t(), g_weight_N)
             g_bias += g_weight_N.sum()
+            g_slope += g_weight_N @ (hidden_RLH.clamp(max=0).flatten(0, 1) @ output_H)
+            g_output_H.addmv_(F.leaky_relu(hidden_RLH, negative_slope).flatten(0, 1).t(), g_weight_N)
             g_hidden_RLH = torch.ops.aten.leaky_relu_backward(
                 g_weight_RL[:, :, None] * output_H, hidden_RLH, negative_slope, False
             )
             # hidden = history · matrix + bias, matrix = token + diag(target) · product
             g_bias_BH[rows] = g_hidden_RLH.sum(dim=1)
-            g_matrix_RDH = torch.bmm(history_RLD.transpose(1, 2), g_hidden_RLH)
-            g_token_DH += g_matrix_RDH.sum(dim=0)
-            g_matrix_RIH = g_matrix_RDH[:, : len(product_IH)]
-            g_target_BI[rows] = (g_matrix_RIH * product_IH).sum(dim=2)
-            g_product_IH += torch.einsum("rih,ri->ih", g_matrix_RIH, target_RI)
-            g_history_RLD = torch.bmm(weight_RL[:, :, None], grad_BD[rows, None])
-            g_history_RLD.baddbmm_(g_hidden_RLH, matrix_RDH.transpose(1, 2))
+            g_matrix_RHD = torch.bmm(g_hidden_RLH.transpose(1, 2), history_RLD)
+            g_token_HD += g_matrix_RHD.sum(dim=0)
+            g_matrix_RHI = g_matrix_RHD[:, :, : target_RI.shape[1]]
+            g_target_BI[rows] = (g_matrix_RHI * product_HI).sum(dim=1)
+            g_product_HI += (g_matrix_RHI * target_RI[:, None]).sum(dim=0)
+            # Both ways to the history in one product: through the hidden units, and as what is summed.
+            matrix_RHD = torch.cat([_first_layer(target_RI, token_HD, product_HI), grad_RD[:, None]], dim=1)
+            g_history_RLD = torch.bmm(torch.cat([g_hidden_RLH, weight_RL[:, :, None]], dim=2), matrix_RHD)
             g_token_UD.index_add_(0, index_RL.flatten(), g_history_RLD.flatten(0, 1))
         g_target_BI, g_bias_BH = (torch.empty_like(g).index_copy_(0, order_B, g) for g in (g_target_BI, g_bias_BH))
         return (
-            *(g_token_UD[:-1], g_target_BI, g_bias_BH, g_token_DH, g_product_IH, g_output_H, g_bias, g_slope),
+            *(g_token_UD[:-1], g_target_BI, g_bias_BH, g_token_HD, g_product_HI, g_output_H, g_bias, g_slope),
             *(None, None),
         )
 
 
-def _first_layer(target_RI: Tensor, token_DH: Tensor, product_IH: Tensor) -> Tensor:
-    """The activation unit's first matrix for each row, [R, D, H]: token + diag(target) product, over item features."""
-    matrix_RDH = token_DH.expand(len(target_RI), -1, -1).clone()
-    matrix_RDH[:, : len(product_IH)].addcmul_(target_RI[:, :, None], product_IH)
-    return matrix_RDH
+def _first_layer(target_RI: Tensor, token_HD: Tensor, product_HI: Tensor) -> Tensor:
+    """The first matrix of each row, [R, H, D]: token + product · diag(target), the latter over item features."""
+    matrix_RHD = token_HD.expand(len(target_RI), -1, -1).clone()
+    matrix_RHD[:, :, : target_RI.shape[1]].addcmul_(target_RI[:, None], product_HI)
+    return matrix_RHD
 
 
-def _chunks(history_T: Tensor, start_B: Tensor, length_B: Tensor, *, padding: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(history_T: Tensor, start_B: Tensor, length_B: Tensor, token_UD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of each chunk, and their histories padded to its longest, [R, L]; rows come longest first."""
-    with_padding = F.pad(history_T, (0, 1), value=padding)
-    place_L = torch.arange(int(length_B[0]) if len(length_B) else 0, device=history_T.device)
-    chunk_rows = CHUNK_ROWS if history_T.device.type == "cpu" else max(1, len(length_B))
-    for first, longest in zip(range(0, len(length_B), chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
-        if longest == 0:
+    num_rows = len(length_B)
+    longest = int(length_B[0]) if num_rows else 0
+    chunk_rows = max(1, num_rows)
+    if token_UD.device.type == "cpu":
+        chunk_rows = max(1, CHUNK_BYTES // max(1, longest * token_UD.shape[1] * token_UD.element_size()))
+    with_padding = F.pad(history_T, (0, 1), value=len(token_UD))
+    place_L = torch.arange(longest, device=history_T.device)
+    for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
+        if length == 0:
             return
         rows = slice(first, first + chunk_rows)
-        place_RL = start_B[rows, None] + place_L[:longest]
-        yield rows, with_padding[torch.where(place_L[:longest] < length_B[rows, None], place_RL, len(history_T))]
+        place_RL = start_B[rows, None] + place_L[:length]
+        yield rows, with_padding[torch.where(place_L[:length] < length_B[rows, None], place_RL, len(history_T))]

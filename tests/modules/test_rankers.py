@@ -120,16 +120,16 @@ def gradients(unit: LocalActivation, function, inputs: tuple[Tensor, ...]) -> li
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.sampled_from([0, 0, 1, 2, 7, 30]), min_size=1, max_size=12),
-    chunk_rows=st.sampled_from([1, 2, 5, 128]),
+    chunk_bytes=st.sampled_from([1, 100, 1000, 1 << 20]),
     activation=st.sampled_from(["prelu", "relu"]),
 )
-def test_chunks_equal_the_plain_twin_forward_and_backward(lengths, chunk_rows, activation):
+def test_chunks_equal_the_plain_twin_forward_and_backward(lengths, chunk_bytes, activation):
     inputs, unit = unit_inputs(lengths), make_unit(activation)
-    before, din.CHUNK_ROWS = din.CHUNK_ROWS, chunk_rows
+    before, din.CHUNK_BYTES = din.CHUNK_BYTES, chunk_bytes
     try:
         got = gradients(unit, unit, inputs)
     finally:
-        din.CHUNK_ROWS = before
+        din.CHUNK_BYTES = before
     for x, y in zip(got, gradients(unit, unit.plain, inputs), strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 
@@ -159,8 +159,8 @@ def test_jagged_unit_equals_the_papers_padded_one(softmax):
     w_history, w_difference = torch.randn(2, token_dim, hidden, dtype=torch.float64)
     w_target, w_product = torch.randn(2, item_dim, hidden, dtype=torch.float64)
     with torch.no_grad():
-        unit.token_DH.copy_(w_history + w_difference)
-        unit.product_IH.copy_(w_product)
+        unit.token_HD.copy_((w_history + w_difference).T)
+        unit.product_HI.copy_(w_product.T)
         unit.target.weight.copy_((w_target - w_difference[:item_dim]).T)
     padded_BLD = torch.zeros(4, 5, token_dim, dtype=torch.float64)
     mask_BL = torch.arange(5) < torch.tensor(lengths)[:, None]

@@ -231,7 +231,7 @@ class KnowledgeStore:
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._with_log_z = manifest["log_normalizer"]
         # No lock file: a published version never changes, so readers need not know of each other.
-        self._env = lmdb.open(str(folder / "store"), readonly=True, lock=False, max_readers=1024)
+        self._env = lmdb.open(str(folder / "store"), readonly=True, lock=False)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,6 +24,7 @@ KNOWLEDGE_COLOURS = {
     "matching": "#009e73",
     "both": "#d55e00",
 }
+DASHES = ("-", "--", ":", "-.")  # a ranker each
 STYLE = {"fontsize": 9}
 
 
@@ -47,23 +49,35 @@ def read_series(path: Path, metric: str, label: str) -> Series:
 
 
 def curves(panels: Mapping[str, Sequence[Series]]) -> str:
-    """Panels side by side, title → lines over steps; few points are marked as points. An SVG element."""
-    figure = Figure(figsize=(5.0 * len(panels), 3.1), layout="constrained")
+    """Panels side by side, title → lines over steps, with one legend below; few points are marked. An SVG element.
+
+    Lines named <ranker>-<knowledge> have the knowledge's colour and the ranker's dashes.
+    """
+    figure = Figure(figsize=(5.0 * len(panels), 3.4), layout="constrained")
+    handles: dict[str, Artist] = {}
     for place, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), place + 1)
+        families = list(dict.fromkeys(line.label.rpartition("-")[0] for line in lines))
         for number, line in enumerate(lines):
-            marker = "o" if len(line.steps) <= 30 else None
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(
-                line.steps, line.values, label=line.label, color=colour, marker=marker, markersize=3, linewidth=1.4
+            family, _, kind = line.label.rpartition("-")
+            is_ranker = kind in KNOWLEDGE_COLOURS
+            (handles[line.label],) = axes.plot(
+                line.steps,
+                line.values,
+                color=KNOWLEDGE_COLOURS[kind] if is_ranker else COLOURS[number % len(COLOURS)],
+                linestyle=DASHES[families.index(family) % len(DASHES)] if is_ranker else "-",
+                marker="o" if len(line.steps) <= 30 else None,
+                markersize=3,
+                linewidth=1.4,
             )
         axes.set_xlabel("step", **STYLE)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes, title)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axes.set_axisbelow(True)
-        if any(line.steps for line in lines):
-            axes.legend(fontsize=8, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False, handlelength=3
+    )
     return _svg(figure)
 
 

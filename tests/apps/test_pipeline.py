@@ -57,9 +57,7 @@ def test_without_knowledge_no_lum_is_trained(config):
 
 def test_lum_tables_are_a_variant_of_their_own_and_never_the_base(config):
     settings = dataclasses.replace(config.pipeline, knowledge=["none", "tables", "both"], rankers=["din"], seeds=[0])
-    stages = plan(
-        dataclasses.replace(config, pipeline=settings, rank=dataclasses.replace(config.rank, tables="lum"))
-    )
+    stages = plan(dataclasses.replace(config, pipeline=settings, rank=dataclasses.replace(config.rank, tables="lum")))
     ranks = {stage.name: stage for stage in stages if stage.app == "rank"}
     read = {name: (stage.config.rank.knowledge, stage.config.rank.tables) for name, stage in ranks.items()}
     assert read == {

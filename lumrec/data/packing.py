@@ -14,6 +14,7 @@ from torch import Tensor
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, training_windows
+from lumrec.data.splits import TRAIN
 from lumrec.modules.attention import make_layout
 from lumrec.modules.lum import Pack
 from lumrec.modules.tokens import make_kjt
@@ -222,12 +223,14 @@ class PackLoader:
         if contrast_feature:
             _check_contrast(contrast_feature, builder)
         self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
-        self.sampler = NegativeSampler(negatives, builder.data.item_counts)
+        # Popularity among the users that this LUM learns from: that of held-out users is theirs to keep.
+        data = builder.data
+        own_E = (data.split == TRAIN) & users[data.user]
+        self.sampler = NegativeSampler(negatives, np.bincount(data.item[own_E], minlength=data.num_items))
         self.contrast_feature = contrast_feature
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.done = 0, 0
-        training = torch.from_numpy(np.asarray(self.users))
-        if not bool(training.any()) or self._windows(0).count == 0:
+        if self._windows(0).count == 0:
             raise ValueError(
                 "there are no training events: the split or the fold leaves none; look at the prepared data"
             )

@@ -104,14 +104,15 @@ def run(config: "Config") -> dict[str, float | str]:
     data = open_or_prepare(config)
     run_folder = RunFolder.create(config, "pretrain", inputs={"prepared": data.fingerprint})
     if run_folder.finished:
+        run_folder.close()
         return run_folder.result()
     torch.manual_seed(config.seed)
     model, builder = build_lum(config.model, data)
-    settings = config.pretrain
+    settings, users = config.pretrain, training_users(data, config.fold)
     dmp = shard(model, optimizer=settings.train.optimizer, device=device)
     loader = PackLoader(
         builder,
-        users=training_users(data, config.fold),
+        users=users,
         max_events=config.model.max_events,
         packing=settings.packing,
         negatives=settings.negatives,
@@ -122,7 +123,10 @@ def run(config: "Config") -> dict[str, float | str]:
     )
 
     def evaluate(part: str) -> dict[str, float]:
-        return evaluate_retrieval(dmp, builder, part=part, config=settings.evaluate, max_events=config.model.max_events)
+        # Not even its weights may be chosen by the users that a fold's LUM is kept from.
+        return evaluate_retrieval(
+            dmp, builder, part=part, config=settings.evaluate, max_events=config.model.max_events, users=users
+        )
 
     result: dict[str, float | str] = {}
     result |= fit(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumrec.data.packing import ABSENT, NegativesConfig, NegativeSampler, PackingConfig, PackLoader, Queries
+from lumrec.data.packing import ABSENT, NegativeSampler, NegativesConfig, PackingConfig, PackLoader, Queries
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.train.lum import ModelConfig, build_lum

@@ -120,9 +120,10 @@ class TokenEncoder(nn.Module):
         self.condition_features = list(condition_features)
         width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
         self.item_projection = nn.Linear(sum(width[f] for f in self.item_features), dim)
-        self.condition_projection = nn.Linear(sum(width[f] for f in self.condition_features), dim)
-        if not self.condition_features:
-            nn.init.normal_(self.condition_projection.bias, std=0.02)
+        if self.condition_features:
+            self.condition_projection = nn.Linear(sum(width[f] for f in self.condition_features), dim)
+        else:
+            self.condition_constant_D = nn.Parameter(0.02 * torch.randn(dim))
 
     def forward(self, tokens: KeyedJaggedTensor, *, num_events: int, num_queries: int) -> tuple[Tensor, Tensor]:
         """Item tokens [T + C, D] (events, then candidates) and condition tokens [T + Q, D] (events, then queries)."""
@@ -133,8 +134,7 @@ class TokenEncoder(nn.Module):
         last_condition = num_events + num_queries
         item = torch.cat([embedded[f] for f in self.item_features], dim=1)
         item_XD = self.item_projection(torch.cat([item[:num_events], item[last_condition:]]))
-        if self.condition_features:
-            condition = torch.cat([embedded[f] for f in self.condition_features], dim=1)[:last_condition]
-        else:
-            condition = item.new_zeros(last_condition, 0)
-        return item_XD, self.condition_projection(condition)
+        if not self.condition_features:
+            return item_XD, self.condition_constant_D.expand(last_condition, -1)
+        condition = torch.cat([embedded[f] for f in self.condition_features], dim=1)
+        return item_XD, self.condition_projection(condition[:last_condition])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, make_activation
 
-CHUNK_BYTES = 1 << 20  # of gathered histories, so that a chunk's arrays stay in a CPU core's cache
+CHUNK_BYTES = 1 << 20  # of gathered histories for each thread, so that a chunk's arrays stay in a CPU core's cache
 
 
 class Din(Ranker):
@@ -198,7 +198,8 @@ def _chunks(history_T: Tensor, start_B: Tensor, length_B: Tensor, token_UD: Tens
     longest = int(length_B[0]) if num_rows else 0
     chunk_rows = max(1, num_rows)
     if token_UD.device.type == "cpu":
-        chunk_rows = max(1, CHUNK_BYTES // max(1, longest * token_UD.shape[1] * token_UD.element_size()))
+        row_bytes = max(1, longest * token_UD.shape[1] * token_UD.element_size())
+        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // row_bytes)
     with_padding = F.pad(history_T, (0, 1), value=len(token_UD))
     place_L = torch.arange(longest, device=history_T.device)
     for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):

@@ -68,7 +68,6 @@ class RankConfig:
     batch_size: int = 4096
     hidden_dims: List[int] = field(default_factory=lambda: [200, 80])
     dropout: float = 0.1
-    embedding_dropout: float = 0.0
     activation: str = "prelu"
     activation_dim: int = 36
     softmax: bool = False
@@ -129,7 +128,6 @@ def build_ranker(
         "hidden_dims": config.hidden_dims,
         "activation": config.activation,
         "dropout": config.dropout,
-        "embedding_dropout": config.embedding_dropout,
         "knowledge": fusion,
     }
     tables = make_tables(sizes, table_of, device=device)

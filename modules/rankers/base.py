@@ -86,11 +86,9 @@ class Ranker(nn.Module):
         hidden_dims: Sequence[int],
         activation: str = "prelu",
         dropout: float = 0.0,
-        embedding_dropout: float = 0.0,
         knowledge: KnowledgeFusion | None = None,
     ) -> None:
         super().__init__()
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.tables = tables
         self.features = feature_order(tables)
         self.token_features = [*item_features, *feedback_features]
@@ -139,7 +137,6 @@ class Ranker(nn.Module):
             raise ValueError(f"the batch has {batch.dense_BF.shape[1]} statistics; expected {self.num_statistics}")
         embedded = self.tables(batch.tokens).to_dict()
         token_UD = torch.cat([embedded[f][: batch.num_tokens] for f in self.token_features], dim=1)
-        token_UD = self.embedding_dropout(token_UD)
         if self.row_features:
             row_BR = torch.cat([embedded[f][batch.num_tokens :] for f in self.row_features], dim=1)
         else:

@@ -128,6 +128,17 @@ def test_without_log_z_and_with_one_condition():
         make_fusion("all")
 
 
+def test_dropout_withholds_all_answers_of_some_rows_while_training():
+    batch = make_batch(rows=2000)._replace(present_BN=torch.ones(2000, N, dtype=torch.bool))
+    fusion = make_fusion("both", dropout=0.25)
+    withheld = fusion(*batch).abs().amax(dim=1) == 0
+    assert 0.2 < withheld.float().mean() < 0.3
+    fusion.eval()
+    assert (fusion(*batch)[:, :N] == 1).all()
+    with pytest.raises(ValueError, match=r"knowledge dropout is 1\.0"):
+        make_fusion("both", dropout=1.0)
+
+
 def test_order_of_rows_does_not_matter_in_evaluation():
     fusion, batch = make_fusion("both"), make_batch()
     fusion(*batch)

@@ -28,7 +28,7 @@ from lumrec.config import load
 from lumrec.data.columns import Column
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.statistics import Statistics, row_statistics
+from lumrec.data.statistics import Statistics, dense_inputs
 from lumrec.train.optimizers import build_optimizer
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.rank import RankConfig, build_ranker, build_rows, row_features, step
@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         for width in map(int, args.widths.split(",")):
             data = simulated_log(runs, width, args.history)
-            statistics_EF = row_statistics(data)
+            statistics_EF = dense_inputs(data)
             rows = np.random.default_rng(0).permutation(np.flatnonzero(data.split == 0))
             batches = [rows[i * args.batch : (i + 1) * args.batch] for i in range(5)]
             for model in ("din", "dlrm"):

@@ -2,161 +2,190 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import polars as pl
 
+from lumrec.data.intake import Intake, count_reasons, of_roles, take_in
+from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.simulator import click_facts
-from lumrec.data.sources.raw_log import RawLog, first_reason, impossible_time
-from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign
+from lumrec.data.sources.raw_log import RawLog
+from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign, cut_times
 from lumrec.data.vocabulary import build_vocabulary, count_values, encode
 
-PART_ROWS = 4_000_000  # events per Parquet file
+FACT_ROWS = 10_000_000  # test events that the AUCs of a simulated log are taken over, at most
 
 
-def convert(raw: RawLog, schema: SchemaConfig, split: SplitConfig, min_count: int, folder: Path) -> Dict[str, Any]:
+@dataclass(frozen=True)
+class Catalogue:
+    """Items or users: the frame, and how many training events each has."""
+
+    frame: pl.DataFrame
+    count_N: np.ndarray
+
+
+def convert(
+    raw: RawLog,
+    schema: SchemaConfig,
+    split: SplitConfig,
+    folder: Path,
+    *,
+    min_count: int = 1,
+    max_list_length: int = 1000,
+    drop_duplicates: bool = True,
+) -> Dict[str, Any]:
     """Writes every file of the prepared folder but the manifest; gives back its counts, facts and quarantine.
 
-    Raises ValueError where the log lacks a column that the schema names, or no event is left.
+    The log goes through memory in blocks of users; in memory as a whole are the items, the users, the vocabularies.
+    Raises ValueError where the log lacks a column that the schema names, a feature tells what it must not, no event is
+    left, or published files do not hold what they are known to hold.
     """
-    items, bad_items = check_catalogue(raw.items, "item_id")
-    users, bad_users = check_catalogue(raw.users, "user_id")
-    users = users.sort(pl.col("user_id").str.len_chars(), "user_id")  # the natural order of numbers
-    for role, frame in (("item", items), ("user", users)):
-        _check_columns(_of_roles(schema, (role,)), f"{role}s", frame.columns)
-    events, bad_events, num_read = check_events(raw, _of_roles(schema, EVENT_ROLES), items, users)
-    assert len(events) + len(bad_events) == num_read, (len(events), len(bad_events), num_read)
-    offsets_U1 = np.searchsorted(events["user"].to_numpy(), np.arange(len(users) + 1, dtype=np.int32))
-    split_E = assign(split, users["user_id"].to_list(), offsets_U1)
-    events = events.with_columns(pl.Series("split", split_E, pl.Int8))
+    scratch = folder / "intake"
+    scratch.mkdir()
+    intake = take_in(raw, schema, max_list_length=max_list_length, drop_duplicates=drop_duplicates, scratch=scratch)
+    cuts = cut_times(split, intake.blocks, absolute_time=raw.absolute_time)
+    catalogues = part_blocks(intake, split, cuts)
+    vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count)
+    moments = fit_scales(schema, intake.blocks, catalogues)
 
-    vocabularies = count_vocabularies(schema, events, items, users, min_count)
     unknown: Dict[str, int] = {}
-    for role, frame in (("item", items), ("user", users)):
-        kept = frame.select(pl.col(f"{role}_id").alias(f"{role}_key"), *(["title"] if "title" in frame.columns else []))
-        columns = encode_features(frame, _of_roles(schema, (role,)), vocabularies, unknown)
-        write(kept.with_columns(columns), folder / f"{role}s.parquet")
-    kept = events.select(pl.col("user", "item", "timestamp", "order", "label", "split"), pl.col("^probability$"))
-    kept = kept.with_columns(encode_features(events, _of_roles(schema, EVENT_ROLES), vocabularies, unknown))
-    for part, first in enumerate(range(0, len(kept), PART_ROWS)):
-        write(kept[first : first + PART_ROWS], folder / "events" / f"part-{part:05d}.parquet")
+    for role, catalogue in catalogues.items():
+        frame = catalogue.frame
+        kept = frame.select(
+            pl.col(f"{role}_id").cast(pl.String).alias(f"{role}_key"), *(["title"] if "title" in frame.columns else [])
+        )
+        features = of_roles(schema, (role,))
+        columns = {name: frame[feature.column] for name, feature in features.items()}
+        write(
+            kept.with_columns(encode_features(columns, features, vocabularies, moments, unknown)),
+            folder / f"{role}s.parquet",
+        )
+    features = of_roles(schema, EVENT_ROLES)
+    for part, path in enumerate(intake.blocks):
+        block = pl.read_parquet(path)
+        kept = block.select(pl.col("user", "item", "timestamp", "order", "label", "split"), pl.col("^probability$"))
+        encoded = encode_features({name: block[name] for name in features}, features, vocabularies, moments, unknown)
+        write(kept.with_columns(encoded), folder / "events" / f"part-{part:05d}.parquet")
     for table, vocabulary in vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
-    write(pl.concat([bad_events, bad_items, bad_users]), folder / "quarantine.parquet")
-    return {
-        "counts": {
-            "events_read": num_read,
-            "events": len(events),
-            "events_quarantined": len(bad_events),
-            "users": len(users),
-            "users_without_events": int((np.diff(offsets_U1) == 0).sum()),
-            "items": len(items),
-            "items_with_events": events["item"].n_unique(),
-            "items_in_training": events.filter(pl.col("split") == TRAIN)["item"].n_unique(),
-            "catalogue_rows_quarantined": len(bad_items) + len(bad_users),
-            **{f"{part}_events": int((split_E == code).sum()) for code, part in enumerate(PARTS)},
-        },
-        "facts": _facts(kept, len(items)),
+    pl.scan_parquet(intake.quarantine).sink_parquet(folder / "quarantine.parquet")
+    content = {
+        "counts": count(intake, catalogues),
+        "facts": _facts(folder / "events", len(catalogues["item"].frame)),
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
+        "scales": {name: one.facts() for name, one in moments.items()},
+        "absolute_time": raw.absolute_time,
         "unknown_values": unknown,
-        "quarantine": _reasons({"events": bad_events, "items": bad_items, "users": bad_users}),
+        "quarantine": count_reasons(intake.quarantine),
     }
+    shutil.rmtree(scratch)
+    _check_expected(content["counts"], raw)
+    return content
 
 
-def check_catalogue(frame: pl.LazyFrame, key: str) -> Tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows that can be used, in their order, and the quarantine: missing keys, and all but the first row of a key."""
-    if "reason" not in frame.collect_schema().names():
-        frame = frame.with_columns(pl.lit(None, pl.String).alias("reason"))
-    rows = frame.collect().with_columns(
-        pl.coalesce("reason", first_reason((_missing(key), f"{key} is missing"))).alias("reason")
-    )
-    again = pl.col("reason").is_null() & (pl.int_range(pl.len()).over(key, "reason") > 0)
-    rows = rows.with_columns(pl.coalesce("reason", first_reason((again, f"{key} occurs again"))).alias("reason"))
-    good = rows.filter(pl.col("reason").is_null()).drop("reason", "raw", "order", strict=False)
-    bad = _quarantine(rows.filter(pl.col("reason").is_not_null()), f"{key.removesuffix('_id')}s")
-    assert len(good) + len(bad) == len(rows), (len(good), len(bad), len(rows))
-    return good, bad
-
-
-def check_events(
-    raw: RawLog, features: Dict[str, FeatureConfig], items: pl.DataFrame, users: pl.DataFrame
-) -> Tuple[pl.DataFrame, pl.DataFrame, int]:
-    """Usable events sorted by (user, timestamp, order), the quarantine, and the number of events read.
-
-    user, item: i32 indices into `users` and `items`.
-    """
-    events = raw.events
-    names = events.collect_schema().names()
-    _check_columns(features, "events", names)
-    if "reason" not in names:
-        events = events.with_columns(pl.lit(None, pl.String).alias("reason"))
-    for name, frame in (("item", items), ("user", users)):
-        index = frame.select(f"{name}_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(name))
-        events = events.join(index.lazy(), on=f"{name}_id", how="left")
-    checks = [(_missing(name), f"{name} is missing") for name in ("user_id", "item_id")]
-    checks += [(pl.col(name).is_null(), f"{name} is missing") for name in ("timestamp", "label")]
-    checks += [
-        (impossible_time(), "impossible time"),
-        (pl.col("item").is_null(), "unknown item"),
-        (pl.col("user").is_null(), "unknown user"),
-    ]
-    events = events.with_columns(pl.coalesce("reason", first_reason(*checks)).alias("reason"))
-    columns = list(
-        dict.fromkeys(
-            ["user", "item", "timestamp", "order", "label", *[n for n in ("probability",) if n in names]]
-            + [feature.column for feature in features.values()]
-        )
-    )
-    good, bad, read = pl.collect_all(
-        [
-            events.filter(pl.col("reason").is_null()).select(columns).sort("user", "timestamp", "order"),
-            events.filter(pl.col("reason").is_not_null()),
-            raw.events.select(pl.len()),
-        ],
-        engine="streaming",
-    )
-    if len(good) == 0:
-        raise ValueError(
-            f"no usable event in {raw.note}: {read.item()} read, "
-            f"left out: {_reasons({'events': _quarantine(bad, 'events')}) or 'none'}"
-        )
-    # stable order needs a total order: two rows of one number would be sorted by chance
-    assert good["order"].n_unique() == len(good), "RawLog.events.order must be unique"
-    return good, _quarantine(bad, "events"), read.item()
+def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) -> Dict[str, Catalogue]:
+    """Adds the column `split` (i8) to each block; the catalogues with their training events."""
+    user_ids = intake.users["user_id"].cast(pl.String)
+    item_N, user_N = np.zeros(len(intake.items), np.int64), np.zeros(len(intake.users), np.int64)
+    for path in intake.blocks:
+        block = pl.read_parquet(path)
+        user_E = block["user"].to_numpy()
+        first, last = int(user_E[0]), int(user_E[-1]) + 1
+        offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
+        split_E = assign(split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts)
+        is_train_E = split_E == TRAIN
+        item_N += np.bincount(block["item"].to_numpy()[is_train_E], minlength=len(item_N))
+        user_N[first:last] += np.bincount(user_E[is_train_E] - first, minlength=last - first)
+        block.with_columns(pl.Series("split", split_E, pl.Int8)).write_parquet(path, compression="lz4", statistics=False)
+    return {"item": Catalogue(intake.items, item_N), "user": Catalogue(intake.users, user_N)}
 
 
 def count_vocabularies(
-    schema: SchemaConfig, events: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, min_count: int
+    schema: SchemaConfig, blocks: List[Path], catalogues: Dict[str, Catalogue], min_count: int
 ) -> Dict[str, pl.DataFrame]:
     """One vocabulary for each table; a value of an item or user counts once for each training event of that one."""
-    train = events.filter(pl.col("split") == TRAIN)
-    weights = {
-        "item": pl.Series("count", np.bincount(train["item"], minlength=len(items))),
-        "user": pl.Series("count", np.bincount(train["user"], minlength=len(users))),
-    }
-    frames = {"item": items, "user": users}
     counts: Dict[str, List[pl.DataFrame]] = {table: [] for table in schema.tables}
     for feature in schema.features.values():
-        frame = frames.get(feature.role, train)
-        counts[feature.table].append(count_values(frame[feature.column], weights.get(feature.role)))
-    return {table: build_vocabulary(parts, min_count) for table, parts in counts.items()}
+        if feature.table and feature.role in catalogues:
+            catalogue = catalogues[feature.role]
+            counts[feature.table].append(
+                count_values(catalogue.frame[feature.column], pl.Series("count", catalogue.count_N))
+            )
+    for path in blocks:
+        features = {name: f for name, f in of_roles(schema, EVENT_ROLES).items() if f.table}
+        train = pl.read_parquet(path, columns=[*features, "split"]).filter(pl.col("split") == TRAIN)
+        for name, feature in features.items():
+            counts[feature.table].append(count_values(train[name]))
+        # summed up after each block, so that as much is held as there are different values
+        counts = {table: [_summed(parts)] for table, parts in counts.items()}
+    return {table: build_vocabulary(_summed(parts), min_count) for table, parts in counts.items()}
+
+
+def _summed(counts: List[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(counts).group_by("key").agg(pl.col("count").sum())
+
+
+def fit_scales(schema: SchemaConfig, blocks: List[Path], catalogues: Dict[str, Catalogue]) -> Dict[str, Moments]:
+    """Moments of each dense feature over the training events, by feature name."""
+    dense = {name: feature for name, feature in schema.features.items() if feature.kind == "dense"}
+    moments = {name: Moments() for name in dense}
+    for name, feature in dense.items():
+        if feature.role in catalogues:
+            catalogue = catalogues[feature.role]
+            moments[name].add(transformed(catalogue.frame[feature.column], feature.scale), catalogue.count_N)
+    of_events = [name for name, feature in dense.items() if feature.role not in catalogues]
+    for path in blocks if of_events else []:
+        train = pl.read_parquet(path, columns=[*of_events, "split"]).filter(pl.col("split") == TRAIN)
+        for name in of_events:
+            moments[name].add(transformed(train[name], dense[name].scale))
+    return moments
 
 
 def encode_features(
-    frame: pl.DataFrame,
+    columns: Dict[str, pl.Series],
     features: Dict[str, FeatureConfig],
     vocabularies: Dict[str, pl.DataFrame],
+    moments: Dict[str, Moments],
     unknown: Dict[str, int],
 ) -> List[pl.Series]:
-    """One column of vocabulary rows for each feature; `unknown` is given the number of values without a row."""
-    columns = []
+    """Vocabulary rows or scaled numbers of each feature; `unknown` grows by the values without a row or number."""
+    encoded = []
     for name, feature in features.items():
-        rows, unknown[name] = encode(frame[feature.column], vocabularies[feature.table], feature.kind)
-        columns.append(rows.alias(name))
-    return columns
+        if feature.kind == "dense":
+            values, missing = scaled(columns[name], feature.scale, moments[name])
+        else:
+            values, missing = encode(columns[name], vocabularies[feature.table], feature.kind)
+        unknown[name] = unknown.get(name, 0) + missing
+        encoded.append(values.alias(name))
+    return encoded
+
+
+def count(intake: Intake, catalogues: Dict[str, Catalogue]) -> Dict[str, int]:
+    """Rows read, kept and left out, users and items, and the events of each part."""
+    blocks = pl.scan_parquet(intake.blocks)
+    parts, users, items = pl.collect_all(
+        [blocks.group_by("split").len(), *(blocks.select(name).unique().select(pl.len()) for name in ("user", "item"))],
+        engine="streaming",
+    )
+    of_part = dict(parts.iter_rows())
+    left_out = count_reasons(intake.quarantine)
+    return {
+        "events_read": intake.num_read,
+        "events": intake.num_events,
+        "events_quarantined": intake.num_read - intake.num_events,
+        "users": len(catalogues["user"].frame),
+        "users_without_events": len(catalogues["user"].frame) - users.item(),
+        "items": len(catalogues["item"].frame),
+        "items_with_events": items.item(),
+        "items_in_training": int((catalogues["item"].count_N > 0).sum()),
+        "catalogue_rows_quarantined": sum(n for reason, n in left_out.items() if not reason.startswith("events: ")),
+        **{f"{part}_events": of_part.get(code, 0) for code, part in enumerate(PARTS)},
+    }
 
 
 def write(frame: pl.DataFrame, path: Path) -> None:
@@ -165,42 +194,29 @@ def write(frame: pl.DataFrame, path: Path) -> None:
     frame.write_parquet(path, compression="zstd")
 
 
-def _facts(events: pl.DataFrame, num_items: int) -> Dict[str, Optional[float]]:
+def _facts(events: Path, num_items: int) -> Dict[str, Optional[float]]:
     """Share of positive labels in each part and, of a simulated log, the known AUCs; None where there is no number."""
-    parts = [events.filter(pl.col("split") == code) for code in range(len(PARTS))]
-    labels = [part["label"].to_numpy() for part in parts]
-    facts = {f"{n}_positive_rate": float(y.mean()) if len(y) else float("nan") for n, y in zip(PARTS, labels)}
-    if "probability" in events.columns:
-        facts.update(click_facts(parts[TRAIN], parts[TEST], num_items))
-    return {name: None if np.isnan(value) else value for name, value in facts.items()}
+    frame = pl.scan_parquet(events / "*.parquet")
+    rates = dict(frame.group_by("split").agg(pl.col("label").mean()).collect(engine="streaming").iter_rows())
+    facts: Dict[str, Optional[float]] = {f"{part}_positive_rate": rates.get(code) for code, part in enumerate(PARTS)}
+    if "probability" in frame.collect_schema():
+        train = frame.filter(pl.col("split") == TRAIN).group_by("item").agg(pl.col("label").sum())
+        test = frame.filter(pl.col("split") == TEST).select("item", "label", "probability")
+        every = test.select(pl.len()).collect(engine="streaming").item() // FACT_ROWS + 1
+        known = click_facts(
+            train.collect(engine="streaming"), test.gather_every(every).collect(engine="streaming"), num_items
+        )
+        facts |= {name: None if np.isnan(value) else value for name, value in known.items()}
+    return facts
 
 
-def _of_roles(schema: SchemaConfig, roles: Sequence[str]) -> Dict[str, FeatureConfig]:
-    return {name: feature for name, feature in schema.features.items() if feature.role in roles}
-
-
-def _check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequence[str]) -> None:
-    for name, feature in features.items():
-        if feature.column not in names:
+def _check_expected(counts: Dict[str, int], raw: RawLog) -> None:
+    """Raises ValueError where unmodified published files do not hold as many users, items, … as is known of them."""
+    expected = raw.extra.get("expected")
+    assert expected is None or isinstance(expected, dict)
+    for name, number in (expected or {}).items():
+        if counts[name] != number:
             raise ValueError(
-                f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
-                f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order'))}"
+                f"{raw.note}: {counts[name]:,} {name.replace('_', ' ')} were read, and the publisher's files hold "
+                f"{number:,}: files are missing or were changed. Get them again, or set data.allow_other_files=true"
             )
-
-
-def _missing(name: str) -> pl.Expr:
-    return pl.col(name).is_null() | (pl.col(name) == "")
-
-
-def _quarantine(rows: pl.DataFrame, table: str) -> pl.DataFrame:
-    raw = pl.col("raw") if "raw" in rows.columns else pl.lit(None, pl.String).alias("raw")
-    order = pl.col("order").cast(pl.Int64) if "order" in rows.columns else pl.lit(None, pl.Int64).alias("order")
-    return rows.select(pl.lit(table).alias("table"), order, "reason", raw).sort("order", maintain_order=True)
-
-
-def _reasons(quarantine: Dict[str, pl.DataFrame]) -> Dict[str, int]:
-    return {
-        f"{table}: {reason}": count
-        for table, rows in quarantine.items()
-        for reason, count in rows.group_by("reason").len().sort("reason").iter_rows()
-    }

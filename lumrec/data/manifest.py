@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
 UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; these hold times and paths
 

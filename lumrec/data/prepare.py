@@ -18,37 +18,45 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from omegaconf import OmegaConf
 
-from lumrec.data import simulator
 from lumrec.data.convert import convert
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
-from lumrec.data.sources import movielens
-from lumrec.data.sources.raw_log import RawLog
+from lumrec.data.sources.log import LogConfig
+from lumrec.data.sources.raw_log import LabelConfig, RawLog
+from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
 
-DEFAULT_SCHEMAS = {"movielens-1m": movielens.DEFAULT_SCHEMA, "simulator": simulator.DEFAULT_SCHEMA}
+DUPLICATES = ("drop", "keep")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which log, and how it is split.
 
-    source: movielens-1m | simulator. path: folder of the published files ("" = LUMREC_DATA, cache, download).
+    source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
+    download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
     allow_other_files: take files whose checksum is not the published one. min_count: a value that occurs less often in
-    the training part is unknown (row 0 of its table).
+    the training part is unknown (row 0 of its table). max_list_length: rows with a longer list are quarantined.
+    duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
+    log: of source "log". simulator: of source "simulator".
     """
 
     source: str = "movielens-1m"
     path: str = ""
+    category: str = ""
+    label: LabelConfig = field(default_factory=LabelConfig)
     allow_other_files: bool = False
     split: SplitConfig = field(default_factory=SplitConfig)
     min_count: int = 1
+    max_list_length: int = 1000
+    duplicates: str = "drop"
+    log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
 
 
@@ -96,22 +104,33 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     config.overwrite) or that is no prepared folder, and DataSetMissing.
     """
     start = time.perf_counter()
-    raw, schema = read_source(config)
-    files = {file.name: sha256(file) for file in raw.files}
+    data: DataConfig = config.data
     with _claimed(path) as work:
+        (scratch := work / "source").mkdir()
+        raw, schema = read_source(config, scratch)
+        files = {name: sha256(file) for name, file in _named(raw.files).items()}
         standing = _standing_result(path, config, files)
         if standing is not None:
             print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
             return standing
-        content = convert(raw, schema, config.data.split, config.data.min_count, work)
+        content = convert(
+            raw,
+            schema,
+            data.split,
+            work,
+            min_count=data.min_count,
+            max_list_length=data.max_list_length,
+            drop_duplicates=data.duplicates == "drop",
+        )
+        shutil.rmtree(scratch)
         manifest = write_manifest(
             work,
             {
-                "dataset": config.data.source,
+                "dataset": data.source,
                 "source": {"files": files, **raw.extra},
                 "request": request(config),
                 "schema": dataclasses.asdict(schema),
-                "split": _plain_split(config.data.split),
+                "split": _plain_split(data.split),
                 **content,
             },
         )
@@ -130,34 +149,48 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     return result
 
 
-def read_source(config: Any) -> Tuple[RawLog, SchemaConfig]:
-    """The raw log of `config.data.source`, and the schema in use. Raises what the source and the checks raise."""
+def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
+    """The raw log of `config.data.source`, and the schema in use; `scratch` takes temporary files, and must outlive it.
+
+    Raises what the source and the checks raise.
+    """
     data: DataConfig = config.data
     schema = schema_in_use(config)
     check_split(data.split)
-    if data.min_count < 1:
-        raise ValueError(f"data.min_count: got {data.min_count}, expected at least 1")
-    if data.source == "simulator":
-        return simulator.read(data.simulator, seed=config.seed), schema
-    return movielens.read(data.path, allow_other_files=data.allow_other_files), schema
+    for name, least in (("min_count", 1), ("max_list_length", 1)):
+        if getattr(data, name) < least:
+            raise ValueError(f"data.{name}: got {getattr(data, name)}, expected at least {least}")
+    if data.duplicates not in DUPLICATES:
+        raise ValueError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
+    return source_module(data.source).read(data, seed=config.seed, scratch=scratch), schema
 
 
 def schema_in_use(config: Any) -> SchemaConfig:
     """The validated schema: the config's, or the source's own where the config declares no feature."""
-    if config.data.source not in DEFAULT_SCHEMAS:
-        raise ValueError(f"data.source: got {config.data.source!r}, expected one of {', '.join(DEFAULT_SCHEMAS)}")
-    return validate(config.schema if config.schema.features else DEFAULT_SCHEMAS[config.data.source])
+    default = source_module(config.data.source).DEFAULT_SCHEMAS[config.data.source]
+    return validate(config.schema if config.schema.features else default)
+
+
+def _named(files: Sequence[Path]) -> Dict[str, Path]:
+    """The files by name; where two have one name, by the end of their paths that tells them apart."""
+    for parts in range(1, max((len(file.parts) for file in files), default=1) + 1):
+        named = {"/".join(file.parts[-parts:]): file for file in files}
+        if len(named) == len(set(files)):
+            break
+    return named
 
 
 def request(config: Any) -> Dict[str, Any]:
     """What of the config decides the prepared bytes; in the manifest, so that a folder made otherwise is told apart."""
     data: DataConfig = config.data
-    wanted = {
-        "data": {"source": data.source, "split": _plain_split(data.split), "min_count": data.min_count},
-        "schema": dataclasses.asdict(schema_in_use(config)),
-    }
+    decides: Dict[str, Any] = dataclasses.asdict(data)
+    for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
+        del decides[name]
+    decides["split"] = _plain_split(data.split)
+    wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(config))}
+    if data.source == "log":  # the files themselves are told apart by their checksums
+        decides["log"] = {key: value for key, value in decides["log"].items() if key not in ("events", "items", "users")}
     if data.source == "simulator":
-        wanted["data"]["simulator"] = dataclasses.asdict(data.simulator)
         wanted["seed"] = config.seed
     return wanted
 

@@ -31,6 +31,8 @@ class PreparedData:
     user, item, timestamp (seconds), order (row of the original log): i64 [E]. label: f32 [E]. split: i8 [E].
     probability: f32 [E], the true P(label = 1) of a simulated log, else None.
     event_columns, item_columns, user_columns: feature name to `Column`, indexed by event, item, user.
+    dense: name of each dense feature to its scaled numbers, f32, indexed by item, user or event after its role.
+    absolute_time: False where times of different users cannot be compared.
     table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events.
     """
 
@@ -59,6 +61,12 @@ class PreparedData:
         self.event_columns = self._columns(events, event_features)
         self.item_columns = self._columns(self._items, features_by_role(self.schema, "item"))
         self.user_columns = self._columns(self._users, features_by_role(self.schema, "user"))
+        self.absolute_time: bool = manifest["absolute_time"]
+        self.dense: Dict[str, np.ndarray] = {
+            name: _array(frame, name, np.float32)
+            for role, frame in (("item", self._items), ("user", self._users), ("context", events))
+            for name in features_by_role(self.schema, role, dense=True)
+        }
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> PreparedData:

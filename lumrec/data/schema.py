@@ -6,6 +6,7 @@ features:                                      tables:
   main_genre: {role: condition, table: genres}   # two features, one table
   feedback:   {role: condition, wish: true}      # asked for as a wish: "an item that this user will like"
   rating:     {role: feedback}                   # known only after the item was shown
+  price:      {role: item, kind: dense}          # a number; no table
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from dataclasses import dataclass, field, replace
 from typing import Dict, List
 
 ROLES = ("item", "condition", "feedback", "user", "context")
-KINDS = ("id", "multi")
+KINDS = ("id", "multi", "dense")
+SCALES = ("log", "standard", "none")
 # columns of the prepared folder that are not features
-RESERVED = ("user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key")
+RESERVED = (
+    *("user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key"),
+    *("time_us", "block"),
+)
+DENSE_ROLES = ("item", "user", "context")
 EVENT_ROLES = ("condition", "feedback", "context")  # these features are columns of the events
 
 
@@ -35,8 +41,10 @@ class FeatureConfig:
 
     role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating
         given), so it is read in histories and never for a target.
-    kind: id (one value) | multi (a list of values, possibly empty).
-    table, column: the feature's own name where empty.
+    kind: id (one value) | multi (a list of values, possibly empty) | dense (a number, which rankers read as it is).
+    table, column: the feature's own name where empty. A dense feature has no table.
+    scale: of a dense feature, fitted on the training part: standard = mean 0, variance 1; log = the same of
+        sign(x) log(1 + |x|); none = as it is. A missing or non-finite number becomes the training part's mean.
     wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
     """
 
@@ -45,6 +53,7 @@ class FeatureConfig:
     table: str = ""
     column: str = ""
     wish: bool = False
+    scale: str = "standard"
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,22 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
         _check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
         if feature.wish and feature.role != "condition":
             raise ValueError(f"schema.features.{name}: wish: true needs role: condition, got role: {feature.role}")
-        features[name] = replace(feature, table=feature.table or name, column=feature.column or name)
-    if not any(feature.role == "item" for feature in features.values()):
-        raise ValueError("schema.features has no feature of role item; declare at least item_id: {role: item}")
-    used = list(dict.fromkeys(feature.table for feature in features.values()))
+        if feature.kind == "dense":
+            _check_choice(f"schema.features.{name}.scale", feature.scale, SCALES)
+            if feature.role not in DENSE_ROLES or feature.table:
+                what = "reads no table" if feature.table else f"cannot have role: {feature.role}"
+                raise ValueError(
+                    f"schema.features.{name}: a dense feature {what}; it is a number that rankers read beside the "
+                    f"tables, of role {', '.join(DENSE_ROLES)}"
+                )
+            features[name] = replace(feature, column=feature.column or name)
+        else:
+            features[name] = replace(feature, table=feature.table or name, column=feature.column or name)
+    if not any(feature.role == "item" and feature.table for feature in features.values()):
+        raise ValueError(
+            "schema.features has no feature of role item with a table; declare at least item_id: {role: item}"
+        )
+    used = list(dict.fromkeys(feature.table for feature in features.values() if feature.table))
     for table in schema.tables:
         if table not in used:
             raise ValueError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
@@ -89,10 +110,12 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
     return SchemaConfig(tables=tables, features=features)
 
 
-def features_by_role(schema: SchemaConfig, role: str) -> List[str]:
-    """Names of the features of that role, in the order of declaration."""
+def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) -> List[str]:
+    """Names of the features of that role that read tables (`dense`: of those that are numbers), as declared."""
     _check_choice("role", role, ROLES)
-    return [name for name, feature in schema.features.items() if feature.role == role]
+    return [
+        name for name, feature in schema.features.items() if feature.role == role and (feature.kind == "dense") == dense
+    ]
 
 
 def schema_from_dict(values: Dict) -> SchemaConfig:

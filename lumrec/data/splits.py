@@ -3,19 +3,23 @@
 temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events
 leave_one_out     user a: t t t t t t t t v s        the last event, the one before it, the rest
 user              user a: t t t t t   user b: s s s  whole users, by a seeded hash of the user's key (DIN's protocol)
+time              t t t t t t t t | v v | s s s      one clock for all users: what is before a moment trains
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import List, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import List, Optional, Sequence
 
 import numpy as np
+import polars as pl
 
 TRAIN, VALID, TEST = 0, 1, 2
 PARTS = ("train", "valid", "test")
-DEFAULT_FRACTIONS = {"temporal": [0.8, 0.1, 0.1], "leave_one_out": [], "user": [0.68, 0.04, 0.28]}
+DEFAULT_FRACTIONS = {"temporal": [0.8, 0.1, 0.1], "leave_one_out": [], "user": [0.68, 0.04, 0.28], "time": [0.8, 0.1, 0.1]}
 _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 
 
@@ -23,13 +27,16 @@ _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 class SplitConfig:
     """Rule by which events are parted.
 
-    kind: temporal | leave_one_out | user. fractions: of train, valid, test (empty: .8/.1/.1 of each user's events for
-    temporal, .68/.04/.28 of the users for user). seed: of the user split.
+    kind: temporal | leave_one_out | user | time. fractions: of train, valid, test (empty: .8/.1/.1 of each user's
+    events for temporal, of all events for time; .68/.04/.28 of the users for user). seed: of the user split. times: of
+    the time split, in place of fractions: where validation and where test begin, ISO 8601, UTC unless it says else
+    (["2022-05-05", "2022-05-07T12:00:00+08:00"]).
     """
 
     kind: str = "temporal"
     fractions: List[float] = field(default_factory=list)
     seed: int = 0
+    times: List[str] = field(default_factory=list)
 
 
 def check_split(config: SplitConfig) -> List[float]:
@@ -39,6 +46,8 @@ def check_split(config: SplitConfig) -> List[float]:
     """
     if config.kind not in DEFAULT_FRACTIONS:
         raise ValueError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
+    if config.times:
+        _check_times(config)
     fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
     if config.kind == "leave_one_out":
         if config.fractions:
@@ -51,10 +60,68 @@ def check_split(config: SplitConfig) -> List[float]:
     return fractions
 
 
-def assign(config: SplitConfig, user_keys: Sequence[str], offsets: np.ndarray) -> np.ndarray:
+def _check_times(config: SplitConfig) -> List[int]:
+    """The two times of a time split in seconds. Raises ValueError for everything else."""
+    if config.kind != "time" or config.fractions:
+        raise ValueError(
+            f"data.split.times: got {config.times} with kind {config.kind!r} and fractions {config.fractions}; times "
+            "belong to kind time, in place of fractions"
+        )
+    try:
+        moments = [datetime.fromisoformat(text.replace("Z", "+00:00")) for text in config.times]
+    except ValueError as error:
+        raise ValueError(f"data.split.times: {error}; expected ISO 8601, such as 2022-05-05") from None
+    seconds = [int((m if m.tzinfo else m.replace(tzinfo=timezone.utc)).timestamp()) for m in moments]
+    if len(seconds) != 2 or seconds[0] > seconds[1]:
+        raise ValueError(
+            f"data.split.times: got {config.times}; expected two times, where validation and where test begin"
+        )
+    return seconds
+
+
+def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: bool = True) -> Optional[np.ndarray]:
+    """Seconds at which validation and test begin (int64 [2]) for the time split; None for the others.
+
+    blocks: Parquet files with the column timestamp. A cut by fractions is the earliest second before which at least
+    that share of all events lies; events of one second are never parted. Raises ValueError where the log has no times
+    that can be compared between users.
+    """
+    if config.kind != "time":
+        return None
+    if not absolute_time:
+        raise ValueError(
+            "data.split.kind=time needs one clock for all users, and this log only has the time between a user's own "
+            "events; use temporal, leave_one_out or user"
+        )
+    if config.times:
+        return np.array(_check_times(config), np.int64)
+    time, fractions = pl.scan_parquet(list(blocks)).select("timestamp"), check_split(config)
+    days = time.group_by(day=pl.col("timestamp") // 86_400).len().sort("day").collect(engine="streaming")
+    before_day = np.concatenate([[0], np.cumsum(days["len"].to_numpy().astype(np.int64))])
+    cuts = []
+    for share in (fractions[0], fractions[0] + fractions[1]):
+        wanted = math.ceil(before_day[-1] * share - 1e-6)
+        place = max(0, int(np.searchsorted(before_day, wanted)) - 1)  # the day that holds the wanted-th event
+        day = int(days["day"][min(place, len(days) - 1)])
+        inside = time.filter(pl.col("timestamp") // 86_400 == day).group_by("timestamp").len().sort("timestamp")
+        seconds = inside.collect(engine="streaming")
+        running = before_day[place] + np.cumsum(seconds["len"].to_numpy().astype(np.int64))
+        # the second after the one with which the share is reached
+        cuts.append(int(seconds["timestamp"][int(np.searchsorted(running, wanted))]) + 1 if wanted > 0 else 0)
+    return np.array(cuts, np.int64)
+
+
+def assign(
+    config: SplitConfig,
+    user_keys: Sequence[str],
+    offsets: np.ndarray,
+    timestamp_E: Optional[np.ndarray] = None,
+    cuts: Optional[np.ndarray] = None,
+) -> np.ndarray:
     """Part of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and, within the user, by time.
 
-    user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1].
+    user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1]. timestamp_E
+    (seconds) and cuts (see `cut_times`) are read by the time split alone: an event at a cut is behind it.
     Labels, feedback and items are no input, so that they cannot move an event.
 
     Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, those up to ceil(0.9 n)
@@ -66,6 +133,9 @@ def assign(config: SplitConfig, user_keys: Sequence[str], offsets: np.ndarray) -
     """
     fractions = check_split(config)
     counts_U = np.diff(offsets)
+    if config.kind == "time":
+        assert timestamp_E is not None and cuts is not None
+        return np.searchsorted(cuts, timestamp_E, side="right").astype(np.int8)
     if config.kind == "user":
         share_U = _hash(user_keys, config.seed).astype(np.float64) / 2.0**64
         bounds = np.cumsum(fractions)[:2]

@@ -34,6 +34,17 @@ class Statistics(NamedTuple):
     names: list[str]
 
 
+def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
+    """What a ranker reads as numbers of each event: `row_statistics`, and behind them the schema's dense features."""
+    statistics = row_statistics(data, kind=kind)
+    index = {"item": data.item, "user": data.user, "context": slice(None)}
+    declared = {name: values[index[data.schema.features[name].role]] for name, values in data.dense.items()}
+    if not declared:
+        return statistics
+    columns_EF = np.stack(list(declared.values()), axis=1)
+    return Statistics(np.concatenate([statistics.values_EF, columns_EF], axis=1), [*statistics.names, *declared])
+
+
 def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
     """Statistics of every event of the prepared data, by event row number, each column standardised.
 
@@ -63,6 +74,11 @@ def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.nda
     columns: dict[str, np.ndarray] = {}
     if kind == "none":
         return columns
+    if kind == "all" and not data.absolute_time:
+        raise ValueError(
+            "rank.statistics=all reads what other users did before, and this log has no clock that they share: "
+            "set rank.statistics=user"
+        )
     label_E = data.label.astype(np.float64)
     base_rate = label_E[is_training_E].mean()  # one constant for all rows
     columns |= _recency(data)

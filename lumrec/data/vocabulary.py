@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Tuple
+from typing import Tuple
 
 import polars as pl
 import pyarrow as pa
@@ -26,16 +26,14 @@ def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataF
     )
 
 
-def build_vocabulary(counts: Iterable[pl.DataFrame], min_count: int) -> pl.DataFrame:
+def build_vocabulary(counts: pl.DataFrame, min_count: int) -> pl.DataFrame:
     """key (str), row (i32, from 1), count (i64) of one table, the most frequent first, ties by key.
 
-    `counts` are those of every feature that reads the table; a key seen less than `min_count` times stays unknown.
+    counts: key, count, summed over every feature that reads the table; a key seen less than `min_count` times stays
+    unknown.
     """
     return (
-        pl.concat(list(counts))
-        .group_by("key")
-        .agg(pl.col("count").sum())
-        .filter(pl.col("count") >= min_count)
+        counts.filter(pl.col("count") >= min_count)
         .sort(["count", "key"], descending=[True, False])
         .with_row_index("row", offset=1)
         .select("key", pl.col("row").cast(pl.Int32), "count")

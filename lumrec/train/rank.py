@@ -19,7 +19,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TEST, TRAIN, VALID
-from lumrec.data.statistics import Statistics, row_statistics
+from lumrec.data.statistics import Statistics, dense_inputs
 from lumrec.evaluation.metrics import ranking_metrics
 from lumrec.modules.knowledge import MODES, KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
@@ -51,7 +51,8 @@ class RankConfig:
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
     knowledge_dim: width to which direct features are projected. knowledge_dropout: share of rows that train without.
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
-    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py.
+    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The schema's
+    dense features are read beside them.
     max_history: events before the row. batch_size: rows of one step on each rank.
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
@@ -65,7 +66,7 @@ class RankConfig:
     tables: str = "fresh"
     statistics: str = "all"
     max_history: int = 50
-    batch_size: int = 4096
+    batch_size: int = 2048
     hidden_dims: List[int] = field(default_factory=lambda: [200, 80])
     dropout: float = 0.1
     activation: str = "prelu"
@@ -74,7 +75,10 @@ class RankConfig:
     select: str = "auc"
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            epochs=10, patience=2, optimizer=OptimizerConfig(table_lr=0.05, dense_lr=1e-3, weight_decay=0.01)
+            epochs=3,
+            optimizer=OptimizerConfig(
+                table_lr=0.2, dense_lr=4e-3, weight_decay=0.01, warmup_steps=50, schedule="linear"
+            ),
         )
     )
 
@@ -242,7 +246,7 @@ def run(config: "Config") -> dict[str, float | str]:
     run_folder = RunFolder.create(config, "rank", inputs=inputs)
     if run_folder.finished:
         return run_folder.result()
-    statistics = row_statistics(data, kind=settings.statistics)
+    statistics = dense_inputs(data, kind=settings.statistics)
     torch.manual_seed(config.seed)
     ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
     builder = build_rows(ranker, data, settings, statistics, knowledge)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.data.prepare import DataConfig
+from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 
 
@@ -69,3 +70,22 @@ def movielens_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def open_log() -> Callable[[StageConfig], PreparedData]:
+    """Prepares what a config asks for, and opens it."""
+
+    def run(config: StageConfig) -> PreparedData:
+        prepare(config, Path(config.runs_dir) / "prepared")
+        return PreparedData.open(Path(config.runs_dir) / "prepared")
+
+    return run
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No data set on this machine; gives back the cache folder."""
+    monkeypatch.delenv("LUMREC_DATA", raising=False)
+    monkeypatch.setenv("LUMREC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

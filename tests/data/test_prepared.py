@@ -12,6 +12,7 @@ import torch
 from lumrec.data.manifest import PreparedDataError
 from lumrec.data.prepare import DataConfig, prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import EVENT_ROLES, ROLES, features_by_role
 from lumrec.data.simulator import SimulatorConfig
 
 SMALL = DataConfig(source="simulator", simulator=SimulatorConfig(num_users=30, num_items=40, events_per_user=20))
@@ -43,8 +44,18 @@ def test_arrays_and_columns(folder: Path):
     for user, (first, last) in enumerate(zip(data.user_offsets, data.user_offsets[1:])):
         assert (data.user[first:last] == user).all()
         assert (np.diff(data.timestamp[first:last]) >= 0).all()
-    assert list(data.event_columns) == ["feedback", "scenario", "query", "category", "clicked", "hour", "weekday"]
+    of_roles = {role: features_by_role(data.schema, role) for role in ROLES}
+    assert list(data.event_columns) == [name for role in EVENT_ROLES for name in of_roles[role]]
+    assert "query" in data.event_columns
     assert list(data.item_columns) == ["item_id", "categories", "price_bucket"]
+    for name, values in data.dense.items():
+        role = data.schema.features[name].role
+        index = {"item": data.item, "user": data.user, "context": np.arange(data.num_events)}[role]
+        assert values.dtype == np.float32
+        # scaled by the training events
+        assert values[index][data.split == 0].mean() == pytest.approx(0, abs=1e-3)
+        assert values[index][data.split == 0].std() == pytest.approx(1, abs=1e-2)
+    assert "price" in data.dense
     assert list(data.user_columns) == ["segment"]
     for columns, size in (
         (data.event_columns, data.num_events),
@@ -64,11 +75,11 @@ def test_arrays_and_columns(folder: Path):
 
 
 def test_events_in_several_files(folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, stage_config: type):
-    monkeypatch.setattr("lumrec.data.convert.PART_ROWS", 100)
+    monkeypatch.setattr("lumrec.data.intake.BLOCK_ROWS", 100)
     config = stage_config(data=SMALL, runs_dir=str(copy.parent), overwrite=True)
     prepare(config, copy)
     one, several = PreparedData.open(folder), PreparedData.open(copy)
-    assert len(list((copy / "events").iterdir())) == -(-one.num_events // 100) > 3
+    assert len(list((copy / "events").iterdir())) > 3
     assert (one.order == several.order).all()
     for name, column in one.event_columns.items():
         assert torch.equal(column.values, several.event_columns[name].values)
@@ -100,7 +111,7 @@ def test_unreadable_manifest(copy: Path, content: bytes):
 def test_another_format_version(copy: Path):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 1"):
+    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 2"):
         PreparedData.open(copy)
 
 

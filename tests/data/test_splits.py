@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
+import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.splits import TEST, TRAIN, VALID, SplitConfig, assign, check_split, user_fold
+from lumrec.data.splits import TEST, TRAIN, VALID, SplitConfig, assign, check_split, cut_times, user_fold
 
 lengths = st.lists(st.integers(0, 30), max_size=12)
 
@@ -75,13 +78,61 @@ def test_folds_are_stable_balanced_and_independent_of_the_user_split():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SplitConfig("random"), "data.split.kind: got 'random', expected one of temporal, leave_one_out, user"),
+        (SplitConfig("random"), "data.split.kind: got 'random', expected one of temporal, leave_one_out, user, time"),
         (SplitConfig("temporal", [0.8, 0.1]), "expected three numbers"),
         (SplitConfig("temporal", [0.8, 0.3, -0.1]), "expected three numbers"),
         (SplitConfig("user", [0.8, 0.1, 0.2]), "sum to 1"),
         (SplitConfig("leave_one_out", [0.8, 0.1, 0.1]), "no meaning for leave_one_out"),
+        (SplitConfig("temporal", times=["2022-05-05", "2022-05-06"]), "times belong to kind time"),
+        (SplitConfig("time", [0.8, 0.1, 0.1], times=["2022-05-05", "2022-05-06"]), "in place of fractions"),
+        (SplitConfig("time", times=["2022-05-05"]), "expected two times"),
+        (SplitConfig("time", times=["2022-05-06", "2022-05-05"]), "expected two times"),
+        (SplitConfig("time", times=["yesterday", "today"]), "data.split.times: Invalid isoformat.*such as 2022-05-05"),
     ],
 )
 def test_bad_splits_are_refused(config: SplitConfig, message: str):
     with pytest.raises(ValueError, match=message):
         check_split(config)
+
+
+def written_blocks(folder: Path, times: list[list[int]]) -> list[Path]:
+    paths = []
+    for number, block in enumerate(times):
+        paths.append(folder / f"{number}.parquet")
+        pl.DataFrame({"timestamp": block}, schema={"timestamp": pl.Int64}).write_parquet(paths[-1])
+    return paths
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 400_000), max_size=20), min_size=1, max_size=4).filter(lambda b: any(b)),
+    st.sampled_from([[0.8, 0.1, 0.1], [0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
+)
+def test_time_cuts_all_users_at_one_moment(tmp_path_factory: pytest.TempPathFactory, times: list, fractions: list):
+    config = SplitConfig("time", fractions)
+    cuts = cut_times(config, written_blocks(tmp_path_factory.mktemp("blocks"), times))
+    time_E = np.array([time for block in times for time in block])
+    split = assign(config, ["u"], np.array([0, len(time_E)]), time_E, cuts)
+    for earlier in (TRAIN, VALID):
+        later = time_E[split > earlier]
+        if (split == earlier).any() and len(later):
+            assert time_E[split == earlier].max() < later.min()
+    # at least the share asked for, and without the last second of it less
+    for cut, share in zip(cuts, np.cumsum(fractions)[:2]):
+        before = (time_E < cut).sum()
+        assert before >= share * len(time_E) - 1e-6
+        assert share == 0 or (time_E < cut - 1).sum() < share * len(time_E)
+
+
+def test_time_cuts_given_as_times():
+    config = SplitConfig("time", times=["1970-01-02", "1970-01-02T08:00:10+08:00"])
+    cuts = cut_times(config, [])
+    assert cuts.tolist() == [86_400, 86_410]
+    time_E = np.array([0, 86_399, 86_400, 86_409, 86_410])
+    assert assign(config, ["u"], np.array([0, 5]), time_E, cuts).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_time_split_needs_one_clock():
+    with pytest.raises(ValueError, match="needs one clock for all users"):
+        cut_times(SplitConfig("time"), [], absolute_time=False)
+    assert cut_times(SplitConfig("temporal"), [], absolute_time=False) is None

@@ -17,7 +17,7 @@ from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, RowLoader
 from lumrec.data.splits import TEST, TRAIN
-from lumrec.data.statistics import row_statistics
+from lumrec.data.statistics import dense_inputs
 from lumrec.query import stage as query
 from lumrec.query.store import Knowledge
 from lumrec.train import pretrain
@@ -78,7 +78,7 @@ def folder_of(config: Config) -> Path:
 
 
 def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
-    return build_rows(ranker, data, RankConfig(), row_statistics(data), knowledge)
+    return build_rows(ranker, data, RankConfig(), dense_inputs(data), knowledge)
 
 
 @pytest.mark.parametrize("model", ["din", "dlrm"])
@@ -104,7 +104,7 @@ def trained_model(config: Config, data: PreparedData):
     knowledge = None
     if config.rank.knowledge != "none":
         knowledge = Knowledge.open(Path(config.runs_dir) / "tiny-query", data)
-    statistics = len(row_statistics(data).names)
+    statistics = len(dense_inputs(data).names)
     torch.manual_seed(0)
     dmp = shard(build_ranker(config.rank, data, num_statistics=statistics, knowledge=knowledge), device="cpu")
     fresh = {name: value.clone() for name, value in unsharded(dmp).items()}
@@ -157,7 +157,7 @@ def test_labels_of_the_test_part_change_no_training_batch(words, data):
     clicked = data.event_columns["clicked"].values[torch.from_numpy(order)]
     other.event_columns = {**data.event_columns, "clicked": Column(clicked), "feedback": Column(clicked)}
     torch.manual_seed(0)
-    model = build_ranker(RankConfig(), data, num_statistics=len(row_statistics(data).names))
+    model = build_ranker(RankConfig(), data, num_statistics=len(dense_inputs(data).names))
     rows = np.flatnonzero(data.split == TRAIN)
     pairs = zip(*(RowLoader(builder_of(model, log), rows, batch_size=300) for log in (data, other)), strict=True)
     for batch, same in pairs:
@@ -171,7 +171,7 @@ def test_a_rows_own_feedback_label_and_wish_are_not_read(words, data):
     """The scores of test rows stay when their own labels and feedback are turned around."""
     assert "feedback" not in row_features(data) and "scenario" in row_features(data)
     torch.manual_seed(0)
-    model = build_ranker(RankConfig(), data, num_statistics=len(row_statistics(data).names)).eval()
+    model = build_ranker(RankConfig(), data, num_statistics=len(dense_inputs(data).names)).eval()
     last = data.user_offsets[1:][np.diff(data.user_offsets) > 0] - 1
     rows = last[data.split[last] == TEST]
     other = copy.copy(data)

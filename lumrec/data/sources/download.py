@@ -1,83 +1,258 @@
-"""Fetching a publisher's archive: checked, atomic, with a progress bar on a terminal only."""
+"""Fetching a publisher's archive: checked, atomic, continued where it was cut, with a progress bar on a terminal only.
+
+What lies in the cache:
+    .ml-20m.zip.part         what has come so far; locked while a process writes to it
+    .ml-20m.zip.part.state   which version of the archive that is, as the server names it
+    ml-20m/                  appears whole, when the checksum is right and the files are unpacked
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import http.client
+import json
+import logging
 import os
+import posixpath
+import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List
+from typing import Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
 
+log = logging.getLogger(__name__)
+CHUNK = 1 << 18
+RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+UNSATISFIED = re.compile(r"bytes \*/(\d+)")
+
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file of a publisher: address, page for people, checksum, the folder inside that holds the files."""
+    """A .zip or .tar.gz of a publisher: address, page for people, the folder inside that holds the files.
+
+    checksum: "md5:…" or "sha256:…", as published; "" where the publisher changes the archive from time to time.
+    """
 
     url: str
     page: str
-    sha256: str
+    checksum: str
     folder: str
     timeout_s: float = 30.0
 
 
-def fetch_archive(archive: Archive, target: Path, *, files: List[str]) -> Path:
+class _Cut(OSError):
+    """The connection ended before all was there."""
+
+
+def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_hand: str) -> Path:
     """`target`, a new folder that holds `files` of the archive; it appears whole or not at all.
 
-    Raises DataSetMissing where the publisher cannot be reached, and ValueError for another checksum.
+    Where another process fetches the same archive, it is waited for. Raises DataSetMissing where the publisher cannot
+    be reached (it ends with `by_hand`: how to do without), and ValueError for another checksum or a broken archive.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        zipped = work / "archive.zip"
+    name = archive.url.rsplit("/", 1)[-1]
+    with _claimed(target.parent / f".{name}.part") as part:
+        if target.is_dir():  # another process was quicker
+            return target
         try:
-            digest = _download(archive, zipped)
-        except (urllib.error.URLError, OSError) as error:
-            raise DataSetMissing(
-                f"could not download {archive.url}: {error}.\n"
-                f"Download it by hand (see {archive.page}), unpack it, and put {', '.join(files)} into {target}, or\n"
-                f"set data.path to their folder, or LUMREC_DATA to the folder that holds {archive.folder}/.\n"
-                "To go on without it: data.source=simulator."
-            ) from error
-        if digest != archive.sha256:
-            raise ValueError(
-                f"wrong checksum: {archive.url} has sha256 {digest}, expected {archive.sha256}; nothing was kept.\n"
-                f"The download was cut or changed on its way: try again, or place the files by hand in {target}."
-            )
-        with zipfile.ZipFile(zipped) as contents:
-            for name in files:
-                with contents.open(f"{archive.folder}/{name}") as source, open(work / name, "wb") as sink:
-                    shutil.copyfileobj(source, sink)
-        zipped.unlink()
-        os.rename(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            _download(archive, part)
+        except (http.client.HTTPException, OSError) as error:
+            left = f"\n{part.stat().st_size:,} bytes are kept: the next try goes on from there." if _size(part) else ""
+            raise DataSetMissing(f"could not download {archive.url}: {error}.{left}\n{by_hand}") from error
+        try:
+            _check(archive, part)
+            _unpack(archive, part, target, files)
+        except ValueError:
+            _remove(part)
+            raise
+        _remove(part)
     return target
 
 
-def _download(archive: Archive, path: Path) -> str:
-    """sha256 of what was written to `path`."""
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(archive.url, timeout=archive.timeout_s) as reply, open(path, "wb") as sink:
+@contextlib.contextmanager
+def _claimed(part: Path) -> Iterator[Path]:
+    """The partial file, locked; it stays where bytes have come, for the next try, and is removed where none have."""
+    while True:
+        lock = os.open(part, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that downloads {part}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # whoever held the lock may have removed the file meanwhile: then claim a new one
+        if _is_at(lock, part):
+            break
+        os.close(lock)
+    try:
+        yield part
+    finally:
+        if _size(part) == 0 and _is_at(lock, part):
+            _remove(part)
+        os.close(lock)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that stands at `path` now."""
+    return path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino
+
+
+def _download(archive: Archive, part: Path) -> None:
+    """Fills `part` with the whole archive; goes on after a cut as long as each try brings something new.
+
+    Raises OSError or HTTPException where a try brought nothing.
+    """
+    while True:
+        before = _size(part)
+        try:
+            return _receive(archive, part)
+        except urllib.error.HTTPError:
+            raise
+        except (http.client.HTTPException, OSError) as error:
+            if _size(part) <= before:
+                raise
+            log.warning("%s: %s; going on after %s bytes", archive.url, error, f"{_size(part):,}")
+
+
+def _receive(archive: Archive, part: Path, *, resume: bool = True) -> None:
+    """One connection: appends to `part` where the server goes on with the same version, else begins again."""
+    have, version = _size(part), _version(part, archive)
+    headers = {"Range": f"bytes={have}-", "If-Range": version} if resume and have and version else {}
+    try:
+        reply = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=archive.timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not headers:
+            raise
+        whole = UNSATISFIED.match(error.headers.get("Content-Range") or "")
+        if whole and int(whole[1]) == have:  # all of it had come
+            return
+        return _receive(archive, part, resume=False)
+    with reply:
         total = int(reply.headers.get("Content-Length") or 0)
-        with tqdm(
-            total=total or None,
-            unit="B",
-            unit_scale=True,
-            desc=archive.url.rsplit("/", 1)[-1],
-            disable=not sys.stderr.isatty(),
-        ) as bar:
-            while chunk := reply.read(1 << 18):
-                sink.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
+        if headers and reply.status == http.HTTPStatus.PARTIAL_CONTENT:
+            found = RANGE.match(reply.headers.get("Content-Range") or "")
+            other = _name_of_version(reply.headers) not in ("", version)
+            if not found or int(found[1]) != have or other:
+                return _receive(archive, part, resume=False)
+            total = int(found[2])
+        else:
+            have = 0
+            os.truncate(part, 0)
+            state = {"url": archive.url, "version": _name_of_version(reply.headers)}
+            _state(part).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        have += _copy(reply, part, total=total, have=have, name=archive.url.rsplit("/", 1)[-1])
+    if total and have != total:
+        raise _Cut(f"the connection was cut after {have:,} of {total:,} bytes")
+
+
+def _copy(reply: http.client.HTTPResponse, part: Path, *, total: int, have: int, name: str) -> int:
+    """Number of bytes appended."""
+    got = 0
+    bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty())
+    # unbuffered on both sides: what has come is in the file, whatever happens to the process
+    with open(part, "ab", buffering=0) as sink, bar:
+        while chunk := reply.read1(CHUNK):
+            sink.write(chunk)
+            got += len(chunk)
+            bar.update(len(chunk))
+    return got
+
+
+def _name_of_version(headers: Mapping[str, str]) -> str:
+    """What tells this version of the archive from another: a strong ETag, else the date; "" where there is neither."""
+    tag = headers.get("ETag") or ""
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified") or ""
+
+
+def _version(part: Path, archive: Archive) -> str:
+    """The version that `part` is the beginning of; "" where that is unknown."""
+    try:
+        state = json.loads(_state(part).read_text(encoding="utf-8"))
+        return str(state["version"]) if state["url"] == archive.url else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _check(archive: Archive, part: Path) -> None:
+    """Raises ValueError where the archive has another checksum than the published one."""
+    kind, _, expected = (archive.checksum or "sha256:").partition(":")
+    digest = file_digest(part, kind)
+    if not expected:
+        changes = "has no published checksum, since it changes from time to time"
+        log.warning("%s %s; this one has %s %s", archive.url, changes, kind, digest)
+    elif digest != expected:
+        raise ValueError(
+            f"wrong checksum: {archive.url} has {kind} {digest}, expected {expected}; nothing was kept.\n"
+            "The download was changed on its way, or the publisher has changed the archive: try again, or place the "
+            "files by hand."
+        )
+
+
+def file_digest(path: Path, kind: str) -> str:
+    """The md5, sha256, … of a file, in hexadecimal."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) -> None:
+    """The folder `target` with `files`, found by their names; whatever else is in the archive stays there."""
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (_unpack_zip if archive.url.endswith(".zip") else _unpack_tar)(part, archive.folder, files, work)
+        if missing := [name for name in files if not (work / name).is_file()]:
+            raise ValueError(f"{archive.url} does not hold {', '.join(missing)} in {archive.folder}/; nothing was kept")
+        work.chmod(0o755)  # mkdtemp makes folders that nobody else can read
+        os.rename(work, target)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive.url} cannot be unpacked: {error}; nothing was kept, try again") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _unpack_zip(path: Path, folder: str, files: Sequence[str], into: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        inside = set(archive.namelist())
+        for name in files:
+            if f"{folder}/{name}" in inside:
+                with archive.open(f"{folder}/{name}") as source, open(into / name, "wb") as sink:
+                    shutil.copyfileobj(source, sink, CHUNK)
+
+
+def _unpack_tar(path: Path, folder: str, files: Sequence[str], into: Path) -> None:
+    wanted = {f"{folder}/{name}": name for name in files}
+    with tarfile.open(path, "r|gz") as archive:
+        for member in archive:
+            name = wanted.get(posixpath.normpath(member.name))
+            source = archive.extractfile(member) if name and member.isfile() else None
+            if name and source:
+                with source, open(into / name, "wb") as sink:
+                    shutil.copyfileobj(source, sink, CHUNK)
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _state(part: Path) -> Path:
+    return part.with_name(f"{part.name}.state")
+
+
+def _remove(part: Path) -> None:
+    for path in (part, _state(part)):
+        path.unlink(missing_ok=True)

@@ -1,14 +1,17 @@
-"""The one form in which every source hands over its data, and the checks that all sources share."""
+"""The one form in which every source hands over its data, and the expressions that sources share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
-LAST_POSSIBLE_TIME = 4_102_444_800  # 2100-01-01 UTC in seconds; milliseconds taken for seconds lie far beyond
+# Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
+# seconds lie far beyond.
+FIRST_POSSIBLE_S, LAST_POSSIBLE_S = 1, 4_102_444_800
+MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 
 
 class DataSetMissing(FileNotFoundError):
@@ -16,23 +19,43 @@ class DataSetMissing(FileNotFoundError):
 
 
 @dataclass(frozen=True)
-class RawLog:
-    """One data set, every row of it, before anything is left out.
+class LabelConfig:
+    """What counts as positive. Neither at_least nor values: the column holds 0/1 or true/false.
 
-    events: one row for each line read: user_id, item_id (str), timestamp (i64, seconds), order (i64, original row
-        number, unique), label (f32), the columns that features read; and where the source can have bad rows: `raw` (the
-        line as read), `reason` (why the row cannot be used, null where it can). Simulated events have `probability`
-        (f32, the true P(label = 1)).
-    items, users: one row for each line of the catalogue or user file: item_id or user_id, feature columns; `title`,
-        order, raw, reason where there are such.
+    column: of the events ("" = the source's own). at_least: a number from which on it is positive. values: texts that
+    are positive (behaviour types, say: [cart, buy]).
+    """
+
+    column: str = ""
+    at_least: Optional[float] = None
+    values: List[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RawLog:
+    """One data set, every row of it, before anything is left out. Nothing is collected: frames larger than memory work.
+
+    events: one row for each row read: user_id, item_id (both Int64 or both String), time_us (i64, microseconds UTC, null
+        where there is none), order (i64, original row number, unique), label (f32, 0 or 1), and the columns that
+        features read; where the source can have bad rows: `reason` (why the row cannot be used, null where it can) and
+        `raw` (the row as read). Simulated events have `probability` (f32, the true P(label = 1)).
+    items, users: one row for each row of the catalogue or user file: item_id or user_id (of the events' type), feature
+        columns, and `title`, order, raw, reason where there are such. None: there is no such file; ids and features are
+        then taken from the events, features from the first event (in `order`) of each id.
+    known_after: columns of events that are known only after the item was shown, the label's among them.
+    utc_offset_hours: local time of the users, for hour, weekday and time_of_day, which `convert` makes of time_us.
+    absolute_time: False where times of different users cannot be compared.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
     events: pl.LazyFrame
-    items: pl.LazyFrame
-    users: pl.LazyFrame
+    items: Optional[pl.LazyFrame]
+    users: Optional[pl.LazyFrame]
     files: List[Path]
     note: str
+    known_after: Tuple[str, ...] = ()
+    utc_offset_hours: float = 0.0
+    absolute_time: bool = True
     extra: Dict[str, object] = field(default_factory=dict)
 
 
@@ -44,6 +67,33 @@ def first_reason(*checks: tuple) -> pl.Expr:
     return reason
 
 
-def impossible_time(column: str = "timestamp") -> pl.Expr:
-    """Whether a time in seconds lies outside 1970-01-01 … 2100-01-01 (0 stands for "no time" in many logs)."""
-    return ~pl.col(column).is_between(1, LAST_POSSIBLE_TIME - 1)
+def microseconds(time: pl.Expr, unit: str) -> pl.Expr:
+    """A whole number of seconds ("s"), milliseconds ("ms") or microseconds ("us") as i64 microseconds.
+
+    Null where it lies outside 1970-01-02 … 2100-01-01 UTC, so that nothing overflows; see `impossible_time`.
+    """
+    factor = MICROSECONDS[unit]
+    per_second = 1_000_000 // factor
+    sane = time.is_between(FIRST_POSSIBLE_S * per_second, LAST_POSSIBLE_S * per_second - 1)
+    return pl.when(sane).then(time.cast(pl.Int64) * factor)
+
+
+def positive(column: pl.Expr, config: LabelConfig) -> pl.Expr:
+    """The label (f32, 0 or 1) that `config` makes of a column; null where the column says nothing of the kind.
+
+    A number, a truth value, or the text of either is read as 0/1; for 0/1 columns every other number is null.
+    """
+    if config.values:
+        return column.cast(pl.String).is_in(config.values).cast(pl.Float32)
+    text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    number = (
+        pl.when(text.is_in(["true", "yes"]))
+        .then(1.0)
+        .when(text.is_in(["false", "no"]))
+        .then(0.0)
+        .otherwise(text.cast(pl.Float64, strict=False))
+    )
+    number = pl.when(number.is_finite()).then(number)
+    if config.at_least is not None:
+        return (number >= config.at_least).cast(pl.Float32)
+    return pl.when(number.is_in([0.0, 1.0])).then(number).cast(pl.Float32)

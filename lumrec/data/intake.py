@@ -1,0 +1,312 @@
+"""From a raw log to files of usable rows in order of user and time; the log itself is never in memory.
+
+    raw log ── checks ──┬── rows that can be used ── catalogue: items, users ──┬── blocks of users, each sorted
+                        └── quarantine                                         └── quarantine (unknown item, duplicate)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import polars as pl
+
+from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
+from lumrec.data.sources.raw_log import RawLog, first_reason
+
+BLOCK_ROWS = 2_000_000  # events of the users that are sorted together: bounds the memory
+# What `with_derived_columns` makes for every source, and what of it is known only after the item was shown.
+TIMES_OF_DAY = ("night", "morning", "afternoon", "evening")
+DERIVED_AFTER = ("feedback",)
+QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw": pl.String}
+
+
+@dataclass
+class Intake:
+    """What the intake leaves.
+
+    items, users: the catalogues in memory (item_id or user_id, feature columns, title), an entity's row is its index;
+    users in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32), timestamp
+    (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of rows left out. num_read: events
+    read; num_events: those in the blocks.
+    """
+
+    items: pl.DataFrame
+    users: pl.DataFrame
+    blocks: List[Path] = field(default_factory=list)
+    quarantine: List[Path] = field(default_factory=list)
+    num_read: int = 0
+    num_events: int = 0
+
+
+def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_duplicates: bool, scratch: Path) -> Intake:
+    """Checks, sorts and lays out a raw log in `scratch`.
+
+    Raises ValueError where the log lacks a column that the schema names, a feature tells what is known only after the
+    item was shown, or no event is left.
+    """
+    check_known_after(schema, raw.known_after)
+    events = with_derived_columns(raw)
+    columns = _columns_to_keep(raw, schema, events.collect_schema())
+    landed, num_read, quarantine = _land(events, columns, max_list_length, scratch)
+    _check_any(landed, raw, num_read, quarantine)
+    items, bad_items = _catalogue(raw.items, "item", landed, of_roles(schema, ("item",)))
+    users, bad_users = _catalogue(raw.users, "user", landed, of_roles(schema, ("user",)))
+    users = users.sort(*([pl.col("user_id").str.len_chars()] if users["user_id"].dtype == pl.String else []), "user_id")
+    intake = Intake(items, users, num_read=num_read, quarantine=quarantine)
+    for name, bad in (("bad-items", bad_items), ("bad-users", bad_users)):
+        intake.quarantine.append(_written(bad, scratch / f"{name}.parquet"))
+    parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch)
+    landed.unlink()
+    for path in parted:
+        block, again = sorted_block(pl.read_parquet(path), drop_duplicates=drop_duplicates)
+        intake.quarantine.append(_written(_quarantined(_with_keys(again, intake)), path.with_suffix(".again.parquet")))
+        intake.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
+        intake.num_events += len(block)
+        path.unlink()
+    _check_any(intake.blocks, raw, num_read, intake.quarantine)
+    left_out = count_reasons(intake.quarantine)
+    lost = sum(count for reason, count in left_out.items() if reason.startswith("events: "))
+    assert intake.num_events + lost == num_read, (intake.num_events, left_out, num_read)
+    return intake
+
+
+def _check_any(files: Path | List[Path], raw: RawLog, num_read: int, quarantine: List[Path]) -> None:
+    """Raises ValueError where no event is left, saying why."""
+    if not files or not pl.scan_parquet(files).select(pl.len()).collect().item():
+        left_out = count_reasons(quarantine)
+        raise ValueError(f"no usable event in {raw.note}: {num_read} read, left out: {left_out or 'none'}")
+
+
+def check_known_after(schema: SchemaConfig, known_after: Sequence[str]) -> None:
+    """Raises ValueError for a feature that would tell a model what is known only after the item was shown."""
+    for name, feature in schema.features.items():
+        if feature.role == "feedback" or feature.wish or feature.column not in {*known_after, *DERIVED_AFTER}:
+            continue
+        mend = "wish: true where it is asked for as a wish, or " if feature.role == "condition" else ""
+        raise ValueError(
+            f"schema.features.{name}: column {feature.column!r} is known only after the item was shown, so it cannot "
+            f"have role: {feature.role}. Declare it {mend}role: feedback, which is read in histories alone"
+        )
+
+
+def of_roles(schema: SchemaConfig, roles: Sequence[str]) -> Dict[str, FeatureConfig]:
+    """The features of these roles, dense ones among them."""
+    return {name: feature for name, feature in schema.features.items() if feature.role in roles}
+
+
+def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
+    """The events with feedback (like, dislike), hour, weekday (1 = Monday) and time_of_day in the users' local time.
+
+    A column of that name that the log has of its own stays as it is.
+    """
+    local = pl.from_epoch(pl.col("time_us") + int(raw.utc_offset_hours * 3_600_000_000), time_unit="us").dt
+    of_day = pl.lit(pl.Series(TIMES_OF_DAY, dtype=pl.String)).gather(local.hour() // 6)
+    derived = {
+        "feedback": pl.when(pl.col("label") > 0).then(pl.lit("like")).when(pl.col("label") == 0).then(pl.lit("dislike")),
+        "hour": local.hour().cast(pl.String),
+        "weekday": local.weekday().cast(pl.String),
+        "time_of_day": of_day,
+    }
+    names = raw.events.collect_schema().names()
+    return raw.events.with_columns(**{name: expr for name, expr in derived.items() if name not in names})
+
+
+def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> List[str]:
+    """Columns of the events that are read: the features', and those of items and users that have no file."""
+    wanted = of_roles(schema, EVENT_ROLES)
+    for role, frame in (("item", raw.items), ("user", raw.users)):
+        features = of_roles(schema, (role,))
+        if frame is None:
+            wanted |= features
+            check_columns(features, "events", names.names())
+        else:
+            check_columns(features, f"{role}s", frame.collect_schema().names())
+    check_columns(of_roles(schema, EVENT_ROLES), "events", names.names())
+    _check_kinds(wanted, names)
+    columns = ["user_id", "item_id", "time_us", "order", "label", *(["probability"] if "probability" in names else [])]
+    return list(dict.fromkeys([*columns, *(feature.column for feature in wanted.values())]))
+
+
+def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
+    for name, feature in features.items():
+        is_list = isinstance(names[feature.column], pl.List)
+        if is_list != (feature.kind == "multi"):
+            raise ValueError(
+                f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, and "
+                f"kind is {feature.kind}; {'expected kind: multi' if is_list else 'kind: multi needs lists'}"
+            )
+
+
+def check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequence[str]) -> None:
+    """Raises ValueError where a feature names a column that the table has not."""
+    for name, feature in features.items():
+        if feature.column not in names:
+            raise ValueError(
+                f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
+                f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order'))}"
+            )
+
+
+def _land(
+    events: pl.LazyFrame, columns: List[str], max_list_length: int, scratch: Path
+) -> Tuple[Path, int, List[Path]]:
+    """One file of the rows that pass the checks, the number of rows read, and the files of the others."""
+    schema = events.collect_schema()
+    lists = [name for name in columns if isinstance(schema[name], pl.List)]
+    checks = [(_missing(name, schema), f"{name} is missing") for name in ("user_id", "item_id")]
+    checks += [
+        (pl.col("time_us").is_null(), "impossible time"),
+        (~pl.col("label").is_in([0.0, 1.0]) | pl.col("label").is_null(), "label is missing"),
+        *((pl.col(name).list.len() > max_list_length, f"{name}: a list of over {max_list_length}") for name in lists),
+    ]
+    reason = first_reason(*checks)
+    if "reason" in schema:
+        reason = pl.coalesce("reason", reason)
+    events = events.with_columns(reason.alias("reason"))
+    landed, bad = scratch / "landed.parquet", scratch / "bad-events.parquet"
+    raw_row = pl.col("raw") if "raw" in schema else pl.struct(columns).struct.json_encode()
+    usable, unusable = events.filter(pl.col("reason").is_null()), events.filter(pl.col("reason").is_not_null())
+    pl.collect_all(
+        [
+            usable.select(columns).sink_parquet(landed, compression="lz4", statistics=False, lazy=True),
+            unusable.select(
+                pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
+            ).sink_parquet(bad, lazy=True),
+        ],
+        engine="streaming",
+    )
+    read = sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in (landed, bad))
+    return landed, read, [bad]
+
+
+def _missing(name: str, schema: pl.Schema) -> pl.Expr:
+    return pl.col(name).is_null() | (pl.col(name) == "") if schema[name] == pl.String else pl.col(name).is_null()
+
+
+def _catalogue(
+    frame: pl.LazyFrame | None, entity: str, landed: Path, features: Dict[str, FeatureConfig]
+) -> Tuple[pl.DataFrame, pl.DataFrame]:
+    """Items or users that can be used, in their order, and the quarantine; from the events where there is no file."""
+    key = f"{entity}_id"
+    if frame is None:
+        # Two passes rather than a sort: the first event of each id, then what stands there.
+        events = pl.scan_parquet(landed)
+        first = events.group_by(key).agg(pl.col("order").min()).select("order")
+        columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
+        rows = events.join(first, on="order", how="semi").select(*columns, "order").collect(engine="streaming")
+        return rows.sort("order").drop("order"), pl.DataFrame(schema=QUARANTINE)
+    if "reason" not in frame.collect_schema().names():
+        frame = frame.with_columns(pl.lit(None, pl.String).alias("reason"))
+    rows = frame.collect(engine="streaming")
+    missing = first_reason((_missing(key, rows.schema), f"{key} is missing"))
+    rows = rows.with_columns(pl.coalesce("reason", missing).alias("reason"))
+    again = pl.col("reason").is_null() & ~pl.struct(key, "reason").is_first_distinct()
+    rows = rows.with_columns(pl.coalesce("reason", first_reason((again, f"{key} occurs again"))).alias("reason"))
+    good = rows.filter(pl.col("reason").is_null()).drop("reason", "raw", "order", strict=False)
+    bad = _quarantined(rows.filter(pl.col("reason").is_not_null()), f"{entity}s")
+    assert len(good) + len(bad) == len(rows), (len(good), len(bad), len(rows))
+    return good, bad
+
+
+def _part_by_users(
+    events: pl.LazyFrame, intake: Intake, schema: SchemaConfig, columns: List[str], scratch: Path
+) -> List[Path]:
+    """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
+    counts = events.group_by("user_id").agg(pl.len().alias("events")).collect(engine="streaming")
+    users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("user"))
+    before = pl.col("events").fill_null(0).cum_sum() - pl.col("events").fill_null(0)
+    users = users.join(counts, on="user_id", how="left", maintain_order="left").select(
+        "user_id", "user", (before // BLOCK_ROWS).cast(pl.Int32).alias("block")
+    )
+    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
+    events = events.join(items.lazy(), on="item_id", how="left").join(users.lazy(), on="user_id", how="left")
+    unknown = first_reason((pl.col("item").is_null(), "unknown item"), (pl.col("user").is_null(), "unknown user"))
+    known = unknown.is_null()
+    kept = ["block", "user", "item", "time_us", "order", "label", *(["probability"] if "probability" in columns else [])]
+    features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
+    bad = scratch / "unknown.parquet"
+    parts = scratch / "parts"
+    parts.mkdir()
+    pl.collect_all(
+        [
+            events.filter(known)
+            .select(*kept, *features)
+            .sink_parquet(
+                pl.PartitionBy(parts, key="block", include_key=False, approximate_bytes_per_file=None),
+                compression="lz4",
+                statistics=False,
+                lazy=True,
+            ),
+            events.filter(~known)
+            .select(
+                pl.lit("events").alias("table"),
+                "order",
+                unknown.alias("reason"),
+                pl.struct(columns).struct.json_encode().alias("raw"),
+            )
+            .sink_parquet(bad, lazy=True),
+        ],
+        engine="streaming",
+    )
+    intake.quarantine.append(bad)
+    blocks = []
+    for folder in sorted(parts.iterdir(), key=lambda folder: int(folder.name.partition("=")[2])):
+        path = scratch / f"{folder.name}.parquet"
+        files = sorted(folder.iterdir())
+        if len(files) == 1:
+            files[0].rename(path)
+        else:
+            pl.scan_parquet(files).sink_parquet(path, compression="lz4", statistics=False)
+        blocks.append(path)
+    return blocks
+
+
+def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.DataFrame, pl.DataFrame]:
+    """Events in order of user, time, original row; and those left out, all but the first of rows that agree in all."""
+    block = block.sort("user", "time_us", "order")
+    # A stable order needs a total one: two rows of one number would be sorted by chance.
+    assert block["order"].n_unique() == len(block), "RawLog.events.order must be unique"
+    is_again = pl.repeat(False, len(block), eager=True)
+    if drop_duplicates:
+        # Rows that agree stand in one run of (user, time): only the few rows of such runs are compared as a whole.
+        place = pl.int_range(pl.len()).alias("place")
+        same = (pl.col("user") == pl.col("user").shift()) & (pl.col("time_us") == pl.col("time_us").shift())
+        alike = block.with_columns(place).filter(same | same.shift(-1))
+        again = alike.filter(~pl.struct(pl.exclude("order", "place")).is_first_distinct())["place"]
+        is_again = is_again.scatter(again, True)
+    again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
+    block = block.filter(~is_again).with_columns((pl.col("time_us") // 1_000_000).alias("timestamp"))
+    return block.drop("time_us"), again
+
+
+def _with_keys(rows: pl.DataFrame, intake: Intake) -> pl.DataFrame:
+    """Rows of a block as they were read, ids in place of indices, as text in `raw`."""
+    keys = [intake.users["user_id"].gather(rows["user"]), intake.items["item_id"].gather(rows["item"])]
+    read = pl.struct(*keys, pl.exclude("user", "item", "order", "reason")).struct.json_encode()
+    return rows.with_columns(read.alias("raw"))
+
+
+def _quarantined(rows: pl.DataFrame, table: str = "events") -> pl.DataFrame:
+    columns = [
+        pl.col(name) if name in rows.columns else pl.lit(None).alias(name) for name in ("order", "reason", "raw")
+    ]
+    return rows.select(pl.lit(table).alias("table"), *columns).cast(QUARANTINE).sort("order", maintain_order=True)  # type: ignore[arg-type]
+
+
+def count_reasons(quarantine: Sequence[Path]) -> Dict[str, int]:
+    """"table: reason" → rows left out, most frequent first."""
+    counts = (
+        pl.scan_parquet(list(quarantine))
+        .group_by((pl.col("table") + ": " + pl.col("reason")).alias("reason"))
+        .len()
+        .sort(["len", "reason"], descending=[True, False])
+        .collect(engine="streaming")
+    )
+    return dict(counts.iter_rows())
+
+
+def _written(frame: pl.DataFrame, path: Path) -> Path:
+    frame.write_parquet(path, compression="lz4", statistics=False)
+    return path

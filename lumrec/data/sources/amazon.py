@@ -1,0 +1,343 @@
+"""Amazon reviews, one category at a time (data.category), in the layouts of their releases.
+
+    amazon-2014  ratings_Books.csv       A10000012B7CGYKOMPQ4L,000100039X,5.0,1355616000    user, item, rating, seconds
+                 meta_Books.json.gz      {'asin': '000100039X', 'categories': [['Books', …]], …}   Python dicts
+    amazon-2018  Books.json.gz           {"overall": 5.0, "reviewerID": …, "asin": …, "unixReviewTime": …}   seconds
+                 meta_Books.json.gz      {"asin": …, "brand": …, "category": […], "price": "$12.99"}
+    amazon-2023  Books.jsonl.gz          {"rating": 5.0, "user_id": …, "parent_asin": …, "timestamp": …}   milliseconds
+                 meta_Books.jsonl.gz     {"parent_asin": …, "store": …, "categories": […], "price": 12.99}
+    amazon-5core-sequences               sequences made of the 2014 release, 5 events a user and an item at least
+                 Beauty.seq_gap.txt      1 1 2 3<TAB>0 0 9244800    user, items in order, seconds since the one before
+                 Beauty_item2attributes.json   {"1": [17, 4], …}
+
+Files may be unpacked. Of 2018, data.category=Books_5 is the publisher's 5-core (Books_5.json.gz); Books is
+Books.json.gz, or else Books_5.json.gz. A rating of 4 or more is positive; data.label.at_least changes that. Items of
+the log that the metadata lacks are kept, with no feature but their id. The sequences tell no rating, so every event is
+positive, and no date: times of different users cannot be compared.
+
+Sources: J. McAuley et al., Image-based Recommendations on Styles and Substitutes, SIGIR 2015; J. Ni et al., Justifying
+Recommendations using Distantly-Labeled Reviews, EMNLP 2019; Y. Hou et al., Bridging Language and Items for Retrieval
+and Recommendation, 2024 (arXiv 2403.03952). There are no published checksums, hence no download.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
+
+import polars as pl
+
+from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
+from lumrec.data.sources.json_lines import Decode, decode_file, decode_json, decode_python
+from lumrec.data.sources.lines import (
+    is_missing,
+    number_checks,
+    raw_of_bad_rows,
+    scan_fields,
+    whole_number,
+    wrong_number_of_fields,
+)
+from lumrec.data.sources.published import Place, find_folder, label_in_use, positive_number, resolve
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds
+
+if TYPE_CHECKING:
+    from lumrec.data.prepare import DataConfig
+
+SEQUENCES = "amazon-5core-sequences"
+POSITIVE = LabelConfig(column="rating", at_least=4.0)
+START_S = 946_684_800  # 2000-01-01 UTC: where the clock of every user of the sequences begins
+PRICE = r"^\s*\$?\s*(\d[\d,]*(?:\.\d+)?)\s*$"
+# Counts in S. Zhou et al., S3-Rec, CIKM 2020, table 1.
+EXPECTED = {(SEQUENCES, "Beauty"): {"events_read": 198_502, "users": 22_363, "items_with_events": 12_101}}
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release. ratings, meta: names of a category's files, first choice first. rating_fields, meta_fields: their
+    names for our columns. unit: of the times. decode_meta: how a line of the metadata is read.
+    """
+
+    page: str
+    ratings: Tuple[str, ...]
+    meta: Tuple[str, ...]
+    rating_fields: Dict[str, str]
+    meta_fields: Dict[str, str]
+    unit: str
+    decode_meta: Decode
+
+
+RELEASES = {
+    "amazon-2014": Release(
+        page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
+        ratings=("ratings_{}.csv", "ratings_{}.csv.gz"),
+        meta=("meta_{}.json.gz", "meta_{}.json"),
+        rating_fields={},
+        meta_fields={
+            "item_id": "asin",
+            "title": "title",
+            "brand": "brand",
+            "price": "price",
+            "categories": "categories",
+        },
+        unit="s",
+        decode_meta=decode_python,
+    ),
+    "amazon-2018": Release(
+        page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+        ratings=("{}.json.gz", "{}.json", "{}_5.json.gz", "{}_5.json"),
+        meta=("meta_{}.json.gz", "meta_{}.json"),
+        rating_fields={"user_id": "reviewerID", "item_id": "asin", "rating": "overall", "timestamp": "unixReviewTime"},
+        meta_fields={"item_id": "asin", "title": "title", "brand": "brand", "price": "price", "categories": "category"},
+        unit="s",
+        decode_meta=decode_json,
+    ),
+    "amazon-2023": Release(
+        page="https://amazon-reviews-2023.github.io/",
+        ratings=("{}.jsonl.gz", "{}.jsonl"),
+        meta=("meta_{}.jsonl.gz", "meta_{}.jsonl"),
+        rating_fields={"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp"},
+        meta_fields={
+            "item_id": "parent_asin",
+            "title": "title",
+            "brand": "store",
+            "price": "price",
+            "categories": "categories",
+        },
+        unit="ms",
+        decode_meta=decode_json,
+    ),
+}
+
+_REVIEWS = SchemaConfig(
+    tables={"item_id": TableConfig(32), "categories": TableConfig(16)},
+    features={
+        "item_id": FeatureConfig("item"),
+        "categories": FeatureConfig("item", kind="multi"),
+        "brand": FeatureConfig("item"),
+        "price": FeatureConfig("item", kind="dense", scale="log"),
+        "feedback": FeatureConfig("condition", wish=True),
+        "main_category": FeatureConfig("condition", table="categories"),
+        "rating": FeatureConfig("feedback"),
+        "weekday": FeatureConfig("context"),
+    },
+)
+DEFAULT_SCHEMAS = {
+    **{name: _REVIEWS for name in RELEASES},
+    SEQUENCES: SchemaConfig(
+        tables={"item_id": TableConfig(32), "attributes": TableConfig(16)},
+        features={
+            "item_id": FeatureConfig("item"),
+            "attributes": FeatureConfig("item", kind="multi"),
+            "attribute": FeatureConfig("condition", table="attributes"),
+        },
+    ),
+}
+
+
+def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
+    """The raw log of one category; JSON is decoded into Parquet in `scratch` first. `seed` is not used.
+
+    Raises DataSetMissing where the category's files are not found (naming the categories that are), ValueError for a
+    missing data.category and for a label that is not made of the rating.
+    """
+    if data.source == SEQUENCES:
+        return _read_sequences(data)
+    release = RELEASES[data.source]
+    label = label_in_use(data.label, POSITIVE, columns=["rating"], source=data.source)
+    folder, found = _find(data, (data.source,), release.page, release.ratings)
+    path = _first(folder, release.ratings, data.category)
+    meta = _first(folder, release.meta, data.category.removesuffix("_5"))
+    assert path is not None
+    if release.rating_fields:
+        rows = _decoded(path, release.rating_fields, scratch / "ratings", decode_json)
+        wrong = (~pl.col("decoded"), "not a JSON object as published")
+    else:
+        rows = scan_fields(path, ["user_id", "item_id", "rating", "timestamp"])
+        wrong = wrong_number_of_fields()
+    events = _ratings(rows, wrong, label, release.unit)
+    items = None
+    if meta is not None:
+        items = _catalogue(_decoded(meta, release.meta_fields, scratch / "meta", release.decode_meta))
+    return _raw_log(data, events, items, [path, *([meta] if meta else [])], f"{path.name} from {folder} ({found})")
+
+
+def _raw_log(
+    data: DataConfig, events: pl.LazyFrame, items: Optional[pl.LazyFrame], files: List[Path], note: str
+) -> RawLog:
+    """The log, with the main category (or attribute) of each event's item, and the items that the catalogue lacks."""
+    many, main = ("attributes", "attribute") if data.source == SEQUENCES else ("categories", "main_category")
+    if items is None:
+        # Columns of nothing, so that the default schema can be read: it then knows the items by their ids alone.
+        nothing = [pl.lit([], dtype=pl.List(pl.String)).alias(many), pl.lit(None, pl.String).alias(main)]
+        if data.source != SEQUENCES:
+            nothing += [pl.lit(None, pl.String).alias("brand"), pl.lit(None, pl.Float64).alias("price")]
+        events = events.with_columns(nothing)
+        note += f"; NO METADATA beside it: items have no {many} or other feature but their id"
+    else:
+        known = items.filter(pl.col("reason").is_null()).unique("item_id", keep="first", maintain_order=True)
+        events = events.join(known.select("item_id", main), on="item_id", how="left")
+        used = events.filter(pl.col("reason").is_null()).select("item_id").unique()
+        lacking = used.join(known, on="item_id", how="anti").sort("item_id")
+        items = pl.concat([items, lacking], how="diagonal").with_columns(pl.col(many).fill_null([]))
+    expected = None if data.allow_other_files else EXPECTED.get((data.source, data.category))
+    return RawLog(
+        events=events,
+        items=items,
+        users=None,
+        files=files,
+        note=f"Amazon {data.category}: {note}",
+        known_after=() if data.source == SEQUENCES else ("rating",),
+        absolute_time=data.source != SEQUENCES,
+        extra={"expected": expected} if expected else {},
+    )
+
+
+def _find(data: DataConfig, folders: Tuple[str, ...], page: str, names: Tuple[str, ...]) -> Tuple[Path, str]:
+    """The folder that holds the category's ratings, and how it was found."""
+    there = find_folder(data.path, folders)
+    categories = _categories(there[0], names) if there else []
+    listed = f"; {there[0]} holds: {', '.join(categories)}" if there and categories else ""
+    if not data.category:
+        raise ValueError(f"data.category is not given; {data.source} is read by category (Books, Beauty, …){listed}")
+
+    def missing(folder: Path) -> List[str]:
+        return [] if _first(folder, names, data.category) else [names[0].format(data.category) + listed]
+
+    place = Place(
+        f"{data.source}, category {data.category}", folders, (names[0].format(data.category),), page, missing=missing
+    )
+    return resolve(place, data.path)
+
+
+def _categories(folder: Path, names: Tuple[str, ...]) -> List[str]:
+    """Categories whose ratings are in the folder."""
+    patterns = [re.compile(re.escape(name).replace(r"\{\}", r"(?!meta_)(.+)") + "$") for name in names]
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted({found[1] for file in files for pattern in patterns if (found := pattern.match(file))})
+
+
+def _first(folder: Path, names: Tuple[str, ...], category: str) -> Optional[Path]:
+    paths = [folder / name.format(category) for name in names]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _decoded(path: Path, fields: Dict[str, str], into: Path, decode: Decode) -> pl.LazyFrame:
+    """Lines of objects with our names for their fields; `categories` is a list, everything else text."""
+    kinds = {theirs: pl.List(pl.String) if ours == "categories" else pl.String() for ours, theirs in fields.items()}
+    return decode_file(path, kinds, into, decode).rename({theirs: ours for ours, theirs in fields.items()})
+
+
+def _ratings(rows: pl.LazyFrame, wrong: Tuple[pl.Expr, str], label: LabelConfig, unit: str) -> pl.LazyFrame:
+    """Events of rows of text: user_id, item_id, rating, timestamp, raw."""
+    stars = pl.col("rating").cast(pl.Float64, strict=False)
+    checks = [
+        wrong,
+        *((is_missing(name), f"{name} is missing") for name in ("user_id", "item_id", "rating")),
+        (stars.is_null(), "rating is not a number"),
+        (~stars.is_in([1.0, 2.0, 3.0, 4.0, 5.0]), "rating outside 1..5"),
+        *number_checks("timestamp"),
+    ]
+    text = stars.cast(pl.Int8, strict=False).cast(pl.String)
+    read = pl.struct("user_id", "item_id", "rating", "timestamp").struct.json_encode()
+    return rows.select(
+        "user_id",
+        "item_id",
+        "order",
+        microseconds(whole_number("timestamp"), unit).alias("time_us"),
+        positive_number(stars, text, label).alias("label"),
+        text.alias("rating"),
+        first_reason(*checks).alias("reason"),
+        pl.coalesce("raw", read).alias("raw"),
+    )
+
+
+def _catalogue(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Items of decoded metadata. main_category: the one below the root ("Books"), where there is one."""
+    categories = pl.col("categories").list.eval(pl.element().str.strip_chars())
+    categories = categories.list.eval(pl.element().filter(pl.element() != "")).list.unique(maintain_order=True)
+    checks = ((~pl.col("decoded"), "not an object as published"), (is_missing("item_id"), "item_id is missing"))
+    brand = pl.col("brand").str.strip_chars()
+    return rows.select(
+        "item_id",
+        "order",
+        pl.col("title").str.strip_chars(),
+        pl.when(brand != "").then(brand).alias("brand"),
+        pl.col("price").str.extract(PRICE).str.replace_all(",", "").cast(pl.Float64, strict=False).alias("price"),
+        categories.fill_null([]).alias("categories"),
+        pl.coalesce(categories.list.get(1, null_on_oob=True), categories.list.first()).alias("main_category"),
+        first_reason(*checks).alias("reason"),
+        "raw",
+    ).with_columns(raw_of_bad_rows())
+
+
+def _read_sequences(data: DataConfig) -> RawLog:
+    if data.label != LabelConfig():
+        raise ValueError(f"data.label: {SEQUENCES} has no rating, every event is positive; leave data.label out")
+    names = ("{}.seq_gap.txt",)
+    folders = (f"amazon-{data.category.lower()}-5core", SEQUENCES) if data.category else (SEQUENCES,)
+    page = f"{RELEASES['amazon-2014'].page} (the 5-core there, made into sequences)"
+    folder, found = _find(data, folders, page, names)
+    path = folder / names[0].format(data.category)
+    attributes = folder / f"{data.category}_item2attributes.json"
+    items = _attributes(attributes) if attributes.is_file() else None
+    files = [path, *([attributes] if items is not None else [])]
+    return _raw_log(data, _sequences(path), items, files, f"{path.name} from {folder} ({found})")
+
+
+def _sequences(path: Path) -> pl.LazyFrame:
+    """One row for each item of each line, one for each line that cannot be used."""
+    numbers = r"^\d+( \d+)*$"
+    listed, gaps = (
+        pl.col(name).str.split(" ").list.eval(pl.element().cast(pl.Int64, strict=False)) for name in ("items", "gaps")
+    )
+    user, items = listed.list.first(), listed.list.slice(1)
+    checks = (
+        wrong_number_of_fields(),
+        (~(pl.col("items").str.contains(numbers) & pl.col("gaps").str.contains(numbers)), "not whole numbers"),
+        (items.list.len() != gaps.list.len(), "not as many times as items"),
+    )
+    usable = pl.col("reason").is_null()
+    lines = (
+        scan_fields(path, ["items", "gaps"], separator="\t")
+        .with_columns(first_reason(*checks).alias("reason"))
+        .select(
+            pl.when(usable).then(user).alias("user_id"),
+            pl.when(usable).then(items).alias("item_id"),
+            pl.when(usable).then(gaps.list.eval(pl.element().cum_sum())).alias("after_s"),
+            "reason",
+            raw_of_bad_rows(),
+        )
+    )
+    read = pl.concat_str("user_id", "item_id", "after_s", separator=" ")
+    return (
+        lines.explode("item_id", "after_s")
+        .with_row_index("order")
+        .select(
+            "user_id",
+            "item_id",
+            pl.col("order").cast(pl.Int64),
+            microseconds(START_S + pl.col("after_s"), "s").alias("time_us"),
+            pl.lit(1.0, pl.Float32).alias("label"),
+            "reason",
+            pl.coalesce("raw", read).alias("raw"),
+        )
+    )
+
+
+def _attributes(path: Path) -> pl.LazyFrame:
+    """Items of a file item → attributes, in its order. Raises ValueError where it is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+        columns = {
+            "item_id": [int(item) for item in content],
+            "attributes": [list(map(str, of)) for of in content.values()],
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected one JSON object, item → list of attributes; {error}") from error
+    items = pl.LazyFrame(columns, schema={"item_id": pl.Int64, "attributes": pl.List(pl.String)})
+    return items.with_columns(
+        pl.col("attributes").list.first().alias("attribute"), pl.lit(None, pl.String).alias("reason")
+    )

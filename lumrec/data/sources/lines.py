@@ -1,0 +1,117 @@
+"""Lines of text as rows: every line with its number and its fields, so that none is lost, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import BinaryIO, List, Sequence, Tuple, Union, cast
+
+import polars as pl
+
+_NEVER = "\x01"  # in no file that means well: it makes the CSV reader hand over whole lines
+NO_VALUE = ("", "null", "NULL", "NaN", "nan", "None", r"\N")
+
+
+def scan_lines(
+    source: Union[Path, bytes], *, encoding: str = "utf8", skip_lines: int = 0, first: int = 0
+) -> pl.LazyFrame:
+    """Each line of a file (a .gz file too) or of bytes as `raw`, and its number as `order` (i64), counted from `first`.
+
+    encoding: utf8, read as a stream, what is not UTF-8 replaced; or latin-1, decoded in memory, for small files. Of a
+    line with the control character \\x01 in it only what stands before is read, and the character itself.
+    """
+    if encoding == "latin-1":
+        source = (source if isinstance(source, bytes) else source.read_bytes()).decode("latin-1").encode()
+    frame = pl.scan_csv(
+        source,
+        separator=_NEVER,
+        has_header=False,
+        skip_lines=skip_lines,
+        quote_char=None,
+        schema={"raw": pl.String, "rest": pl.String},
+        encoding="utf8-lossy",
+        truncate_ragged_lines=True,
+        missing_columns="insert",
+        raise_if_empty=False,
+        row_index_name="order",
+        row_index_offset=first,
+    )
+    raw = pl.col("raw").fill_null("").str.strip_chars_end("\r")
+    raw = pl.when(pl.col("rest").is_null()).then(raw).otherwise(raw + _NEVER)
+    return frame.select(raw.alias("raw"), pl.col("order").cast(pl.Int64))
+
+
+def scan_fields(
+    path: Path,
+    fields: Sequence[str],
+    *,
+    separator: str = ",",
+    encoding: str = "utf8",
+    skip_lines: int = 0,
+    first: int = 0,
+) -> pl.LazyFrame:
+    """`scan_lines`, and the fields of each line by name as text; `whole` tells where their number is right.
+
+    No quotes: what stands between two separators is a field.
+    """
+    names = [*fields, "_more"]
+    parts = pl.col("raw").str.splitn(separator, len(names)).struct.rename_fields(names)
+    return (
+        scan_lines(path, encoding=encoding, skip_lines=skip_lines, first=first)
+        .with_columns(parts.alias("_parts"))
+        .unnest("_parts")
+        .with_columns((pl.col(names[-2]).is_not_null() & pl.col("_more").is_null()).alias("whole"))
+        .drop("_more")
+    )
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The file, unpacked while it is read where its name ends in .gz."""
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+
+
+def read_header(path: Path, *, separator: str = ",") -> List[str]:
+    """Names in the first line of a text file (a .gz file too)."""
+    with open_bytes(path) as file:
+        line = file.readline().decode("utf-8", "replace").strip("\ufeff\r\n")
+    return [name.strip() for name in line.split(separator)]
+
+
+def check_header(path: Path, needed: Sequence[str]) -> List[str]:
+    """Names in the first line. Raises ValueError where one of those `needed` is not among them."""
+    names = read_header(path)
+    if missing := [name for name in needed if name not in names]:
+        raise ValueError(
+            f"{path}: the first line has no column {', '.join(missing)}; it reads {','.join(names)!r}, "
+            f"and a published file has {', '.join(needed)}"
+        )
+    return names
+
+
+def wrong_number_of_fields() -> Tuple[pl.Expr, str]:
+    """The check of `scan_fields` for `first_reason`."""
+    return ~pl.col("whole"), "wrong number of fields"
+
+
+def number_checks(*names: str) -> List[Tuple[pl.Expr, str]]:
+    """Checks for `first_reason`: each of the text columns `names` must hold a whole number."""
+    checks = []
+    for name in names:
+        checks.append((is_missing(name), f"{name} is missing"))
+        checks.append((whole_number(name).is_null(), f"{name} is not a whole number"))
+    return checks
+
+
+def is_missing(name: str) -> pl.Expr:
+    """Whether a text column holds nothing, or one of the words that stand for nothing."""
+    return pl.col(name).is_null() | pl.col(name).str.strip_chars().is_in(NO_VALUE)
+
+
+def whole_number(name: str) -> pl.Expr:
+    """A text column as i64, null where it is no whole number."""
+    return pl.col(name).cast(pl.Int64, strict=False)
+
+
+def raw_of_bad_rows() -> pl.Expr:
+    """`raw` where there is a `reason`, null elsewhere: a catalogue is held in memory, and its lines need not be."""
+    return pl.when(pl.col("reason").is_not_null()).then("raw").alias("raw")

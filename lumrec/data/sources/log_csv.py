@@ -1,0 +1,287 @@
+"""CSV as it is found: put into Parquet once, as a stream, so that every row is there with its number, good or bad.
+
+user_id,item_id,click      row 0: 3 fields              reason null
+u1,i1,1                    row 1: too few fields        reason, and the line as it stands
+u1,i2                      row 2: bytes that are no text in the encoding given: reason, the bytes as \ufffd
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Sequence, Set, Tuple, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from lumrec.data.sources.log_files import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique, undecodable
+
+if TYPE_CHECKING:
+    from lumrec.data.sources.log import LogConfig
+
+BLOCK_BYTES = 8 << 20  # read and parsed at once: bounds the memory, and the length of a row
+MAX_BREAKS = 100  # in one field: with more, a quote was left open and swallows the rest of the file
+MAX_BAD_ROWS = 200_000  # one after the other: then the separator or the header is wrong
+EMPTY_LINE, HEADER_AGAIN = "empty line", "the header again"
+LINE_BREAK = "line break within a field (a quote that is not closed?)"
+
+
+class Utf8Stream(io.RawIOBase):
+    """Bytes of a file in any encoding as UTF-8, with UNDECODABLE in place of what is no text.
+
+    seen: which of the texts `watch` have gone by.
+    """
+
+    def __init__(self, source: BinaryIO, encoding: str, watch: Sequence[str] = ()):
+        self._source, self._left, self._watch = source, b"", watch
+        self._decoder = codecs.getincrementaldecoder(encoding)(MARK_ERRORS)
+        self.seen: Set[str] = set()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, fewer at the end alone."""
+        assert size >= 0
+        while len(self._left) < size:
+            chunk = self._source.read(size)
+            text = self._decoder.decode(chunk, not chunk)
+            self.seen.update(word for word in self._watch if word not in self.seen and word in text)
+            self._left += text.encode()
+            if not chunk:
+                break
+        out, self._left = self._left[:size], self._left[size:]
+        return out
+
+    def readinto(self, buffer: Any) -> int:
+        """As `read`, into a buffer; the number of bytes, 0 at the end."""
+        out = self.read(len(buffer))
+        buffer[: len(out)] = out
+        return len(out)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> List[Part]:
+    """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
+
+    All headers are read first. Raises ValueError, which names the file, for one that is empty, cut or no CSV, for a
+    header with a name twice, and for a quote that is never closed.
+    """
+    _check_settings(config)
+    headers = [_header(file, config) for file in files]
+    parts: List[Part] = []
+    for number, (file, header) in enumerate(zip(files, headers)):
+        first = sum(part.num_rows for part in parts)
+        parts.append(_convert(file, header, scratch / f"{name}-{number:05d}.parquet", config, first))
+    return parts
+
+
+def _check_settings(config: LogConfig) -> None:
+    for key, value, lengths in (("separator", config.separator, (1,)), ("quote", config.quote, (0, 1))):
+        if len(value.encode()) not in lengths:
+            raise ValueError(
+                f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}"
+            )
+    try:
+        codecs.lookup(config.encoding)
+    except LookupError:
+        raise ValueError(
+            f"data.log.encoding: got {config.encoding!r}, expected the name of an encoding, such as utf8, latin-1, gbk"
+        ) from None
+
+
+def separator(file: Path, config: LogConfig) -> str:
+    """Between the fields of this file: a tab in a .tsv, else the config's."""
+    return "\t" if ".tsv" in file.suffixes else config.separator
+
+
+def _open(file: Path, config: LogConfig) -> Utf8Stream:
+    """The file as UTF-8. Raises ValueError where its first bytes are those of another format."""
+    packed = file.suffix == ".gz"
+    with open(file, "rb") as start:
+        magic = start.read(4)
+    for first, what, mend in (
+        (b"PAR1", "a Parquet file", "end its name in .parquet"),
+        (b"\x1f\x8b", "a gzip file", "end its name in .gz"),
+        (b"PK\x03\x04", "a zip file (or a spreadsheet)", "unpack it, or save it as CSV"),
+    ):
+        if magic.startswith(first) and not (packed and what == "a gzip file"):
+            raise ValueError(f"{file} is {what}, not CSV; {mend}")
+    source = pa.OSFile(str(file))
+    is_utf8 = codecs.lookup(config.encoding).name == "utf-8"
+    return Utf8Stream(
+        cast(BinaryIO, pa.CompressedInputStream(source, "gzip") if packed else source),
+        "utf-8-sig" if is_utf8 else config.encoding,  # a byte order mark is no part of the first name
+        [UNDECODABLE, *([config.quote] if config.quote else [])],
+    )
+
+
+def _header(file: Path, config: LogConfig) -> List[str]:
+    """The fields of the first line, as they stand. Raises ValueError where there are none, or two of one name."""
+    quoting: Any = {"quotechar": config.quote} if config.quote else {"quoting": csv.QUOTE_NONE}
+    try:
+        with io.TextIOWrapper(io.BufferedReader(_open(file, config)), encoding="utf-8", newline="") as text:
+            fields = next(csv.reader(text, delimiter=separator(file, config), **quoting), None)
+    except (OSError, csv.Error) as error:
+        raise _damaged(file, error) from None
+    if not fields:
+        raise ValueError(f"{file} is empty; expected a first line with the names of the columns")
+    check_unique(_names(fields), file)
+    return fields
+
+
+def _names(header: Sequence[str]) -> List[str]:
+    """Names of the columns: blanks around them removed; one without a name is called by its place."""
+    return [field.strip() or f"column_{place}" for place, field in enumerate(header, 1)]
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
+
+
+class _BadRows:
+    """Rows with another number of fields than the header: what pyarrow's reader hands over while it parses a block."""
+
+    def __init__(self) -> None:
+        self.rows: List[pacsv.InvalidRow] = []
+        self.places = np.zeros(0, np.int64)  # of those taken so far: good rows of the file before each of them
+        self.too_many = False
+
+    def add(self, row: pacsv.InvalidRow) -> str:
+        """Called by pyarrow, where an exception would be lost: what is wrong is told by `take`."""
+        self.rows.append(row)
+        self.too_many = self.too_many or len(self.rows) > MAX_BAD_ROWS
+        return "error" if self.too_many else "skip"
+
+    def take(self, file: Path) -> Dict[str, list]:
+        """ROW (in the file), REASON, RAW of the rows since the last call. Raises ValueError for an open quote."""
+        rows, self.rows = self.rows, []
+        for row in rows:
+            if row.text.count("\n") > MAX_BREAKS:
+                raise _open_quote(file, row.number)
+        numbers = np.array([row.number for row in rows], np.int64) - 2  # pyarrow counts from 1, the header too
+        before = len(self.places) + np.arange(len(rows))
+        self.places = np.concatenate([self.places, numbers - before])
+        return {
+            ROW: list(numbers),
+            REASON: [f"{row.actual_columns} fields, expected {row.expected_columns}" for row in rows],
+            RAW: [row.text for row in rows],
+        }
+
+    def numbers_of_good(self, first: int, num_rows: int) -> np.ndarray:
+        """Row in the file of each of the good rows first … first + num_rows - 1 (int64)."""
+        good = np.arange(first, first + num_rows)
+        return good + np.searchsorted(self.places, good, side="right")
+
+
+def _open_quote(file: Path, line: int) -> ValueError:
+    return ValueError(
+        f"{file}: a quote that opens in or near line {line} is not closed within {MAX_BREAKS} lines. Where quotes are plain "
+        "characters in this file, set data.log.quote=''; where fields hold that many lines, data.log.line_breaks=true"
+    )
+
+
+def _convert(file: Path, header: Sequence[str], target: Path, config: LogConfig, first_row: int) -> Part:
+    """Writes `target`; every row of the CSV file is in it, numbered from `first_row`."""
+    names, bad_rows, num_good, num_bad = _names(header), _BadRows(), 0, 0
+    schema = pa.schema(
+        [*((name, pa.string()) for name in names), (ROW, pa.int64()), (REASON, pa.string()), (RAW, pa.string())]
+    )
+    stream = _open(file, config)
+    try:
+        with pq.ParquetWriter(
+            target, schema, compression="lz4", use_dictionary=False, write_statistics=False
+        ) as writer:
+
+            def write_bad() -> int:
+                taken = bad_rows.take(file)
+                taken[ROW] = [row + first_row for row in taken[ROW]]
+                nothing = {name: pa.nulls(len(taken[ROW]), pa.string()) for name in names}
+                writer.write_table(pa.table({**nothing, **taken}, schema=schema))
+                return len(taken[ROW])
+
+            for batch in _batches(stream, file, header, config, bad_rows):
+                num_bad += write_bad() if bad_rows.rows else 0
+                rows = bad_rows.numbers_of_good(num_good, batch.num_rows)
+                reason = _reasons(batch, header, file, config, stream.seen, rows)
+                added = [pa.array(first_row + rows), reason, pa.nulls(batch.num_rows, pa.string())]
+                writer.write_batch(pa.RecordBatch.from_arrays([*batch.columns, *added], schema=schema))
+                num_good += batch.num_rows
+            num_bad += write_bad() if bad_rows.rows else 0
+    except pa.ArrowInvalid as error:
+        if bad_rows.too_many:
+            row = bad_rows.rows[0]
+            raise ValueError(
+                f"{file}: over {MAX_BAD_ROWS:,} rows in a row have another number of fields than the header "
+                f"({row.actual_columns}, expected {row.expected_columns}), the first of them: {row.text[:200]!r}. Is "
+                "data.log.separator right, and does the first line name every column?"
+            ) from None
+        if "straddling" in str(error) or "out of sync" in str(error):
+            raise _open_quote(file, num_good + num_bad + 2) from None
+        raise _damaged(file, error) from None
+    except OSError as error:
+        raise _damaged(file, error) from None
+    kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
+    return Part(file, target, pl.Schema(kinds), num_good + num_bad)
+
+
+def _batches(
+    stream: Utf8Stream, file: Path, header: Sequence[str], config: LogConfig, bad_rows: _BadRows
+) -> Iterator[pa.RecordBatch]:
+    """The good rows of a file, every field as text, in order."""
+    yield from pacsv.open_csv(
+        pa.PythonFile(stream, mode="r"),
+        read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        parse_options=pacsv.ParseOptions(
+            delimiter=separator(file, config),
+            quote_char=config.quote or False,
+            newlines_in_values=True,
+            ignore_empty_lines=False,  # they count as rows, or numbers would be off
+            invalid_row_handler=bad_rows.add,
+        ),
+        convert_options=pacsv.ConvertOptions(check_utf8=False, column_types=dict.fromkeys(header, pa.string())),
+    )
+
+
+def _reasons(
+    batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: Set[str], rows: np.ndarray
+) -> pa.Array:
+    """Why each row cannot be used (text, null where it seems sound). Raises ValueError for an open quote.
+
+    rows: numbers of the rows in the file, for that message.
+    """
+    empty = _all_equal(batch, [""] * len(header)) if len(header) > 1 else None
+    found: List[Tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
+    for name, column in zip(_names(header), batch.columns):
+        if UNDECODABLE in seen:
+            found.append((pc.match_substring(column, UNDECODABLE), undecodable(name, config.encoding)))
+        if config.quote in seen and not config.line_breaks:
+            breaks = pc.match_substring_regex(column, "[\r\n]")
+            found.append((breaks, LINE_BREAK))
+            if pc.any(breaks).as_py() and pc.max(pc.count_substring(column, "\n")).as_py() > MAX_BREAKS:
+                raise _open_quote(file, int(rows[pc.index(breaks, True).as_py()]) + 2)
+    reason = pa.nulls(batch.num_rows, pa.string())
+    for mask, text in reversed(found):
+        if mask is not None and pc.any(mask).as_py():
+            reason = pc.if_else(mask, text, reason)
+    return reason
+
+
+def _all_equal(batch: pa.RecordBatch, fields: Sequence[str]) -> Any:
+    """Mask of the rows that hold just these fields; None where there is none."""
+    mask = pc.equal(batch.column(0), fields[0])
+    for column, field in zip(batch.columns[1:], fields[1:]):
+        if not pc.any(mask).as_py():
+            return None
+        mask = pc.and_(mask, pc.equal(column, field))
+    return mask

@@ -1,0 +1,324 @@
+"""The files of a log of one's own as tables: what is there, whether it fits together, each row by its number."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import glob
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Sequence, Tuple
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumrec.data.sources.raw_log import DataSetMissing, first_reason
+
+if TYPE_CHECKING:
+    from lumrec.data.sources.log import LogConfig
+
+# Columns that are added to a table; the prefix keeps them apart from any that a file has.
+ROW, REASON, RAW = "lumrec.row", "lumrec.reason", "lumrec.raw"
+FORMATS = {
+    ".parquet": "Parquet",
+    ".pq": "Parquet",
+    ".csv": "CSV",
+    ".csv.gz": "CSV",
+    ".tsv": "TSV",
+    ".tsv.gz": "TSV",
+}
+UNDECODABLE = "\ufdd0"  # stands for bytes that are no text in the encoding given; Unicode keeps it free for such a use
+MARK_ERRORS = "lumrec.undecodable"  # name of the error handler that puts it there
+MAX_ROWS = 2**32 - 2  # polars counts rows in 32 bits
+
+codecs.register_error(MARK_ERRORS, lambda error: (UNDECODABLE, error.end))  # type: ignore[attr-defined]
+
+
+class Part(NamedTuple):
+    """One file of a table, ready to be scanned: the file named by the user, the Parquet file to read, types, rows."""
+
+    file: Path
+    parquet: Path
+    schema: pl.Schema
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """All files of one kind (events, items or users) as one frame.
+
+    frame: the columns of the files, text as text and missing values as null, and ROW (i64, number of the row over all
+    files in order of their names, from 0; header lines are no rows), REASON (why the row cannot be used, null where
+    nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. is_text: the
+    files are CSV or TSV, so that every type is text.
+    """
+
+    name: str
+    format: str
+    files: List[Path]
+    frame: pl.LazyFrame
+    schema: pl.Schema
+    origin: Dict[str, Path]
+    num_rows: int
+
+    @property
+    def is_text(self) -> bool:
+        return self.format != "Parquet"
+
+    def require(self, column: str, key: str) -> None:
+        """Raises ValueError, which names the nearest column, where the table has no such column; `key` asked for it."""
+        if column in self.schema:
+            return
+        message = (
+            f"{key}: {self.files[0]} has no column {column!r}{nearest(column, list(self.schema))}; it has: "
+            f"{', '.join(self.schema)}"
+        )
+        if self.is_text and any(map(is_number, self.schema)):
+            message += ". That looks like data: the first line of each file must name the columns"
+        elif self.is_text and len(self.schema) == 1:
+            message += f". That is a single column: is data.log.separator right for {next(iter(self.schema))!r}?"
+        raise ValueError(message)
+
+    def __str__(self) -> str:
+        number = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else str(self.files[0].name)
+        return f"{self.name} {number} ({self.num_rows:,} rows)"
+
+
+def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: Path) -> Table:
+    """The table of the files that `patterns` lead to; CSV is put into Parquet files in `scratch` first.
+
+    Every header and every Parquet footer is read before anything else. Raises DataSetMissing and ValueError, see
+    `lumrec.data.sources.log.read`.
+    """
+    files = find_files(patterns, f"data.log.{name}")
+    format = _one_format(files, f"data.log.{name}")
+    if format == "Parquet":
+        parts = [_parquet_part(file) for file in files]
+    else:
+        from lumrec.data.sources.log_csv import to_parquet  # here: it reads the names above
+
+        parts = to_parquet(files, name, config, scratch)
+    for part in parts:
+        if part.num_rows == 0:
+            raise ValueError(f"{part.file} holds no row; leave it out of data.log.{name}, or write it again")
+    num_rows = sum(part.num_rows for part in parts)
+    if num_rows > MAX_ROWS:
+        raise ValueError(
+            f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
+        )
+    schema, origin = _common_schema(parts)
+    frame = _scan(parts, schema)
+    if format == "Parquet":
+        frame, schema = _parquet_columns(frame, schema)
+    else:
+        frame, schema = _text_columns(frame, schema, "\t" if format == "TSV" else config.separator, config.missing)
+    return Table(name, format, files, frame, schema, origin, num_rows)
+
+
+def find_files(patterns: Sequence[str], key: str) -> List[Path]:
+    """The files that names, folders and globs lead to, in order of their names, each once.
+
+    In a folder (and the folders in it) files whose names begin with _ or . are passed over: job markers and checksums.
+    Raises DataSetMissing where a pattern leads to no file.
+    """
+    found: Dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+        if not files:
+            what = "is an empty folder" if path.is_dir() else "leads to no file"
+            beside = sorted(str(file) for file in path.parent.iterdir()) if path.parent.is_dir() else []
+            raise DataSetMissing(f"{key}: {pattern!r} {what} (from {Path.cwd()}){nearest(str(path), beside)}")
+        found |= dict.fromkeys(files)
+    return sorted(found, key=str)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The nearest of the names, as a question in brackets; "" where none is near."""
+    lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
+
+
+def is_number(text: str) -> bool:
+    """Whether a name is a number in digits, as in a file without a header."""
+    return text.lstrip("-").replace(".", "", 1).isdecimal()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part[0] in "._" for part in path.parts)
+
+
+def _one_format(files: Sequence[Path], key: str) -> str:
+    """The format of all files, by their names. Raises ValueError for an unknown one, and for several."""
+    first: Dict[str, Path] = {}
+    for file in files:
+        suffix = "".join(file.suffixes[-2:]).lower() if file.suffix == ".gz" else file.suffix.lower()
+        if suffix not in FORMATS:
+            raise ValueError(
+                f"{key}: {file} is of no format that can be read; expected a name that ends in {', '.join(FORMATS)}. "
+                "Where other files lie among those of the log, name these by a glob, such as log/*.parquet"
+            )
+        first.setdefault(FORMATS[suffix], file)
+    if len(first) > 1:
+        (one, file), (other, other_file) = list(first.items())[:2]
+        raise ValueError(
+            f"{key}: files of several formats: {file} is {one}, {other_file} is {other}; expected one format"
+        )
+    return next(iter(first))
+
+
+def _parquet_part(file: Path) -> Part:
+    """Types and rows from the footer. Raises ValueError for a file that is cut or damaged, or names a column twice."""
+    try:
+        metadata = pq.read_metadata(file)
+        names = metadata.schema.to_arrow_schema().names
+        check_unique(names, file)
+        schema = pl.read_parquet_schema(file)
+    except (pa.ArrowInvalid, OSError, pl.exceptions.PolarsError) as error:
+        raise ValueError(
+            f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
+            f"({str(error).splitlines()[0]}). Copy or write it again"
+        ) from None
+    return Part(file, file, pl.Schema(schema), metadata.num_rows)
+
+
+def check_unique(names: Sequence[str], file: Path) -> None:
+    """Raises ValueError where a column name occurs twice."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{file}: column {twice[0]!r} occurs {list(names).count(twice[0])} times; names must be unique"
+        )
+
+
+def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
+    """Every column of any file, with a type that holds what each file has, and a file that made it that type.
+
+    Raises ValueError, which names two files, where a column is of different kinds (text and numbers, say). A column
+    that a file lacks is missing for all its rows.
+    """
+    common: Dict[str, pl.DataType] = {}
+    origin: Dict[str, Path] = {}
+    for part in parts:
+        for name, kind in part.schema.items():
+            if name == ROW:
+                continue
+            if name not in common or common[name] == pl.Null:
+                common[name], origin[name] = kind, part.file
+                continue
+            wider = wider_type(common[name], kind)
+            if wider is None:
+                raise ValueError(
+                    f"column {name!r} is {common[name]} in {origin[name]}, and {kind} in {part.file}; expected one "
+                    "kind of values in all files. Write one of them again, or leave it out"
+                )
+            if wider != common[name]:
+                common[name], origin[name] = wider, part.file
+    return pl.Schema(common), origin
+
+
+def wider_type(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
+    """The type that holds the values of both without loss of meaning; None where they are of different kinds."""
+    if one == other or other == pl.Null:
+        return one
+    if one == pl.Null:
+        return other
+    if one.is_integer() and other.is_integer():
+        unsigned = pl.UInt64 in (one, other) and not (one.is_signed_integer() or other.is_signed_integer())
+        return pl.UInt64() if unsigned else (None if pl.UInt64 in (one, other) else pl.Int64())
+    if one.is_numeric() and other.is_numeric():
+        return pl.Float64()
+    if _is_text(one) and _is_text(other):
+        return pl.Binary() if pl.Binary in (one, other) else pl.String()
+    if one.is_temporal() and other.is_temporal() and {type(one), type(other)} <= {pl.Date, pl.Datetime}:
+        zones = {getattr(kind, "time_zone", None) for kind in (one, other)}
+        return pl.Datetime("us", "UTC" if zones != {None} else None)
+    if isinstance(one, (pl.List, pl.Array)) and isinstance(other, (pl.List, pl.Array)):
+        inner = wider_type(one.inner, other.inner)  # type: ignore[arg-type]
+        return pl.List(inner) if inner is not None else None
+    return None
+
+
+def _is_text(kind: pl.DataType) -> bool:
+    return kind in (pl.String, pl.Binary, pl.Categorical) or isinstance(kind, pl.Enum)
+
+
+def _scan(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
+    """All rows of all files with the common types, and their numbers; files in a row that agree are one scan."""
+    frames, first = [], 0
+    for kinds, group in itertools.groupby(parts, key=lambda part: tuple(part.schema.items())):
+        same, own = list(group), dict(kinds)
+        numbered = {} if ROW in own else {"row_index_name": ROW, "row_index_offset": first}
+        files = [part.parquet for part in same]
+        frame = pl.scan_parquet(files, glob=False, hive_partitioning=False, **numbered)  # type: ignore[arg-type]
+        first += sum(part.num_rows for part in same)
+        columns = [_widened(name, own.get(name), kind) for name, kind in schema.items()]
+        frames.append(frame.select(pl.col(ROW).cast(pl.Int64), *columns))
+    return pl.concat(frames) if len(frames) > 1 else frames[0]
+
+
+def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr:
+    """A column of one file in the common type; null where the file lacks it."""
+    if own is None:
+        return pl.lit(None, common).alias(name)
+    column = pl.col(name)
+    if isinstance(own, pl.Datetime) and isinstance(common, pl.Datetime) and own.time_zone != common.time_zone:
+        zone = common.time_zone
+        column = column.dt.convert_time_zone(zone) if own.time_zone and zone else column.dt.replace_time_zone(zone)
+    elif own == pl.Date and isinstance(common, pl.Datetime):
+        return column.cast(pl.Datetime("us")).dt.replace_time_zone(common.time_zone).alias(name)
+    return column if own == common else column.cast(common)
+
+
+def _text_columns(
+    frame: pl.LazyFrame, schema: pl.Schema, separator: str, missing: Sequence[str]
+) -> Tuple[pl.LazyFrame, pl.Schema]:
+    """CSV: the row as read, and null for the texts that stand for no value."""
+    own = {name: kind for name, kind in schema.items() if name not in (REASON, RAW)}
+    fields = pl.concat_str([pl.col(name) for name in own], separator=separator, ignore_nulls=True)
+    as_read = pl.coalesce(RAW, fields).str.replace_all(UNDECODABLE, "\ufffd", literal=True)
+    values = [pl.when(~pl.col(name).str.strip_chars().is_in(missing)).then(name).alias(name) for name in own]
+    return frame.with_columns(as_read.alias(RAW), *values), pl.Schema(own)
+
+
+def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> Tuple[pl.LazyFrame, pl.Schema]:
+    """Parquet: bytes and categories as text, empty text as null, the row as JSON; what is no text is a reason."""
+    as_bytes = [name for name, kind in schema.items() if kind == pl.Binary]
+    own = pl.Schema({name: pl.String() if _is_text(kind) else kind for name, kind in schema.items()})
+    texts = [name for name, kind in own.items() if kind == pl.String]
+    frame = frame.with_columns(
+        decode(pl.col(name)) if name in as_bytes else pl.col(name).cast(pl.String) for name in texts
+    )
+    bad = first_reason(
+        *((pl.col(name).str.contains(UNDECODABLE, literal=True), undecodable(name, "utf8")) for name in as_bytes)
+    )
+    row = pl.struct([pl.col(name) for name in own]).struct.json_encode()
+    as_read = row.str.replace_all(UNDECODABLE, "\ufffd", literal=True)
+    values = [pl.when(pl.col(name) != "").then(name).alias(name) for name in texts]
+    return frame.with_columns(bad.alias(REASON), as_read.alias(RAW), *values), own
+
+
+def undecodable(name: str, encoding: str) -> str:
+    """The reason for a row with bytes that are no text."""
+    return f"{name} is not {encoding} text"
+
+
+def decode(column: pl.Expr) -> pl.Expr:
+    """Bytes as text, UNDECODABLE in place of those that are not UTF-8."""
+    return column.map_batches(_decode, return_dtype=pl.String, is_elementwise=True)
+
+
+def _decode(column: pl.Series) -> pl.Series:
+    try:
+        return column.cast(pl.String)
+    except pl.exceptions.ComputeError:  # some are no text: the slow way, for this batch alone
+        texts = [None if value is None else value.decode("utf-8", MARK_ERRORS) for value in column]
+        return pl.Series(column.name, texts, pl.String)

@@ -1,0 +1,120 @@
+"""Where published data sets lie on this machine, how to get those that do not, and what their labels are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import polars as pl
+
+from lumrec.data.sources.download import Archive, fetch_archive
+from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, positive
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of one data set may lie, and where they come from.
+
+    title: its name for people. folders: names of its folder in $LUMREC_DATA and the cache; a download goes to the
+    first. files: what a folder must hold. missing: those of `files` that a folder lacks, where other names or formats
+    will do too. page: the publisher's, for people. archive: to be downloaded; None: the files are placed by hand.
+    """
+
+    title: str
+    folders: Tuple[str, ...]
+    files: Tuple[str, ...]
+    page: str
+    archive: Optional[Archive] = None
+    missing: Optional[Callable[[Path], List[str]]] = None
+
+    def lacks(self, folder: Path) -> List[str]:
+        """The files that are not there."""
+        if self.missing is not None:
+            return self.missing(folder)
+        return [name for name in self.files if not (folder / name).is_file()]
+
+    def by_hand(self) -> str:
+        """How to place the files without a download by lumrec."""
+        folder = self.folders[0]
+        get = (
+            f"Download {self.archive.url} (see {self.page}), unpack it," if self.archive else f"Get them at {self.page}"
+        )
+        return (
+            f"{get} and either set data.path to the folder that holds {', '.join(self.files)}, or put that folder at "
+            f"$LUMREC_DATA/{folder} or {cache_folder() / folder}.\nTo go on without it: data.source=simulator."
+        )
+
+
+def cache_folder() -> Path:
+    """Folder for data sets that were downloaded: $LUMREC_CACHE, else ~/.cache/lumrec."""
+    return Path(os.environ.get("LUMREC_CACHE") or Path.home() / ".cache" / "lumrec")
+
+
+def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
+    """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, else the cache, else a download.
+
+    Raises DataSetMissing where the folder found lacks files, or there is none and the publisher cannot be reached or
+    has no address for it; ValueError where the download has another checksum.
+    """
+    found = find_folder(path, place.folders)
+    if found is None and place.archive is not None:
+        target = cache_folder() / place.folders[0]
+        print(f"{place.title} is neither in LUMREC_DATA nor in {target}: downloading {place.archive.url}", flush=True)
+        found = fetch_archive(place.archive, target, files=place.files, by_hand=place.by_hand()), "download"
+    if found is None:
+        wanted = " or ".join(f"{root}/{name}" for root in ("$LUMREC_DATA", cache_folder()) for name in place.folders)
+        raise DataSetMissing(f"{place.title} not found: there is no {wanted}.\n{place.by_hand()}")
+    folder, origin = found
+    if missing := place.lacks(folder):
+        state = "exists but lacks" if folder.is_dir() else "does not exist; expected there:"
+        raise DataSetMissing(
+            f"{place.title} not found: the folder {folder} (from {origin}) {state} {', '.join(missing)}.\n"
+            f"{place.by_hand()}"
+        )
+    return folder, origin
+
+
+def find_folder(path: str, names: Sequence[str]) -> Optional[Tuple[Path, str]]:
+    """A data set's folder and how it was found; None where there is none.
+
+    It is `path` where that is given, whether it exists or not; else the first of `names` that is a folder in
+    $LUMREC_DATA, else in the cache.
+    """
+    if path:
+        return Path(path).expanduser(), "data.path"
+    root = os.environ.get("LUMREC_DATA", "")
+    for parent, origin in [*([(Path(root), "LUMREC_DATA")] if root else []), (cache_folder(), "cache")]:
+        for name in names:
+            if (parent / name).is_dir():
+                return parent / name, origin
+    return None
+
+
+def label_in_use(asked: LabelConfig, default: LabelConfig, *, columns: Sequence[str], source: str) -> LabelConfig:
+    """What counts as positive: what the config asks for, else what the source takes.
+
+    Raises ValueError for a column that is not among `columns`, those of the source that may be a label.
+    """
+    column = asked.column or default.column
+    if column not in columns:
+        raise ValueError(
+            f"data.label.column: got {column!r}; the columns of {source} that can be a label: {', '.join(columns)}"
+        )
+    if column == default.column and asked.at_least is None and not asked.values:
+        return default
+    return replace(asked, column=column)
+
+
+def positive_number(number: pl.Expr, text: pl.Expr, label: LabelConfig) -> pl.Expr:
+    """`positive` of a column that is there both as a number and as text: the text is read for label.values alone.
+
+    On a log of millions of rows that is twice as fast as reading texts.
+    """
+    if label.values:
+        return positive(text, label)
+    number = pl.when(number.cast(pl.Float64).is_finite()).then(number)
+    if label.at_least is not None:
+        return (number >= label.at_least).cast(pl.Float32)
+    return pl.when(number.is_in([0, 1])).then(number).cast(pl.Float32)

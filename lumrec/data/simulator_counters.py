@@ -54,7 +54,14 @@ def pair_runs(user_E: np.ndarray, item_E: np.ndarray, num_items: int) -> Runs:
 
 
 def user_counters(count_U: np.ndarray, click_E: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Impressions and clicks (u32) of the user before each event, for events in order of (user, time)."""
+    """Impressions and clicks (u32) of the user before each event, for events in order of (user, time).
+
+    Three events of one user and one of the next:
+
+    >>> impressions_E, clicks_E = user_counters(np.array([3, 1]), np.array([True, False, True, False]))
+    >>> impressions_E.tolist(), clicks_E.tolist()
+    ([0, 1, 2, 0], [0, 1, 1, 0])
+    """
     first_E = np.repeat(np.cumsum(count_U) - count_U, count_U)
     clicks_E = np.cumsum(click_E, dtype=np.int64) - click_E
     impressions_E = np.arange(len(click_E)) - first_E

@@ -324,6 +324,13 @@ def test_any_small_config_makes_a_log(tmp_path_factory: pytest.TempPathFactory, 
     assert (events.select(pl.col("time_us").diff().over("user_id")).to_series().drop_nulls() > 0).all()
 
 
+def test_users_with_many_events_stay_within_the_log(make):
+    log = make(SimulatorConfig(num_users=30, events_per_user=500, days=1, session_events=1))
+    assert log.group_by("user_id").len()["len"].max() > 1000
+    assert log["time_us"].max() < 1_704_067_200_000_000 + DAY_US
+    assert log.select(pl.col("time_us").diff().over("user_id")).to_series().drop_nulls().min() >= 1_000_000
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

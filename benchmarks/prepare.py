@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1000000,10000000", help="events to simulate, about; empty for none")
     parser.add_argument("--kinds", default="simulate,prepare,plain", help="what to measure on simulated logs")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-real", action="store_true", help="leave out the published logs")
     parser.add_argument("--measure", nargs="+", metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)

@@ -74,8 +74,9 @@ def convert(
     for table, vocabulary in vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
     pl.scan_parquet(intake.quarantine).sink_parquet(folder / "quarantine.parquet")
+    counts = count(intake, catalogues)
     content = {
-        "counts": count(intake, catalogues),
+        "counts": counts,
         "facts": _facts(folder / "events", len(catalogues["item"].frame)),
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
         "scales": {name: one.facts() for name, one in moments.items()},
@@ -84,7 +85,7 @@ def convert(
         "quarantine": count_reasons(intake.quarantine),
     }
     shutil.rmtree(scratch)
-    _check_expected(content["counts"], raw)
+    _check_expected(counts, raw)
     return content
 
 
@@ -101,7 +102,8 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) 
         is_train_E = split_E == TRAIN
         item_N += np.bincount(block["item"].to_numpy()[is_train_E], minlength=len(item_N))
         user_N[first:last] += np.bincount(user_E[is_train_E] - first, minlength=last - first)
-        block.with_columns(pl.Series("split", split_E, pl.Int8)).write_parquet(path, compression="lz4", statistics=False)
+        block = block.with_columns(pl.Series("split", split_E, pl.Int8))
+        block.write_parquet(path, compression="lz4", statistics=False)
     return {"item": Catalogue(intake.items, item_N), "user": Catalogue(intake.users, user_N)}
 
 

@@ -1,7 +1,7 @@
 """From a raw log to files of usable rows in order of user and time; the log itself is never in memory.
 
-    raw log ── checks ──┬── rows that can be used ── catalogue: items, users ──┬── blocks of users, each sorted
-                        └── quarantine                                         └── quarantine (unknown item, duplicate)
+raw log ── checks ──┬── rows that can be used ── catalogue: items, users ──┬── blocks of users, each sorted
+                    └── quarantine                                         └── quarantine (unknown item, duplicate)
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw":
 class Intake:
     """What the intake leaves.
 
-    items, users: the catalogues in memory (item_id or user_id, feature columns, title), an entity's row is its index;
-    users in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32), timestamp
-    (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of rows left out. num_read: events
-    read; num_events: those in the blocks.
+    items, users: the catalogues in memory (item_id or user_id, feature columns, title); a row's number is its index, and
+    users are in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32),
+    timestamp (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of rows
+    left out. num_read: events read; num_events: those in the blocks.
     """
 
     items: pl.DataFrame
@@ -104,7 +104,9 @@ def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
     local = pl.from_epoch(pl.col("time_us") + int(raw.utc_offset_hours * 3_600_000_000), time_unit="us").dt
     of_day = pl.lit(pl.Series(TIMES_OF_DAY, dtype=pl.String)).gather(local.hour() // 6)
     derived = {
-        "feedback": pl.when(pl.col("label") > 0).then(pl.lit("like")).when(pl.col("label") == 0).then(pl.lit("dislike")),
+        "feedback": pl.when(pl.col("label").is_not_null()).then(
+            pl.when(pl.col("label") > 0).then(pl.lit("like")).otherwise(pl.lit("dislike"))
+        ),
         "hour": local.hour().cast(pl.String),
         "weekday": local.weekday().cast(pl.String),
         "time_of_day": of_day,
@@ -134,8 +136,8 @@ def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
         is_list = isinstance(names[feature.column], pl.List)
         if is_list != (feature.kind == "multi"):
             raise ValueError(
-                f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, and "
-                f"kind is {feature.kind}; {'expected kind: multi' if is_list else 'kind: multi needs lists'}"
+                f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, "
+                f"and kind is {feature.kind}; {'expected kind: multi' if is_list else 'kind: multi needs lists'}"
             )
 
 
@@ -224,7 +226,8 @@ def _part_by_users(
     events = events.join(items.lazy(), on="item_id", how="left").join(users.lazy(), on="user_id", how="left")
     unknown = first_reason((pl.col("item").is_null(), "unknown item"), (pl.col("user").is_null(), "unknown user"))
     known = unknown.is_null()
-    kept = ["block", "user", "item", "time_us", "order", "label", *(["probability"] if "probability" in columns else [])]
+    kept = ["block", "user", "item", "time_us", "order", "label"]
+    kept += ["probability"] if "probability" in columns else []
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
     bad = scratch / "unknown.parquet"
     parts = scratch / "parts"
@@ -274,8 +277,9 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
         place = pl.int_range(pl.len()).alias("place")
         same = (pl.col("user") == pl.col("user").shift()) & (pl.col("time_us") == pl.col("time_us").shift())
         alike = block.with_columns(place).filter(same | same.shift(-1))
-        again = alike.filter(~pl.struct(pl.exclude("order", "place")).is_first_distinct())["place"]
-        is_again = is_again.scatter(again, True)
+        is_again = is_again.scatter(
+            alike.filter(~pl.struct(pl.exclude("order", "place")).is_first_distinct())["place"], True
+        )
     again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
     block = block.filter(~is_again).with_columns((pl.col("time_us") // 1_000_000).alias("timestamp"))
     return block.drop("time_us"), again
@@ -296,7 +300,7 @@ def _quarantined(rows: pl.DataFrame, table: str = "events") -> pl.DataFrame:
 
 
 def count_reasons(quarantine: Sequence[Path]) -> Dict[str, int]:
-    """"table: reason" → rows left out, most frequent first."""
+    """ "table: reason" → rows left out, most frequent first."""
     counts = (
         pl.scan_parquet(list(quarantine))
         .group_by((pl.col("table") + ": " + pl.col("reason")).alias("reason"))

@@ -189,7 +189,8 @@ def request(config: Any) -> Dict[str, Any]:
     decides["split"] = _plain_split(data.split)
     wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(config))}
     if data.source == "log":  # the files themselves are told apart by their checksums
-        decides["log"] = {key: value for key, value in decides["log"].items() if key not in ("events", "items", "users")}
+        for name in ("events", "items", "users"):
+            del decides["log"][name]
     if data.source == "simulator":
         wanted["seed"] = config.seed
     return wanted

@@ -1,8 +1,10 @@
 """Dense features: numbers brought to mean 0 and variance 1 by the moments of the training part.
 
     x ── log: sign(x) log(1 + |x|) ──┐
-    x ── standard: x ────────────────┴── (x - mean) / deviation        a missing or non-finite number becomes 0, the mean
-    x ── none: x                                                       (none: 0 as well)
+    x ── standard: x ────────────────┴── (x - mean) / deviation
+    x ── none: x
+
+A missing or non-finite number becomes 0: the training part's mean, where the feature is scaled.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class FeatureConfig:
     kind: id (one value) | multi (a list of values, possibly empty) | dense (a number, which rankers read as it is).
     table, column: the feature's own name where empty. A dense feature has no table.
     scale: of a dense feature, fitted on the training part: standard = mean 0, variance 1; log = the same of
-        sign(x) log(1 + |x|); none = as it is. A missing or non-finite number becomes the training part's mean.
+        sign(x) log(1 + |x|); none = as it is. A missing or non-finite number becomes 0, so the mean where it is scaled.
     wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
     """
 

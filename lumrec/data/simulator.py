@@ -156,7 +156,8 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
         )
         block.draft.unlink()
 
-    with ThreadPoolExecutor(threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads or min(cores, MOST_THREADS)) as pool:
         sizes = list(pool.map(first_pass, blocks))
         counters.sum_up()
         list(pool.map(second_pass, blocks, (np.cumsum(sizes) - sizes).tolist()))

@@ -77,7 +77,7 @@ def simulate_users(config: SimulatorConfig, world: World, num_users: int, rng: n
     logit_E = _logits(config, world, users, sessions, user_E, item_E, wanted_E)
     runs = pair_runs(user_E, item_E, config.num_items)
     luck_E = rng.random(len(user_E), dtype=np.float32)
-    click_E, probability_E = _clicks(logit_E[runs.event_E], luck_E[runs.event_E], runs.before, config.repeat)
+    click_E, probability_E = _clicks(logit_E.take(runs.event_E), luck_E.take(runs.event_E), runs.before, config.repeat)
     seen_E, clicked_E = runs.before(np.ones_like(click_E, np.int64)), runs.before(click_E)
     label_E = runs.at_events(click_E)
     impressions_E, clicks_E = user_counters(users.count_U, label_E)

@@ -19,7 +19,12 @@ import polars as pl
 
 TRAIN, VALID, TEST = 0, 1, 2
 PARTS = ("train", "valid", "test")
-DEFAULT_FRACTIONS = {"temporal": [0.8, 0.1, 0.1], "leave_one_out": [], "user": [0.68, 0.04, 0.28], "time": [0.8, 0.1, 0.1]}
+DEFAULT_FRACTIONS = {
+    "temporal": [0.8, 0.1, 0.1],
+    "leave_one_out": [],
+    "user": [0.68, 0.04, 0.28],
+    "time": [0.8, 0.1, 0.1],
+}
 _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 
 

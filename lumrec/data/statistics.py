@@ -37,7 +37,7 @@ class Statistics(NamedTuple):
 def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
     """What a ranker reads as numbers of each event: `row_statistics`, and behind them the schema's dense features."""
     statistics = row_statistics(data, kind=kind)
-    index = {"item": data.item, "user": data.user, "context": slice(None)}
+    index = {"item": data.item, "user": data.user, "context": np.arange(data.num_events)}
     declared = {name: values[index[data.schema.features[name].role]] for name, values in data.dense.items()}
     if not declared:
         return statistics

@@ -51,8 +51,8 @@ class RankConfig:
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
     knowledge_dim: width to which direct features are projected. knowledge_dropout: share of rows that train without.
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
-    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The schema's
-    dense features are read beside them.
+    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The
+    schema's dense features are read beside them.
     max_history: events before the row. batch_size: rows of one step on each rank.
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.

@@ -191,7 +191,8 @@ def test_what_is_known_afterwards_is_a_wish_or_feedback(tmp_path: Path, feature:
 def test_lists_and_single_values_are_told_apart(tmp_path: Path):
     raw = raw_log([("u", "i", 5_000_000, 1.0, [], "a")])
     for column, kind in (("words", "id"), ("device", "multi")):
-        schema = SchemaConfig(features={"item_id": FeatureConfig("item"), "new": FeatureConfig("context", kind, column=column)})
+        new = FeatureConfig("context", kind, column=column)
+        schema = SchemaConfig(features={"item_id": FeatureConfig("item"), "new": new})
         with pytest.raises(ValueError, match=f"schema.features.new: column '{column}' holds .*kind is {kind}"):
             take_in(raw, validate(schema), max_list_length=3, drop_duplicates=True, scratch=tmp_path)
 

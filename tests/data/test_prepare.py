@@ -184,9 +184,7 @@ def test_any_small_log_is_read_back_as_it_was(tmp_path_factory: pytest.TempPathF
             "user_id": FeatureConfig("user"),
         }
     )
-    data = convert_log(
-        raw, SplitConfig(kind), validate(schema), tmp_path_factory.mktemp("log"), drop_duplicates=False
-    )
+    data = convert_log(raw, SplitConfig(kind), validate(schema), tmp_path_factory.mktemp("log"), drop_duplicates=False)
     expected = sorted((int(user), time, row) for row, (user, _, time, _) in enumerate(events))
     assert list(zip(data.user + 1, data.timestamp, data.order)) == expected
     assert [data.item_keys()[item] for item in data.item] == [events[row][1] for row in data.order]
@@ -215,7 +213,7 @@ def test_a_log_without_a_declared_column_is_refused(make_config: Callable):
 
 def test_bad_settings_are_refused(make_config: Callable):
     for data, message in (
-        (replace(SMALL, source="movielens"), r"data.source: got 'movielens' \(did you mean movielens-1m\?\), expected one of"),
+        (replace(SMALL, source="movielens"), r"data.source: got 'movielens' \(did you mean movielens-1m\?\), expected"),
         (replace(SMALL, min_count=0), "data.min_count: got 0"),
         (replace(SMALL, split=SplitConfig("random")), "data.split.kind: got 'random'"),
         (replace(SMALL, max_list_length=0), "data.max_list_length: got 0"),

@@ -9,7 +9,7 @@ import torch
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
-from lumrec.data.statistics import PRIOR_EVENTS, raw_statistics, row_statistics
+from lumrec.data.statistics import PRIOR_EVENTS, dense_inputs, raw_statistics, row_statistics
 
 
 def changed(data: PreparedData, **values) -> PreparedData:
@@ -137,3 +137,25 @@ def test_errors(tiny_prepared: PreparedData):
         row_statistics(tiny_prepared, kind="some")
     with pytest.raises(ValueError, match="training part has no events"):
         row_statistics(changed(tiny_prepared, split=np.full_like(tiny_prepared.split, TEST)))
+
+
+def test_dense_features_stand_behind_the_statistics(tiny_prepared: PreparedData):
+    data = tiny_prepared
+    statistics, inputs = row_statistics(data), dense_inputs(data)
+    assert inputs.names == [*statistics.names, *data.dense]
+    assert len(data.dense) > 1
+    assert inputs.values_EF.dtype == np.float32
+    assert np.array_equal(inputs.values_EF[:, : len(statistics.names)], statistics.values_EF)
+    index = {"item": data.item, "user": data.user, "context": np.arange(data.num_events)}
+    for name, values in data.dense.items():
+        of_event = values[index[data.schema.features[name].role]]
+        assert np.array_equal(inputs.values_EF[:, inputs.names.index(name)], of_event), name
+    none = changed(data, dense={})
+    assert dense_inputs(none, kind="user").names == row_statistics(data, kind="user").names
+
+
+def test_a_log_without_a_common_clock_has_no_statistics_of_others(tiny_prepared: PreparedData):
+    data = changed(tiny_prepared, absolute_time=False)
+    with pytest.raises(ValueError, match="no clock that they share: set rank.statistics=user"):
+        row_statistics(data)
+    assert row_statistics(data, kind="user").names

@@ -1,5 +1,5 @@
-"""Nothing at or after the predicted event is visible: for every split, in the LUM's training, its queries and a ranker's
-history. Logs are drawn: users with few and many events, ties in time, items that come back.
+"""Nothing at or after the predicted event is visible: for every split, in the LUM's training, its queries and a
+ranker's history. Logs are drawn: users with few and many events, ties in time, items that come back.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lumrec.data.rows import RowBuilder
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
 from lumrec.data.sequences import answering_windows, training_windows
 from lumrec.data.sources.raw_log import RawLog
-from lumrec.data.splits import DEFAULT_FRACTIONS, TEST, TRAIN, VALID, SplitConfig
+from lumrec.data.splits import DEFAULT_FRACTIONS, TRAIN, VALID, SplitConfig
 
 SCHEMA = validate(
     SchemaConfig(
@@ -123,7 +123,8 @@ def test_a_ranker_reads_nothing_that_comes_later(make, kind: str, events: list[t
     is_later = (np.arange(data.num_events) >= row) & (data.user == data.user[row])
     other = copy.copy(data)
     other.item = np.where(is_later & (np.arange(data.num_events) > row), (data.item + 1) % data.num_items, data.item)
-    turned = torch.where(torch.from_numpy(is_later), 3 - data.event_columns["clicked"].values, data.event_columns["clicked"].values)
+    given = data.event_columns["clicked"].values
+    turned = torch.where(torch.from_numpy(is_later), 3 - given, given)
     other.event_columns = {**data.event_columns, "clicked": Column(turned), "wish": Column(turned)}
 
     def read(log: PreparedData) -> list:

@@ -27,6 +27,8 @@ HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
 }
+# What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.
+CHECKS = {"prepare": "lumrec.data.check"}
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -39,15 +41,18 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
         prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
+    if stage in CHECKS:
+        parser.add_argument("--check", action="store_true", help="tell what it would do, write nothing")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings over the file, such as model.dim=64")
     given = parser.parse_args(arguments)
+    checking = getattr(given, "check", False)
     check_environment()
     start_logging()
     try:
         from lumrec.config import load
 
         config = load(given.config, given.words)
-        result = importlib.import_module(STAGES[stage]).run(config)
+        result = importlib.import_module((CHECKS if checking else STAGES)[stage]).run(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except JobFailed as failure:  # the failed stage has told its own error

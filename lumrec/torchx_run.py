@@ -20,6 +20,7 @@ from lumrec.jobs import SAME_WITHOUT
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = ("--check",)  # options that are given without a value
 
 
 class UsageError(ValueError):
@@ -38,6 +39,7 @@ class CmdRunFile(CmdRun):
                 print(f"torchx run: there is no file {file} (from {Path.cwd()})", file=sys.stderr)
                 sys.exit(2)
             words[first] = f"{file}:{file.stem}"
+            words[first + 1 :] = with_values(words[first + 1 :])
         try:
             super().run(args)
         except UsageError as error:
@@ -58,12 +60,28 @@ class CmdRunFile(CmdRun):
             sys.exit(1)
 
 
-def stage_app(stage: str, words: Sequence[str], *, config: str, j: str) -> specs.AppDef:
+def with_values(words: Sequence[str]) -> "list[str]":
+    """The words with "--check" as "--check True": TorchX gives every option a value.
+
+    >>> with_values(["--check", "--config", "my.yaml"])
+    ['--check', 'True', '--config', 'my.yaml']
+    """
+    valued = []
+    for word, following in zip(words, [*words[1:], ""]):
+        valued.append(word)
+        if word in SWITCHES and following.lower() not in ("true", "false"):
+            valued.append("True")
+    return valued
+
+
+def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches: Sequence[str] = ()) -> specs.AppDef:
     """The job that runs apps/<stage>.py under torchrun, `j` = nodes x processes per node; prints its plain command.
+
+    config: "" gives the app none. switches: options without a value, such as --check.
 
     Raises UsageError where a word is no key=value or `j` is not of that form.
     """
-    arguments, script = _arguments(stage, words, config)
+    arguments, script = _arguments(stage, words, config, switches)
     num_nodes, num_processes = _parse_j(j)
     if num_nodes == 1:
         plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
@@ -86,14 +104,14 @@ def single_app(stage: str, words: Sequence[str], *, config: str) -> specs.AppDef
     return specs.AppDef(name=stage, roles=[role])
 
 
-def _arguments(stage: str, words: Sequence[str], config: str) -> "tuple[list[str], str]":
+def _arguments(stage: str, words: Sequence[str], config: str, switches: Sequence[str] = ()) -> "tuple[list[str], str]":
     """Arguments of the app's main, and the script: relative where the working directory has it, as remote jobs need."""
     for word in words:
         if "=" not in word:
             raise UsageError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
     relative = Path("apps") / f"{stage}.py"
     script = relative if relative.is_file() else ROOT / relative
-    return ["--config", config, *words], str(script)
+    return [*switches, *(["--config", config] if config else []), *words], str(script)
 
 
 def _parse_j(j: str) -> "tuple[int, int]":

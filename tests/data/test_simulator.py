@@ -58,7 +58,7 @@ def _raw(config: SimulatorConfig, folder: Path, *, seed: int = 0, threads: int =
     return simulate(config, seed=seed, scratch=scratch, threads=threads)
 
 
-def test_the_log_keeps_the_contract_of_sources(tmp_path: Path):
+def test_the_log_keeps_the_contract_of_sources(tmp_path: Path, in_blocks: None):
     raw = read(DataConfig(source="simulator", simulator=SMALL), seed=3, scratch=tmp_path)
     schema = raw.events.collect_schema()
     assert {name: schema[name] for name in ("user_id", "item_id", "time_us", "order")} == dict.fromkeys(

@@ -192,8 +192,8 @@ def label_column(data: DataConfig, events: Table) -> str:
     kind = events.schema[column]
     if not (kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Null)):
         raise ValueError(
-            f"data.label.column: column {column!r} of {events.origin[column]} is of type {kind}; expected numbers, text or "
-            "true/false"
+            f"data.label.column: column {column!r} of {events.origin[column]} is of type {kind}; expected numbers, "
+            "text or true/false"
         )
     return column
 
@@ -214,9 +214,9 @@ def _is_whole(table: Table, name: str) -> bool:
         return True
     if kind.is_float() or (isinstance(kind, pl.Decimal) and kind.scale):
         raise ValueError(
-            f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text. A column of "
-            "integers becomes one of floats where some are missing (pandas does so), and 12.0 is then not the id 12: "
-            f"write it as integers (df[{name!r}].astype('Int64')) or as text"
+            f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text. "
+            "A column of integers becomes one of floats where some are missing (pandas does so), and 12.0 is then not "
+            f"the id 12: write it as integers (df[{name!r}].astype('Int64')) or as text"
         )
     if not (kind in (pl.String, pl.UInt64) or isinstance(kind, pl.Decimal)):
         raise ValueError(
@@ -239,8 +239,8 @@ def _is_whole(table: Table, name: str) -> bool:
     )
     if facts["num_float"] and facts["num_whole"] + facts["num_float"] == facts["num"]:
         raise ValueError(
-            f"{table.origin[name]}: the ids in column {name!r} are numbers such as {facts['example']!r}; expected integers "
-            "or text. A column of integers becomes one of floats where some are missing (pandas does so), and "
+            f"{table.origin[name]}: the ids in column {name!r} are numbers such as {facts['example']!r}; expected "
+            "integers or text. A column of integers becomes one of floats where some are missing (pandas does so), and "
             f"{facts['example']} is then not the id {float(facts['example']):.0f}: write them as integers"
         )
     return facts["num_whole"] == facts["num"]

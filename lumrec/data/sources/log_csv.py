@@ -186,8 +186,9 @@ class _BadRows:
 
 def _open_quote(file: Path, line: int) -> ValueError:
     return ValueError(
-        f"{file}: a quote that opens in or near line {line} is not closed within {MAX_BREAKS} lines. Where quotes are plain "
-        "characters in this file, set data.log.quote=''; where fields hold that many lines, data.log.line_breaks=true"
+        f"{file}: a quote that opens in or near line {line} is not closed within {MAX_BREAKS} lines. Where quotes are "
+        "plain characters in this file, set data.log.quote=''; where fields hold that many lines, set "
+        "data.log.line_breaks=true"
     )
 
 

@@ -6,6 +6,7 @@ import codecs
 import difflib
 import glob
 import itertools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, NamedTuple, Sequence, Tuple
@@ -18,6 +19,8 @@ from lumrec.data.sources.raw_log import DataSetMissing, first_reason
 
 if TYPE_CHECKING:
     from lumrec.data.sources.log import LogConfig
+
+log = logging.getLogger(__name__)
 
 # Columns that are added to a table; the prefix keeps them apart from any that a file has.
 ROW, REASON, RAW = "lumrec.row", "lumrec.reason", "lumrec.raw"
@@ -51,8 +54,9 @@ class Table:
 
     frame: the columns of the files, text as text and missing values as null, and ROW (i64, number of the row over all
     files in order of their names, from 0; header lines are no rows), REASON (why the row cannot be used, null where
-    nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. is_text: the
-    files are CSV or TSV, so that every type is text.
+    nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. origin: a
+    file that has the column in that type. lacking: columns that are missing in some files, and the first of those.
+    is_text: the files are CSV or TSV, so that every type is text.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Table:
     frame: pl.LazyFrame
     schema: pl.Schema
     origin: Dict[str, Path]
+    lacking: Dict[str, Path]
     num_rows: int
 
     @property
@@ -109,12 +114,15 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
             f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
         )
     schema, origin = _common_schema(parts)
+    lacking = {column: part.file for part in reversed(parts) for column in schema if column not in part.schema}
+    for column, file in lacking.items():
+        log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, file)
     frame = _scan(parts, schema)
     if format == "Parquet":
         frame, schema = _parquet_columns(frame, schema)
     else:
         frame, schema = _text_columns(frame, schema, "\t" if format == "TSV" else config.separator, config.missing)
-    return Table(name, format, files, frame, schema, origin, num_rows)
+    return Table(name, format, files, frame, schema, origin, lacking, num_rows)
 
 
 def find_files(patterns: Sequence[str], key: str) -> List[Path]:
@@ -194,9 +202,9 @@ def check_unique(names: Sequence[str], file: Path) -> None:
     """Raises ValueError where a column name occurs twice."""
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
-        raise ValueError(
-            f"{file}: column {twice[0]!r} occurs {list(names).count(twice[0])} times; names must be unique"
-        )
+        number = list(names).count(twice[0])
+        hint = ". The first line of a CSV file must name the columns" if is_number(twice[0]) else ""
+        raise ValueError(f"{file}: column {twice[0]!r} occurs {number} times; names must be unique{hint}")
 
 
 def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:

@@ -73,6 +73,22 @@ def _by_content(table: Table, name: str) -> Tuple[str, str]:
     return unit, f"{NAMES[unit]} (data.log.time_unit=auto{'' if unit == 'iso' else ', by the size of the numbers'})"
 
 
+def looks_like_time(values: pl.Series) -> bool:
+    """Whether most of a sample of a column reads as times: such a type, ISO 8601 text, or numbers since 1970."""
+    kind = values.dtype
+    if kind in (pl.Date, pl.Datetime):
+        return True
+    if len(values) == 0 or not (kind.is_numeric() or kind == pl.String):
+        return False
+    column = pl.col(values.name)
+    number = _number(column, kind)
+    tests = [number.is_between(RECENT_S * per, LAST_POSSIBLE_S * per) for per in PER_SECOND.values()]
+    if kind == pl.String:
+        tests.append(_iso(column).is_not_null())
+    shares = values.to_frame().select(test.mean().alias(str(place)) for place, test in enumerate(tests)).row(0)
+    return max(share or 0.0 for share in shares) > 1 - MIXED
+
+
 def as_microseconds(column: pl.Expr, kind: pl.DataType, unit: str) -> pl.Expr:
     """A time column as microseconds UTC (i64), null where it holds no time within 1970-01-02 … 2100-01-01."""
     if unit == "datetime":

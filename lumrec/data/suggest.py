@@ -1,0 +1,194 @@
+"""A schema for a log of one's own, out of what its columns hold, and the YAML that says so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import polars as pl
+import yaml
+
+from lumrec.data.facts import ColumnFacts
+from lumrec.data.guess import is_code, is_condition, is_known_after, is_time
+from lumrec.data.schema import DENSE_ROLES, RESERVED, FeatureConfig, SchemaConfig, TableConfig
+
+OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
+MANY = 100  # distinct whole numbers from which on they are taken as quantities
+CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
+LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
+QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
+_STYLE: Dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 110, "default_flow_style": None}
+DERIVED = ("feedback", "hour", "weekday", "time_of_day")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One line of the suggested schema: a feature, or None for a column that is left out; and why."""
+
+    column: str
+    feature: Optional[FeatureConfig]
+    why: str
+
+    @property
+    def name(self) -> str:
+        """Name of the feature: the column's, where that can be a feature's name."""
+        name = re.sub(r"[^\w.-]", "_", self.column).lstrip(".-") or "column"
+        return f"{name}_of_log" if name in RESERVED else name
+
+
+def suggest(
+    facts: Sequence[ColumnFacts],
+    *,
+    keys: Sequence[str],
+    label: str,
+    known_after: Sequence[str],
+    whole_days: bool,
+    with_files: Sequence[str] = (),
+) -> List[Suggestion]:
+    """The features that a log offers, and the columns that it is better without, each with the reason.
+
+    keys: columns that are ids or times. known_after: columns known only after the item was shown, as the config or
+    their names say. whole_days: all times are dates, so that there is no hour. with_files: roles (item, user) whose
+    features stand in files of their own, and cannot be columns of the events.
+    """
+    suggestions = [
+        Suggestion("item_id", FeatureConfig("item"), "the item itself"),
+        Suggestion(
+            "feedback",
+            FeatureConfig("condition", wish=True),
+            'made of the label: asked for as a wish, "one they will like"',
+        ),
+    ]
+    for column in facts:
+        if column.name in keys or (column.name in DERIVED and column.table == "events"):
+            continue
+        if column.table == "items" and column.name == "title":
+            suggestions.append(Suggestion("title", None, "shown to people, not learned from"))
+        else:
+            suggestions.append(_of_column(column, label, known_after, with_files))
+    if not whole_days:
+        suggestions.append(
+            Suggestion("hour", FeatureConfig("context"), "of the time: UTC, unless data.log.utc_offset_hours says else")
+        )
+    suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
+    seen: Dict[str, Suggestion] = {}
+    for suggestion in suggestions:  # a name in two tables is one feature: the item's goes before the user's
+        seen.setdefault(suggestion.name, suggestion)
+    return list(seen.values())
+
+
+def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Suggestion:
+    role, why = _role(column, label, known_after, with_files)
+    if column.missing == 1.0 or column.distinct <= 1:
+        return Suggestion(column.name, None, "the same in every row" if column.missing < 1.0 else "no value at all")
+    if not (column.is_list or column.kind.is_numeric() or column.kind in (pl.String, pl.Boolean)):
+        return Suggestion(column.name, None, f"of type {column.kind}, which is no feature as it is")
+    if column.is_time or (column.table == "events" and is_time(column.name)):
+        return Suggestion(column.name, None, "a time; test data has times that training has never seen")
+    if column.is_list:
+        return Suggestion(column.name, FeatureConfig(role, kind="multi"), f"{why}; several values")
+    quantity = column.is_fraction or (column.distinct > MANY and not is_code(column.name))
+    if column.is_number and quantity:
+        if role == "condition":
+            role, why = "context", f"{why}; a number, which rankers read"
+        if role not in DENSE_ROLES:
+            return Suggestion(column.name, None, f"{why}; a number cannot be {role}: put it into buckets to use it")
+        why += (
+            ""
+            if column.is_fraction or QUANTITY.search(column.name.lower())
+            else "; kind: id where these numbers are codes"
+        )
+        return Suggestion(column.name, FeatureConfig(role, kind="dense", scale=_scale(column)), why)
+    rows = column.num_rows * (1 - column.missing)
+    if column.distinct > OWN_VALUE * rows and column.distinct > 20:
+        return Suggestion(column.name, None, "nearly every row has a value of its own")
+    return Suggestion(column.name, FeatureConfig(role), why)
+
+
+def _scale(column: ColumnFacts) -> str:
+    return "log" if LONG_TAILED.search(column.name.lower()) else "standard"
+
+
+def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Tuple[str, str]:
+    if column.table != "events":
+        return ("item", "of the items") if column.table == "items" else ("user", "of the users")
+    if column.name == label:
+        return "feedback", "the label is made of it: read in histories alone"
+    if column.name in known_after:
+        return "feedback", "known only after the item was shown: read in histories alone"
+    for role, share in (("item", column.of_item), ("user", column.of_user)):
+        if (share or 0.0) >= CONSTANT:
+            move = f": move it to the {role}s to make it theirs" if role in with_files else ""
+            return "context" if role in with_files else role, f"the same in all events of one {role}{move}"
+    if is_condition(column.name):
+        return "condition", "by its name; check that it is known before the item is shown"
+    return "context", "known when the item is ranked? else remove it, or role: feedback"
+
+
+def sounds_known_after(column: ColumnFacts) -> bool:
+    """Whether a column of events has the name of something that is known only after the item was shown.
+
+    What stays the same for an item (the duration of a video) is a fact about it, whatever its name.
+    """
+    of_item = (column.of_item or 0.0) >= CONSTANT
+    return column.table == "events" and column.distinct > 1 and is_known_after(column.name) and not of_item
+
+
+def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
+    """The suggested features; the table of the items' ids is the wide one."""
+    features = {}
+    for suggestion in suggestions:
+        if suggestion.feature is not None:
+            column = "" if suggestion.name == suggestion.column else suggestion.column
+            features[suggestion.name] = FeatureConfig(**{**vars(suggestion.feature), "column": column})
+    return SchemaConfig(tables={"item_id": TableConfig(32)}, features=features)
+
+
+def as_yaml(data: Any, default: Any, schema: SchemaConfig, notes: Dict[str, str], left_out: Dict[str, str]) -> str:
+    """The sections `data` and `schema` of a config, without what is as by default; `lumrec.config.load` reads it.
+
+    notes: comment behind a feature, by its name. left_out: columns without a feature, and why, as comments.
+    """
+    lines = [
+        yaml.safe_dump({"data": _differing(data, default)}, **_STYLE).rstrip(),
+        "schema:",
+    ]
+    if schema.tables:
+        tables = {name: {"width": table.width} for name, table in schema.tables.items()}
+        lines += ["  tables:", *(f"    {line}" for line in _flow(tables))]
+    features = {
+        name: {"role": feature.role, **{k: v for k, v in _differing(feature, FeatureConfig("")).items() if k != "role"}}
+        for name, feature in schema.features.items()
+    }
+    lines.append("  features:")
+    for line, name in zip(_flow(features), features):
+        note = notes.get(name, "")
+        lines.append(f"    {line}  # {note}" if note else f"    {line}")
+    lines += [f"    # {_one_line(name)}: left out: {why}" for name, why in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:
+    """One line `name: {key: value}` for each entry."""
+    lines = []
+    for name, entry in entries.items():
+        key = yaml.safe_dump(name, allow_unicode=True, width=10**9).removesuffix("\n").removesuffix("\n...")
+        value = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+        lines.append(f"{key}: {value.rstrip()}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _differing(value: Any, default: Any) -> Dict[str, Any]:
+    """The fields that are not as by default, nested ones alike."""
+    found = {}
+    for field in fields(value):
+        mine, usual = getattr(value, field.name), getattr(default, field.name)
+        if mine == usual:
+            continue
+        found[field.name] = _differing(mine, usual) if is_dataclass(mine) else mine
+    return found

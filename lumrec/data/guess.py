@@ -123,7 +123,7 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> Tuple[LogConfig
         given = getattr(log, key)
         if given in events.schema or given != getattr(default, key):
             events.require(given, f"data.log.{key}")
-            column, why = given, f"data.log.{key}"
+            column, why = given, f"data.log.{key}" if given != getattr(default, key) else "by its name"
         else:
             column, why = _find(events, given, names, avoid=taken) or "", "by its name"
             if not column and key == "timestamp":

@@ -26,10 +26,10 @@ QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw":
 class Intake:
     """What the intake leaves.
 
-    items, users: the catalogues in memory (item_id or user_id, feature columns, title); a row's number is its index, and
+    items, users: the catalogues in memory (item_id or user_id, feature columns, title); a row's number is its index,
     users are in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32),
-    timestamp (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of rows
-    left out. num_read: events read; num_events: those in the blocks.
+    timestamp (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of
+    rows left out. num_read: events read; num_events: those in the blocks.
     """
 
     items: pl.DataFrame

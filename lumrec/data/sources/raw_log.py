@@ -36,8 +36,8 @@ class RawLog:
     """One data set, every row of it, before anything is left out. Nothing is collected: frames larger than memory work.
 
     events: one row for each row read: user_id, item_id (each Int64 or String), time_us (i64, microseconds UTC, null
-        where there is none), order (i64, original row number, unique), label (f32, 0 or 1), and the columns that features
-        read; where the source can have bad rows: `reason` (why the row cannot be used, null where it can) and
+        where there is none), order (i64, original row number, unique), label (f32, 0 or 1), and the columns that
+        features read; where the source can have bad rows: `reason` (why the row cannot be used, null where it can) and
         `raw` (the row as read). Simulated events have `probability` (f32, the true P(label = 1)).
     items, users: one row for each row of the catalogue or user file: item_id or user_id (of the events' type), feature
         columns, and `title`, order, raw, reason where there are such. None: there is no such file; ids and features are

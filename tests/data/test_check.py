@@ -1,4 +1,4 @@
-"""`apps/prepare.py --check`: what it tells of a log, that it writes nothing, and that its config can be used as it is."""
+"""`apps/prepare.py --check`: what it tells of a log, that it writes nothing, that its config can be used as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs of one's own: every row is there, read alike from CSV and Parquet; what is wrong is a reason or a clear error."""
+"""Logs of one's own: each row is there, read alike from CSV and Parquet; what is wrong is a reason or a clear error."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ def parquet_bytes(folder: Path) -> bytes:
         ("log.csv", HEADER.encode(), "log.csv holds no row"),
         ("log.csv", b"user_id,item_id,item_id\n", "column 'item_id' occurs 2 times"),
         ("log.csv", GOOD.encode() + GOOD.encode(), "no column 'user_id'.*the first line of each file must name"),
-        ("log.csv", b"user_id,item_id,timestmp,label\nu,1,1714521600,1\n", r"no column 'timestamp' \(did you mean 'timestmp'"),
-        ("log.csv", (HEADER + 'u,7,1714521600,1,"home\n' + GOOD * 300).encode(), "a quote that opens in or near line 2 is not closed"),
+        ("log.csv", b"user_id,item_id,timestmp,label\nu,1,1714521600,1\n", r"'timestamp' \(did you mean 'timestmp'"),
+        ("log.csv", (HEADER + 'u,7,1714521600,1,"a\n' + GOOD * 300).encode(), "a quote that opens in or near line 2"),
         ("log.csv", b"PAR1....", "log.csv is a Parquet file, not CSV; end its name in .parquet"),
         ("log.csv.gz", gzip.compress((HEADER + GOOD * 5000).encode())[:80], "cut or damaged"),
         ("log.parquet", b"PAR1 cut", "log.parquet cannot be read as Parquet: it is cut or damaged"),

@@ -293,8 +293,8 @@ def _column_lines(facts: Sequence[ColumnFacts]) -> List[str]:
 def _type(column: ColumnFacts) -> str:
     if column.is_list:
         return "list"
-    if column.kind == pl.String and column.is_number:
-        return "number" if column.is_fraction else "whole number"
+    if column.kind.is_numeric() or (column.kind == pl.String and column.is_number):
+        return "number" if column.kind.is_float() or column.is_fraction else "whole number"
     return "text" if column.kind == pl.String else str(column.kind)
 
 

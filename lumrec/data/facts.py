@@ -11,6 +11,7 @@ from lumrec.data.sources.log_time import looks_like_time
 from lumrec.data.sources.raw_log import RawLog
 
 SAMPLE_ROWS = 20_000  # from the top of a table: what is told by examples
+SHARE_ROWS = 1_000_000  # events, about, by which it is told what stays the same for an item or a user
 ONE_VALUE = 0.9  # of the rows: such a column stays the same for most items and users, which says nothing
 OWN_COLUMNS = ("user_id", "item_id", "time_us", "order", "label", "reason", "raw", "probability")
 
@@ -59,7 +60,7 @@ def column_facts(raw: RawLog) -> List[ColumnFacts]:
             *(pl.col(name).null_count().alias(f"missing {name}") for name in names),
             *(pl.col(name).approx_n_unique().alias(f"distinct {name}") for name in plain),
         ).collect(engine="streaming").row(0, named=True)  # fmt: skip
-        constant = _constant_shares(good, plain) if table == "events" else {}
+        constant = _constant_shares(good, plain, counts["rows"]) if table == "events" else {}
         facts += [_facts_of(table, name, schema[name], rows[name], counts, constant) for name in names]
     return facts
 
@@ -97,12 +98,13 @@ def _facts_of(
     )
 
 
-def _constant_shares(events: pl.LazyFrame, names: Sequence[str]) -> Dict[Tuple[str, str], float]:
-    """(key, column) → see ColumnFacts.of_item, of_user."""
+def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) -> Dict[Tuple[str, str], float]:
+    """(key, column) → see ColumnFacts.of_item, of_user; of a large log, among the events of some items and users."""
     shares: Dict[Tuple[str, str], float] = {}
     for key in ("item_id", "user_id") if names else ():
         same = [(pl.col(name).hash().min() == pl.col(name).hash().max()).alias(name) for name in names]
-        entities = events.group_by(key).agg(pl.len().alias("len of entity"), *same).filter(pl.col("len of entity") > 1)
+        some = events.filter(pl.col(key).hash() % (num_rows // SHARE_ROWS + 1) == 0)
+        entities = some.group_by(key).agg(pl.len().alias("len of entity"), *same).filter(pl.col("len of entity") > 1)
         size = pl.col("len of entity")
         row = entities.select((size.filter(pl.col(name)).sum() / size.sum()).alias(name) for name in names)
         found = row.collect(engine="streaming").row(0, named=True)

@@ -21,7 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.data.sources import kuairand, movielens
 from lumrec.data.sources.download import Archive, fetch_archive
+from lumrec.data.sources.published import resolve
 from lumrec.data.sources.raw_log import DataSetMissing
 
 FILES = {"ratings.dat": os.urandom(40_000), "users.dat": b"1::F\n"}
@@ -391,3 +393,29 @@ def test_an_unreachable_publisher(tmp_path: Path, url: str):
     with pytest.raises(DataSetMissing, match=f"could not download {url}(.|\n)*{BY_HAND}"):
         fetch(archive, tmp_path / "cache" / "ml-1m")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_source_is_downloaded_to_the_cache_and_found_there(
+    publisher: Publisher, nowhere: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    release = movielens.RELEASES["movielens-100k"]
+    archive = publisher.offer({name: b"1|x\n" for name in [*release.files, "README"]}, folder="ml-100k")
+    monkeypatch.setitem(movielens.RELEASES, "movielens-100k", replace(release, archive=archive))
+    assert movielens.resolve(source="movielens-100k") == (nowhere / "ml-100k", "download")
+    shown = capfd.readouterr()
+    assert "MovieLens-100K is neither in LUMREC_DATA nor in" in shown.out and archive.url in shown.out
+    assert shown.err == ""
+    assert sorted(path.name for path in (nowhere / "ml-100k").iterdir()) == sorted(release.files)
+    assert movielens.resolve(source="movielens-100k") == (nowhere / "ml-100k", "cache")
+    assert publisher.asked == [""]
+
+
+def test_a_tar_with_a_folder_in_a_folder(publisher: Publisher, nowhere: Path):
+    place = kuairand._place(kuairand.RELEASES["kuairand-1k"], allow_part=False)
+    files = {name: name.encode() for name in place.files}
+    archive = publisher.offer(
+        {**files, "log_random_4_22_to_5_08_1k.csv": b"x"}, kind=".tar.gz", folder="KuaiRand-1K/data"
+    )
+    assert resolve(replace(place, archive=archive)) == (nowhere / "kuairand-1k", "download")
+    assert {path.name: path.read_bytes() for path in (nowhere / "kuairand-1k").iterdir()} == files
+    assert resolve(place) == (nowhere / "kuairand-1k", "cache")

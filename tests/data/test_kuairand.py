@@ -277,7 +277,10 @@ def test_the_late_part_stands_in_for_pure(
     raw = read(data, tmp_path)
     assert (raw.files[0].parent, raw.note) == (whole / "data", f"KuaiRand-Pure from {whole} (LUMREC_DATA)")
     assert raw.extra == {"expected": kuairand.RELEASES["kuairand-pure"].expected}
-    whole.rename(tmp_path / "elsewhere")
+    nowhere.mkdir()  # what was downloaded comes before the part, wherever that lies
+    whole.rename(nowhere / "kuairand-pure")
+    assert read(data, tmp_path).note == f"KuaiRand-Pure from {nowhere / 'kuairand-pure'} (cache)"
+    (nowhere / "kuairand-pure").rename(tmp_path / "elsewhere")
     raw = read(data, tmp_path)
     assert raw.note == f"a PART of KuaiRand-Pure from {late} (LUMREC_DATA): log_standard_4_25_to_5_08_pure.parquet"
     assert len(raw.events.collect()) == 2

@@ -59,7 +59,7 @@ LATE = "log_standard_4_25_to_5_08_pure"  # a part of Pure that goes around by it
 
 @dataclass(frozen=True)
 class Release:
-    """One of the three versions. suffix: of its files' names. folders: of its files, the first for downloads."""
+    """One of the three versions. suffix: of its files' names. folders, stand_ins: see Place."""
 
     title: str
     suffix: str
@@ -67,6 +67,7 @@ class Release:
     logs: Tuple[str, ...]
     md5: str
     expected: Dict[str, int]
+    stand_ins: Tuple[str, ...] = ()
 
     @property
     def stems(self) -> Tuple[str, ...]:
@@ -83,10 +84,11 @@ RELEASES = {
     "kuairand-pure": Release(
         "KuaiRand-Pure",
         "pure",
-        ("kuairand-pure", "KuaiRand-Pure", "kuairand-pure-late"),
+        ("kuairand-pure", "KuaiRand-Pure"),
         _logs("pure"),
         "0820331067a3784d9691136f772b35a7",
         {"events_read": 1_436_609, "users": 27_285, "items": 7583, "items_with_events": 7551},
+        stand_ins=("kuairand-pure-late",),
     ),
     "kuairand-1k": Release(
         "KuaiRand-1K",
@@ -182,7 +184,8 @@ def _place(release: Release, *, allow_part: bool) -> Place:
 
     record, name = "https://zenodo.org/records/10439422", release.title
     archive = Archive(f"{record}/files/{name}.tar.gz", record, f"md5:{release.md5}", folder=f"{name}/data")
-    return Place(name, release.folders, tuple(f"{stem}.csv" for stem in release.stems), record, archive, missing)
+    files = tuple(f"{stem}.csv" for stem in release.stems)
+    return Place(name, release.folders, files, record, archive, missing, release.stand_ins)
 
 
 def _logs_to_read(folder: Path, release: Release, *, allow_part: bool) -> List[Path]:

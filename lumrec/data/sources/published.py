@@ -18,8 +18,9 @@ class Place:
     """Where the files of one data set may lie, and where they come from.
 
     title: its name for people. folders: names of its folder in $LUMREC_DATA and the cache; a download goes to the
-    first. files: what a folder must hold. missing: those of `files` that a folder lacks, where other names or formats
-    will do too. page: the publisher's, for people. archive: to be downloaded; None: the files are placed by hand.
+    first. stand_ins: of folders to be taken where there is none of those. files: what a folder must hold. missing:
+    those of `files` that a folder lacks, where other names or formats will do too. page: the publisher's, for people.
+    archive: to be downloaded; None: the files are placed by hand.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Place:
     page: str
     archive: Optional[Archive] = None
     missing: Optional[Callable[[Path], List[str]]] = None
+    stand_ins: Tuple[str, ...] = ()
 
     def lacks(self, folder: Path) -> List[str]:
         """The files that are not there."""
@@ -53,12 +55,12 @@ def cache_folder() -> Path:
 
 
 def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
-    """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, else the cache, else a download.
+    """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, the cache, a stand-in, a download.
 
     Raises DataSetMissing where the folder found lacks files, or there is none and the publisher cannot be reached or
     has no address for it; ValueError where the download has another checksum.
     """
-    found = find_folder(path, place.folders)
+    found = find_folder(path, place.folders) or find_folder("", place.stand_ins)
     if found is None and place.archive is not None:
         target = cache_folder() / place.folders[0]
         print(f"{place.title} is neither in LUMREC_DATA nor in {target}: downloading {place.archive.url}", flush=True)

@@ -70,7 +70,7 @@ def first_reason(*checks: tuple) -> pl.Expr:
 def microseconds(time: pl.Expr, unit: str) -> pl.Expr:
     """A whole number of seconds ("s"), milliseconds ("ms") or microseconds ("us") as i64 microseconds.
 
-    Null where it lies outside 1970-01-02 … 2100-01-01 UTC, so that nothing overflows; see `impossible_time`.
+    Null where it lies outside 1970-01-02 … 2100-01-01 UTC, so that nothing overflows.
     """
     factor = MICROSECONDS[unit]
     per_second = 1_000_000 // factor

@@ -39,6 +39,7 @@ from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
+from lumrec.data.splits import TRAIN
 
 # Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
 SUM_BUDGET = 1 << 19
@@ -237,16 +238,26 @@ def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
 def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
     """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
 
-    Raises ValueError where that makes more than 16 conditions: then somebody has to choose.
+    The value that training events like best comes first: `wish_score` holds it against the others. Raises ValueError where that makes more than 16 conditions: then somebody has to choose.
     """
     wishes = [name for name in features if data.schema.features[name].wish]
-    conditions = [{name: value} for name in wishes for value in _vocabulary(data, name)]
+    conditions = [{name: value} for name in wishes for value in _by_like_rate(data, name)]
     if len(conditions) > MAX_DEFAULT_CONDITIONS:
         raise ValueError(
             f"the wishes {wishes} have {len(conditions)} values, too many to ask them all; choose some of them in "
             f"query.conditions, such as [{{{wishes[0]}: {conditions[0][wishes[0]]}}}]"
         )
     return conditions or [{}]
+
+
+def _by_like_rate(data: PreparedData, feature: str) -> list[str]:
+    """Values of a condition feature, those with the highest share of positive training events first."""
+    rows, lengths = data.event_columns[feature].take(torch.from_numpy(np.flatnonzero(data.split == TRAIN)))
+    label = np.repeat(data.label[data.split == TRAIN], lengths.numpy())
+    vocabulary = _vocabulary(data, feature)
+    count = np.bincount(rows.numpy(), minlength=len(vocabulary) + 1)
+    rate = np.bincount(rows.numpy(), weights=label, minlength=len(vocabulary) + 1) / np.maximum(count, 1)
+    return sorted(vocabulary, key=lambda value: -rate[vocabulary[value]])
 
 
 def condition_columns(

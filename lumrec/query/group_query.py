@@ -238,7 +238,8 @@ def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
 def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
     """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
 
-    The value that training events like best comes first: `wish_score` holds it against the others. Raises ValueError where that makes more than 16 conditions: then somebody has to choose.
+    The value that training events like best comes first: `wish_score` holds it against the others. Raises ValueError
+    where that makes more than 16 conditions: then somebody has to choose.
     """
     wishes = [name for name in features if data.schema.features[name].wish]
     conditions = [{name: value} for name in wishes for value in _by_like_rate(data, name)]

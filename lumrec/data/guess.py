@@ -62,6 +62,8 @@ CONDITION = re.compile(
 CODE = re.compile(
     r"(^|_)(id|ids|code|zip|zip_code|type|cat|category|brand|bucket|level|flag|class|cluster|hour|weekday)$"
 )
+TRUTH = {"true": "1", "yes": "1", "false": "0", "no": "0"}
+NUMBERS = 0.95  # of the values of a label that are numbers; the others are rows to be quarantined
 SEPARATORS = ("|", ";", ",")
 
 
@@ -204,10 +206,10 @@ def positive_of(values: pl.Series, column: str) -> Optional[Tuple[LabelConfig, s
     kinds = texts.unique().to_list()
     if not kinds:
         return None
-    if {text.lower() for text in kinds} <= {"0", "1", "0.0", "1.0", "true", "false", "yes", "no"}:
+    numbers = texts.str.to_lowercase().replace(TRUTH).cast(pl.Float64, strict=False).drop_nulls()
+    if len(numbers) >= NUMBERS * len(texts) and set(numbers.unique().to_list()) <= {0.0, 1.0}:
         return LabelConfig(column), "0/1"
-    numbers = texts.cast(pl.Float64, strict=False)
-    if numbers.is_not_null().mean() > 0.99 and 2 < numbers.n_unique() <= 101:  # type: ignore[operator]
+    if len(numbers) >= NUMBERS * len(texts) and 2 < numbers.n_unique() <= 101:
         top = float(numbers.max())  # type: ignore[arg-type]
         if 0 < top <= 100 and float(numbers.min()) >= 0:  # type: ignore[arg-type]
             least = round(0.8 * top, 2)

@@ -42,7 +42,8 @@ class DataConfig:
     source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
     download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
     allow_other_files: take files whose checksum or counts are not the published ones. min_count: a value that occurs
-    less often in the training part is unknown (row 0 of its table). max_list_length: rows with a longer list are quarantined.
+    less often in the training part is unknown (row 0 of its table). max_list_length: rows with a longer list are left
+    out, into the quarantine.
     duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
     log: of source "log". simulator: of source "simulator".
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from lumrec.config import load
 from lumrec.data.prepare import DataConfig, prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.data.sources import log_csv
 from lumrec.data.sources.log import LogConfig, read
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 
@@ -247,6 +250,234 @@ def test_a_cut_parquet_file_and_mixed_formats_and_no_file(write: Callable, scrat
 def test_columns_that_lumrec_names_itself_are_handed_on_under_another_name(write: Callable, scratch: Path):
     raw = read_log(write("user_id,item_id,timestamp,label,order\nu,1,1714521600,1,A-77\n"), scratch)
     assert raw.events.collect()["order_raw"].to_list() == ["A-77"]
+
+
+def events_of(raw: RawLog) -> pl.DataFrame:
+    return raw.events.sort("order").collect()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(["good", "short", "long", "empty", "undecodable", "header"]), min_size=1, max_size=60))
+def test_every_line_keeps_its_number_whatever_stands_before_it(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str]
+):
+    """Blocks of two or three lines, so that most rows follow bad ones of this block and of earlier ones."""
+    lines = {
+        "good": b"u,7,1714521600,1,home",
+        "short": b"u,7",
+        "long": b"u,7,1714521600,1,home,more",
+        "empty": b"",
+        "undecodable": b"u,7,1714521600,1,\xff",
+        "header": HEADER.strip().encode(),
+    }
+    folder = tmp_path_factory.mktemp("numbers")
+    first = b"\n".join([HEADER.strip().encode(), *(lines[kind] for kind in kinds), b"first,7,1714521600,1,home\n"])
+    (folder / "a.csv").write_bytes(first)
+    (folder / "b.csv").write_text(HEADER + "last,7,1714521600,1,home\n")
+    expected = {"good": None, "short": "2 fields, expected 5", "long": "6 fields, expected 5", "empty": "empty line"}
+    expected |= {"undecodable": "scene is not utf8 text", "header": "the header again"}
+    before = log_csv.BLOCK_BYTES
+    try:
+        log_csv.BLOCK_BYTES = 64
+        (scratch := folder / "scratch").mkdir()
+        frame = events_of(read_log([folder / "a.csv", folder / "b.csv"], scratch))
+    finally:
+        log_csv.BLOCK_BYTES = before
+    assert frame["order"].to_list() == list(range(len(kinds) + 2))
+    assert frame["reason"].to_list() == [*(expected[kind] for kind in kinds), None, None]
+    assert frame["user_id"].to_list()[-2:] == ["first", "last"]
+    for kind, raw in zip(kinds, frame["raw"]):
+        assert raw == lines[kind].decode(errors="replace") or kind == "empty"
+
+
+def test_a_line_break_in_a_field_is_quarantined_or_allowed(write: Callable, scratch: Path, tmp_path: Path):
+    path = write(HEADER + GOOD + 'u,7,1714521600,1,"home\npage"\n' + GOOD)
+    raw = read_log(path, scratch)
+    assert reasons(raw) == [None, "line break within a field (a quote that is not closed?)", None]
+    (again := tmp_path / "again").mkdir()
+    frame = events_of(read_log(path, again, line_breaks=True))
+    assert frame["scene"].to_list() == ["home", "home\npage", "home"]
+    (third := tmp_path / "third").mkdir()
+    path = write(HEADER + 'u,7,1714521600,1,"27 inch\n' + GOOD, "inch.csv")
+    assert events_of(read_log(path, third, quote=""))["scene"].to_list() == ['"27 inch', "home"]
+
+
+@pytest.mark.parametrize("name", ["log.tsv", "log.csv.gz", "log.tsv.gz"])
+def test_tabs_and_gzip(write: Callable, scratch: Path, name: str):
+    text = HEADER + 'u,7,1714521600,1,"a b"\n' + GOOD
+    text = text.replace(",", "\t") if ".tsv" in name else text
+    content = gzip.compress(text.encode()) if name.endswith(".gz") else text
+    frame = events_of(read_log(write(content, name), scratch))
+    assert frame["scene"].to_list() == ["a b", "home"]
+    assert frame["item_id"].to_list() == [7, 7]
+
+
+def parquet_log(folder: Path, name: str = "log.parquet", /, **columns: object) -> Path:
+    """Two events; keywords replace or add columns (None takes one away)."""
+    usual = {"user_id": ["u", "v"], "item_id": [1, 2], "timestamp": [1_714_521_600, 1_714_521_601], "label": [1, 0]}
+    pl.DataFrame({key: value for key, value in {**usual, **columns}.items() if value is not None}).write_parquet(
+        folder / name
+    )
+    return folder / name
+
+
+def test_times_of_parquet(scratch: Path, tmp_path: Path):
+    """Dates, times with and without a zone, in files of one log: all become microseconds UTC."""
+    utc = datetime.datetime(2024, 5, 1, 0, 0, 1)
+    dates = pl.Series([datetime.date(2024, 5, 1), None])
+    zoned = (
+        pl.Series([utc, utc]).dt.replace_time_zone("UTC").dt.convert_time_zone("Asia/Shanghai").dt.cast_time_unit("ns")
+    )
+    files = [
+        parquet_log(tmp_path, "a.parquet", timestamp=dates),
+        parquet_log(
+            tmp_path, "b.parquet", timestamp=pl.Series([utc, datetime.datetime(1970, 1, 1)]).dt.cast_time_unit("ms")
+        ),
+        parquet_log(tmp_path, "c.parquet", timestamp=zoned),
+    ]
+    raw = read_log(files, scratch)
+    midnight = 1_714_521_600_000_000
+    assert events_of(raw)["time_us"].to_list() == [
+        midnight,
+        None,
+        midnight + 10**6,
+        None,
+        midnight + 10**6,
+        midnight + 10**6,
+    ]
+    assert reasons(raw)[:4] == [
+        None, "timestamp is missing", None, "timestamp is not within 1970-01-02 and 2100-01-01"
+    ]  # fmt: skip
+    assert raw.extra["time_unit"] == "datetime"
+    with pytest.raises(ValueError, match="time_unit is 's'.*holds times already"):
+        read_log(files[0], scratch, time_unit="s")
+
+
+def test_numbers_that_are_not_finite(scratch: Path, tmp_path: Path):
+    path = parquet_log(tmp_path, timestamp=[1714521600.5, float("inf")], label=[1.0, 0.0])
+    assert reasons(read_log(path, scratch)) == [None, "timestamp is not finite"]
+    assert events_of(read_log(path, scratch))["time_us"][0] == 1_714_521_600_500_000
+    path = parquet_log(tmp_path, label=[float("nan"), 1.0])
+    assert reasons(read_log(path, scratch)) == ["label is not finite", None]
+    path = parquet_log(tmp_path, label=[float("-inf"), 3.0])
+    assert reasons(read_log(path, scratch, label=LabelConfig("label", at_least=2))) == ["label is not finite", None]
+
+
+def test_bytes_categories_lists_and_wide_integers_of_parquet(scratch: Path, tmp_path: Path):
+    columns = {
+        "user_id": [b"u", b"\xff"],
+        "item_id": pl.Series([2**64 - 1, 3], dtype=pl.UInt64),
+        "brand": pl.Series(["", "b"], dtype=pl.Categorical),
+        "tags": [[1, 2], None],
+        "blobs": [[b"x"], []],
+    }
+    raw = read_log(parquet_log(tmp_path, **columns), scratch)
+    frame = events_of(raw)
+    assert frame["reason"].to_list() == [None, "user_id is not utf8 text"]
+    assert frame["item_id"].to_list() == [str(2**64 - 1), "3"]
+    assert frame["brand"].to_list() == [None, "b"]
+    assert frame["tags"].to_list() == [["1", "2"], None]
+    assert frame["raw"][1].startswith('{"user_id":"\ufffd","item_id":3')
+
+
+def test_a_column_that_one_file_lacks(scratch: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A feature's is empty there, and that is told; a key's or the label's is refused."""
+    whole = parquet_log(tmp_path, "b.parquet", scene=["home", "home"])
+    caplog.set_level(logging.WARNING)
+    frame = events_of(read_log([parquet_log(tmp_path, "a.parquet"), whole], scratch))
+    assert frame["scene"].to_list() == [None, None, "home", "home"]
+    assert "column 'scene' is missing in some files" in caplog.text
+    for column in ("user_id", "timestamp", "label"):
+        cut = parquet_log(tmp_path, "c.parquet", **{column: None})
+        with pytest.raises(ValueError, match=f"c.parquet has no column '{column}', which .*b.parquet has"):
+            read_log([whole, cut], scratch)
+
+
+def test_ids_of_events_and_items_are_of_one_type(write: Callable, scratch: Path, tmp_path: Path):
+    events = write(HEADER + GOOD)
+    items = parquet_log(
+        tmp_path, "items.parquet", user_id=None, timestamp=None, label=None, item_id=[7, 8], name=["a", "b"]
+    )
+    raw = read_log(events, scratch, items=str(items), title="name")
+    assert raw.items is not None
+    assert raw.items.collect()["item_id"].to_list() == [7, 8]
+    assert raw.items.collect()["title"].to_list() == ["a", "b"]
+    (again := tmp_path / "again").mkdir()
+    raw = read_log(events, again, items=str(write("id,x\n007,1\n7,2\n,3\n9\n", "items.csv")), item_in_items="id")
+    assert raw.items is not None
+    found = raw.items.sort("order").collect()
+    assert found["item_id"].to_list() == ["007", "7", None, None]
+    assert found["reason"].to_list() == [None, None, "id is missing", "1 fields, expected 2"]
+    assert found["raw"].to_list() == [None, None, ",3", "9"]
+    assert events_of(raw)["item_id"].to_list() == ["7"]
+
+
+def test_lists_are_split_and_missing_texts_are_missing(write: Callable, scratch: Path):
+    text = "user_id,item_id,timestamp,label,tags,city\nu,1,1714521600,1,a;;b,NULL\nu,1,1714521600,1,,Nan\n"
+    raw = read_log(write(text), scratch, lists="tags", list_separator=";")
+    assert events_of(raw)["tags"].to_list() == [["a", "b"], None]
+    assert events_of(raw)["city"].to_list() == [None, "Nan"]
+
+
+def test_folders_globs_and_single_names(write: Callable, scratch: Path, tmp_path: Path):
+    """Also of a config: one name stands for a list of one, on the command line and in YAML."""
+    for day in ("02", "01"):
+        write(HEADER + f"u,{int(day)},1714521600,1,home\n", f"log/day={day}/part-0.csv")
+    write("", "log/_SUCCESS")
+    write("", "log/.part-0.csv.crc")
+    (again := tmp_path / "again").mkdir()
+    for names, place in ((tmp_path / "log", scratch), (tmp_path / "log" / "*" / "*.csv", again)):
+        assert events_of(read_log(names, place))["item_id"].to_list() == [1, 2]
+    (config := tmp_path / "c.yaml").write_text("data: {source: log, log: {events: clicks.csv, known_after: dwell}}\n")
+    assert load(config).data.log.events == "clicks.csv"
+    assert load(config, ["data.log.events=[a.csv, b.csv]"]).data.log.events == ["a.csv", "b.csv"]
+    assert load(None, ["data.log.events=x.csv"]).data.log.events == "x.csv"
+    with pytest.raises(ValueError, match="data.log.events: got"):
+        load(None, ["data.log.events=[1]"])
+
+
+def test_reading_twice_gives_the_same(write: Callable, scratch: Path, tmp_path: Path):
+    (again := tmp_path / "again").mkdir()
+    path = write(HEADER + GOOD + "u,7\n" + GOOD)
+    assert events_of(read_log(path, scratch)).equals(events_of(read_log(path, again)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "label", "message"),
+    [
+        ({"time_unit": "h"}, LabelConfig(), "data.log.time_unit: got 'h', expected one of auto, s, ms"),
+        ({"encoding": "utf9"}, LabelConfig(), "data.log.encoding: got 'utf9'"),
+        ({"separator": "::"}, LabelConfig(), "data.log.separator: got '::', expected one ASCII character"),
+        ({"lists": "scnee"}, LabelConfig(), r"data.log.lists: no table has a column 'scnee' \(did you mean 'scene'"),
+        ({"known_after": "dwell"}, LabelConfig(), "data.log.known_after: .* has no column 'dwell'"),
+        ({"title": "name"}, LabelConfig(), "data.log.title is 'name', and there are no items"),
+        ({"all_positive": True}, LabelConfig("label"), "data.log.all_positive says that there is no label"),
+        ({}, LabelConfig("label", at_least=1, values=["1"]), "values and at_least are both given"),
+        ({}, LabelConfig("lable"), r"data.label.column: .* no column 'lable' \(did you mean 'label'"),
+        ({"separator": ";"}, LabelConfig(), "That is a single column: is data.log.separator right"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    write: Callable, scratch: Path, fields: dict, label: LabelConfig, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        read_log(write(HEADER + GOOD), scratch, label=label, **fields)
+
+
+def test_more_bad_rows_than_a_log_can_have(write: Callable, scratch: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(log_csv, "MAX_BAD_ROWS", 100)
+    with pytest.raises(
+        ValueError, match="over 100 rows in a row have another number of fields than the header .4, exp"
+    ):
+        read_log(write("user_id,item_id,timestamp,label\n".replace(",label", "") + "u,7,1714521600,1\n" * 200), scratch)
+
+
+def test_the_template_is_a_config_that_prepares(monkeypatch: pytest.MonkeyPatch, write: Callable, tmp_path: Path):
+    rows = "".join(f"u{n % 5},{n % 7},{1_714_521_600 + n},{n % 2}\n" for n in range(60))
+    write("user_id,item_id,timestamp,click\n" + rows, "log/events/part-0.csv")
+    monkeypatch.chdir(tmp_path)
+    result = prepare(load(SHOP.parents[2] / "configs" / "own-log.yaml"), tmp_path / "prepared")
+    assert (result["events"], result["users"], result["items"]) == (60, 5, 7)
 
 
 def test_the_example_shop_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

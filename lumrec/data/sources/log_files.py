@@ -73,7 +73,12 @@ class Table:
         return self.format != "Parquet"
 
     def require(self, column: str, key: str) -> None:
-        """Raises ValueError, which names the nearest column, where the table has no such column; `key` asked for it."""
+        """Raises ValueError, which names the nearest column, where a file lacks that column; `key` asked for it."""
+        if column in self.lacking:
+            raise ValueError(
+                f"{key}: {self.lacking[column]} has no column {column!r}, which {self.origin[column]} has; expected "
+                "it in all files. Write that file again, or leave it out"
+            )
         if column in self.schema:
             return
         message = (
@@ -259,6 +264,15 @@ def _is_text(kind: pl.DataType) -> bool:
     return kind in (pl.String, pl.Binary, pl.Categorical) or isinstance(kind, pl.Enum)
 
 
+def _has_bytes(kind: pl.DataType) -> bool:
+    """Whether there are bytes in it, at any depth: these cannot be written as JSON."""
+    if isinstance(kind, (pl.List, pl.Array)):
+        return _has_bytes(kind.inner)  # type: ignore[arg-type]
+    if isinstance(kind, pl.Struct):
+        return any(_has_bytes(inner.dtype) for inner in kind.fields)  # type: ignore[arg-type]
+    return kind == pl.Binary
+
+
 def _scan(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
     """All rows of all files with the common types, and their numbers; files in a row that agree are one scan."""
     frames, first = [], 0
@@ -308,7 +322,7 @@ def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> Tuple[pl.LazyFra
     bad = first_reason(
         *((pl.col(name).str.contains(UNDECODABLE, literal=True), undecodable(name, "utf8")) for name in as_bytes)
     )
-    row = pl.struct([pl.col(name) for name in own]).struct.json_encode()
+    row = pl.struct([pl.col(name) for name, kind in own.items() if not _has_bytes(kind)]).struct.json_encode()
     as_read = row.str.replace_all(UNDECODABLE, "\ufffd", literal=True)
     values = [pl.when(pl.col(name) != "").then(name).alias(name) for name in texts]
     return frame.with_columns(bad.alias(REASON), as_read.alias(RAW), *values), own

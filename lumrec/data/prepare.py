@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
+import polars as pl
 from omegaconf import OmegaConf
 
 from lumrec.data.convert import convert
@@ -108,21 +109,27 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     data: DataConfig = config.data
     with _claimed(path) as work:
         (scratch := work / "source").mkdir()
-        raw, schema = read_source(config, scratch)
-        files = {name: sha256(file) for name, file in _named(raw.files).items()}
-        standing = _standing_result(path, config, files)
-        if standing is not None:
-            print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
-            return standing
-        content = convert(
-            raw,
-            schema,
-            data.split,
-            work,
-            min_count=data.min_count,
-            max_list_length=data.max_list_length,
-            drop_duplicates=data.duplicates == "drop",
-        )
+        try:
+            raw, schema = read_source(config, scratch)
+            files = {name: sha256(file) for name, file in _named(raw.files).items()}
+            standing = _standing_result(path, config, files)
+            if standing is not None:
+                print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
+                return standing
+            content = convert(
+                raw,
+                schema,
+                data.split,
+                work,
+                min_count=data.min_count,
+                max_list_length=data.max_list_length,
+                drop_duplicates=data.duplicates == "drop",
+            )
+        except pl.exceptions.PolarsError as error:  # a page of a Parquet file that is damaged, found while it is read
+            raise ValueError(
+                f"the log cannot be read to its end: {str(error).splitlines()[0]}. A file of it is damaged: copy or "
+                "write it again"
+            ) from error
         shutil.rmtree(scratch)
         manifest = write_manifest(
             work,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -502,3 +503,16 @@ def test_the_example_shop_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path:
     bad = load(SHOP / "shop.yaml", [f"runs_dir={tmp_path}", "schema.features.dwell_s.role=context"])
     with pytest.raises(ValueError, match="schema.features.dwell_s: column 'dwell_s' is known only after"):
         prepare(bad, tmp_path / "other")
+
+
+def test_a_parquet_file_with_a_damaged_page_is_refused_in_a_sentence(tmp_path: Path):
+    count = 5000
+    frame = pl.DataFrame({"user_id": range(count), "item_id": range(count), "timestamp": [1_714_521_600] * count})
+    frame.with_columns(label=pl.lit(1)).write_parquet(path := tmp_path / "log.parquet", compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)  # the footer stays sound
+    path.write_bytes(content)
+    config = load(None, ["data.source=log", f"data.log.events={path}", f"runs_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="the log cannot be read to its end: .*copy or write it again"):
+        prepare(config, tmp_path / "prepared")
+    assert sorted(os.listdir(tmp_path)) == ["log.parquet"]

@@ -108,7 +108,7 @@ def run(config: Config) -> dict[str, float | str]:
     write_json(folder / "result.json", result)
     page = write_page(folder, config, stages, result, note)
     say("\n" + comparison(config, result) + "\n")
-    say(what_next(folder, page))
+    say(what_next(folder, page, is_movielens=config.data.source == "movielens-1m"))
     return result
 
 

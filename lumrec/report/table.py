@@ -110,14 +110,20 @@ def spoken(figure: Figure | None) -> str:
     return text if figure.gain is None else f"{text} ({figure.gain:+.4f})"
 
 
-def what_next(folder: Path, page: Path) -> str:
-    """Where the results are, and what one may run now."""
-    return f"""report   {page}
-numbers  {folder / "result.json"}
-curves   tensorboard --logdir {folder}
+def what_next(folder: Path, page: Path, *, is_movielens: bool) -> str:
+    """Where the results are, and what one may run now: on MovieLens-1M, or on a log of one's own."""
+    results = f"report   {page}\nnumbers  {folder / 'result.json'}\ncurves   tensorboard --logdir {folder}"
+    if not is_movielens:
+        return f"""{results}
+
+what to run next
+  the other ranker, seeds     the same command with run=more 'pipeline.rankers=[din,dlrm]' 'pipeline.seeds=[0,1,2]'
+  what is in a log of yours   torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""
+    return f"""{results}
 
 what to run next
   both rankers, three seeds   torchx run apps/pipeline.py --config configs/ml-1m.yaml
   split by time               torchx run apps/pipeline.py --config configs/ml-1m-temporal.yaml
   the LUM by itself           torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml
-  settings of your own        torchx run apps/pipeline.py --config configs/ml-1m.yaml run=mine model.dim=96"""
+  settings of your own        torchx run apps/pipeline.py --config configs/ml-1m.yaml run=mine model.dim=96
+  a log of your own           torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""

@@ -74,7 +74,8 @@ def convert(
     for table, vocabulary in vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
     pl.scan_parquet(intake.quarantine).sink_parquet(folder / "quarantine.parquet")
-    counts = count(intake, catalogues)
+    left_out = count_reasons(intake.quarantine)
+    counts = count(intake, catalogues, left_out)
     content = {
         "counts": counts,
         "facts": _facts(folder / "events", len(catalogues["item"].frame)),
@@ -82,7 +83,7 @@ def convert(
         "scales": {name: one.facts() for name, one in moments.items()},
         "absolute_time": raw.absolute_time,
         "unknown_values": unknown,
-        "quarantine": count_reasons(intake.quarantine),
+        "quarantine": left_out,
     }
     shutil.rmtree(scratch)
     _check_expected(counts, raw)
@@ -167,7 +168,7 @@ def encode_features(
     return encoded
 
 
-def count(intake: Intake, catalogues: Dict[str, Catalogue]) -> Dict[str, int]:
+def count(intake: Intake, catalogues: Dict[str, Catalogue], left_out: Dict[str, int]) -> Dict[str, int]:
     """Rows read, kept and left out, users and items, and the events of each part."""
     blocks = pl.scan_parquet(intake.blocks)
     parts, users, items = pl.collect_all(
@@ -175,7 +176,6 @@ def count(intake: Intake, catalogues: Dict[str, Catalogue]) -> Dict[str, int]:
         engine="streaming",
     )
     of_part = dict(parts.iter_rows())
-    left_out = count_reasons(intake.quarantine)
     return {
         "events_read": intake.num_read,
         "events": intake.num_events,

@@ -18,7 +18,7 @@ import torchrec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.modules.attention import make_layout
+from lumrec.modules.layout import make_layout
 from lumrec.modules.losses import info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.modules.tokens import TokenEncoder, make_kjt, make_tables
@@ -90,6 +90,10 @@ def lumrec_step(item_T: Tensor, condition_T: Tensor, lengths_B: Tensor, width: i
             num_queries=0,
             num_candidates=NUM_ITEMS,
             query_prefix_Q=none,
+            previous_T=torch.arange(num_events) - 1,  # not read: two tokens an event, no bias of time
+            previous_Q=none,
+            time_T=torch.zeros(num_events, dtype=torch.int64),
+            time_Q=none,
             positive_T=item_T,
             log_weight_C=torch.zeros(NUM_ITEMS),
             contrast_event_Q=none,

@@ -1,94 +1,282 @@
-"""Causal transformer over the tokens of each user (LUM section 4.1.2), GPT-style.
+"""Causal user encoders over the tokens of each user (LUM section 4.1.2): GPT-style, Llama-style and HSTU.
+
+All have one interface; they differ in their blocks:
+
+    gpt     LayerNorm, GELU, learned positions                                (Radford et al. 2019)
+    llama   RMSNorm, SwiGLU, rotary positions (RoPE), no biases               (arXiv 2302.13971)
+    hstu    gated pointwise SiLU attention, learned positions, relative bias  (arXiv 2402.17152, in hstu.py)
 
 Shape suffixes: T tokens, Q query tokens, X = T + Q, D width, H heads, K head width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from lumrec.modules.attention import JaggedLayout, causal_attention, query_attention
+from lumrec.modules.attention import causal_attention, query_attention
+from lumrec.modules.hstu import HstuBlock
+from lumrec.modules.layout import JaggedLayout
+from lumrec.modules.relative_bias import BiasIndex, RelativeBias, TokenTimes, bias_indices
+
+ENCODERS = ("gpt", "llama", "hstu")
+ROTARY_BASE = 10_000.0
+
+# Keys and values [T, H, K] of a history's tokens, layer by layer: all that a later query needs of them.
+KeyValueCache = list[tuple[Tensor, Tensor]]
+# Keys, queries and values of all rows in, what the rows that go on have attended to out [X or Q, H, K].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Block(nn.Module):
+class GptBlock(nn.Module):
     """One pre-norm transformer block on flat tokens: the history's tokens and, behind them, the queries."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(dim)
+        self.num_heads, self.head_width = num_heads, dim // num_heads
+        self.attention_norm: nn.Module = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attention_output = nn.Linear(dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn_input = nn.Linear(dim, ffn_dim)
-        self.ffn_output = nn.Linear(ffn_dim, dim)
+        self.ffn_norm: nn.Module = nn.LayerNorm(dim)
+        self.ffn_input = nn.Linear(dim, ffn_dim or 4 * dim)
+        self.ffn_output = nn.Linear(ffn_dim or 4 * dim, dim)
         self.dropout = dropout
 
-    def forward(self, x_XD: Tensor, num_tokens: int, layout: JaggedLayout, *, queries_only: bool) -> Tensor:
-        """Output for all tokens, or, where `queries_only`, for the queries alone ([Q, D]).
+    def initialise(self, num_layers: int) -> None:
+        """GPT-2: small normals, no bias; what adds to the residual stream starts smaller, the deeper the model."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                is_output = name in ("attention_output.weight", "ffn_output.weight")
+                nn.init.normal_(parameter, std=0.02 * ((2 * num_layers) ** -0.5 if is_output else 1.0))
 
-        In the last block of a pure query nothing reads the history's outputs any more, only its keys and values.
-        """
-        head_width = x_XD.shape[1] // self.num_heads
-        q, k, v = self.qkv(self.attention_norm(x_XD)).view(-1, 3, self.num_heads, head_width).unbind(1)
-        history = slice(0, num_tokens)
-        asked = slice(num_tokens, len(x_XD))
-        parts = []
-        if not queries_only:
-            parts.append(causal_attention(q[history], k[history], v[history], layout))
-        if num_tokens < len(x_XD) or queries_only:
-            parts.append(query_attention(q[asked], k[asked], v[asked], k[history], v[history], layout))
-        residual = x_XD[asked] if queries_only else x_XD
-        x = residual + self._drop(self.attention_output(torch.cat(parts).flatten(1)))
-        hidden = F.gelu(self.ffn_input(self.ffn_norm(x)), approximate="tanh")
-        return x + self._drop(self.ffn_output(hidden))
+    def forward(self, x_XD: Tensor, attend: Attend, rows: slice, rotary: Tensor | None) -> Tensor:
+        """Output of the `rows` that go on. rotary: complex64 [X, 1, K / 2], where positions are rotary."""
+        return self.finish(x_XD[rows], attend(*self.project(x_XD, rotary)))
+
+    def project(self, x_XD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [X, H, K]."""
+        shape = (3, self.num_heads, self.head_width)
+        q, k, v = self.qkv(self.attention_norm(x_XD)).unflatten(1, shape).unbind(1)
+        return (q, k, v) if rotary is None else (rotate(q, rotary), rotate(k, rotary), v)
+
+    def finish(self, x_XD: Tensor, attended_XHK: Tensor) -> Tensor:
+        """What attention found goes into the residual stream, then the FFN."""
+        x = x_XD + self._drop(self.attention_output(attended_XHK.flatten(1)))
+        return x + self._drop(self.ffn_output(self._hidden(self.ffn_norm(x))))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.ffn_input(x), approximate="tanh")
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
-class UserEncoder(nn.Module):
-    """A causal transformer with learned positions that restart at each user.
+class LlamaBlock(GptBlock):
+    """The same block with RMSNorm, SwiGLU and no biases. ffn_dim 0 is 8/3 of the width, in steps of 32."""
 
-    max_tokens: positions 0 … max_tokens - 1 exist. A query stands at the position behind the tokens that it sees.
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        ffn_dim = ffn_dim or -(-8 * dim // 96) * 32
+        super().__init__(dim, num_heads, ffn_dim, dropout)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attention_output = nn.Linear(dim, dim, bias=False)
+        self.ffn_input = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.ffn_output = nn.Linear(ffn_dim, dim, bias=False)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        gate, up = self.ffn_input(x).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def rotate(x_XHK: Tensor, rotary: Tensor) -> Tensor:
+    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); complex [X, 1, K / 2]."""
+    real, imaginary = x_XHK.chunk(2, dim=-1)
+    cos, sin = rotary.real.to(x_XHK.dtype), rotary.imag.to(x_XHK.dtype)
+    return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+
+
+BLOCKS: dict[str, type[GptBlock] | type[HstuBlock]] = {"gpt": GptBlock, "llama": LlamaBlock, "hstu": HstuBlock}
+
+
+class UserEncoder(nn.Module):
+    """A causal encoder of flat histories; positions restart at each user.
+
+    encoder: "gpt", "llama" or "hstu". max_tokens: positions 0 … max_tokens - 1 exist; a query stands at the position
+    behind the tokens that it sees. time_bias: adds a relative bias of position and time to the scores of each layer
+    (None: as the encoder's paper has it, so for hstu alone); hstu without it keeps that of position. ffn_dim: 0 = as
+    the encoder's paper has it; hstu has no FFN. Two options trade time and memory and change results by rounding alone:
+    checkpoint_activations computes each layer again in the backward pass, compile_blocks compiles all but attention.
+
+    Raises ValueError for a name or a size that cannot work.
     """
 
     def __init__(
-        self, *, dim: int, num_layers: int, num_heads: int, max_tokens: int, ffn_dim: int = 0, dropout: float = 0.0
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        max_tokens: int,
+        encoder: str = "gpt",
+        ffn_dim: int = 0,
+        dropout: float = 0.0,
+        time_bias: bool | None = None,
+        checkpoint_activations: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
+        if encoder not in ENCODERS:
+            raise ValueError(f"the user encoder is {encoder!r}; expected one of {', '.join(ENCODERS)}")
         if dim % num_heads:
             raise ValueError(f"the width {dim} cannot be divided into {num_heads} heads; choose a divisor of it")
-        self.max_tokens = max_tokens
-        self.position = nn.Embedding(max_tokens, dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_dim or 4 * dim, dropout) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim)
-        self.dropout = dropout
-        self._initialise(num_layers)
-
-    def _initialise(self, num_layers: int) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" not in name:
-                # GPT-2: the branches that add to the residual stream start smaller, the deeper the model.
-                is_output = name.endswith(("attention_output.weight", "ffn_output.weight"))
-                nn.init.normal_(parameter, std=0.02 * ((2 * num_layers) ** -0.5 if is_output else 1.0))
+        if encoder == "llama" and dim // num_heads % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of channels, but a head has {dim // num_heads}: make it even"
+            )
+        if encoder == "hstu" and ffn_dim:
+            raise ValueError(f"an HSTU block has no FFN, but ffn_dim is {ffn_dim}; leave it at 0")
+        self.max_tokens, self.dropout, self.head_width = max_tokens, dropout, dim // num_heads
+        self.checkpoint_activations = checkpoint_activations
+        is_hstu = encoder == "hstu"
+        self.time_bias = is_hstu if time_bias is None else time_bias
+        self.position = None if encoder == "llama" else nn.Embedding(max_tokens, dim)
+        blocks = [BLOCKS[encoder](dim, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
+        has_bias = is_hstu or self.time_bias
+        self.blocks = nn.ModuleList(blocks)
+        self.biases = nn.ModuleList(
+            RelativeBias(max_tokens, time=self.time_bias) if has_bias else nn.Identity() for _ in blocks
+        )
+        self.norm = nn.RMSNorm(dim) if encoder == "llama" else nn.LayerNorm(dim)
+        if self.position is not None:
+            nn.init.normal_(self.position.weight, std=0.02)
+        for block in blocks:
+            block.initialise(num_layers)
+            if compile_blocks:
+                block.project = torch.compile(block.project, dynamic=True)  # type: ignore[assignment, method-assign]
+                block.finish = torch.compile(block.finish, dynamic=True)  # type: ignore[assignment, method-assign]
 
     def forward(
-        self, x_TD: Tensor, y_QD: Tensor, layout: JaggedLayout, *, query_prefix_Q: Tensor, queries_only: bool = False
+        self,
+        x_TD: Tensor,
+        y_QD: Tensor,
+        layout: JaggedLayout,
+        *,
+        query_prefix_Q: Tensor,
+        times: TokenTimes | None = None,
+        queries_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Outputs of the history's tokens [T, D] (empty where `queries_only`) and of the queries [Q, D].
 
-        x_TD: tokens of all users behind each other. y_QD: query conditions; query_prefix_Q: tokens that each one sees.
+        x_TD: tokens of all users behind each other. y_QD: query tokens; query_prefix_Q: tokens that each one sees.
+        times: of all tokens and queries; read with a bias of time alone.
         """
         num_tokens = len(x_TD)
-        starts_T = torch.repeat_interleave(layout.offsets_B1[:-1], layout.offsets_B1.diff(), output_size=num_tokens)
-        position_T = torch.arange(num_tokens, device=x_TD.device) - starts_T
-        x = torch.cat([x_TD, y_QD]) + self.position(torch.cat([position_T, query_prefix_Q]))
-        x = F.dropout(x, self.dropout, self.training)
-        for block in self.blocks:
-            last = block is self.blocks[-1]
-            x = block(x, num_tokens, layout, queries_only=queries_only and last)
-        x = self.norm(x)
+        x_XD = torch.cat([x_TD, y_QD])
+        position_X = torch.cat([_positions(layout, num_tokens), query_prefix_Q])
+        x = self._layers(x_XD, position_X, num_tokens, layout, times, queries_only=queries_only)
         return (x[:0], x) if queries_only else (x[:num_tokens], x[num_tokens:])
+
+    def keys_and_values(self, x_TD: Tensor, layout: JaggedLayout, *, times: TokenTimes | None = None) -> KeyValueCache:
+        """What `ask` needs of these histories: computed once, it answers any number of later queries."""
+        cache: KeyValueCache = []
+        self._layers(x_TD, _positions(layout, len(x_TD)), len(x_TD), layout, times, keep=cache)
+        return cache
+
+    def ask(
+        self,
+        cache: KeyValueCache,
+        y_QD: Tensor,
+        layout: JaggedLayout,
+        *,
+        query_prefix_Q: Tensor,
+        times: TokenTimes | None = None,
+    ) -> Tensor:
+        """Outputs of the queries [Q, D] from the histories' cache: equal to `forward`'s with `queries_only`.
+
+        layout: lengths as in the cache's own, with these queries. times: of the cached tokens and of the queries.
+        """
+        return self._layers(y_QD, query_prefix_Q, 0, layout, times, queries_only=True, cache=cache)
+
+    def _layers(
+        self,
+        x_XD: Tensor,
+        position_X: Tensor,
+        num_tokens: int,
+        layout: JaggedLayout,
+        times: TokenTimes | None,
+        *,
+        queries_only: bool = False,
+        cache: KeyValueCache | None = None,
+        keep: KeyValueCache | None = None,
+    ) -> Tensor:
+        if self.time_bias and times is None:
+            raise ValueError("this user encoder has a bias of time (time_bias): it needs the times of its tokens")
+        rotary = None
+        if self.position is not None:
+            x_XD = x_XD + self.position(position_X)
+        else:
+            exponent = torch.arange(0, self.head_width, 2, device=x_XD.device, dtype=torch.float32) / self.head_width
+            angle = position_X[:, None].float() * ROTARY_BASE**-exponent
+            rotary = torch.polar(torch.ones_like(angle), angle)[:, None]
+        x = F.dropout(x_XD, self.dropout, self.training)
+        has_bias = isinstance(self.biases[0], RelativeBias)
+        indices = bias_indices(layout, times if self.time_bias else None) if has_bias else None
+        for number, (block, bias) in enumerate(zip(self.blocks, self.biases, strict=True)):
+            only = queries_only and number == len(self.blocks) - 1
+            attend = partial(
+                _attend,
+                num_tokens=num_tokens,
+                layout=layout,
+                bias=bias if isinstance(bias, RelativeBias) else None,
+                indices=indices,
+                silu=isinstance(block, HstuBlock),
+                # In the last layer of a pure query nothing reads the history's outputs, only its keys and values.
+                queries_only=only or cache is not None,
+                cached=None if cache is None else cache[number],
+                keep=keep,
+            )
+            rows = slice(num_tokens if only else 0, None)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, attend, rows, rotary, use_reentrant=False)
+            else:
+                x = block(x, attend, rows, rotary)
+        return self.norm(x)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_tokens: int,
+    layout: JaggedLayout,
+    bias: RelativeBias | None,
+    indices: list[tuple[BiasIndex, BiasIndex]] | None,
+    silu: bool,
+    queries_only: bool,
+    cached: tuple[Tensor, Tensor] | None,
+    keep: KeyValueCache | None,
+) -> Tensor:
+    """The tokens' causal attention and, behind it, the queries' to the tokens' (or cached) keys and values."""
+    history, asked = slice(0, num_tokens), slice(num_tokens, None)
+    k_THK, v_THK = (k[history], v[history]) if cached is None else cached
+    if keep is not None:
+        keep.append((k_THK, v_THK))
+    parts = []
+    if not queries_only:
+        parts.append(causal_attention(q[history], k_THK, v_THK, layout, silu=silu, bias=bias, indices=indices))
+    if num_tokens < len(q) or queries_only:
+        parts.append(
+            query_attention(q[asked], k[asked], v[asked], k_THK, v_THK, layout, silu=silu, bias=bias, indices=indices)
+        )
+    return torch.cat(parts)
+
+
+def _positions(layout: JaggedLayout, num_tokens: int) -> Tensor:
+    starts_T = torch.repeat_interleave(layout.offsets_B1[:-1], layout.offsets_B1.diff(), output_size=num_tokens)
+    return torch.arange(num_tokens, device=starts_T.device) - starts_T

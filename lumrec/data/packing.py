@@ -15,8 +15,8 @@ from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, training_windows
 from lumrec.data.splits import TRAIN
-from lumrec.modules.attention import make_layout
-from lumrec.modules.lum import Pack
+from lumrec.modules.layout import make_layout
+from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
 
 SAMPLING = ("uniform", "popularity")
@@ -26,6 +26,8 @@ ABSENT = -1
 class Queries(NamedTuple):
     """Conditions to ask. window_Q: int64 ascending, window asked; moment_Q: int64, events of it that are seen.
 
+    time_Q: int64, seconds, when each is asked; None = at the time of the row that follows what is seen, or behind a
+    window's end at that of its last event.
     conditions: feature -> vocabulary row of each query (int64 [Q]; ABSENT where the feature is not given), or its bags
     (values int64, lengths int64 [Q]) where a query may hold several values.
     """
@@ -33,6 +35,7 @@ class Queries(NamedTuple):
     window_Q: Tensor
     moment_Q: Tensor
     conditions: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+    time_Q: Tensor | None = None
 
 
 class PackBuilder:
@@ -46,8 +49,11 @@ class PackBuilder:
         item_features: Sequence[str],
         feedback_features: Sequence[str],
         condition_features: Sequence[str],
+        tokens: str = "interleaved",
     ) -> None:
         self.data = data
+        self.tokens_per_event = TOKENS_PER_EVENT[tokens]
+        self.time_E = torch.from_numpy(data.timestamp)
         self.features = list(features)
         self.item_features = list(item_features)
         self.feedback_features = list(feedback_features)
@@ -90,21 +96,36 @@ class PackBuilder:
                 asked = _keep((asked, torch.ones_like(asked)), asked != ABSENT)
             columns[name] = _bags(stride, (0, given), (num_events, asked))
 
-        layout = make_layout(
-            2 * windows.length_W, query_sequence_Q=queries.window_Q, query_prefix_Q=2 * queries.moment_Q
-        )
+        factor = self.tokens_per_event
+        query_prefix_Q = factor * queries.moment_Q
+        first_W = windows.length_W.cumsum(0) - windows.length_W
+        place_T, place_Q = torch.arange(num_events), first_W[queries.window_Q] + queries.moment_Q
+        is_first_T = torch.zeros(num_events, dtype=torch.bool)
+        is_first_T[first_W[windows.length_W > 0]] = True
         return Pack(
             tokens=make_kjt(self.features, columns, stride=stride),
-            layout=layout,
+            layout=make_layout(
+                factor * windows.length_W, query_sequence_Q=queries.window_Q, query_prefix_Q=query_prefix_Q
+            ),
             num_events=num_events,
             num_queries=num_queries,
             num_candidates=num_candidates,
-            query_prefix_Q=2 * queries.moment_Q,
+            query_prefix_Q=query_prefix_Q,
+            previous_T=torch.where(is_first_T, -1, place_T - 1),
+            previous_Q=torch.where(queries.moment_Q == 0, -1, place_Q - 1),
+            time_T=self.time_E[row_T],
+            time_Q=self._asked_at(windows, queries) if queries.time_Q is None else queries.time_Q,
             positive_T=_none(),
             log_weight_C=torch.zeros(num_candidates),
             contrast_event_Q=_none(),
             event_row_T=row_T,
         )
+
+    def _asked_at(self, windows: Windows, queries: Queries) -> Tensor:
+        """Time of the row that each query's moment stands for; behind a window's end that of its last event."""
+        last_Q = windows.length_W[queries.window_Q] - 1
+        row_Q = windows.start_W[queries.window_Q] + torch.minimum(queries.moment_Q, last_Q).clamp(min=0)
+        return self.time_E[row_Q.clamp(max=len(self.time_E) - 1)]
 
 
 def _none() -> Tensor:

@@ -41,11 +41,14 @@ class RetrievalConfig:
     condition: what every user is asked with, raw values by condition feature, whatever the target; {} = no condition.
     oracle: ask a second time with the target's own condition, which nobody knows before the item is chosen: an upper
         bound, reported as oracle/hr@k and oracle/ndcg@k beside the honest figures.
+    request_time: the LUM is told when each target was asked for, as in serving; else at the time of the last
+        event that it sees, as where answers are stored beforehand. Matters with a bias of time alone.
     ks: cut-offs. max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
     """
 
     condition: Dict[str, str] = field(default_factory=dict)
     oracle: bool = False
+    request_time: bool = True
     ks: List[int] = field(default_factory=lambda: [10, 50])
     max_users: int = 0
     tokens_per_pack: int = 8192
@@ -84,7 +87,7 @@ def evaluate_retrieval(
     try:
         e_ID = encode_items(model, builder)
         for mine in _shares(targets, max_events=max_events, tokens_per_pack=config.tokens_per_pack):
-            o_BND = _ask(model, builder, mine, fixed, oracle=config.oracle, max_events=max_events)
+            o_BND = _ask(model, builder, mine, fixed, config=config, max_events=max_events)
             for place, name in enumerate(names):
                 ranks[name].append(_rank_targets(o_BND[:, place], e_ID, data, mine))
     finally:
@@ -167,15 +170,15 @@ def _ask(
     targets: Targets,
     fixed: Mapping[str, Column],
     *,
-    oracle: bool,
+    config: RetrievalConfig,
     max_events: int,
 ) -> Tensor:
     """Answers o_BND given the history before each target: to the `fixed` condition and, if wished, to the true one."""
-    num_users, num_conditions = len(targets.row_B), 2 if oracle else 1
+    num_users, num_conditions = len(targets.row_B), 2 if config.oracle else 1
     length_B = (targets.row_B - targets.first_B).clamp(max=max_events - 1)
     user_B = torch.from_numpy(builder.data.user)[targets.row_B]
     conditions = {name: column.take(torch.zeros(num_users, dtype=torch.int64)) for name, column in fixed.items()}
-    if oracle:
+    if config.oracle:
         conditions = {
             name: _in_turn(bags, builder.data.event_columns[name].take(targets.row_B))
             for name, bags in conditions.items()
@@ -184,6 +187,7 @@ def _ask(
         torch.arange(num_users).repeat_interleave(num_conditions),
         length_B.repeat_interleave(num_conditions),
         conditions,
+        builder.time_E[targets.row_B].repeat_interleave(num_conditions) if config.request_time else None,
     )
     # TorchRec cannot look up nothing at all, so an empty pack reads one item.
     nothing = torch.zeros(int(num_users == 0), dtype=torch.int64)

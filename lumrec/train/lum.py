@@ -10,7 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from lumrec.data.packing import PackBuilder
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
-from lumrec.modules.lum import LargeUserModel
+from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
 from lumrec.train.checkpoint import best_checkpoint, load_weights
@@ -24,13 +24,23 @@ if TYPE_CHECKING:
 class ModelConfig:
     """The LUM. conditions: condition features of the schema that it reads; null = all of them, [] = none.
 
-    max_events: longest stretch of history, in events (two tokens each). similarity: cosine (over temperature) or dot.
+    encoder: gpt, llama or hstu. time_bias: relative bias of position and time in each layer; null = as the encoder's
+    paper has it (hstu: yes). ffn_dim 0: as the encoder's paper has it.
+    tokens: interleaved (the paper's: condition, item, condition, item …) or merged (one token an event, see lum.py).
+    max_events: longest stretch of history, in events. similarity: cosine (over temperature) or dot.
+    checkpoint_activations: compute each layer again in the backward pass, for less memory. compile: torch.compile of
+    what is not attention.
     """
 
+    encoder: str = "gpt"
     dim: int = 64
     num_layers: int = 2
     num_heads: int = 2
     ffn_dim: int = 0
+    time_bias: Optional[bool] = None  # noqa: UP045
+    tokens: str = "interleaved"
+    checkpoint_activations: bool = False
+    compile: bool = False
     max_events: int = 128
     dropout: float = 0.1
     similarity: str = "cosine"
@@ -64,16 +74,14 @@ def build_lum(
         dim=config.dim,
     )
     # A query of serving stands behind max_events - 1 events at the most, where training has seen its position.
-    user_encoder = UserEncoder(
-        dim=config.dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        ffn_dim=config.ffn_dim,
-        max_tokens=2 * config.max_events,
-        dropout=config.dropout,
-    )
+    user_encoder = build_user_encoder(config)
     model = LargeUserModel(
-        token_encoder, user_encoder, dim=config.dim, similarity=config.similarity, temperature=config.temperature
+        token_encoder,
+        user_encoder,
+        dim=config.dim,
+        similarity=config.similarity,
+        temperature=config.temperature,
+        tokens=config.tokens,
     )
     builder = PackBuilder(
         data,
@@ -81,8 +89,27 @@ def build_lum(
         item_features=item,
         feedback_features=feedback,
         condition_features=conditions,
+        tokens=config.tokens,
     )
     return model, builder
+
+
+def build_user_encoder(config: ModelConfig) -> UserEncoder:
+    """The user encoder of a config, with fresh weights on torch's current device ("meta" counts its parameters)."""
+    if config.tokens not in TOKENS_PER_EVENT:
+        raise ValueError(f"model.tokens is {config.tokens!r}; expected one of {sorted(TOKENS_PER_EVENT)}")
+    return UserEncoder(
+        encoder=config.encoder,
+        dim=config.dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        ffn_dim=config.ffn_dim,
+        max_tokens=TOKENS_PER_EVENT[config.tokens] * config.max_events,
+        dropout=config.dropout,
+        time_bias=config.time_bias,
+        checkpoint_activations=config.checkpoint_activations,
+        compile_blocks=config.compile,
+    )
 
 
 def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict[str, str]:

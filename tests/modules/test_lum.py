@@ -4,29 +4,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumrec.modules.attention import make_layout
-from lumrec.modules.lum import LargeUserModel, Pack
+from lumrec.modules.layout import make_layout
+from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel, Pack
 from lumrec.modules.tokens import TokenEncoder, make_kjt, make_tables
 from lumrec.modules.user_encoder import UserEncoder
 
 NUM_ITEMS, NUM_CONDITIONS, DIM, MAX_TOKENS = 20, 4, 16, 40
 
 
-def make_model(similarity: str = "cosine") -> LargeUserModel:
+def make_model(similarity: str = "cosine", encoder: str = "gpt", tokens: str = "interleaved") -> LargeUserModel:
     torch.manual_seed(0)
     tables = make_tables(
         {"item": (NUM_ITEMS, 8), "condition": (NUM_CONDITIONS, 8)}, {"item": "item", "condition": "condition"}
     )
     token_encoder = TokenEncoder(tables, item_features=["item"], condition_features=["condition"], dim=DIM)
-    user_encoder = UserEncoder(dim=DIM, num_layers=2, num_heads=2, max_tokens=MAX_TOKENS, dropout=0.1)
-    for parameter in user_encoder.parameters():  # larger than at initialisation, so that attention matters
-        if parameter.dim() > 1:
+    user_encoder = UserEncoder(
+        encoder=encoder, dim=DIM, num_layers=2, num_heads=2, max_tokens=MAX_TOKENS, dropout=0.1, time_bias=True
+    )
+    for name, parameter in user_encoder.named_parameters():  # larger than at initialisation, so that attention matters
+        if parameter.dim() > 1 or name.startswith("biases"):
             torch.nn.init.normal_(parameter, std=0.2)
-    return LargeUserModel(token_encoder, user_encoder, dim=DIM, similarity=similarity).double().eval()
+    model = LargeUserModel(token_encoder, user_encoder, dim=DIM, similarity=similarity, tokens=tokens)
+    return model.double().eval()
 
 
-def make_pack(users: list[tuple[list[int], list[int]]], queries: list[tuple[int, int, int]] = ()) -> Pack:
-    """users: (items, conditions) of each. queries: (user, moment, condition), by user. Candidates: all items."""
+def make_pack(
+    users: list[tuple[list[int], list[int]]], queries: list[tuple[int, int, int]] = (), *, per_event: int = 2
+) -> Pack:
+    """users: (items, conditions) of each. queries: (user, moment, condition), by user. Candidates: all items.
+
+    Event k of a user, and a query at moment k, is at 1000 k² seconds.
+    """
     lengths = torch.tensor([len(items) for items, _ in users], dtype=torch.int64)
     item_T = torch.tensor([item for items, _ in users for item in items], dtype=torch.int64)
     condition_T = torch.tensor([c for _, conditions in users for c in conditions], dtype=torch.int64)
@@ -37,7 +45,10 @@ def make_pack(users: list[tuple[list[int], list[int]]], queries: list[tuple[int,
         "item": (torch.cat([item_T, torch.arange(C)]), torch.cat([one(T), torch.zeros(Q), one(C)]).long()),
         "condition": (torch.cat([condition_T, asked[:, 2]]), torch.cat([one(T + Q), torch.zeros(C)]).long()),
     }
-    layout = make_layout(2 * lengths, query_sequence_Q=asked[:, 0], query_prefix_Q=2 * asked[:, 1])
+    prefix_Q = per_event * asked[:, 1]
+    layout = make_layout(per_event * lengths, query_sequence_Q=asked[:, 0], query_prefix_Q=prefix_Q)
+    moment_T = torch.cat([torch.arange(0), *(torch.arange(length) for length in lengths)])
+    place_Q = (lengths.cumsum(0) - lengths)[asked[:, 0]] + asked[:, 1]
     none = torch.zeros(0, dtype=torch.int64)
     return Pack(
         tokens=make_kjt(["item", "condition"], columns, stride=T + Q + C),
@@ -45,7 +56,11 @@ def make_pack(users: list[tuple[list[int], list[int]]], queries: list[tuple[int,
         num_events=T,
         num_queries=Q,
         num_candidates=C,
-        query_prefix_Q=2 * asked[:, 1],
+        query_prefix_Q=prefix_Q,
+        previous_T=torch.where(moment_T == 0, -1, torch.arange(T) - 1),
+        previous_Q=torch.where(asked[:, 1] == 0, -1, place_Q - 1),
+        time_T=1000 * moment_T**2,
+        time_Q=1000 * asked[:, 1] ** 2,
         positive_T=item_T,
         log_weight_C=torch.zeros(C),
         contrast_event_Q=none,
@@ -62,14 +77,22 @@ def history(length: int, seed: int) -> tuple[list[int], list[int]]:
 USERS = [history(7, 1), history(1, 2), history(20, 3), history(6, 4)]
 
 
-@pytest.fixture(params=["cosine", "dot"])
+@pytest.fixture(
+    params=[("cosine", "gpt", "interleaved"), ("dot", "gpt", "merged"), ("dot", "llama", "interleaved")]
+    + [("cosine", "hstu", "interleaved"), ("dot", "hstu", "merged")],
+    ids="-".join,
+)
 def model(request) -> LargeUserModel:
-    return make_model(request.param)
+    return make_model(*request.param)
+
+
+def pack_for(model: LargeUserModel, users, queries=()) -> Pack:
+    return make_pack(users, queries, per_event=TOKENS_PER_EVENT[model.tokens])
 
 
 def outputs(model: LargeUserModel, users, queries=()) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        o_TD, o_QD, _ = model(make_pack(users, queries))
+        o_TD, o_QD, _ = model(pack_for(model, users, queries))
     return o_TD, o_QD
 
 
@@ -119,7 +142,7 @@ def test_group_query_equals_separate_passes_in_any_order(model):
 
 def test_queries_only_gives_the_same_answers(model):
     queries = [(0, 7, 1), (1, 0, 2), (3, 6, 3)]
-    pack = make_pack(USERS, queries)
+    pack = pack_for(model, USERS, queries)
     with torch.no_grad():
         whole, short = model(pack), model(pack, queries_only=True)
     torch.testing.assert_close(short.o_QD, whole.o_QD)
@@ -133,7 +156,7 @@ def test_an_empty_pack_is_computed(model):
 
 def test_similarity_is_the_dot_product(model):
     with torch.no_grad():
-        o_TD, _, e_CD = model(make_pack(USERS))
+        o_TD, _, e_CD = model(pack_for(model, USERS))
     if model.similarity == "cosine":
         bound = torch.full((), 1 / model.temperature, dtype=torch.float64)
         torch.testing.assert_close((o_TD * o_TD).sum(1), bound.expand(len(o_TD)))

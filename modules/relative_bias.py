@@ -1,0 +1,221 @@
+"""A bias of relative position and of time on attention scores, and causal attention with it.
+
+HSTU (arXiv 2402.17152 section 3.2) has it; every user encoder may.
+
+Shape suffixes: T tokens, Q query tokens, H heads, K head width, b sequences of a bucket, P its padded places, R rows
+(tokens or queries of a bucket), M distances, N time buckets.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lumrec.modules.layout import JaggedLayout
+
+# Scores held at once: what stays in a core's cache; on CUDA what keeps the memory bounded.
+CACHED_SCORES = 1 << 18
+CUDA_SCORES = 1 << 26
+# Time differences fall into buckets of ln(seconds) / 0.301, as in HSTU's published code; the last begins at 5 years.
+TIME_BUCKETS = 64
+TIME_BUCKET_WIDTH = 0.301
+
+
+@dataclass
+class TokenTimes:
+    """When each token was asked for and when what it tells of was seen, in seconds (int64), for a bias of time.
+
+    The difference of a row i and a place j is asked_i - seen_j. In c1 i1 c2 i2 … both times of both tokens are their
+    event's: the moment of a request is known when it is asked.
+    """
+
+    asked_T: Tensor
+    seen_T: Tensor
+    asked_Q: Tensor
+    seen_Q: Tensor
+
+
+@dataclass
+class BiasIndex:
+    """Which entries of a RelativeBias each score of a bucket reads; the same for all layers, so it is made once.
+
+    distance: int64 [P, P] (tokens), [b, R, P] (queries). time: int64 [b, R, P]; None without a bias of time.
+    self_time: int64 [b, R], of each query and itself (its distance is 0).
+    """
+
+    distance: Tensor
+    time: Tensor | None
+    self_time: Tensor | None = None
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each distance of two tokens and, where `time`, one for each bucket of their time difference.
+
+    Both are added to the scores of all heads (HSTU's rab^{p,t}, arXiv 2402.17152 section 3.2).
+    """
+
+    def __init__(self, max_tokens: int, *, time: bool) -> None:
+        super().__init__()
+        self.distance_M = nn.Parameter(0.02 * torch.randn(max_tokens))
+        self.time_N = nn.Parameter(0.02 * torch.randn(TIME_BUCKETS)) if time else None
+
+
+def time_bucket(seconds: Tensor) -> Tensor:
+    """The bucket of each time difference (int64 in, int64 out); up to a second, and negative, is bucket 0.
+
+    >>> time_bucket(torch.tensor([-5, 1, 60, 3600, 86400, 31_536_000]))
+    tensor([ 0,  0, 13, 27, 37, 57])
+    """
+    bucket = seconds.clamp(min=1).float().log_().div_(TIME_BUCKET_WIDTH)
+    return bucket.long().clamp_(max=TIME_BUCKETS - 1)
+
+
+def bias_indices(layout: JaggedLayout, times: TokenTimes | None) -> list[tuple[BiasIndex, BiasIndex]]:
+    """For each bucket of the layout, what its tokens and its queries read of a RelativeBias (times: None = no time)."""
+    indices = []
+    for bucket in layout.buckets:
+        tokens, queries = (bucket.num_sequences, bucket.max_tokens), (bucket.num_sequences, bucket.max_queries)
+        place_P = torch.arange(bucket.max_tokens, device=layout.offsets_B1.device)
+        prefix_bR = bucket.prefix_P.view(queries)
+        of_tokens = BiasIndex((place_P[:, None] - place_P).clamp_(min=0), None)
+        of_queries = BiasIndex((prefix_bR[..., None] - place_P).clamp_(min=0), None)
+        if times is not None:
+            seen_bP = times.seen_T[bucket.token_P].view(tokens)
+            asked_bP = times.asked_T[bucket.token_P].view(tokens)
+            asked_bR, seen_bR = (x[bucket.query_P].view(queries) for x in (times.asked_Q, times.seen_Q))
+            of_tokens.time = time_bucket(asked_bP[..., None] - seen_bP[:, None])
+            of_queries.time = time_bucket(asked_bR[..., None] - seen_bP[:, None])
+            of_queries.self_time = time_bucket(asked_bR - seen_bR)
+        indices.append((of_tokens, of_queries))
+    return indices
+
+
+def query_bias(bias: RelativeBias | None, index: BiasIndex | None, part: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Bias of the queries' scores with their prefix [b, 1, R, P] and with themselves [b, 1, R, 1]."""
+    if bias is None:
+        return None, None
+    assert index is not None
+    of_prefix = _Take.apply(bias.distance_M, index.distance[part])
+    of_self = bias.distance_M[0].expand(of_prefix.shape[:2])
+    if bias.time_N is not None:
+        assert index.time is not None and index.self_time is not None
+        of_prefix = of_prefix + _Take.apply(bias.time_N, index.time[part])
+        of_self = of_self + _Take.apply(bias.time_N, index.self_time[part])
+    return of_prefix[:, None], of_self[:, None, :, None]
+
+
+class BiasedAttention(torch.autograd.Function):
+    """Causal attention [b, H, P, K] with a relative bias, a few sequences at a time; the backward pass scores anew.
+
+    Softmax of scaled scores, or SiLU of plain ones over the number of distances.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        distance_M: Tensor,
+        time_N: Tensor | None,
+        index: BiasIndex,
+        silu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, distance_M, *([] if time_N is None else [time_N]))
+        ctx.index, ctx.silu = index, silu
+        out = torch.empty_like(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for part in _parts(q):
+                weight = _weights(_scores(q[part], k[part], distance_M, time_N, index, part, silu), silu, distance_M)
+                out[part] = weight.to(v.dtype) @ v[part]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, distance_M, *rest = ctx.saved_tensors
+        time_N, index, silu = (rest[0] if rest else None), ctx.index, ctx.silu
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_PP = distance_M.new_zeros(index.distance.shape)
+        grad_time = None if time_N is None else torch.zeros_like(time_N)
+        scale = 1.0 if silu else q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):
+            for part in _parts(q):
+                score = _scores(q[part], k[part], distance_M, time_N, index, part, silu)
+                weight = _weights(score, silu, distance_M)
+                grad_weight = (grad_out[part] @ v[part].transpose(-1, -2)).to(weight.dtype)
+                grad_v[part] = weight.to(v.dtype).transpose(-1, -2) @ grad_out[part]
+                if silu:
+                    sigmoid = torch.sigmoid(score)
+                    slope = sigmoid.mul(score.mul(1 - sigmoid).add_(1)).div_(len(distance_M))
+                    # A hidden score is -inf, whose slope is not a number; it is 0.
+                    grad_score = grad_weight.mul_(slope).masked_fill_(_future(index.distance), 0.0)
+                else:
+                    inner = grad_weight.mul_(weight)
+                    grad_score = inner.sub_(weight.mul_(inner.sum(-1, keepdim=True)))
+                low = grad_score.to(q.dtype)
+                grad_q[part] = (low @ k[part]).mul_(scale)
+                grad_k[part] = (low.transpose(-1, -2) @ q[part]).mul_(scale)
+                grad_bias = grad_score.sum(1)
+                grad_PP += grad_bias.sum(0)
+                if grad_time is not None:
+                    grad_time += _counted(index.time[part], grad_bias, len(grad_time))
+        return grad_q, grad_k, grad_v, _counted(index.distance, grad_PP, len(distance_M)), grad_time, None, None
+
+
+def _parts(q: Tensor) -> list[slice]:
+    """A bucket's sequences in portions whose scores stay in the cache (on CUDA: as many as memory allows)."""
+    budget = CUDA_SCORES if q.is_cuda else CACHED_SCORES
+    size = max(1, budget // (q.shape[1] * q.shape[2] * q.shape[2]))
+    return [slice(start, start + size) for start in range(0, len(q), size)]
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    distance_M: Tensor,
+    time_N: Tensor | None,
+    index: BiasIndex,
+    part: slice,
+    silu: bool,
+) -> Tensor:
+    """Scores with their bias, -inf where a place lies in the future; float32, or float64 where given."""
+    score = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    if not silu:
+        score *= q.shape[-1] ** -0.5
+    bias = torch.take(distance_M, index.distance).masked_fill_(_future(index.distance), float("-inf"))
+    if time_N is not None:
+        assert index.time is not None
+        bias = torch.take(time_N, index.time[part]).add_(bias)[:, None]
+    return score.add_(bias)
+
+
+def _future(distance_PP: Tensor) -> Tensor:
+    return torch.ones_like(distance_PP, dtype=torch.bool).triu_(1)
+
+
+def _weights(score: Tensor, silu: bool, distance_M: Tensor) -> Tensor:
+    if not silu:
+        return score.softmax(-1)
+    # silu(-inf) is not a number (-inf times 0); as a weight it is 0.
+    return F.silu(score).nan_to_num_(nan=0.0).div_(len(distance_M))
+
+
+def _counted(index: Tensor, grad: Tensor, size: int) -> Tensor:
+    """Sum of `grad` over the places that read each entry: the backward pass of taking them from a small table."""
+    return torch.bincount(index.flatten(), weights=grad.flatten(), minlength=size).to(grad.dtype)
+
+
+class _Take(torch.autograd.Function):
+    """table[index] with a backward pass that counts, many times faster than indexing's on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, table_N: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(table_N)
+        return torch.take(table_N, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _counted(ctx.saved_tensors[0], grad.contiguous(), ctx.size), None

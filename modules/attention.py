@@ -184,7 +184,9 @@ def causal_attention_plain(
             score = score + bias.distance_M[(place[:, None] - place).clamp(min=0)]
             if bias.time_N is not None:
                 assert times is not None
-                score = score + bias.time_N[time_bucket(times.asked_T[start:end, None] - times.seen_T[start:end])]
+                score = (
+                    score + bias.time_N[time_bucket(times.asked_T[start:end, None] - times.seen_T[start:end]).long()]
+                )
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
         if silu:
             assert bias is not None

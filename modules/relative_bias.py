@@ -41,8 +41,8 @@ class TokenTimes:
 class BiasIndex:
     """Which entries of a RelativeBias each score of a bucket reads; the same for all layers, so it is made once.
 
-    distance: int64 [P, P] (tokens), [b, R, P] (queries). time: int64 [b, R, P]; None without a bias of time.
-    self_time: int64 [b, R], of each query and itself (its distance is 0).
+    distance: int64 [P, P] (tokens), [b, R, P] (queries). time: int32 [b, R, P]; None without a bias of time.
+    self_time: int32 [b, R], of each query and itself (its distance is 0).
     """
 
     distance: Tensor
@@ -63,13 +63,13 @@ class RelativeBias(nn.Module):
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
-    """The bucket of each time difference (int64 in, int64 out); up to a second, and negative, is bucket 0.
+    """The bucket of each time difference (int64 in, int32 out); up to a second, and negative, is bucket 0.
 
     >>> time_bucket(torch.tensor([-5, 1, 60, 3600, 86400, 31_536_000]))
-    tensor([ 0,  0, 13, 27, 37, 57])
+    tensor([ 0,  0, 13, 27, 37, 57], dtype=torch.int32)
     """
     bucket = seconds.clamp(min=1).float().log_().div_(TIME_BUCKET_WIDTH)
-    return bucket.long().clamp_(max=TIME_BUCKETS - 1)
+    return bucket.to(torch.int32).clamp_(max=TIME_BUCKETS - 1)
 
 
 def bias_indices(layout: JaggedLayout, times: TokenTimes | None) -> list[tuple[BiasIndex, BiasIndex]]:
@@ -127,10 +127,11 @@ class BiasedAttention(torch.autograd.Function):
         ctx.index, ctx.silu = index, silu
         out = torch.empty_like(v)
         with torch.autocast(q.device.type, enabled=False):
+            bias_PP = _distance_bias(distance_M, index, silu)
             for part in _parts(q):
-                weight = _weights(_scores(q[part], k[part], distance_M, time_N, index, part, silu), silu, distance_M)
-                out[part] = weight.to(v.dtype) @ v[part]
-        return out
+                score = _scores(q[part], k[part], bias_PP, time_N, index, part, silu)
+                out[part] = _weights(score, silu).to(v.dtype) @ v[part]
+        return out.div_(len(distance_M)) if silu else out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,19 +142,19 @@ class BiasedAttention(torch.autograd.Function):
         grad_time = None if time_N is None else torch.zeros_like(time_N)
         scale = 1.0 if silu else q.shape[-1] ** -0.5
         with torch.autocast(q.device.type, enabled=False):
+            bias_PP = _distance_bias(distance_M, index, silu)
+            grad_out = grad_out / len(distance_M) if silu else grad_out
             for part in _parts(q):
-                score = _scores(q[part], k[part], distance_M, time_N, index, part, silu)
-                weight = _weights(score, silu, distance_M)
-                grad_weight = (grad_out[part] @ v[part].transpose(-1, -2)).to(weight.dtype)
-                grad_v[part] = weight.to(v.dtype).transpose(-1, -2) @ grad_out[part]
+                score = _scores(q[part], k[part], bias_PP, time_N, index, part, silu)
+                grad_weight = (grad_out[part] @ v[part].transpose(-1, -2)).to(score.dtype)
                 if silu:
-                    sigmoid = torch.sigmoid(score)
-                    slope = sigmoid.mul(score.mul(1 - sigmoid).add_(1)).div_(len(distance_M))
-                    # A hidden score is -inf, whose slope is not a number; it is 0.
-                    grad_score = grad_weight.mul_(slope).masked_fill_(_future(index.distance), 0.0)
+                    # The hidden scores' gradient is 0 because that of their weights is.
+                    grad_score = torch.ops.aten.silu_backward(grad_weight.tril_(), score)
+                    weight = _weights(score, silu)
                 else:
-                    inner = grad_weight.mul_(weight)
-                    grad_score = inner.sub_(weight.mul_(inner.sum(-1, keepdim=True)))
+                    weight = _weights(score, silu)
+                    grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+                grad_v[part] = weight.to(v.dtype).transpose(-1, -2) @ grad_out[part]
                 low = grad_score.to(q.dtype)
                 grad_q[part] = (low @ k[part]).mul_(scale)
                 grad_k[part] = (low.transpose(-1, -2) @ q[part]).mul_(scale)
@@ -171,35 +172,32 @@ def _parts(q: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(q), size)]
 
 
+def _distance_bias(distance_M: Tensor, index: BiasIndex, silu: bool) -> Tensor:
+    """Bias of distance [P, P]; for softmax -inf where a place lies in the future."""
+    bias_PP = _taken(distance_M, index.distance)
+    future = torch.ones_like(bias_PP, dtype=torch.bool).triu_(1)
+    return bias_PP if silu else bias_PP.masked_fill_(future, float("-inf"))
+
+
 def _scores(
-    q: Tensor,
-    k: Tensor,
-    distance_M: Tensor,
-    time_N: Tensor | None,
-    index: BiasIndex,
-    part: slice,
-    silu: bool,
+    q: Tensor, k: Tensor, bias_PP: Tensor, time_N: Tensor | None, index: BiasIndex, part: slice, silu: bool
 ) -> Tensor:
-    """Scores with their bias, -inf where a place lies in the future; float32, or float64 where given."""
-    score = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-    if not silu:
-        score *= q.shape[-1] ** -0.5
-    bias = torch.take(distance_M, index.distance).masked_fill_(_future(index.distance), float("-inf"))
-    if time_N is not None:
-        assert index.time is not None
-        bias = torch.take(time_N, index.time[part]).add_(bias)[:, None]
-    return score.add_(bias)
+    """Scores with their bias; float32, or float64 where given."""
+    score = ((q if silu else q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).to(bias_PP.dtype)
+    if time_N is None:
+        return score.add_(bias_PP)
+    assert index.time is not None
+    return score.add_(_taken(time_N, index.time[part]).add_(bias_PP)[:, None])
 
 
-def _future(distance_PP: Tensor) -> Tensor:
-    return torch.ones_like(distance_PP, dtype=torch.bool).triu_(1)
+def _weights(score: Tensor, silu: bool) -> Tensor:
+    """Attention weights of scores; SiLU's are still to be divided by the longest length."""
+    return F.silu(score).tril_() if silu else score.softmax(-1)
 
 
-def _weights(score: Tensor, silu: bool, distance_M: Tensor) -> Tensor:
-    if not silu:
-        return score.softmax(-1)
-    # silu(-inf) is not a number (-inf times 0); as a weight it is 0.
-    return F.silu(score).nan_to_num_(nan=0.0).div_(len(distance_M))
+def _taken(table_N: Tensor, index: Tensor) -> Tensor:
+    """table[index]; the fastest way to it on a CPU."""
+    return F.embedding(index, table_N[:, None]).squeeze(-1)
 
 
 def _counted(index: Tensor, grad: Tensor, size: int) -> Tensor:
@@ -214,7 +212,7 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, table_N: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.size = len(table_N)
-        return torch.take(table_N, index)
+        return _taken(table_N, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

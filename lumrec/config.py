@@ -2,7 +2,8 @@
 
     config = load("configs/ml-1m.yaml", ["model.dim=32", "pretrain.train.epochs=4"])
 
-A YAML file may name another one that it builds on, relative to itself: `base: ml-1m.yaml`.
+A YAML file may name others that it builds on, relative to itself, each over the one before it: `base: ml-1m.yaml` or
+`base: [ml-1m.yaml, models/19m.yaml]`.
 """
 
 from __future__ import annotations
@@ -124,10 +125,11 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig) or not isinstance(values, dict):
         raise ValueError(f"{path}: expected sections and keys at the top, got a list")
-    base = values.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise ValueError(f"{path}: base is {base!r}; expected the name of a YAML file")
-    below = _files(path.parent / base, (*above, path.resolve())) if base else []
+    base = values.pop("base", None) or []
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: base is {base!r}; expected the name of a YAML file, or a list of names")
+    below = [layer for name in names for layer in _files(path.parent / name, (*above, path.resolve()))]
     return [*below, (str(path), values)]
 
 

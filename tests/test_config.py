@@ -1,8 +1,10 @@
 """Defaults < YAML < words, and what a wrong key, value or file says."""
 
 import pytest
+import torch
 
 from lumrec.config import Config, load, to_yaml, valid_keys
+from lumrec.train.lum import build_user_encoder
 
 
 def message(*words, path=None):
@@ -137,3 +139,20 @@ def test_valid_keys_are_those_of_the_code():
     keys = valid_keys()
     assert {"run", "model.dim", "data.split.kind", "schema.tables.<name>.width", "pipeline.folds"} <= set(keys)
     assert len(keys) == len(set(keys))
+
+
+def test_a_file_builds_on_several_in_order(tmp_path):
+    (tmp_path / "data.yaml").write_text("seed: 1\nmodel: {dim: 32, num_heads: 4}\n")
+    (tmp_path / "size.yaml").write_text("model: {dim: 64}\n")
+    (tmp_path / "above.yaml").write_text("base: [data.yaml, size.yaml]\nmodel: {num_layers: 3}\n")
+    config = load(tmp_path / "above.yaml")
+    assert (config.seed, config.model.dim, config.model.num_heads, config.model.num_layers) == (1, 64, 4, 3)
+
+
+@pytest.mark.parametrize("size", ["19m", "100m", "300m", "1b", "3b", "7b"])
+def test_a_size_has_the_parameters_of_its_name(size, pytestconfig):
+    model = load(pytestconfig.rootpath / "configs" / "models" / f"{size}.yaml").model
+    with torch.device("meta"):
+        counted = sum(parameter.numel() for parameter in build_user_encoder(model).parameters())
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert abs(counted / named - 1) < 0.05, counted

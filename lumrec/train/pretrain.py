@@ -109,7 +109,8 @@ def run(config: "Config") -> dict[str, float | str]:
     torch.manual_seed(config.seed)
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
-    dmp = shard(model, optimizer=settings.train.optimizer, device=device)
+    train = settings.train
+    dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = PackLoader(
         builder,
         users=users,
@@ -133,7 +134,7 @@ def run(config: "Config") -> dict[str, float | str]:
         model=dmp,
         loader=loader,
         step=make_step(settings),
-        config=settings.train,
+        config=train,
         run=run_folder,
         evaluate=lambda: evaluate("valid"),
         select=settings.select,

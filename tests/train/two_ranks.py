@@ -12,7 +12,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, plan_table, rank, shard
+from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.train.plan import plan_table
 from lumrec.train.run import RunFolder
 
 # Name → sharding, table optimizer, rows of rank 0 in a batch of 8 (row_wise over gloo needs as many bags on each rank).

@@ -26,6 +26,7 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import LazyAwaitable, ShardingEnv
+from torchrec.modules.embedding_configs import PoolingType
 
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
@@ -142,19 +143,20 @@ def shard(
             init_data_parallel=False,
             data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=of_encoders),
         )
+        _keep_weights(sharded, given)
         for encoder in encoders.values():
             _fully_shard(encoder, device)
         sharded.init_data_parallel()
-    _keep_weights(sharded, given)
-    if device.type == "cpu" and world_size() > 1:
-        _equalise_strides(sharded)
+    _keep_row_wise_right(sharded, device)
     return sharded
 
 
 def _encoders(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of `model` that hold a list of transformer blocks, by name."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(getattr(module, "blocks", None), nn.ModuleList)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "blocks", None), nn.ModuleList)
     }
 
 
@@ -196,11 +198,21 @@ class _EqualStrides:
         return KeyedTensor(padded.keys(), padded.length_per_key(), padded.values()[: self.stride])
 
 
-def _equalise_strides(model: nn.Module) -> None:
-    for module in model.modules():
+def _keep_row_wise_right(sharded: DistributedModelParallel, device: torch.device) -> None:
+    """Mends what goes wrong where tables are row_wise: unequal strides over gloo, and means beside other shardings."""
+    for module in sharded.modules():
         if not isinstance(module, ShardedEmbeddingBagCollection):
             continue
-        if any(sharding.sharding_type == "row_wise" for sharding in module.module_sharding_plan.values()):
+        plan = module.module_sharding_plan
+        configs = module._embedding_bag_configs
+        others = [config for config in configs if plan[config.name].sharding_type != "row_wise"]
+        if len(others) == len(configs):
+            continue
+        # TorchRec 1.8 divides row_wise means by the bags' lengths after the sum over ranks, and with them the features
+        # of all other tables, whose kernels have divided already. What it knows as sums, it leaves alone.
+        sums = module._pooling_type_to_rs_features[PoolingType.SUM.value]
+        sums.extend(feature for config in others for feature in config.feature_names)
+        if device.type == "cpu" and world_size() > 1:
             strides = _EqualStrides()
             module.register_forward_pre_hook(strides.pad)
             module.register_forward_hook(strides.cut)

@@ -64,7 +64,9 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected table → sharding type, such as item: row_wise")
+        raise ValueError(
+            f"{path} holds {type(content).__name__}; expected table → sharding type, such as item: row_wise"
+        )
     chosen = {}
     for name, entry in content.items():
         if name not in tables:

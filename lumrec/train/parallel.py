@@ -99,9 +99,10 @@ def shard(
     The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into
     their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept;
     tables on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one
-    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel") or a plan file (see lumrec.train.plan);
+    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel") or a plan file (lumrec.train.plan);
     "" lets the planner choose between table_wise and, on CUDA, row_wise. `fsdp`: transformer encoders (modules with a
-    list `blocks`) are not replicated but sharded block by block (FSDP2); all ranks hold equal weights before. Notes:
+    list `blocks`) are sharded block by block (FSDP2), not replicated; all ranks must have given them the same weights.
+    Notes:
 
     - rowwise_adagrad keeps one sum per row *and shard*, so column_wise trains (slightly) differently from the others.
     - Every step uses the same dense parameters, on all ranks (DDP's static graph): else the next step raises.

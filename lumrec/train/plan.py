@@ -108,8 +108,8 @@ def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) 
         )
     if table.sharding == "column_wise" and width % (4 * len(ranks)):
         raise ValueError(
-            f"{where}: its width {width} does not divide into {len(ranks)} parts that are multiples of 4 (FBGEMM); name "
-            "fewer ranks"
+            f"{where}: its width {width} does not divide into {len(ranks)} parts that are multiples of 4 (FBGEMM): "
+            "name fewer ranks"
         )
 
 

@@ -51,7 +51,7 @@ def make_lum(prepared: str) -> tuple[LargeUserModel, PackBuilder]:
 
 
 class DealtPacks:
-    """The same windows at each step, whatever the number of ranks; each rank packs its share of them, which may be none."""
+    """The same windows at each step, whatever the number of ranks; each rank packs its share, which may be none."""
 
     def __init__(self, builder: PackBuilder) -> None:
         users = np.ones(builder.data.num_users, dtype=bool)
@@ -87,7 +87,7 @@ class DealtPacks:
 
 
 def share(step: int, rank: int, world_size: int) -> tuple[int, int]:
-    """A rank's part of a step's windows: as 0 to 1 on two ranks, 1 to 2, 2 to 0, …; one of four has none in most steps."""
+    """A rank's part of a step's windows: on two ranks as 0 to 1, 1 to 2, 2 to 0, …; one of four mostly has none."""
     if world_size == 1:
         return 0, WINDOWS_PER_STEP
     weights = np.array([(r + step) % (world_size + 1) for r in range(world_size)])
@@ -151,13 +151,11 @@ def work(local_rank: int, world_size: int, port: int, folder: str, prepared: str
 
 def main(folder: str, prepared: str) -> None:
     (Path(folder) / "plan.yaml").write_text(json.dumps(PLAN))
-    for world_size in WORLD_SIZES:
+    for size in WORLD_SIZES:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(
-            work, (world_size, port, folder, prepared), nprocs=world_size, start_method="fork"
-        )
+        torch.multiprocessing.start_processes(work, (size, port, folder, prepared), nprocs=size, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A LUM trains the same on 1, 2 and 4 gloo processes, whatever the sharding, FSDP too, and however unequal the ranks."""
+"""A LUM trains the same on 1, 2 and 4 gloo processes, whatever the sharding, FSDP too, however unequal the ranks."""
 
 import json
 import os

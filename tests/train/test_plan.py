@@ -31,7 +31,7 @@ def test_a_plan_file_in_yaml_and_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("t2: row_wise", "no table 't2' .did you mean 't0'"),
+        ("t2: row_wise", "no table 't2' .did you mean 't[01]'"),
         ("t0: row_wize", "'row_wize' is not one of .* .did you mean 'row_wise'"),
         ("t0: {sharding: table_wise, rank: 1}", "expected a sharding type, or {sharding: <type>, ranks:"),
         ("t0: [row_wise]", "expected a sharding type"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import Windows, training_windows
+from lumrec.data.sequences import Windows, deal, training_windows, window_cost
 from lumrec.data.splits import TRAIN
 from lumrec.modules.layout import make_layout
 from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
@@ -219,8 +219,9 @@ class PackingConfig:
 class PackLoader:
     """Training packs of an epoch in a seeded order; the state is (epoch, packs done), so any pack can be made again.
 
-    All packs are laid out alike on every rank and dealt out in turn; ranks get equally many, the last of them an empty
-    one where the number does not divide.
+    The windows of one step, world_size · events_per_pack events, are dealt to the ranks such that each has about the
+    same work to do (see `deal`), which all ranks find out alike; ranks with long windows then hold fewer events. Ranks
+    get equally many packs, an empty one where the last step has fewer windows than ranks. token_cost: see there.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class PackLoader:
         packing: PackingConfig,
         negatives: NegativesConfig,
         contrast_feature: str = "",
+        token_cost: float = 768.0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -248,7 +250,7 @@ class PackLoader:
         data = builder.data
         own_E = (data.split == TRAIN) & users[data.user]
         self.sampler = NegativeSampler(negatives, np.bincount(data.item[own_E], minlength=data.num_items))
-        self.contrast_feature = contrast_feature
+        self.contrast_feature, self.token_cost = contrast_feature, token_cost
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.done = 0, 0
         if self._windows(0).count == 0:
@@ -267,13 +269,12 @@ class PackLoader:
         windows = training_windows(self.builder.data, max_events=self.max_events, users=self.users, generator=generator)
         return windows[torch.randperm(windows.count, generator=generator)]
 
-    def _pack_of_window(self, windows: Windows) -> Tensor:
+    def _step_of_window(self, windows: Windows) -> Tensor:
         before_W = windows.length_W.cumsum(0) - windows.length_W
-        return before_W // self.packing.events_per_pack
+        return before_W // (self.packing.events_per_pack * self.world_size)
 
     def _num_packs(self, windows: Windows) -> int:
-        packs = int(self._pack_of_window(windows)[-1]) + 1
-        return -(-packs // self.world_size)
+        return int(self._step_of_window(windows)[-1]) + 1
 
     def __len__(self) -> int:
         """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut anew)."""
@@ -281,7 +282,9 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[Pack]:
         windows = self._windows(self.epoch)
-        pack_W = self._pack_of_window(windows)
+        step_W = self._step_of_window(windows)
+        rank_W = deal(window_cost(windows.length_W, self.token_cost), step_W, self.world_size)
+        pack_W = step_W * self.world_size + rank_W
         for step in range(self.done, self._num_packs(windows)):
             number = step * self.world_size + self.rank
             self.done = step + 1

@@ -1,6 +1,6 @@
 """Windows: the stretches of a user's history that go through the user encoder as one sequence.
 
-Shape suffixes: U users, W windows, R answered events (rows).
+Shape suffixes: U users, W windows, S steps, R ranks.
 """
 
 from dataclasses import dataclass
@@ -61,6 +61,52 @@ def training_windows(data: PreparedData, *, max_events: int, users: np.ndarray, 
     begin_W = torch.where(number_W == 0, 0, first_U[user_W] + (number_W - 1) * max_events)
     end_W = torch.minimum(first_U[user_W] + number_W * max_events, length_U[user_W])
     return Windows(start_U[user_W] + begin_W, end_W - begin_W, user_W)
+
+
+def token_cost(num_parameters: int, *, dim: int, num_layers: int, num_candidates: int = 0) -> float:
+    """What a token costs beside attention, in tokens attended to: the a : b of a·n + b·n² for a window of n tokens.
+
+    A forward pass takes 2 operations per parameter of the blocks and token, and 2·n·dim per layer and token for causal
+    attention over n tokens (Kaplan et al., arXiv 2001.08361, section 2.1 and table 1); the backward pass twice as much
+    of both. InfoNCE takes 2·dim per event and candidate, and an event is two tokens. All divided by 2·dim·num_layers:
+
+    >>> token_cost(2 * 12 * 64**2, dim=64, num_layers=2)  # GPT blocks with an FFN of 4·dim: 12·dim
+    768.0
+    >>> token_cost(2 * 12 * 64**2, dim=64, num_layers=2, num_candidates=4000)
+    1768.0
+    """
+    return num_parameters / (dim * num_layers) + num_candidates / (2 * num_layers)
+
+
+def window_cost(length_W: Tensor, token_cost: float) -> Tensor:
+    """n · (token_cost + n) for windows of n = 2 · length tokens (float64 [W]): proportional to their operations."""
+    tokens_W = 2.0 * length_W.double()
+    return tokens_W * (token_cost + tokens_W)
+
+
+def deal(cost_W: Tensor, step_W: Tensor, num_ranks: int) -> Tensor:
+    """Rank of each window (int64 [W]), such that the ranks' sums of costs within each step are nearly equal.
+
+    Longest processing time first (Graham 1969): a step's windows, the most expensive first, each go to the rank that
+    has the least so far; the largest sum is then at most 4/3 of the best possible. step_W: int64, step of each window.
+    All steps are dealt side by side, so that the loop is as long as the step with the most windows.
+
+    >>> deal(torch.tensor([1.0, 5.0, 4.0, 2.0, 7.0]), torch.tensor([0, 0, 0, 0, 1]), 2).tolist()
+    [0, 0, 1, 1, 0]
+    """
+    cost, step = cost_W.numpy(), step_W.numpy()
+    order = np.lexsort((-cost, step))  # stable, by step, the most expensive first
+    count_S = np.bincount(step)
+    turn = np.arange(len(order)) - np.repeat(np.cumsum(count_S) - count_S, count_S)
+    order = order[np.argsort(turn, kind="stable")]
+    load_SR = np.zeros((len(count_S), num_ranks))
+    rank_W = np.zeros(len(order), dtype=np.int64)
+    for windows in np.split(order, np.cumsum(np.bincount(turn))[:-1]):  # the most expensive of each step, the next, …
+        steps = step[windows]
+        ranks = load_SR[steps].argmin(1)
+        load_SR[steps, ranks] += cost[windows]
+        rank_W[windows] = ranks
+    return torch.from_numpy(rank_W)
 
 
 class AnsweringWindows(NamedTuple):

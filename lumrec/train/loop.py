@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from lumrec.train.checkpoint import Checkpointer, random_state, set_random_state
 from lumrec.train.files import write_atomically
-from lumrec.train.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
-from lumrec.train.parallel import plan_table, rank, world_size
+from lumrec.train.optimizers import OptimizerConfig, build_optimizer, clip_grad_norm, learning_rate_factor
+from lumrec.train.parallel import rank, world_size
+from lumrec.train.plan import plan_json, plan_table
 from lumrec.train.prefetch import Fetched, prefetch
 from lumrec.train.run import RunFolder
 
@@ -41,6 +42,8 @@ class TrainConfig:
     checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
     keep_checkpoints: how many of the newest stay, beside the best.
     patience: stop after this many evaluations in a row without a better one; 0 = never.
+    sharding: of the tables: "" = the planner's choice, a type for all of them, or a plan file (see lumrec.train.plan).
+    fsdp: shard the transformer blocks over the ranks (FSDP2) instead of replicating them.
     """
 
     epochs: int = 1
@@ -50,6 +53,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0
     patience: int = 0
+    sharding: str = ""
+    fsdp: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -194,9 +199,10 @@ class _Fit:
             logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
         if self.run_folder.resumed:
             self.run_folder.rewind(self.state.step)
-        plan = plan_table(self.model)
+        plans = {"plan.txt": plan_table(self.model), "plan.json": plan_json(self.model)}
         if rank() == 0:
-            write_atomically(self.run_folder.path / "plan.txt", plan)
+            for name, plan in plans.items():
+                write_atomically(self.run_folder.path / name, plan)
         self.model.train()
 
     def _done(self) -> bool:
@@ -217,7 +223,7 @@ class _Fit:
         # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
         (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
         if config.clip_grad_norm and self.optimizer.dense_parameters:
-            self.grad_norm = float(nn.utils.clip_grad_norm_(self.optimizer.dense_parameters, config.clip_grad_norm))
+            self.grad_norm = clip_grad_norm(self.optimizer.dense_parameters, config.clip_grad_norm)
             if not math.isfinite(self.grad_norm):
                 self._stop(fetched.batch, "gradient norm", self.grad_norm, here=True)
         self.optimizer.step()

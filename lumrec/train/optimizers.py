@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding
 from torchrec.optim import RowWiseAdagrad
@@ -112,12 +113,30 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
 
 
 def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for alike in _replicated_and_sharded(parameters):
+        groups.append({"params": [p for p in alike if p.dim() >= 2]})
+        groups.append({"params": [p for p in alike if p.dim() < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.dense_lr, weight_decay=config.weight_decay
     )
+
+
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """The norm of the gradients of replicated and FSDP-sharded parameters together, scaled to `max_norm` if above."""
+    kinds = _replicated_and_sharded(parameters)
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return float(norm)
+
+
+def _replicated_and_sharded(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors and DTensors (of FSDP) apart: torch's foreach operations do not take them together."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -1,6 +1,8 @@
-"""Processes, devices and sharded tables: every stage trains under TorchRec's DistributedModelParallel (DMP).
+"""Processes, devices and sharded models: every stage trains under TorchRec's DistributedModelParallel (DMP).
 
 On one process the same code runs with a process group of one, so there is no second path to keep right.
+
+Shape suffixes: K keys of a KJT, S bags (stride).
 """
 
 import atexit
@@ -8,30 +10,31 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
+from torch.nn import functional as F
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import LazyAwaitable, ShardingEnv
+from torchrec.modules.embedding_configs import PoolingType
 
-from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check, table_shardings
+from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check
+from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 
 # What TorchRec 1.8 says at every use under torch 2.13, whatever the caller does.
 for _message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorageReservation"):
     warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
-
-SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
 
 def rank() -> int:
@@ -89,115 +92,131 @@ def shard(
     device: str | torch.device,
     optimizer: OptimizerConfig | None = None,
     sharding: str = "",
+    fsdp: bool = False,
 ) -> DistributedModelParallel:
     """`model` under DMP: tables sharded with a fused optimizer, all other parameters replicated (DDP).
 
     The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into
     their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept;
     tables on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one
-    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel"); "" lets the planner choose between
-    table_wise and, on CUDA, row_wise. Notes:
+    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel") or a plan file (lumrec.train.plan);
+    "" lets the planner choose between table_wise and, on CUDA, row_wise. `fsdp`: transformer encoders (modules with a
+    list `blocks`) are sharded block by block (FSDP2), not replicated; all ranks must have given them the same weights.
+    Notes:
 
-    - row_wise over several gloo processes needs the same number of bags on every process.
     - rowwise_adagrad keeps one sum per row *and shard*, so column_wise trains (slightly) differently from the others.
     - Every step uses the same dense parameters, on all ranks (DDP's static graph): else the next step raises.
     - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
 
-    `model` itself is taken over: its EmbeddingBagCollections are replaced. Raises ValueError for unknown names and for
-    a table width that is no multiple of 4.
+    `model` itself is taken over: its EmbeddingBagCollections are replaced. Raises ValueError for unknown names, a plan
+    that does not fit, a table width that is no multiple of 4, and `fsdp` without any encoder.
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
     check(optimizer)
-    if sharding and sharding not in SHARDING_TYPES:
-        raise ValueError(
-            f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}, or '' for the planner's choice"
-        )
     if not dist.is_initialized():
         raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
-    allowed = [sharding] if sharding else ["table_wise"] + (["row_wise"] if device.type == "cuda" else [])
-    constraints = _constraints(model, allowed)
-    if sharding != "data_parallel":
-        optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
-        tables = [p for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()]
-        _apply_optimizer_in_backward(optimizer_class, tables, {"lr": optimizer.table_lr, **arguments})
-    sharders: list[ModuleSharder[nn.Module]] = [_Sharder(allowed)]  # type: ignore[list-item]
-    plan = _plan(model, sharders, constraints, device)
+    chosen = read_sharding(sharding, model, world_size=world_size())
+    plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
+    encoders = _encoders(model) if fsdp else {}
+    if fsdp and not encoders:
+        raise ValueError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
+    optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
+    tables = [
+        weight
+        for module in model.modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for config, weight in zip(module.embedding_bag_configs(), module.parameters(), strict=True)
+        if config.name not in chosen or chosen[config.name].sharding != "data_parallel"
+    ]
+    _apply_optimizer_in_backward(optimizer_class, tables, {"lr": optimizer.table_lr, **arguments})
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _quiet_torchrec():
+    of_encoders = [f"{path}.{name}" for path, encoder in encoders.items() for name, _ in encoder.named_parameters()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_torchrec():
         # TorchRec redraws every shard. One seed on all ranks would give equal rows to the shards of one table.
         torch.manual_seed(torch.initial_seed() + 1 + rank())
         sharded = DistributedModelParallel(
-            model, env=ShardingEnv.from_process_group(dist.group.WORLD), device=device, plan=plan, sharders=sharders
+            model,
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            device=device,
+            plan=plan,
+            sharders=sharders,
+            init_data_parallel=False,
+            data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=of_encoders),
         )
-    _keep_weights(sharded, given)
+        _keep_weights(sharded, given)
+        for encoder in encoders.values():
+            _fully_shard(encoder, device)
+        sharded.init_data_parallel()
+    _keep_row_wise_right(sharded, device)
     return sharded
 
 
-class _Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec leaves row_wise out on CPU, where it works: the types allowed are ours to say."""
-
-    def __init__(self, allowed: list[str]) -> None:
-        super().__init__()
-        self._allowed = allowed
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return self._allowed
+def _encoders(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` that hold a list of transformer blocks, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "blocks", None), nn.ModuleList)
+    }
 
 
-def _constraints(model: nn.Module, allowed: list[str]) -> dict[str, ParameterConstraints]:
-    """Per table, what the planner may choose: only fused kernels, or it drops the fused optimizer without a word."""
-    constraints = {}
-    for module in model.modules():
-        if not isinstance(module, EmbeddingBagCollection):
-            continue
-        for table in module.embedding_bag_configs():
-            if table.embedding_dim % 4:
-                raise ValueError(
-                    f"table {table.name!r} has width {table.embedding_dim}; FBGEMM needs a multiple of 4: set "
-                    f"schema.tables.{table.name}.width to {-(-table.embedding_dim // 4) * 4}"
-                )
-            if table.name in constraints:
-                raise ValueError(
-                    f"two tables are called {table.name!r}: give each table of the model a name of its own"
-                )
-            part = max(4, table.embedding_dim // world_size() // 4 * 4)
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=allowed,
-                compute_kernels=["dense" if allowed == ["data_parallel"] else "fused"],
-                min_partition=part if "column_wise" in allowed and table.embedding_dim % part == 0 else None,
-            )
-    return constraints
+def _fully_shard(encoder: nn.Module, device: torch.device) -> None:
+    """Shards each block, and what the encoder holds beside them, over all ranks (FSDP2)."""
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*encoder.blocks, encoder):  # type: ignore[misc]
+        # Gradients are averaged over the ranks, as DDP and TorchRec do it: the loop counts on it.
+        fully_shard(module, mesh=mesh)
 
 
-def _plan(
-    model: nn.Module,
-    sharders: list[ModuleSharder[nn.Module]],
-    constraints: dict[str, ParameterConstraints],
-    device: torch.device,
-) -> ShardingPlan:
-    """The same plan on every rank, each computing it: an error then shows on all of them and leaves none waiting."""
-    with _quiet_torchrec():
-        topology = Topology(
-            world_size=world_size(),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size())),
-            compute_device=device.type,
+class _EqualStrides:
+    """Hooks that give the ranks' KJTs equally many bags, with empty ones behind, and cut these off the output again.
+
+    Row-wise sharding over gloo fails in the backward pass where ranks have different numbers of bags.
+    """
+
+    def __init__(self) -> None:
+        self.stride = 0
+
+    def pad(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[KeyedJaggedTensor]:
+        (features,) = args
+        self.stride = features.stride()
+        longest = torch.tensor(self.stride)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        length_KS = features.lengths().view(len(features.keys()), self.stride)
+        return (
+            KeyedJaggedTensor(
+                keys=features.keys(),
+                values=features.values(),
+                weights=features.weights_or_none(),
+                lengths=F.pad(length_KS, (0, int(longest) - self.stride)).flatten(),
+                stride=int(longest),
+            ),
         )
-        return EmbeddingShardingPlanner(topology=topology, constraints=constraints).plan(model, sharders)
+
+    def cut(self, module: nn.Module, args: Any, output: LazyAwaitable[KeyedTensor]) -> KeyedTensor:
+        padded = output.wait()
+        return KeyedTensor(padded.keys(), padded.length_per_key(), padded.values()[: self.stride])
 
 
-@contextmanager
-def _quiet_torchrec() -> Iterator[None]:
-    """Hides the log warnings that TorchRec gives for every plan, whatever the caller does; errors still show."""
-    loggers = [logging.getLogger(name) for name in ("torchrec", None)]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _keep_row_wise_right(sharded: DistributedModelParallel, device: torch.device) -> None:
+    """Mends what goes wrong where tables are row_wise: unequal strides over gloo, and means beside other shardings."""
+    for module in sharded.modules():
+        if not isinstance(module, ShardedEmbeddingBagCollection):
+            continue
+        plan = module.module_sharding_plan
+        configs = module._embedding_bag_configs
+        others = [config for config in configs if plan[config.name].sharding_type != "row_wise"]
+        if len(others) == len(configs):
+            continue
+        # TorchRec 1.8 divides row_wise means by the bags' lengths after the sum over ranks, and with them the features
+        # of all other tables, whose kernels have divided already. What it knows as sums, it leaves alone.
+        sums = module._pooling_type_to_rs_features[PoolingType.SUM.value]
+        sums.extend(feature for config in others for feature in config.feature_names)
+        if device.type == "cpu" and world_size() > 1:
+            strides = _EqualStrides()
+            module.register_forward_pre_hook(strides.pad)
+            module.register_forward_hook(strides.cut)
 
 
 def _keep_weights(sharded: DistributedModelParallel, given: dict[str, Tensor]) -> None:
@@ -215,16 +234,3 @@ def _keep_weights(sharded: DistributedModelParallel, given: dict[str, Tensor]) -
                     part.tensor.copy_(given[name][rows, columns])
             elif weight.data_ptr() != given[name].data_ptr():
                 weight.copy_(given[name])
-
-
-def plan_table(model: DistributedModelParallel) -> str:
-    """The sharding plan as text: one line per table with its rows × width, sharding type, kernel and ranks."""
-    weights = model.state_dict()
-    lines = [f"{'table':48} {'rows':>12} {'width':>6}  {'sharding':14} {'kernel':8} ranks"]
-    for name, sharding in table_shardings(model).items():
-        rows, width = weights[name].size()
-        ranks = ",".join(map(str, sharding.ranks or []))
-        lines.append(
-            f"{name:48} {rows:>12} {width:>6}  {sharding.sharding_type:14} {sharding.compute_kernel:8} {ranks}"
-        )
-    return "\n".join(lines) + "\n"

@@ -12,10 +12,11 @@ from torch import nn
 from lumrec.data.packing import NegativesConfig, PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.data.sequences import token_cost
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from lumrec.modules.losses import counterfactual_contrast, info_nce
-from lumrec.modules.lum import Pack
+from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.parallel import init_distributed, shard
@@ -95,6 +96,18 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
     return step
 
 
+def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int) -> float:
+    """What a token of this model costs beside attention (see `token_cost`), with as many candidates as a pack has."""
+    negatives, blocks = config.negatives, model.user_encoder.blocks
+    candidates = negatives.sampled + (config.packing.events_per_pack if negatives.in_batch else 0)
+    return token_cost(
+        sum(parameter.numel() for parameter in blocks.parameters()),
+        dim=model.output.in_features,
+        num_layers=len(blocks),
+        num_candidates=num_items if negatives.full else min(num_items, candidates),
+    )
+
+
 def run(config: "Config") -> dict[str, float | str]:
     """Pre-trains a LUM into `runs/<run>` and returns what stands in its result.json.
 
@@ -109,7 +122,9 @@ def run(config: "Config") -> dict[str, float | str]:
     torch.manual_seed(config.seed)
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
-    dmp = shard(model, optimizer=settings.train.optimizer, device=device)
+    train = settings.train
+    cost = _token_cost(model, settings, num_items=data.num_items)
+    dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = PackLoader(
         builder,
         users=users,
@@ -117,6 +132,7 @@ def run(config: "Config") -> dict[str, float | str]:
         packing=settings.packing,
         negatives=settings.negatives,
         contrast_feature=settings.contrast.feature,
+        token_cost=cost,
         seed=config.seed,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -133,7 +149,7 @@ def run(config: "Config") -> dict[str, float | str]:
         model=dmp,
         loader=loader,
         step=make_step(settings),
-        config=settings.train,
+        config=train,
         run=run_folder,
         evaluate=lambda: evaluate("valid"),
         select=settings.select,

@@ -250,7 +250,8 @@ def run(config: "Config") -> dict[str, float | str]:
     torch.manual_seed(config.seed)
     ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
     builder = build_rows(ranker, data, settings, statistics, knowledge)
-    dmp = shard(ranker, optimizer=settings.train.optimizer, device=device)
+    train = settings.train
+    dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lumrec.data.columns import expand_ranges
 from lumrec.data.packing import ABSENT, NegativeSampler, NegativesConfig, PackingConfig, PackLoader, Queries
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN, user_fold
@@ -61,6 +62,38 @@ def test_ranks_share_an_epoch_out_and_get_equally_many_packs(builder):
     assert len({len(of_rank) for of_rank in packs}) == 1
     rows = torch.cat([pack.event_row_T for of_rank in packs for pack in of_rank])
     assert sorted(rows.tolist()) == np.flatnonzero(builder.data.split == TRAIN).tolist()
+
+
+def test_ranks_of_a_step_have_about_the_same_work(builder):
+    loaders = [make_loader(builder, token_cost=40.0, rank=rank, world_size=2) for rank in range(2)]
+    costs = np.array([[pack_cost(pack) for pack in loader] for loader in loaders])[:, :-1]  # the last step is a rest
+    assert costs.shape[1] > 2
+    assert (costs.max(0) / costs.mean(0)).max() < 1.03
+
+
+def pack_cost(pack) -> float:
+    tokens_B = pack.layout.offsets_B1.diff().double()
+    return float((tokens_B * (40.0 + tokens_B)).sum())
+
+
+def test_resumed_on_two_ranks_the_same_packs_follow(builder):
+    for rank in range(2):
+        epoch = [content(pack) for pack in make_loader(builder, rank=rank, world_size=2)]
+        resumed = make_loader(builder, rank=rank, world_size=2)
+        resumed.load_state_dict({"epoch": 0, "done": 2})
+        assert [content(pack) for pack in resumed] == epoch[2:]
+
+
+def test_on_one_rank_a_pack_is_a_stretch_of_the_shuffled_windows(builder):
+    """What experiments of one rank trained on stays as it was, whatever a token is said to cost."""
+    loader = make_loader(builder, token_cost=1.0)
+    windows = loader._windows(0)
+    before_W = windows.length_W.cumsum(0) - windows.length_W
+    packs = list(loader)
+    for number, pack in enumerate(packs):
+        expected = windows[before_W // 128 == number]
+        assert pack.event_row_T.tolist() == expand_ranges(expected.start_W, expected.length_W).tolist()
+    assert len(packs) == int(before_W[-1]) // 128 + 1
 
 
 def test_resumed_in_mid_epoch_the_same_packs_follow(builder):

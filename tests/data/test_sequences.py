@@ -6,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.sequences import answering_windows, training_lengths, training_windows
+from lumrec.data.sequences import (
+    answering_windows,
+    deal,
+    token_cost,
+    training_lengths,
+    training_windows,
+    window_cost,
+)
 from lumrec.data.splits import TEST, TRAIN, VALID
 
 
@@ -78,6 +85,47 @@ def test_answering_windows_ask_each_event_once_with_enough_history(lengths, stri
             assert moment == place or moment >= 8 - stride
             asked.append(start + moment)
     assert asked == list(range(sum(lengths)))
+
+
+def deal_plainly(cost_W: list[float], step_W: list[int], num_ranks: int) -> list[int]:
+    """The twin of `deal`: one window at a time."""
+    rank_W = [0] * len(cost_W)
+    for step in set(step_W):
+        loads = [0.0] * num_ranks
+        members = [w for w in range(len(cost_W)) if step_W[w] == step]
+        for window in sorted(members, key=lambda w: -cost_W[w]):
+            rank = loads.index(min(loads))
+            loads[rank] += cost_W[window]
+            rank_W[window] = rank
+    return rank_W
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=30),
+    num_ranks=st.integers(1, 5),
+    budget=st.sampled_from([1, 40, 200]),
+)
+def test_windows_are_dealt_longest_first_to_the_rank_with_the_least(lengths, num_ranks, budget):
+    length_W = torch.tensor(lengths, dtype=torch.int64)
+    step_W = (length_W.cumsum(0) - length_W) // budget
+    cost_W = window_cost(length_W, 12.0)
+    dealt = deal(cost_W, step_W, num_ranks).tolist()
+    assert dealt == deal_plainly(cost_W.tolist(), step_W.tolist(), num_ranks)
+    for step in set(step_W.tolist()):
+        loads = [
+            sum(c for c, s, r in zip(cost_W.tolist(), step_W.tolist(), dealt) if s == step and r == rank)
+            for rank in range(num_ranks)
+        ]
+        assert max(loads) - min(loads) <= float(cost_W[step_W == step].max())
+
+
+def test_a_windows_cost_counts_what_the_blocks_compute():
+    # GPT blocks: 8·dim² for q, k, v and output, 16·dim² for the FFN, 2·n·dim for scores and values under the mask.
+    dim, layers, tokens = 32, 3, 2 * 50
+    expected = layers * tokens * (24 * dim**2 + 2 * tokens * dim)
+    cost = window_cost(torch.tensor([50]), token_cost(layers * 12 * dim**2, dim=dim, num_layers=layers))
+    assert float(cost) * 2 * dim * layers == expected
 
 
 def test_an_impossible_stride_is_refused():

@@ -13,7 +13,8 @@ from two_ranks import RUNS
 
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, build_optimizer
-from lumrec.train.parallel import SHARDING_TYPES, init_distributed, plan_table, shard
+from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.plan import SHARDING_TYPES, plan_table
 
 TABLES = ["ebc.embedding_bags.t0.weight", "ebc.embedding_bags.t1.weight"]
 

@@ -12,13 +12,14 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, plan_table, rank, shard
+from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.train.plan import plan_table
 from lumrec.train.run import RunFolder
 
-# Name → sharding, table optimizer, rows of rank 0 in a batch of 8 (row_wise over gloo needs as many bags on each rank).
+# Name → sharding, table optimizer, rows of rank 0 in a batch of 8.
 RUNS = {
     "table_wise": ("table_wise", "rowwise_adagrad", lambda position: position),  # 0 … 7: uneven, and none at first
-    "row_wise": ("row_wise", "rowwise_adagrad", lambda position: 4),
+    "row_wise": ("row_wise", "rowwise_adagrad", lambda position: position),
     "column_wise": ("column_wise", "adagrad", lambda position: 8 - position),
     "data_parallel": ("data_parallel", "rowwise_adagrad", lambda position: position),
 }

@@ -1,0 +1,232 @@
+"""Sharding plans: which table lies on which ranks, by TorchRec's planner, one type for all tables, or a plan file.
+
+A plan file is YAML or JSON, table → sharding type, or → type and ranks; tables that it does not name are the planner's:
+
+    item: row_wise                                # over all ranks
+    user: {sharding: column_wise, ranks: [0, 1]}  # equal parts of its columns
+    genre: {sharding: table_wise, ranks: [1]}
+
+A run leaves the plan in use as plan.json, which is such a file.
+"""
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import column_wise, table_wise
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from lumrec.train.optimizers import table_shardings
+
+SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
+
+
+@dataclass(frozen=True)
+class TableSharding:
+    """sharding: one of SHARDING_TYPES. ranks: where the table's shards lie; () leaves them to the planner."""
+
+    sharding: str
+    ranks: tuple[int, ...] = ()
+
+
+def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[str, TableSharding]:
+    """What `sharding` asks for, table name → TableSharding; a table that is not in it is left to the planner.
+
+    "" asks for nothing, a sharding type for that type for all tables, anything else is the path of a plan file.
+    Raises ValueError for what is neither, and for a plan that does not fit the model or the number of processes.
+    """
+    tables = _tables(model)
+    if sharding in SHARDING_TYPES:
+        return {name: TableSharding(sharding) for name in tables}
+    if not sharding:
+        return {}
+    path = Path(sharding)
+    if not path.is_file():
+        raise ValueError(
+            f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}{_nearest(sharding, SHARDING_TYPES)}, nor "
+            f"a plan file in {Path.cwd()}; '' is the planner's choice"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds {type(content).__name__}; expected table → sharding type, such as item: row_wise"
+        )
+    chosen = {}
+    for name, entry in content.items():
+        if name not in tables:
+            raise ValueError(f"{path}: this model has no table {name!r}{_nearest(str(name), tables)}")
+        chosen[name] = _table_sharding(f"{path}, table {name!r}", entry)
+        _check_ranks(f"{path}, table {name!r}", chosen[name], tables[name].embedding_dim, world_size)
+    return chosen
+
+
+def _table_sharding(where: str, entry: Any) -> TableSharding:
+    if isinstance(entry, str):
+        entry = {"sharding": entry}
+    if not isinstance(entry, dict) or "sharding" not in entry or not entry.keys() <= {"sharding", "ranks"}:
+        raise ValueError(f"{where}: got {entry!r}; expected a sharding type, or {{sharding: <type>, ranks: [0, 1, …]}}")
+    kind, ranks = entry["sharding"], entry.get("ranks", [])
+    if kind not in SHARDING_TYPES:
+        nearest = _nearest(str(kind), SHARDING_TYPES)
+        raise ValueError(f"{where}: sharding {kind!r} is not one of {', '.join(SHARDING_TYPES)}{nearest}")
+    if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+        raise ValueError(f"{where}: ranks is {ranks!r}; expected a list of ranks, such as [0, 1]")
+    return TableSharding(kind, tuple(ranks))
+
+
+def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) -> None:
+    ranks = table.ranks
+    if not ranks:
+        return
+    beyond = [rank for rank in ranks if not 0 <= rank < world_size]
+    if beyond:
+        raise ValueError(
+            f"{where}: rank {beyond[0]} does not exist, this run has {world_size} process(es), 0…{world_size - 1}: "
+            "start as many as the plan is for, or leave ranks out"
+        )
+    if table.sharding == "table_wise" and len(ranks) != 1:
+        raise ValueError(f"{where}: table_wise lies whole on one rank; got ranks {list(ranks)}")
+    if table.sharding in ("row_wise", "data_parallel") and sorted(ranks) != list(range(world_size)):
+        raise ValueError(
+            f"{where}: {table.sharding} lies on all ranks, 0…{world_size - 1}; got ranks {list(ranks)}: leave them out"
+        )
+    if table.sharding == "column_wise" and width % (4 * len(ranks)):
+        raise ValueError(
+            f"{where}: its width {width} does not divide into {len(ranks)} parts that are multiples of 4 (FBGEMM): "
+            "name fewer ranks"
+        )
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else f" (there are {', '.join(names)})"
+
+
+def make_plan(
+    model: nn.Module, chosen: Mapping[str, TableSharding], *, device: torch.device, world_size: int
+) -> tuple[ShardingPlan, list[ModuleSharder[nn.Module]]]:
+    """TorchRec's plan that does what `chosen` (from `read_sharding`) asks for, and the sharders that carry it out.
+
+    The planner places what `chosen` leaves open, by table_wise and, on CUDA, row_wise. Every rank computes the same
+    plan for itself: an error then shows on all of them and leaves none waiting. Raises ValueError for a table width
+    that is no multiple of 4.
+    """
+    planner_types = ["table_wise"] + (["row_wise"] if device.type == "cuda" else [])
+    allowed = {name: [chosen[name].sharding] if name in chosen else planner_types for name in _tables(model)}
+    sharder = _Sharder([kind for kind in SHARDING_TYPES if any(kind in types for types in allowed.values())])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    with quiet_torchrec():
+        topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device.type)
+        planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(model, allowed, world_size))
+        plan = planner.plan(model, [sharder])  # type: ignore[list-item]
+    modules = dict(model.named_modules())
+    for path, shardings in plan.plan.items():
+        parameters = sharder.shardable_parameters(modules[path])
+        for name in shardings:  # type: ignore[attr-defined]
+            table = chosen.get(name)
+            if table is None or not table.ranks or table.sharding in ("row_wise", "data_parallel"):
+                continue
+            if table.sharding == "table_wise":
+                place = table_wise(rank=table.ranks[0], compute_kernel="fused")
+            else:
+                place = column_wise(ranks=list(table.ranks), compute_kernel="fused")
+            shardings[name] = place(parameters[name], local_world_size, world_size, device.type, sharder)  # type: ignore[index]
+    return plan, [sharder]  # type: ignore[list-item]
+
+
+class _Sharder(EmbeddingBagCollectionSharder):
+    """TorchRec leaves row_wise out on CPU, where it works: the types allowed are ours to say."""
+
+    def __init__(self, allowed: list[str]) -> None:
+        super().__init__()
+        self._allowed = allowed
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return self._allowed
+
+
+def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
+    tables: dict[str, EmbeddingBagConfig] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            for table in module.embedding_bag_configs():
+                if table.name in tables:
+                    raise ValueError(
+                        f"two tables are called {table.name!r}: give each table of the model a name of its own"
+                    )
+                tables[table.name] = table
+    return tables
+
+
+def _constraints(
+    model: nn.Module, allowed: Mapping[str, list[str]], world_size: int
+) -> dict[str, ParameterConstraints]:
+    """Per table, what the planner may choose: only fused kernels, or it drops the fused optimizer without a word."""
+    constraints = {}
+    for name, table in _tables(model).items():
+        width, types = table.embedding_dim, allowed[name]
+        if width % 4:
+            raise ValueError(
+                f"table {name!r} has width {width}; FBGEMM needs a multiple of 4: set "
+                f"schema.tables.{name}.width to {-(-width // 4) * 4}"
+            )
+        part = max(4, width // world_size // 4 * 4)
+        constraints[name] = ParameterConstraints(
+            sharding_types=types,
+            compute_kernels=["dense" if types == ["data_parallel"] else "fused"],
+            min_partition=part if "column_wise" in types and width % part == 0 else None,
+        )
+    return constraints
+
+
+@contextmanager
+def quiet_torchrec() -> Iterator[None]:
+    """Hides the log warnings that TorchRec gives for every plan, whatever the caller does; errors still show."""
+    loggers = [logging.getLogger(name) for name in ("torchrec", None)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def plan_table(model: DistributedModelParallel) -> str:
+    """The sharding plan as text: one line per table with its rows × width, sharding type, kernel and ranks."""
+    weights = model.state_dict()
+    lines = [f"{'table':48} {'rows':>12} {'width':>6}  {'sharding':14} {'kernel':8} ranks"]
+    for name, sharding in table_shardings(model).items():
+        rows, width = weights[name].size()
+        ranks = ",".join(map(str, sharding.ranks or []))
+        lines.append(
+            f"{name:48} {rows:>12} {width:>6}  {sharding.sharding_type:14} {sharding.compute_kernel:8} {ranks}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plan_json(model: DistributedModelParallel) -> str:
+    """The sharding plan as a plan file that `read_sharding` reads back."""
+    plan = {
+        table: {"sharding": sharding.sharding_type, "ranks": list(sharding.ranks or [])}
+        for tables in model.plan.plan.values()
+        for table, sharding in tables.items()  # type: ignore[attr-defined]
+    }
+    return json.dumps(plan, indent=2) + "\n"

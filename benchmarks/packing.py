@@ -98,7 +98,7 @@ def print_padding(length_W: torch.Tensor, max_events: int, budget: int, cost: fl
 
 def print_balance(length_W: torch.Tensor, budget: int, cost: float) -> None:
     print(f"  {'ranks':>7}   {'in turn: mean, worst':>22}   {'dealt: mean, worst':>20}   most events   ms a step")
-    cost_W = window_cost(length_W, cost)
+    cost_W = window_cost(2 * length_W, cost)
     for world_size in WORLD_SIZES:
         pack_W = step_of_window(length_W, budget)
         in_turn = busiest(cost_W, pack_W // world_size, pack_W % world_size, world_size)

@@ -283,7 +283,9 @@ class PackLoader:
     def __iter__(self) -> Iterator[Pack]:
         windows = self._windows(self.epoch)
         step_W = self._step_of_window(windows)
-        rank_W = deal(window_cost(windows.length_W, self.token_cost), step_W, self.world_size)
+        rank_W = deal(
+            window_cost(self.builder.tokens_per_event * windows.length_W, self.token_cost), step_W, self.world_size
+        )
         pack_W = step_W * self.world_size + rank_W
         for step in range(self.done, self._num_packs(windows)):
             number = step * self.world_size + self.rank

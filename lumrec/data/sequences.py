@@ -78,10 +78,9 @@ def token_cost(num_parameters: int, *, dim: int, num_layers: int, num_candidates
     return num_parameters / (dim * num_layers) + num_candidates / (2 * num_layers)
 
 
-def window_cost(length_W: Tensor, token_cost: float) -> Tensor:
-    """n · (token_cost + n) for windows of n = 2 · length tokens (float64 [W]): proportional to their operations."""
-    tokens_W = 2.0 * length_W.double()
-    return tokens_W * (token_cost + tokens_W)
+def window_cost(tokens_W: Tensor, token_cost: float) -> Tensor:
+    """n · (token_cost + n) for windows of n tokens (float64 [W]): proportional to their operations."""
+    return tokens_W.double() * (token_cost + tokens_W.double())
 
 
 def deal(cost_W: Tensor, step_W: Tensor, num_ranks: int) -> Tensor:

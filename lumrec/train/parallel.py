@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
@@ -167,6 +167,9 @@ def _fully_shard(encoder: nn.Module, device: torch.device) -> None:
     for module in (*encoder.blocks, encoder):  # type: ignore[misc]
         # Gradients are averaged over the ranks, as DDP and TorchRec do it: the loop counts on it.
         fully_shard(module, mesh=mesh)
+    for method in ("keys_and_values", "ask"):
+        if hasattr(encoder, method):
+            register_fsdp_forward_method(encoder, method)
 
 
 class _EqualStrides:

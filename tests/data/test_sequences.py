@@ -109,7 +109,7 @@ def deal_plainly(cost_W: list[float], step_W: list[int], num_ranks: int) -> list
 def test_windows_are_dealt_longest_first_to_the_rank_with_the_least(lengths, num_ranks, budget):
     length_W = torch.tensor(lengths, dtype=torch.int64)
     step_W = (length_W.cumsum(0) - length_W) // budget
-    cost_W = window_cost(length_W, 12.0)
+    cost_W = window_cost(2 * length_W, 12.0)
     dealt = deal(cost_W, step_W, num_ranks).tolist()
     assert dealt == deal_plainly(cost_W.tolist(), step_W.tolist(), num_ranks)
     for step in set(step_W.tolist()):
@@ -124,7 +124,7 @@ def test_a_windows_cost_counts_what_the_blocks_compute():
     # GPT blocks: 8·dim² for q, k, v and output, 16·dim² for the FFN, 2·n·dim for scores and values under the mask.
     dim, layers, tokens = 32, 3, 2 * 50
     expected = layers * tokens * (24 * dim**2 + 2 * tokens * dim)
-    cost = window_cost(torch.tensor([50]), token_cost(layers * 12 * dim**2, dim=dim, num_layers=layers))
+    cost = window_cost(torch.tensor([100]), token_cost(layers * 12 * dim**2, dim=dim, num_layers=layers))
     assert float(cost) * 2 * dim * layers == expected
 
 

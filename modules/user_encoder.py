@@ -55,7 +55,7 @@ class GptBlock(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * ((2 * num_layers) ** -0.5 if is_output else 1.0))
 
     def forward(self, x_XD: Tensor, attend: Attend, rows: slice, rotary: Tensor | None) -> Tensor:
-        """Output of the `rows` that go on. rotary: complex64 [X, 1, K / 2], where positions are rotary."""
+        """Output of the `rows` that go on. rotary: float32 [X, 1, K], cosines and sines, where positions are rotary."""
         return self.finish(x_XD[rows], attend(*self.project(x_XD, rotary)))
 
     def project(self, x_XD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +94,9 @@ class LlamaBlock(GptBlock):
 
 
 def rotate(x_XHK: Tensor, rotary: Tensor) -> Tensor:
-    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); complex [X, 1, K / 2]."""
+    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); cos and sin."""
     real, imaginary = x_XHK.chunk(2, dim=-1)
-    cos, sin = rotary.real.to(x_XHK.dtype), rotary.imag.to(x_XHK.dtype)
+    cos, sin = rotary.to(x_XHK.dtype).chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
 
 
@@ -222,7 +222,7 @@ class UserEncoder(nn.Module):
         else:
             exponent = torch.arange(0, self.head_width, 2, device=x_XD.device, dtype=torch.float32) / self.head_width
             angle = position_X[:, None].float() * ROTARY_BASE**-exponent
-            rotary = torch.polar(torch.ones_like(angle), angle)[:, None]
+            rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
         x = F.dropout(x_XD, self.dropout, self.training)
         has_bias = isinstance(self.biases[0], RelativeBias)
         indices = bias_indices(layout, times if self.time_bias else None) if has_bias else None

@@ -1,5 +1,7 @@
 """Packs and their loader: what is in them, the same again from the same state, nothing of users who are held out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,24 @@ def test_a_pack_holds_what_the_log_holds(builder):
     clicked = data.event_columns["clicked"].values[start : start + 3].tolist()
     assert bags(pack, "clicked") == [[row] for row in clicked] + [[], [], []]
     assert pack.query_prefix_Q.tolist() == [2, 6]
+    time = data.timestamp[start : start + 3].tolist()
+    assert pack.time_T.tolist() == time
+    # Asked at moment 1, as the second event was; behind the window's end, at the time of its last event.
+    assert pack.time_Q.tolist() == [time[1], time[2]]
+
+
+def test_previous_events_are_those_of_the_same_window(tiny_prepared):
+    """One token an event (merged): what is before an event, or a query, lies in its own window or nowhere."""
+    _, builder = build_lum(dataclasses.replace(MODEL, tokens="merged"), tiny_prepared)
+    start = int(builder.data.user_offsets[0])
+    windows = Windows(torch.tensor([start, start, start + 3]), torch.tensor([3, 0, 2]), torch.tensor([0, 0, 0]))
+    queries = Queries(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 0, 0, 1]), {}, torch.tensor([7, 8, 9, 10]))
+    pack = builder.pack(windows, queries=queries)
+    assert pack.previous_T.tolist() == [-1, 0, 1, -1, 3]
+    assert pack.previous_Q.tolist() == [2, -1, -1, 3]
+    assert pack.query_prefix_Q.tolist() == [3, 0, 0, 1]
+    assert pack.layout.offsets_B1.tolist() == [0, 3, 3, 5]
+    assert pack.time_Q.tolist() == [7, 8, 9, 10]
 
 
 def test_positives_are_the_events_items(builder):

@@ -14,6 +14,7 @@ import torch
 
 from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
+from lumrec.evaluation.retrieval import evaluate_retrieval
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed
@@ -73,6 +74,27 @@ def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
     assert {"hr@10", "ndcg@10", "oracle/hr@10", "events_per_s", "best_step"} <= set(result)
     assert json.loads((folder / "result.json").read_text())["hr@10"] == result["hr@10"]
     assert any((folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.encoder=hstu", "model.tokens=merged", "pretrain.precision=bfloat16"],
+        ["model.encoder=llama", "model.time_bias=true", "model.checkpoint_activations=true"],
+        ["model.tokens=merged", "model.conditions=[]", "pretrain.contrast.feature=", "pretrain.evaluate.oracle=false"],
+    ],
+)
+def test_other_encoders_and_tokens_learn_and_come_back(settings, tiny_prepared, words):
+    """What was trained, its best weights loaded, gives the test figures again."""
+    config = config_of(settings, f"run=other-{'-'.join(words).replace('.', '-')}", *words)
+    result = run(config)
+    curve = [loss for _, loss in losses(Path(config.runs_dir) / config.run)]
+    assert np.mean(curve[-5:]) < np.mean(curve[:5])
+    model, builder, trained_config = load_lum(config, config.run, tiny_prepared, device=init_distributed("cpu"))
+    again = evaluate_retrieval(
+        model, builder, part="test", config=trained_config.pretrain.evaluate, max_events=config.model.max_events
+    )
+    assert again == {name: result[name] for name in again}
 
 
 def test_every_table_and_matrix_has_moved(trained, tiny_prepared):

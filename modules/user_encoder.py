@@ -146,10 +146,10 @@ class UserEncoder(nn.Module):
         self.time_bias = is_hstu if time_bias is None else time_bias
         self.position = None if encoder == "llama" else nn.Embedding(max_tokens, dim)
         blocks = [BLOCKS[encoder](dim, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
-        has_bias = is_hstu or self.time_bias
+        self.has_bias = is_hstu or self.time_bias
         self.blocks = nn.ModuleList(blocks)
         self.biases = nn.ModuleList(
-            RelativeBias(max_tokens, time=self.time_bias) if has_bias else nn.Identity() for _ in blocks
+            RelativeBias(max_tokens, time=self.time_bias) if self.has_bias else nn.Identity() for _ in blocks
         )
         self.norm = nn.RMSNorm(dim) if encoder == "llama" else nn.LayerNorm(dim)
         if self.position is not None:
@@ -224,8 +224,7 @@ class UserEncoder(nn.Module):
             angle = position_X[:, None].float() * ROTARY_BASE**-exponent
             rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
         x = F.dropout(x_XD, self.dropout, self.training)
-        has_bias = isinstance(self.biases[0], RelativeBias)
-        indices = bias_indices(layout, times if self.time_bias else None) if has_bias else None
+        indices = bias_indices(layout, times if self.time_bias else None) if self.has_bias else None
         for number, (block, bias) in enumerate(zip(self.blocks, self.biases, strict=True)):
             only = queries_only and number == len(self.blocks) - 1
             attend = partial(

@@ -1,5 +1,6 @@
 """Step 1: pre-training of a LUM by next-condition-item prediction (LUM section 4.1)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.loop import StepOutput, TrainConfig, fit
@@ -25,6 +27,7 @@ from lumrec.train.run import RunFolder
 if TYPE_CHECKING:
     from lumrec.config import Config
 
+logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -96,6 +99,16 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
     return step
 
 
+def _tell(model: LargeUserModel, config: PretrainConfig, device: torch.device) -> None:
+    """Logs the size of the user encoder, and what computes its attention here (see `causal_backend`)."""
+    if dist.get_rank() != 0:
+        return
+    encoder, precision = model.user_encoder, config.precision
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    backend = causal_backend(device.type, PRECISIONS[precision], has_bias=encoder.has_bias)
+    logger.info("user encoder: %s parameters; attention: %s on %s, %s", f"{parameters:,}", backend, device, precision)
+
+
 def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int) -> float:
     """What a token of this model costs beside attention (see `token_cost`), with as many candidates as a pack has."""
     negatives, blocks = config.negatives, model.user_encoder.blocks
@@ -123,6 +136,7 @@ def run(config: "Config") -> dict[str, float | str]:
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
     train = settings.train
+    _tell(model, settings, device)
     cost = _token_cost(model, settings, num_items=data.num_items)
     dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = PackLoader(

@@ -210,7 +210,7 @@ def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> 
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
         raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
-    features = condition_features(model, data)
+    features = condition_features(model, data.schema)
     conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
     condition_columns(data, features, conditions)
     return {

@@ -18,6 +18,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,18 +198,59 @@ def load_weights(
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
-    if not (path / "COMPLETE").exists():
-        raise FileNotFoundError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
-    problem = _verify(path)
-    if problem is not None:
-        raise ValueError(f"checkpoint {path} is corrupt: {problem}")
-    meta = _read_meta(path)
+    meta = verified_meta(path)
     if fingerprint is not None:
         _check_fingerprint(path, meta, fingerprint)
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
     _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, _Reader(path), path)
+
+
+def verified_meta(path: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says, after all its files have been verified. Collective.
+
+    Raises FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt.
+    """
+    if not (path / "COMPLETE").exists():
+        raise FileNotFoundError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
+    problem = _verify(path)
+    if problem is not None:
+        raise ValueError(f"checkpoint {path} is corrupt: {problem}")
+    return _read_meta(path)
+
+
+def stored_sizes(path: Path) -> dict[str, list[int]]:
+    """Global size of every tensor of a checkpoint: "model.<parameter>", "optim.<parameter>.<entry>"."""
+    metadata = _Reader(path).read_metadata()
+    return {
+        name: list(entry.size)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Fills each tensor with what the checkpoint holds at the same places; what lies beyond stays. In place, collective.
+
+    tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, sharded or plain, of
+    any size. Each rank reads only the rows that it holds. The caller has verified the checkpoint, and names that it has.
+    """
+    _dcp_load(dict(tensors), _Reader(path), path, _OverlapPlanner())
+
+
+class _OverlapPlanner(dcp.DefaultLoadPlanner):
+    """DCP's planner without its check that sizes agree: what it reads are intersections of the two tensors' shards."""
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        assert self.metadata is not None
+        stored = dict(self.metadata.state_dict_metadata)
+        for name, tensor in self.state_dict.items():
+            entry = stored[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            stored[name] = replace(entry, size=tensor.size())
+        self.metadata = replace(self.metadata, state_dict_metadata=stored)
+        return super().create_local_plan()
 
 
 class _Reader(dcp.FileSystemReader):
@@ -369,9 +411,9 @@ def _drop_state_not_in(optimizer: CombinedOptimizer, stored: Mapping[str, Any]) 
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 
-def _dcp_load(tensors: dict[str, Any], reader: _Reader, path: Path) -> None:
+def _dcp_load(tensors: dict[str, Any], reader: _Reader, path: Path, planner: dcp.LoadPlanner | None = None) -> None:
     try:
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load(tensors, storage_reader=reader, planner=planner)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         first = next(iter(error.failures.values()))[0]
         raise ValueError(f"{path} could not be loaded: {first}") from error

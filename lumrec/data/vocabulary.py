@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
 
-
 _NOTHING = pl.DataFrame(schema={"key": pl.String, "row": pl.Int32, "count": pl.Int64})
 
 

@@ -231,10 +231,10 @@ def stored_sizes(path: Path) -> dict[str, list[int]]:
 
 
 def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Fills each tensor with what the checkpoint holds at the same places; what lies beyond stays. In place, collective.
+    """Fills each tensor with what the checkpoint has at the same places; what lies beyond stays. In place, collective.
 
-    tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, sharded or plain, of
-    any size. Each rank reads only the rows that it holds. The caller has verified the checkpoint, and names that it has.
+    tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, of any size, sharded
+    or plain. Each rank reads only the rows that it holds. The caller has verified the checkpoint and the names.
     """
     _dcp_load(dict(tensors), _Reader(path), path, _OverlapPlanner())
 

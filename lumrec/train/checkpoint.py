@@ -242,15 +242,16 @@ def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
 class _OverlapPlanner(dcp.DefaultLoadPlanner):
     """DCP's planner without its check that sizes agree: what it reads are intersections of the two tensors' shards."""
 
-    def create_local_plan(self) -> dcp.LoadPlan:
-        assert self.metadata is not None
-        stored = dict(self.metadata.state_dict_metadata)
-        for name, tensor in self.state_dict.items():
-            entry = stored[name]
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        assert metadata is not None
+        entries = dict(metadata.state_dict_metadata)
+        for name, tensor in state_dict.items():
+            entry = entries[name]
             assert isinstance(entry, TensorStorageMetadata)
-            stored[name] = replace(entry, size=tensor.size())
-        self.metadata = replace(self.metadata, state_dict_metadata=stored)
-        return super().create_local_plan()
+            entries[name] = replace(entry, size=tensor.size())
+        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator)
 
 
 class _Reader(dcp.FileSystemReader):

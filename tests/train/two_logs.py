@@ -71,14 +71,13 @@ def config_of(folder: Path, name: str, *words: str) -> Config:
     is_first = name == "before"
     files = {"events": str(folder / f"{log}.parquet"), "items": str(folder / f"{log}-items.parquet"), "time_unit": "us"}
     settings = {
-        "runs_dir": str(folder / "runs"),
         "data": {"source": "log", "log": files, "vocabulary_from": "" if is_first else "before-prepare"},
         "schema": {"tables": TABLES, "features": features},
         "model": MODEL,
         "pretrain": PRETRAIN | {"start_from": "" if is_first else "before-pretrain"},
     }
-    (file := folder / f"{name}.yaml").write_text(json.dumps(settings))
-    return load(file, words)
+    sections = [f"{section}={json.dumps(values)}" for section, values in settings.items()]
+    return load(None, [f"name={name}", f"runs_dir={folder / 'runs'}", *sections, *words])
 
 
 def answers(

@@ -241,7 +241,7 @@ def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
     told = [growth for growth in growths if growth.parameter.startswith((TABLES, *PROJECTIONS.values()))]
     lines += [f"{name:56} {taken:>12,} {new:>12,} {columns:>12,}" for name, taken, new, columns in told]
     lines.append(f"{len(growths) - len(told)} other parameters are as they were")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _old_columns(earlier: Earlier, features: Mapping[str, list[str]], schema: SchemaConfig) -> dict[str, Tensor]:

@@ -250,13 +250,14 @@ def test_the_earlier_log_must_be_as_it_was(logs, tmp_path):
 
 
 def test_each_fold_goes_on_from_its_own(logs):
-    run(config_of(logs, "before", "fold=1/2", "pretrain.train.max_steps=1"))
-    words = ["pretrain.start_from=before-pretrain-{fold}", "pretrain.train.max_steps=1"]
-    assert run(config_of(logs, "after", "fold=1/2", *words))["loss"] > 0
-    with pytest.raises(FileNotFoundError, match="before-pretrain-0of2"):
-        run(config_of(logs, "after", "fold=0/2", *words))
+    """With names as the pipeline gives them."""
+    one_step = ["pretrain.train.max_steps=1", "fold=1/2"]
+    run(config_of(logs, "before", "run=old/lum-1of2", "inputs.prepared=before-prepare", *one_step))
+    assert run(config_of(logs, "after", "pretrain.start_from=old/lum-{fold}", *one_step))["loss"] > 0
+    with pytest.raises(FileNotFoundError, match="old/lum-0of2"):
+        run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-{fold}"))
     with pytest.raises(ValueError, match="fold=0/2 keeps users"):
-        run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=before-pretrain-1of2"))
+        run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-1of2"))
 
 
 def test_a_time_split_may_move_on_but_not_back(logs):

@@ -13,20 +13,36 @@ from torch.nn import functional as F
 CHUNK = 1 << 18
 
 
-def info_nce(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor | None = None) -> Tensor:
-    """Sum over positions of -log(exp(s_+) / (exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM equ. 2); a scalar.
+def info_nce(
+    o_TD: Tensor,
+    e_CD: Tensor,
+    positive_T: Tensor,
+    log_weight_C: Tensor | None = None,
+    *,
+    log_positive_weight_T: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Sum over positions of -log(v exp(s_+) / (v exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM equ. 2); a scalar.
 
     positive_T: int64, the candidate that is right at each position; -1 leaves the position out.
     log_weight_C: log w_j, how much each candidate counts as a negative; zero without it.
+    log_positive_weight_T: log v, how much the positive counts, at each position; zero without it.
 
     Candidates are distinct items, so no negative is the positive itself. The weights say where they come from:
 
     - in-batch negatives: w_j = how often item j stands in the batch. This equals the loss over all T positions' items
       with those that are the positive masked out, at a fraction of its cost.
     - sampled negatives: w_j = how often j was drawn; mixed with in-batch: the sum of both.
+    - the batch's unique items, or the whole catalogue: w_j = 1.
     - logQ correction: w_j divided by its expectation, which makes Σ_j w_j exp(s_j) an unbiased estimate of the sum over
-      the catalogue (Yi et al., RecSys 2019).
-    - the whole catalogue: w_j = 1.
+      the catalogue. The positive is no sample, so that v = 1. The gradient is then, term by term, that of the corrected
+      logQ correction (arXiv 2507.09331): with N = Σ_{j ≠ +} w_j exp(s_j) and p = exp(s_+) / (exp(s_+) + N), the loss
+      stop_gradient(1 - p) · (log N - s_+), since (1 - p) w_j exp(s_j) / N = w_j exp(s_j) / (exp(s_+) + N). The values
+      differ; ours is the log loss.
+    - logQ as in Yi et al. (RecSys 2019): v divided by the same expectation, as though the positive had been drawn.
+
+    label_smoothing = ε: (1 - ε) · loss + ε Σ_j u_j (log Z - s_j), where Z is the sum in the denominator above and u_j
+    the weight of candidate j in it, w_j or v, as a share of all of them. Where all are 1, this is PyTorch's.
 
     >>> o, e = torch.eye(2), torch.eye(2)
     >>> round(float(info_nce(o, e, torch.tensor([0, -1]))), 4)
@@ -35,16 +51,24 @@ def info_nce(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tenso
     supervised = positive_T >= 0
     if not bool(supervised.all()):
         o_TD, positive_T = o_TD[supervised], positive_T[supervised]
+        log_positive_weight_T = None if log_positive_weight_T is None else log_positive_weight_T[supervised]
     if log_weight_C is None:
         log_weight_C = e_CD.new_zeros(len(e_CD))
-    return _InfoNCE.apply(o_TD, e_CD, positive_T, log_weight_C.float())
+    if log_positive_weight_T is None:
+        log_positive_weight_T = o_TD.new_zeros(len(o_TD))
+    loss = _InfoNCE.apply(o_TD, e_CD, positive_T, log_weight_C, log_positive_weight_T)
+    if label_smoothing:
+        loss = loss + label_smoothing * _smoothing(o_TD, e_CD, positive_T, log_weight_C, log_positive_weight_T)
+    return loss
 
 
 class _InfoNCE(torch.autograd.Function):
     """Loss and both gradients, chunk by chunk: the softmax is turned into gradients while it is at hand."""
 
     @staticmethod
-    def forward(ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
+    ) -> Tensor:
         # Under autocast the two matrix products run in its precision, the softmax in float32 (float64 where given).
         low = torch.get_autocast_dtype(o_TD.device.type) if torch.is_autocast_enabled(o_TD.device.type) else o_TD.dtype
         high = torch.promote_types(o_TD.dtype, torch.float32)
@@ -57,7 +81,7 @@ class _InfoNCE(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 logits = torch.mm(o[chunk], e.t()).to(high)
                 positive = positive_T[chunk, None]
-                right = logits.gather(1, positive)
+                right = logits.gather(1, positive) + log_positive_weight_T[chunk, None].to(high)
                 logits += log_weight_C.to(high)
                 logits.scatter_(1, positive, right)
                 top = logits.amax(1, keepdim=True)
@@ -72,20 +96,45 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_o, grad_e = ctx.saved_tensors
-        return (grad_o * grad).to(ctx.dtypes[0]), (grad_e * grad).to(ctx.dtypes[1]), None, None
+        return (grad_o * grad).to(ctx.dtypes[0]), (grad_e * grad).to(ctx.dtypes[1]), None, None, None
 
 
-def info_nce_plain(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor | None = None) -> Tensor:
-    """The same as `info_nce`, with all logits at once and PyTorch's own cross entropy: its twin in tests."""
+def _smoothing(
+    o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
+) -> Tensor:
+    """Σ_t (log v + s_+ - Σ_j u_j s_j): what label smoothing adds to the loss, without a logit of its own."""
+    high = torch.promote_types(o_TD.dtype, torch.float32)
+    with torch.autocast(o_TD.device.type, enabled=False):
+        o_TD, e_CD = o_TD.to(high), e_CD.to(high)
+        w_C, v_T = log_weight_C.to(high).exp(), log_positive_weight_T.to(high).exp()
+        s_T = (o_TD * F.embedding(positive_T, e_CD)).sum(1)
+        surplus_T = v_T - w_C[positive_T]  # the positive counts v, not w
+        return (v_T.log() + s_T - (o_TD @ (w_C @ e_CD) + surplus_T * s_T) / (w_C.sum() + surplus_T)).sum()
+
+
+def info_nce_plain(
+    o_TD: Tensor,
+    e_CD: Tensor,
+    positive_T: Tensor,
+    log_weight_C: Tensor | None = None,
+    *,
+    log_positive_weight_T: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The same as `info_nce`, with all logits at once and PyTorch's own softmax: its twin in tests."""
     supervised = positive_T >= 0
-    o_TD, positive_T = o_TD[supervised], positive_T[supervised]
+    log_weight_C = e_CD.new_zeros(len(e_CD)) if log_weight_C is None else log_weight_C
+    log_v_T = o_TD.new_zeros(len(o_TD)) if log_positive_weight_T is None else log_positive_weight_T
+    o_TD, positive_T, log_v_T = o_TD[supervised], positive_T[supervised], log_v_T[supervised]
+    is_positive = F.one_hot(positive_T, max(1, len(e_CD)))[:, : len(e_CD)].bool()
+    log_weight_TC = torch.where(is_positive, log_v_T[:, None], log_weight_C).to(o_TD.dtype)
     logits = o_TD @ e_CD.t()
-    if log_weight_C is not None:
-        is_positive = F.one_hot(positive_T, len(e_CD)).bool()
-        logits = logits + torch.where(is_positive, 0.0, log_weight_C.to(logits.dtype))
-    return F.cross_entropy(logits, positive_T, reduction="sum")
+    loss = F.cross_entropy(logits + log_weight_TC, positive_T, reduction="sum")
+    log_Z_T = (logits + log_weight_TC).logsumexp(1, keepdim=True)
+    smooth = (log_weight_TC.softmax(1) * (log_Z_T - logits)).sum()
+    return (1 - label_smoothing) * loss + label_smoothing * smooth
 
 
 def counterfactual_contrast(o_true_QD: Tensor, o_other_QD: Tensor, e_QD: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ class Pack:
     tokens: one KJT of all features with T + Q + C bags (see TokenEncoder).
     layout: where the 2T interleaved tokens c1 i1 c2 i2 … of each user lie, and which of them each query sees.
     query_prefix_Q: int64, tokens that each query sees: twice the number of events before it.
+    candidate_item_C: int64, catalogue item that each candidate is.
     positive_T: int64, candidate that each event's item is; -1 where it is not to be predicted. Empty in a pure query.
     log_weight_C: float32, log of the weight with which each candidate counts as a negative (see info_nce).
+    log_positive_weight_T: float32, the same for each event's item where it is the right one; empty where it is 0.
     contrast_event_Q: int64, event whose item each query is told apart by (counterfactual contrast); empty otherwise.
     event_row_T: int64, row of each event in the prepared data.
     """
@@ -38,8 +40,10 @@ class Pack:
     num_queries: int
     num_candidates: int
     query_prefix_Q: Tensor
+    candidate_item_C: Tensor
     positive_T: Tensor
     log_weight_C: Tensor
+    log_positive_weight_T: Tensor
     contrast_event_Q: Tensor
     event_row_T: Tensor
 

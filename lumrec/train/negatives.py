@@ -11,12 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumrec.modules.lum import Pack
 from lumrec.train.parallel import rank, world_size
 
 
-def gather_candidates(e_CD: Tensor, pack: Pack, *, unique: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gather_candidates(
+    e_CD: Tensor, item_C: Tensor, positive_T: Tensor, log_weight_C: Tensor, *, unique: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(e_CD, positive_T, log_weight_C) of this rank's positions among all ranks' candidates, each item once.
+
+    item_C: int64, which items this rank's candidates are; the rest as in info_nce.
 
     Ranks may have different numbers of candidates, 0 among them; every rank calls this, and every rank calls backward.
     An item that several ranks hold counts with the sum of its weights; where `unique`, with their maximum. So it is no
@@ -24,13 +27,13 @@ def gather_candidates(e_CD: Tensor, pack: Pack, *, unique: bool) -> tuple[Tensor
     ranks' losses say of it, at the rank (the first, where several hold it) that it came from.
     """
     if world_size() == 1:
-        return e_CD, pack.positive_T, pack.log_weight_C
+        return e_CD, positive_T, log_weight_C
     sizes = _gather(torch.tensor([len(e_CD)], device=e_CD.device)).tolist()
     most, padding = max(sizes), max(sizes) - len(e_CD)
     filled_N = torch.cat([torch.arange(r * most, r * most + size) for r, size in enumerate(sizes)]).to(e_CD.device)
 
-    item_N = _gather(F.pad(pack.candidate_item_C, (0, padding)))[filled_N]
-    weight_N = _gather(F.pad(pack.log_weight_C.exp(), (0, padding)))[filled_N]
+    item_N = _gather(F.pad(item_C, (0, padding)))[filled_N]
+    weight_N = _gather(F.pad(log_weight_C.exp(), (0, padding)))[filled_N]
     item_C, place_N = torch.unique(item_N, return_inverse=True)
     weight_C = weight_N.new_zeros(len(item_C)).scatter_reduce(0, place_N, weight_N, "amax" if unique else "sum")
     # Ranks agree on an item's embedding, so that one of them will do: the first.
@@ -39,9 +42,9 @@ def gather_candidates(e_CD: Tensor, pack: Pack, *, unique: bool) -> tuple[Tensor
     high = torch.promote_types(e_CD.dtype, torch.float32)
     e_CD = F.embedding(first_C, _GatherRows.apply(F.pad(e_CD.to(high), (0, 0, 0, padding))))
 
-    positive_T, predicted_T = pack.positive_T.clone(), pack.positive_T >= 0
-    own_C = place_N[sum(sizes[: rank()]) :]
-    positive_T[predicted_T] = own_C[pack.positive_T[predicted_T]]
+    own_N = place_N[sum(sizes[: rank()]) :]
+    positive_T = positive_T.clone()
+    positive_T[positive_T >= 0] = own_N[positive_T[positive_T >= 0]]
     return e_CD, positive_T, weight_C.log()
 
 

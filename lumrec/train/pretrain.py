@@ -90,7 +90,9 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
             o_TD, o_QD, e_CD = model(pack)
             candidates = e_CD, pack.positive_T, pack.log_weight_C
             if negatives.across_ranks:
-                candidates = gather_candidates(e_CD, pack, unique=negatives.unique)
+                candidates = gather_candidates(
+                    e_CD, pack.candidate_item_C, pack.positive_T, pack.log_weight_C, unique=negatives.unique
+                )
             loss = nce = info_nce(
                 o_TD,
                 *candidates,

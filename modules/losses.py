@@ -1,6 +1,7 @@
 """Losses of step 1: InfoNCE at condition tokens (LUM equ. 2), and our counterfactual contrast.
 
-Shape suffixes: T positions, C candidate items, D width, Q counterfactual queries.
+Shape suffixes: T positions, C candidate items, N those that are negatives, D width, Q counterfactual
+queries.
 """
 
 from typing import Any
@@ -69,28 +70,40 @@ class _InfoNCE(torch.autograd.Function):
     def forward(
         ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
     ) -> Tensor:
-        # Under autocast the two matrix products run in its precision, the softmax in float32 (float64 where given).
+        # Under autocast the matrix products run in its precision, the rest in float32 (float64 where given).
         low = torch.get_autocast_dtype(o_TD.device.type) if torch.is_autocast_enabled(o_TD.device.type) else o_TD.dtype
         high = torch.promote_types(o_TD.dtype, torch.float32)
+        # Only the N candidates that are negatives get logits: among sampled ones, most positives are none. The positive
+        # is scored by itself, and loses its place among the negatives where it has one.
+        negative_N = (log_weight_C > -torch.inf).nonzero().squeeze(1)
+        place_C = positive_T.new_full((len(e_CD),), -1)
+        place_C[negative_N] = torch.arange(len(negative_N), device=o_TD.device)
+        place_T1 = place_C[positive_T][:, None]
+        is_negative_T1, place_T1 = place_T1 >= 0, place_T1.clamp(min=0)
         with torch.autocast(o_TD.device.type, enabled=False):
-            o, e = o_TD.to(low), e_CD.to(low)
-            loss = o_TD.new_zeros((), dtype=high)
-            grad_o, grad_e = torch.empty_like(o), torch.zeros_like(e_CD, dtype=high)
+            e_positive_TD = F.embedding(positive_T, e_CD).to(high)
+            right_T1 = (o_TD.to(high) * e_positive_TD).sum(1, keepdim=True) + log_positive_weight_T[:, None].to(high)
+            o, e, log_weight_N = o_TD.to(low), e_CD[negative_N].to(low), log_weight_C[negative_N].to(high)
+            loss, grad_right = right_T1.new_zeros(()), torch.zeros_like(right_T1)
+            grad_o, grad_e = torch.zeros_like(o), torch.zeros_like(e, dtype=high)
             rows = max(1, CHUNK // max(1, len(e)))
-            for start in range(0, len(o), rows):
+            for start in range(0, len(o) if len(e) else 0, rows):
                 chunk = slice(start, start + rows)
+                right, place = right_T1[chunk], place_T1[chunk]
                 logits = torch.mm(o[chunk], e.t()).to(high)
-                positive = positive_T[chunk, None]
-                right = logits.gather(1, positive) + log_positive_weight_T[chunk, None].to(high)
-                logits += log_weight_C.to(high)
-                logits.scatter_(1, positive, right)
-                top = logits.amax(1, keepdim=True)
-                exponential = logits.sub_(top).exp_()
-                total = exponential.sum(1, keepdim=True)
+                logits += log_weight_N
+                logits.scatter_(1, place, logits.gather(1, place).masked_fill_(is_negative_T1[chunk], -torch.inf))
+                top = torch.maximum(logits.amax(1, keepdim=True), right)
+                exponential, exponential_right = logits.sub_(top).exp_(), (right - top).exp_()
+                total = exponential.sum(1, keepdim=True) + exponential_right
                 loss += (total.log() + top - right).sum()
-                residual = exponential.div_(total).scatter_add_(1, positive, -torch.ones_like(right)).to(low)
-                grad_o[chunk] = torch.mm(residual, e)
-                grad_e += torch.mm(residual.t(), o[chunk])
+                grad_right[chunk] = exponential_right / total - 1
+                softmax = exponential.div_(total).to(low)
+                grad_o[chunk] = torch.mm(softmax, e)
+                grad_e += torch.mm(softmax.t(), o[chunk])
+            grad_o += grad_right * e_positive_TD
+            grad_e = torch.zeros_like(e_CD, dtype=high).index_copy_(0, negative_N, grad_e)
+            grad_e.index_add_(0, positive_T, grad_right * o_TD)
         ctx.save_for_backward(grad_o, grad_e)
         ctx.dtypes = (o_TD.dtype, e_CD.dtype)
         return loss

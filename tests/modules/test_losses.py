@@ -21,7 +21,7 @@ def draw_inputs(num_positions: int, num_candidates: int, *, seed: int = 0) -> di
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     log_weight_C = normal(num_candidates)
-    log_weight_C[3::5] = float("-inf")
+    log_weight_C[::5] = float("-inf")
     return {
         "o_TD": normal(num_positions, 8),
         "e_CD": normal(num_candidates, 8),

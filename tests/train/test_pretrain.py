@@ -125,7 +125,7 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks(settings):
-    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1"]
+    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1", "pretrain.negatives.across_ranks=true"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "apps/pretrain.py", "--config", str(settings[0]), *words], cwd=ROOT, env=environment(), check=True

@@ -1,7 +1,6 @@
 """Losses of step 1: InfoNCE at condition tokens (LUM equ. 2), and our counterfactual contrast.
 
-Shape suffixes: T positions, C candidate items, N those that are negatives, D width, Q counterfactual
-queries.
+Shape suffixes: T positions, C candidate items (N of them negatives), D width, Q counterfactual queries.
 """
 
 from typing import Any

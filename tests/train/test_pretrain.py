@@ -17,7 +17,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import parse_fold, run
+from lumrec.train.pretrain import PretrainConfig, make_step, parse_fold, run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -159,3 +159,8 @@ def test_a_missing_lum_names_the_command(settings, tiny_prepared):
 def test_a_fold_that_is_none_is_refused(fold):
     with pytest.raises(ValueError, match="fold is"):
         parse_fold(fold)
+
+
+def test_label_smoothing_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
+        make_step(PretrainConfig(label_smoothing=1.0))

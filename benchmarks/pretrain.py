@@ -94,8 +94,10 @@ def lumrec_step(item_T: Tensor, condition_T: Tensor, lengths_B: Tensor, width: i
             previous_Q=none,
             time_T=torch.zeros(num_events, dtype=torch.int64),
             time_Q=none,
+            candidate_item_C=torch.arange(NUM_ITEMS),
             positive_T=item_T,
             log_weight_C=torch.zeros(NUM_ITEMS),
+            log_positive_weight_T=torch.zeros(0),
             contrast_event_Q=none,
             event_row_T=none,
         )

@@ -199,7 +199,8 @@ class PackLoader:
     """Training packs of an epoch in a seeded order; the state is (epoch, packs done), so any pack can be made again.
 
     All packs are laid out alike on every rank and dealt out in turn; ranks get equally many, the last of them an empty
-    one where the number does not divide.
+    one where the number does not divide. The state counts the packs that all ranks have had: another number of ranks
+    goes on with the very next one.
     """
 
     def __init__(
@@ -261,9 +262,9 @@ class PackLoader:
     def __iter__(self) -> Iterator[Pack]:
         windows = self._windows(self.epoch)
         pack_W = self._pack_of_window(windows)
-        for step in range(self.done, self._num_packs(windows)):
-            number = step * self.world_size + self.rank
-            self.done = step + 1
+        while self.done <= int(pack_W[-1]):
+            number = self.done + self.rank
+            self.done += self.world_size
             yield self.training_pack(windows[pack_W == number], self._generator(self.epoch, number))
         self.epoch, self.done = self.epoch + 1, 0
 

@@ -2,7 +2,8 @@
 
 Exact by construction: on one process, a run that was killed at any moment and started again gives the losses, batches
 and weights of one that was not, to the bit. Over several processes, the gradient is that of the whole batch, however
-unevenly it is spread over them.
+unevenly it is spread over them. A run may go on with another number of processes and another sharding: the same data
+follow, the optimizer keeps its state, and only the random numbers (dropout) are others.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
-from lumrec.train.checkpoint import Checkpointer, random_state, set_random_state
+from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.files import write_atomically
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
 from lumrec.train.parallel import plan_table, rank, world_size
 from lumrec.train.prefetch import Fetched, prefetch
+from lumrec.train.randomness import random_state, seed_generators, set_random_state
 from lumrec.train.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,15 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How long to train, and how often to log, evaluate and save.
 
-    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count).
+    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count). A run that goes on with another
+    number of processes has epochs of another number of steps: max_steps and the learning rate's schedule then go by the
+    steps that the run began with.
     log_every: steps between two lines of metrics.jsonl.
     checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
     keep_checkpoints: how many of the newest stay, beside the best.
     patience: stop after this many evaluations in a row without a better one; 0 = never.
+    optimizer_state: "keep", or "drop": a resumed run begins table state anew that does not fit its sharding (see
+    Checkpointer), where "keep" refuses to resume.
     """
 
     epochs: int = 1
@@ -50,6 +56,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0
     patience: int = 0
+    optimizer_state: str = "keep"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -69,7 +76,8 @@ class Loader(Protocol):
     """What `fit` reads batches from: the same batches again from the same state.
 
     `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
-    says where the batch behind the last one begins. It is called and iterated in a thread of its own, so it draws from
+    says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes it
+    too and deals out what is left of the epoch. It is called and iterated in a thread of its own, so it draws from
     generators of its own only. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
     """
 
@@ -100,6 +108,22 @@ class _State:
     best_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     stopped: bool = False
+    # The schedule goes by steps as the run began to count them: step * rate + offset, 1 and 0 until their number changes.
+    steps_per_epoch: int = 0
+    schedule_rate: float = 1.0
+    schedule_offset: float = 0.0
+
+    @property
+    def schedule_step(self) -> float:
+        return round(self.step * self.schedule_rate + self.schedule_offset, 6)
+
+    def set_steps_per_epoch(self, number: int) -> None:
+        """Epochs have `number` steps from here on; the schedule goes on where it is."""
+        before, self.steps_per_epoch = self.steps_per_epoch or number, number
+        if before != number:
+            position = self.schedule_step
+            self.schedule_rate *= before / number
+            self.schedule_offset = position - self.step * self.schedule_rate
 
 
 def fit(
@@ -153,11 +177,10 @@ class _Fit:
             optimizer=self.optimizer,
             fingerprint=fingerprint,
             keep=config.keep_checkpoints,
+            optimizer_state=config.optimizer_state,
         )
-        self.total_steps = config.epochs * len(loader)
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
         self.state = _State()
+        self.factor = 1.0  # of the last step's learning rate
         self.grad_norm: float | None = None  # of the last step
 
     def run(self) -> dict[str, float]:
@@ -188,10 +211,8 @@ class _Fit:
             if world_size() > 1:  # the weights are equal already; each rank shall drop other units
                 torch.manual_seed(torch.initial_seed() + rank())
         else:
-            self.state = _State(**loaded.state)
-            self.loader.load_state_dict(loaded.local["loader"])
-            set_random_state(loaded.local["random"])
-            logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
+            self._resume(loaded)
+        self.state.set_steps_per_epoch(len(self.loader))
         if self.run_folder.resumed:
             self.run_folder.rewind(self.state.step)
         plan = plan_table(self.model)
@@ -199,15 +220,49 @@ class _Fit:
             write_atomically(self.run_folder.path / "plan.txt", plan)
         self.model.train()
 
+    def _resume(self, loaded: Loaded) -> None:
+        self.state = _State(**loaded.state)
+        self.loader.load_state_dict(loaded.local["loader"])
+        if loaded.same_ranks:
+            set_random_state(loaded.local["random"])
+        else:
+            seed_generators(torch.initial_seed(), self.state.step, rank())
+            if rank() == 0:
+                logger.warning(
+                    "%s: goes on with %d process(es), not as many as before: what is left of the epoch is dealt out "
+                    "anew, and random numbers are drawn from new seeds (of seed, step and rank), so from here on it is "
+                    "not equal to the bit to a run that was not moved. Batches are as large as the new number makes "
+                    "them; learning rates stay as they were",
+                    self.name,
+                    world_size(),
+                )
+        logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole training, as the run began to count them."""
+        steps = self.config.epochs * round(self.state.steps_per_epoch * self.state.schedule_rate)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    @property
+    def total_steps(self) -> int:
+        left = (self.schedule_steps - self.state.schedule_step) / self.state.schedule_rate
+        return self.state.step + max(0, math.ceil(left))
+
+    def _learning_rate_factor(self) -> float:
+        """Of the next step."""
+        return learning_rate_factor(self.config.optimizer, self.state.schedule_step, self.schedule_steps)
+
     def _done(self) -> bool:
         state, config = self.state, self.config
-        return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.step
+        return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.schedule_step
 
     def _train(self, fetched: Fetched) -> None:
         """One step. Where a loss is found not to be finite, nothing has been changed yet."""
         started = time.perf_counter()
         config, state = self.config.optimizer, self.state
-        self.optimizer.set_learning_rate(learning_rate_factor(config, state.step, self.total_steps))
+        self.factor = self._learning_rate_factor()
+        self.optimizer.set_learning_rate(self.factor)
         self.optimizer.zero_grad(set_to_none=True)
         output = self.step(self.model, fetched.batch)
         sums = _sum_over_ranks(output)
@@ -251,8 +306,7 @@ class _Fit:
         self.state.loss = line["loss"]
         if self.grad_norm is not None:
             line["grad_norm"] = self.grad_norm
-        factor = learning_rate_factor(self.config.optimizer, self.state.step - 1, self.total_steps)
-        line["learning_rate"] = factor * self.config.optimizer.dense_lr
+        line["learning_rate"] = self.factor * self.config.optimizer.dense_lr
         line |= {"events_per_s": count / train_s, "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
         self.run_folder.log(self.state.step, epoch=self.state.epoch, **line)
         if bar.disable:

@@ -70,10 +70,18 @@ def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterShard
 class TableAndDenseOptimizer(CombinedOptimizer):
     """TorchRec's CombinedOptimizer over the fused tables, the dense parameters and any data-parallel tables."""
 
-    def __init__(self, fused: KeyedOptimizer, others: Sequence[KeyedOptimizer], dense_parameters: list[Tensor]) -> None:
+    def __init__(
+        self,
+        fused: KeyedOptimizer,
+        others: Sequence[KeyedOptimizer],
+        *,
+        dense_parameters: list[Tensor],
+        table_names: Sequence[str] = (),
+    ) -> None:
         super().__init__([fused, *others])
         self.fused = fused
         self.dense_parameters = dense_parameters
+        self.table_names = list(table_names)
         self._highest = [group["lr"] for group in self.param_groups]
 
     def set_learning_rate(self, factor: float) -> None:
@@ -81,6 +89,18 @@ class TableAndDenseOptimizer(CombinedOptimizer):
         for group, highest in zip(self.param_groups, self._highest, strict=True):
             group["lr"] = highest * factor  # type: ignore[index]
         self.fused.step()  # does not train: hands the new rate to the fused kernels
+
+    def state_tensors(self) -> dict[str, dict[str, Any]]:
+        """The state's own tensors, parameter → entry → tensor, without parameters that have none.
+
+        A table's sum of squares is called as FBGEMM calls it, however the table is sharded: one that is data_parallel
+        gives its twin's sum as "<table>.momentum1", of FBGEMM's shape (the twin's step count changes nothing).
+        """
+        state = {name: dict(entries) for name, entries in self.state_dict()["state"].items() if entries}
+        for name in self.table_names:
+            if "sum" in state.get(name, {}):
+                state[name] = {f"{name.split('.')[-2]}.momentum1": state[name]["sum"].squeeze(1)}
+        return state
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> TableAndDenseOptimizer:
@@ -108,7 +128,12 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
                 tables, lambda parameters: optimizer_class(parameters, lr=config.table_lr, **arguments)
             )
         )
-    return TableAndDenseOptimizer(model.fused_optimizer, others, list(dense.values()))
+    return TableAndDenseOptimizer(
+        model.fused_optimizer,
+        others,
+        dense_parameters=list(dense.values()),
+        table_names=list(table_shardings(model)),
+    )
 
 
 def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -120,7 +145,7 @@ def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Ada
     )
 
 
-def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+def learning_rate_factor(config: OptimizerConfig, step: float, total_steps: int) -> float:
     """Share of the highest learning rate at `step` (0 is the first) of `total_steps`.
 
     >>> config = OptimizerConfig(warmup_steps=2, schedule="linear")

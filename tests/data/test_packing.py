@@ -76,6 +76,20 @@ def test_resumed_in_mid_epoch_the_same_packs_follow(builder):
     assert seen[0] != rest[0]
 
 
+def test_another_number_of_ranks_goes_on_with_the_next_pack(builder):
+    expected, seen = [content(pack) for pack in make_loader(builder)], {}
+    state = make_loader(builder).state_dict()
+    for world_size, steps in ((2, 1), (1, 1), (3, 99)):
+        for rank in range(world_size):
+            loader = make_loader(builder, rank=rank, world_size=world_size)
+            loader.load_state_dict(state)
+            for step, pack in zip(range(steps), loader):
+                seen[state["done"] + step * world_size + rank] = content(pack)
+        state = loader.state_dict()
+    assert state == {"epoch": 1, "done": 0} and len(expected) > 6
+    assert [seen[number] for number in range(len(expected))] == expected
+
+
 def test_a_pack_holds_what_the_log_holds(builder):
     data = builder.data
     start = int(data.user_offsets[0])

@@ -164,7 +164,7 @@ class RowLoader:
         self.epoch, self.first, self.done = 0, 0, 0
 
     def _bounds(self, world_size: int) -> np.ndarray:
-        """Where the batches of all ranks begin and end, from the row `first` on, those of one step behind each other."""
+        """Where the batches begin and end, from the row `first` on; those of one step stand behind each other."""
         left = len(self.rows) - self.first
         steps = min(-(-left // (self.batch_size * world_size)), left // world_size)
         return self.first + np.linspace(0, left, steps * world_size + 1).astype(np.int64)

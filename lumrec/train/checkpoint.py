@@ -155,7 +155,7 @@ class Checkpointer:
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
         reader = _Reader(path)
-        stored = {name: list(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        stored = reader.sizes()
         _create_state(self._optimizer)
         _drop_state_not_in(self._optimizer, stored)
         tensors = {"model": self._model.state_dict(), "optim": self._state_that_fits(path, meta, stored)}
@@ -170,7 +170,9 @@ class Checkpointer:
         """The optimizer's tensors that the checkpoint can fill; the others keep their fresh values. Collective."""
         state, tables = self._optimizer.state_tensors(), self._optimizer.table_names
         of_this_rank = {
-            f"optim.{name}.{entry}": list(value.size()) for name in tables for entry, value in state.get(name, {}).items()
+            f"optim.{name}.{entry}": list(value.size())
+            for name in tables
+            for entry, value in state.get(name, {}).items()
         }
         ours = {key: size for part in _gathered(of_this_rank) for key, size in part.items()}
         there, here = meta.get("sharding", {}), _sharding_types(self._model)
@@ -269,6 +271,11 @@ class _Reader(dcp.FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Global size of every tensor by its name, such as "optim.<parameter>.<entry>"."""
+        entries = self.read_metadata().state_dict_metadata.items()
+        return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 class _MetadataUnpickler(pickle.Unpickler):

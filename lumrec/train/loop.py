@@ -76,8 +76,8 @@ class Loader(Protocol):
     """What `fit` reads batches from: the same batches again from the same state.
 
     `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
-    says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes it
-    too and deals out what is left of the epoch. It is called and iterated in a thread of its own, so it draws from
+    says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes
+    it too and deals out what is left of the epoch. It is called and iterated in a thread of its own, so it draws from
     generators of its own only. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
     """
 
@@ -108,7 +108,7 @@ class _State:
     best_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     stopped: bool = False
-    # The schedule goes by steps as the run began to count them: step * rate + offset, 1 and 0 until their number changes.
+    # The schedule goes by steps as the run began to count them: step * rate + offset.
     steps_per_epoch: int = 0
     schedule_rate: float = 1.0
     schedule_offset: float = 0.0

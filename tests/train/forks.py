@@ -6,7 +6,9 @@ A server imports everything once and forks a child per rank, while it has one th
 
 import importlib
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +29,10 @@ class Run:
     def wait(self) -> list[int]:
         """Exit code of each rank, a negative one for the signal that ended it. To be called once."""
         return self._server.ask({"wait": self.pids})
+
+    def kill(self, number: int = signal.SIGKILL, *, rank: int = 0) -> None:
+        """Sends a signal to one rank, whether or not it has ended."""
+        os.kill(self.pids[rank], number)
 
     def text(self) -> str:
         return "\n".join(log.read_text() for log in self.logs)
@@ -50,6 +56,7 @@ class ForkServer:
             env=environment,
             text=True,
         )
+        self.ask({"wait": []})  # answered once all is imported
 
     def start(self, function: str, *, world_size: int = 1, **arguments: Any) -> Run:
         """Runs `function` ("module:name") with `arguments` in `world_size` processes."""
@@ -108,6 +115,7 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
         if world_size > 1:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        logging.basicConfig(level=logging.INFO, force=True)
         module, name = request["function"].split(":")
         getattr(importlib.import_module(module), name)(**request["arguments"])
         code = 0

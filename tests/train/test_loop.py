@@ -1,12 +1,8 @@
-"""The training loop: exact resume, exact weighting over ranks is in test_parallel, best weights, non-finite losses."""
+"""The training loop: best weights, early end, losses that are not finite. Exact resume is in test_kill_and_resume."""
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,6 @@ from tiny_training import (
     noisy_evaluation,
     noisy_step,
     plain_step,
-    train_noisily,
 )
 from torch import nn
 
@@ -74,40 +69,6 @@ def train(
         select=select,
     )
     return model, folder, result
-
-
-def die(runs_dir: Path, *words: str) -> None:
-    script = Path(__file__).resolve().with_name("tiny_training.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-    command = [sys.executable, str(script), str(runs_dir), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def test_killed_runs_continue_to_the_bit(tmp_path, caplog):
-    model, folder, result = train_noisily(str(tmp_path / "whole"))
-    # Epochs have 9 steps, checkpoints come every 4: both kills fall into the middle of an epoch, the second one between
-    # the data of a checkpoint and its COMPLETE.
-    die(tmp_path / "killed", "kill-at-step", "12")
-    assert max(row["step"] for row in lines(tmp_path / "killed/tiny-pretrain")) == 10
-    die(tmp_path / "killed", "kill-in-save", "2")
-    assert list((tmp_path / "killed/tiny-pretrain/checkpoints").glob(".tmp-*"))
-    with caplog.at_level("INFO", logger="lumrec"):
-        again_model, again_folder, again = train_noisily(str(tmp_path / "killed"))
-    assert "resumed at step 1" in caplog.text and "was not finished when its process ended" in caplog.text
-
-    assert lines(again_folder.path) == lines(folder.path)
-    timed = ("events_per_s", "data_wait", "memory_gib", "wall_s")
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
-    for name, weight in weights(model).items():
-        assert torch.equal(weight, weights(again_model)[name]), name
-    last = sorted((folder.path / "checkpoints").glob("step-*"))[-1]
-    states = [
-        json.loads((root / "checkpoints" / last.name / "rank-0.json").read_text())
-        for root in (folder.path, again_folder.path)
-    ]
-    assert states[0] == states[1]
-    assert again_folder.finished and not list((again_folder.path / "checkpoints").glob(".t*"))
 
 
 def test_evaluation_does_not_disturb_training(tmp_path):

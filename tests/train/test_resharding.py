@@ -1,7 +1,6 @@
 """A run goes on with other ranks and another sharding: as if nothing had happened, or it says why it cannot."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,6 @@ def train(
     fixed_batch: bool = True,
 ) -> None:
     """2 epochs of 8 steps, the same batches for any number of ranks; ends with `Enough` in step `stop_at`."""
-    logging.basicConfig(level=logging.INFO, force=True)
     init_distributed("cpu", threads=1)
     config = TrainConfig(
         epochs=2,

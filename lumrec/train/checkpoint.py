@@ -36,6 +36,7 @@ from lumrec.train.parallel import rank, world_size
 logger = logging.getLogger(__name__)
 FORMAT = 1
 OPTIMIZER_STATE = ("keep", "drop")
+_META_KEYS = {"format", "step", "best_step", "world_size", "fingerprint", "parameters", "state", "files"}
 
 
 class Loaded(NamedTuple):
@@ -198,9 +199,9 @@ class Checkpointer:
     def _remove_old(self) -> None:
         complete = complete_checkpoints(self.folder)
         kept = complete[-self._keep :]
-        best = {f"step-{_read_meta(path)['best_step']:08d}" for path in kept}
+        best = {_best_of(path) for path in kept}
         for path in complete:
-            if path not in kept and path.name not in best:
+            if path not in kept and path not in best:
                 remove_folder(path)
         for left in self.folder.glob(".t*-*"):  # .tmp-… and .trash-… of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
@@ -212,14 +213,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(run: str | Path) -> Path:
-    """The best checkpoint of a run folder, as its newest complete checkpoint names it.
+    """The best checkpoint of a run folder, as its newest complete and readable checkpoint names it.
 
     Raises FileNotFoundError where the run has none.
     """
-    complete = complete_checkpoints(Path(run) / "checkpoints")
-    if complete:
-        best = complete[-1].with_name(f"step-{_read_meta(complete[-1])['best_step']:08d}")
-        if (best / "COMPLETE").exists():
+    for path in reversed(complete_checkpoints(Path(run) / "checkpoints")):
+        best = _best_of(path)
+        if best is not None and (best / "COMPLETE").exists():
             return best
     raise FileNotFoundError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
 
@@ -302,7 +302,7 @@ def _verify(path: Path) -> str | None:
 
 def _verify_share(path: Path) -> str | None:
     try:
-        if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8").strip():
+        if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8", errors="replace").strip():
             return "meta.json does not have the checksum that COMPLETE states"
         meta = _read_meta(path)
         if meta["format"] != FORMAT:
@@ -312,11 +312,30 @@ def _verify_share(path: Path) -> str | None:
                 return f"{name} does not have the checksum that meta.json states"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror or error})"
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    """What meta.json holds. Raises ValueError where that is not what `save` writes."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'meta.json'} is not JSON ({error})") from None
+    missing = ["everything"] if not isinstance(meta, dict) else sorted(_META_KEYS - meta.keys())
+    if missing:
+        raise ValueError(f"{path / 'meta.json'} lacks {', '.join(missing)}")
+    return meta
+
+
+def _best_of(path: Path) -> Path | None:
+    """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
+    try:
+        return path.with_name(f"step-{_read_meta(path)['best_step']:08d}")
+    except (OSError, ValueError) as error:
+        logger.warning("checkpoint %s cannot be read: %s", path, error)
+        return None
 
 
 def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[str, str]) -> None:

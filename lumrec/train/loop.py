@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.files import write_atomically
+from lumrec.train.flops import Utilization
+from lumrec.train.interrupt import SIGNALS, Interrupted, Interrupts
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
 from lumrec.train.parallel import plan_table, rank, world_size
 from lumrec.train.prefetch import Fetched, prefetch
@@ -65,11 +68,13 @@ class StepOutput:
     """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
 
     loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
+    tokens: how many the model read, where it reads tokens; for the log's tokens_per_s alone.
     """
 
     loss_sum: Tensor
     count: Tensor | int
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
 
 
 class Loader(Protocol):
@@ -98,6 +103,7 @@ class _State:
     step: int = 0
     epoch: int = 0
     num_events: float = 0.0
+    num_tokens: float = 0.0
     train_s: float = 0.0
     wall_s: float = 0.0
     wait_s: float = 0.0
@@ -137,21 +143,26 @@ def fit(
     select: str = "",
     progress: str = "train",
     fingerprint: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Trains `model` (from `parallel.shard`) and leaves its best weights in it; gives back the run's flat metrics.
 
     step: `(model, batch) → StepOutput`, one call of `model` in it.  evaluate: metrics of the current weights, called in
     eval mode without gradients, the same on every rank (rank 0's count).  select: the metric to maximise, "-name" to
     minimise; "" takes the last weights.  fingerprint: what a checkpoint must agree with (data, schema, model settings).
-    Where `run.resumed`, training continues behind the newest complete checkpoint.
+    dtype: of the dense part's matrix products.  Where `run.resumed`, training continues behind the newest complete
+    checkpoint.
 
-    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s (evaluation and checkpoints
-    left out), data_wait (share of the training time), memory_gib, wall_s, and "valid/<name>" of the best evaluation.
+    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s and tokens_per_s (evaluation
+    and checkpoints left out), mfu (share of the matrix products' peak in `dtype`, as measured before the first step, at
+    the FLOPs per event of the process's first step), data_wait (share of the training time), memory_gib, wall_s, and
+    "valid/<name>" of the best evaluation.
 
     Raises NonFiniteError for a loss or gradient that is not finite, ValueError for a config that cannot work and for a
-    checkpoint of something else.
+    checkpoint of something else. SIGINT (Ctrl-C) or SIGTERM at any rank ends the run on all ranks, behind the step (and
+    the evaluation that is due there), with a checkpoint and an Interrupted that says how to go on.
     """
-    return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint).run()
+    return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint, dtype).run()
 
 
 class _Fit:
@@ -166,6 +177,7 @@ class _Fit:
         select: str,
         progress: str,
         fingerprint: Mapping[str, str] | None,
+        dtype: torch.dtype,
     ) -> None:
         _check(config, loader, evaluate, select)
         self.model, self.loader, self.step, self.config, self.run_folder = model, loader, step, config, run
@@ -182,8 +194,15 @@ class _Fit:
         self.state = _State()
         self.factor = 1.0  # of the last step's learning rate
         self.grad_norm: float | None = None  # of the last step
+        self.interrupts = Interrupts()
+        self.ended_by: signal.Signals | None = None
+        self.utilization = Utilization(model.device, dtype)
 
     def run(self) -> dict[str, float]:
+        with self.interrupts:
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         self._start()
         started, wall_before = time.perf_counter(), self.state.wall_s
         quiet = rank() != 0 or not sys.stderr.isatty()
@@ -264,13 +283,19 @@ class _Fit:
         self.factor = self._learning_rate_factor()
         self.optimizer.set_learning_rate(self.factor)
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.step(self.model, fetched.batch)
-        sums = _sum_over_ranks(output)
+        with self.utilization.forward():
+            output = self.step(self.model, fetched.batch)
+        here = {number.name: float(number in self.interrupts.received) for number in SIGNALS}
+        sums = _sum_over_ranks(output, here)
+        anywhere = [number for number in SIGNALS if sums.pop(number.name)]
+        self.ended_by = anywhere[0] if anywhere else None
         state.step += 1
         if not math.isfinite(sums["loss"]):
             self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum.detach())))
         # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
-        (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
+        with self.utilization.backward():
+            (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
+        self.utilization.count_step(sums["count"])
         if config.clip_grad_norm and self.optimizer.dense_parameters:
             self.grad_norm = float(nn.utils.clip_grad_norm_(self.optimizer.dense_parameters, config.clip_grad_norm))
             if not math.isfinite(self.grad_norm):
@@ -278,6 +303,7 @@ class _Fit:
         self.optimizer.step()
         state.epoch += fetched.is_last
         state.num_events += sums["count"]
+        state.num_tokens += sums["tokens"]
         seconds = {"wait_s": fetched.wait_s, "train_s": fetched.wait_s + time.perf_counter() - started}
         state.wait_s += seconds["wait_s"]
         state.train_s += seconds["train_s"]
@@ -291,23 +317,30 @@ class _Fit:
         if due(self.config.log_every):
             self._log(bar)
         better = self._evaluate() if self.evaluate is not None and due(self.config.eval_every) else False
-        if better or due(self.config.checkpoint_every):
-            self.checkpointer.save(
+        if better or due(self.config.checkpoint_every) or self.ended_by is not None:
+            path = self.checkpointer.save(
                 self.state.step,
                 state=asdict(self.state),
                 local={"loader": fetched.loader_state, "random": random_state()},
                 best_step=self.state.best_step or self.state.step,
             )
+        if self.ended_by is not None:
+            self.run_folder.close()
+            raise Interrupted(
+                self.ended_by,
+                f"{self.name}: {self.ended_by.name} ended training at step {self.state.step} of {self.total_steps}; it "
+                f"is saved in {path}, and the same command goes on from there",
+            )
 
     def _log(self, bar: Any) -> None:
         window, self.state.window = self.state.window, {}
-        count, wait_s, train_s = (window.pop(name) for name in ("count", "wait_s", "train_s"))
+        count, tokens, wait_s, train_s = (window.pop(name, 0.0) for name in ("count", "tokens", "wait_s", "train_s"))
         line: dict[str, float] = {name: value / max(count, 1.0) for name, value in window.items()}
         self.state.loss = line["loss"]
         if self.grad_norm is not None:
             line["grad_norm"] = self.grad_norm
         line["learning_rate"] = self.factor * self.config.optimizer.dense_lr
-        line |= {"events_per_s": count / train_s, "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
+        line |= {**self._rates(count, tokens, train_s), "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
         self.run_folder.log(self.state.step, epoch=self.state.epoch, **line)
         if bar.disable:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
@@ -365,6 +398,14 @@ class _Fit:
             "far are untouched"
         )
 
+    def _rates(self, num_events: float, num_tokens: float, seconds: float) -> dict[str, float]:
+        rates = {"events_per_s": num_events / max(seconds, 1e-9)}
+        if num_tokens:
+            rates["tokens_per_s"] = num_tokens / max(seconds, 1e-9)
+        if self.utilization.at_one_event_per_s is not None:
+            rates["mfu"] = rates["events_per_s"] * self.utilization.at_one_event_per_s
+        return rates
+
     def _memory_gib(self) -> float:
         """Highest memory so far: of torch on CUDA, of the whole process on CPU."""
         if self.model.device.type == "cuda":
@@ -379,7 +420,7 @@ class _Fit:
             "best_step": state.best_step or state.step,
             "steps": state.step,
             "epochs": state.epoch,
-            "events_per_s": state.num_events / max(state.train_s, 1e-9),
+            **self._rates(state.num_events, state.num_tokens, state.train_s),
             "data_wait": state.wait_s / max(state.train_s, 1e-9),
             "memory_gib": self._memory_gib(),
             "wall_s": state.wall_s,
@@ -405,18 +446,18 @@ def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str,
         raise ValueError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
 
 
-def _sum_over_ranks(output: StepOutput) -> dict[str, float]:
-    """loss, count and metrics summed over all ranks in double precision; one all-reduce."""
-    names = sorted(output.metrics)
-    taken = {"loss", "count"} & set(names)
+def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str, float]:
+    """loss, count, tokens, `others` and metrics summed over all ranks in double precision; one all-reduce."""
+    own = {"loss": output.loss_sum, "count": output.count, "tokens": output.tokens, **others}
+    taken = own.keys() & output.metrics.keys()
     if taken:
         raise ValueError(f"a step's metrics may not be called {sorted(taken)}: fit logs these itself")
-    values = [output.loss_sum, output.count, *(output.metrics[name] for name in names)]
+    values = {**own, **{name: output.metrics[name] for name in sorted(output.metrics)}}
     device = output.loss_sum.device
-    total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+    total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values.values()])
     if world_size() > 1:
         dist.all_reduce(total)
-    return dict(zip(("loss", "count", *names), total.tolist(), strict=True))
+    return dict(zip(values, total.tolist(), strict=True))
 
 
 def _tensors_of(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 TABLE_EPS = 1e-8  # FBGEMM's
 # Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
 TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
@@ -32,7 +32,10 @@ class OptimizerConfig:
     weight_decay: of dense matrices only; biases, norms and tables have none.
     clip_grad_norm: highest norm of the dense gradient, tables left out; 0 = no clipping.
     warmup_steps: steps in which both rates rise linearly from 0.
-    schedule: after that "constant", "linear" or "cosine" (the latter two fall to 0 at the last step).
+    schedule: after that "constant"; "linear" or "cosine", which fall to the lowest rate at the last step;
+    "inverse_sqrt", which falls with the root of the step; or "wsd" (warm-up, stable, decay: arXiv 2404.06395), which is
+    constant but for the last share `decay_share` of all steps, in which it falls linearly.
+    min_lr_factor: the lowest rate that a schedule falls to, as a share of the highest.
     """
 
     table_optimizer: str = "rowwise_adagrad"
@@ -42,6 +45,8 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
     warmup_steps: int = 0
     schedule: str = "constant"
+    decay_share: float = 0.2
+    min_lr_factor: float = 0.0
 
 
 def check(config: OptimizerConfig) -> None:
@@ -56,6 +61,9 @@ def check(config: OptimizerConfig) -> None:
     for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+    for name in ("decay_share", "min_lr_factor"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} must lie between 0 and 1")
 
 
 def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterSharding]:
@@ -156,7 +164,12 @@ def learning_rate_factor(config: OptimizerConfig, step: float, total_steps: int)
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    if config.schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "inverse_sqrt":
+        return max(config.min_lr_factor, (max(1, config.warmup_steps) / (step + 1)) ** 0.5)
+    # Where the fall begins: behind the warm-up, or for "wsd" where the last share of the steps does.
+    start = float(config.warmup_steps)
+    if config.schedule == "wsd":
+        start = max(start, total_steps * (1.0 - config.decay_share))
+    progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.min_lr_factor + (1.0 - config.min_lr_factor) * left

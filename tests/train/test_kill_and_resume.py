@@ -1,7 +1,9 @@
-"""Runs that are killed, at any moment, and started again: equal to one that was not, to the bit."""
+"""Runs that are killed, or ended by a signal, at any moment and started again: equal to the bit to one that was not."""
 
 import json
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -11,12 +13,13 @@ from forks import ForkServer
 from tiny_training import TinyModel
 
 from lumrec.train.checkpoint import complete_checkpoints, load_weights
+from lumrec.train.interrupt import Interrupts
 
 RUN = "tiny-pretrain"
 EPOCHS = 20
 STEPS = 9 * EPOCHS
 KILLS = 20
-TIMES = ("events_per_s", "data_wait", "memory_gib", "wall_s")
+TIMES = ("events_per_s", "mfu", "data_wait", "memory_gib", "wall_s")
 
 
 def timeless(row: dict) -> dict:
@@ -91,3 +94,54 @@ def test_killed_between_the_data_of_a_checkpoint_and_its_completion(forks, whole
         else:
             assert "was not finished when its process ended: it is skipped" in run.text()
     assert_equal_to_the_bit(tmp_path, whole[0])
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(forks, whole, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = forks.start("tiny_training:train_noisily", runs_dir=str(tmp_path), epochs=EPOCHS)
+        run.wait_for_text("train: step")
+        run.kill(number)
+        assert run.wait() == [128 + number], run.text()
+        assert f"{number.name}: training ends after this step" in run.text()
+        step = lines(tmp_path)[-1]["step"]
+        newest = complete_checkpoints(tmp_path / RUN / "checkpoints")[-1]
+        assert newest.name in (f"step-{step:08d}", f"step-{step + 1:08d}")  # every second step is logged
+        assert f"{newest}, and the same command goes on from there" in run.text()
+    forks.run("tiny_training:train_noisily", runs_dir=str(tmp_path), epochs=EPOCHS)
+    assert_equal_to_the_bit(tmp_path, whole[0])
+
+
+def test_the_same_signal_again_ends_the_run_at_once(forks, tmp_path):
+    for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)):
+        folder = tmp_path / number.name
+        run = forks.start("tiny_training:train_slowly", runs_dir=str(folder), step_s=60.0)
+        run.wait_for_text("begins")
+        run.kill(number)
+        run.wait_for_text("again: at once")
+        run.kill(number)
+        assert run.wait() == [code], run.text()
+        assert ("KeyboardInterrupt" in run.text()) == (number == signal.SIGINT)
+        assert not complete_checkpoints(folder / "slow" / "checkpoints")
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_same_step(forks, tmp_path):
+    run = forks.start("tiny_training:train_slowly", world_size=2, runs_dir=str(tmp_path), step_s=0.05)
+    run.wait_for_text("begins")
+    run.kill(signal.SIGTERM, rank=1)
+    run.kill(signal.SIGINT, rank=0)
+    assert run.wait() in ([130, 130], [143, 143]), run.text()
+    (path,) = complete_checkpoints(tmp_path / "slow" / "checkpoints")
+    meta = json.loads((path / "meta.json").read_text())
+    assert meta["world_size"] == 2 and meta["state"]["step"] == meta["step"] < 30
+
+
+def test_a_signal_that_came_too_late_is_not_lost():
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.received == {signal.SIGINT}
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), Interrupts():
+        signal.raise_signal(signal.SIGTERM)
+        raise ZeroDivisionError  # the error is what ends the run
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -20,6 +20,7 @@ from tiny_training import (
 from torch import nn
 
 from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.flops import gemm_peak
 from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, shard
@@ -27,7 +28,7 @@ from lumrec.train.prefetch import prefetch
 from lumrec.train.run import RunFolder
 
 CPU = torch.device("cpu")
-TIMES = ("events_per_s", "data_wait", "memory_gib")
+TIMES = ("events_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
 
 
 def lines(folder: Path) -> list[dict]:
@@ -87,6 +88,22 @@ def test_loss_and_metrics_are_means_over_the_window(tmp_path):
     assert result["loss"] == rows[-1]["loss"] and result["steps"] == 18 and result["best_step"] == 18
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (folder.path / "plan.txt").read_text().count("fused") == 2
+
+
+def test_speed_is_logged_in_events_tokens_and_share_of_the_peak(tmp_path):
+    def step(model: nn.Module, batch) -> StepOutput:
+        output = plain_step(model, batch)
+        return StepOutput(output.loss_sum, output.count, tokens=3 * len(batch.label_B))
+
+    _, folder, result = train(tmp_path, TrainConfig(max_steps=4, log_every=2), step=step)
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    peak = gemm_peak(CPU, torch.float32, num_threads=torch.get_num_threads())
+    flops_per_event = 3 * 2 * (16 * 16 + 16)  # two linear layers, forward and, twice that, backward
+    for row in (*rows, result):
+        assert row["tokens_per_s"] == pytest.approx(3 * row["events_per_s"])
+        assert row["mfu"] == pytest.approx(flops_per_event * row["events_per_s"] / peak)
+    without = train(tmp_path, TrainConfig(max_steps=1), run="without")[2]
+    assert "tokens_per_s" not in without and without["mfu"] > 0
 
 
 def test_best_weights_are_kept_and_patience_ends(tmp_path):

@@ -6,6 +6,7 @@ Shapes: B rows, D table width.
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,3 +172,21 @@ def train_until_killed_in_save(runs_dir: str, *, epochs: int, which: int) -> Non
 
     checkpoint.write_atomically = write_or_die
     train_noisily(runs_dir, epochs=epochs)
+
+
+def train_slowly(runs_dir: str, *, step_s: float) -> None:
+    """30 steps, each of them so long; says when the second begins."""
+    config = TinyConfig(runs_dir=runs_dir, run="slow", pretrain=TrainConfig(max_steps=30, epochs=9))
+    model = shard(TinyModel(), device=init_distributed("cpu", threads=1))
+    run, steps = RunFolder.create(config, "pretrain"), 0
+
+    def step(model: nn.Module, batch: TinyBatch) -> StepOutput:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            print("the second step begins", flush=True)
+        if steps > 1:
+            time.sleep(step_s)
+        return plain_step(model, batch)
+
+    fit(model=model, loader=TinyLoader(), step=step, config=config.pretrain, run=run)

@@ -248,10 +248,10 @@ class _Fit:
             seed_generators(torch.initial_seed(), self.state.step, rank())
             if rank() == 0:
                 logger.warning(
-                    "%s: goes on with %d process(es), not as many as before: what is left of the epoch is dealt out "
-                    "anew, and random numbers are drawn from new seeds (of seed, step and rank), so from here on it is "
-                    "not equal to the bit to a run that was not moved. Batches are as large as the new number makes "
-                    "them; learning rates stay as they were",
+                    "%s: goes on with %d process(es), not as many as before: what is left of the epoch is dealt out to "
+                    "them, a step has the batches of all of them, and learning rates stay as they were. Random numbers "
+                    "come from new seeds (of seed, step and rank): from here on this run is not equal, to the bit, to "
+                    "one that was not moved",
                     self.name,
                     world_size(),
                 )

@@ -16,7 +16,7 @@ from lumrec.train.checkpoint import complete_checkpoints, load_weights
 from lumrec.train.interrupt import Interrupts
 
 RUN = "tiny-pretrain"
-EPOCHS = 20
+EPOCHS = 12
 STEPS = 9 * EPOCHS
 KILLS = 20
 TIMES = ("events_per_s", "mfu", "data_wait", "memory_gib", "wall_s")

@@ -14,21 +14,19 @@ unpickled but DCP's own metadata, by an unpickler that knows only DCP's classes.
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
+from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
@@ -155,7 +153,7 @@ class Checkpointer:
         meta = _read_meta(path)
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
-        reader = _Reader(path)
+        reader = Reader(path)
         stored = reader.sizes()
         _create_state(self._optimizer)
         _drop_state_not_in(self._optimizer, stored)
@@ -189,8 +187,8 @@ class Checkpointer:
         if unfit and self._optimizer_state == "keep":
             raise ValueError(
                 f"{path} holds optimizer state that this run cannot go on with: {_some(list(unfit.values()))}. Use the "
-                "sharding and table_optimizer that it was saved with, or say train.optimizer_state=drop to begin that "
-                "state anew"
+                "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
+                "begin that state anew"
             )
         if unfit and rank() == 0:
             logger.warning("%s: optimizer state begins anew, as asked: %s", path, _some(list(unfit.values())))
@@ -250,48 +248,7 @@ def load_weights(
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
-    _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, _Reader(path), path)
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader with a metadata file that cannot run code, and tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            try:
-                metadata = _MetadataUnpickler(file).load()
-            except pickle.UnpicklingError as error:
-                raise ValueError(f"{self.path}/.metadata was not written by lumrec: {error}") from error
-        others = [
-            name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
-        ]
-        if others:
-            raise ValueError(f"{self.path} holds {others[0]!r}, which is no tensor: it was not written by lumrec")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def sizes(self) -> dict[str, list[int]]:
-        """Global size of every tensor by its name, such as "optim.<parameter>.<entry>"."""
-        entries = self.read_metadata().state_dict_metadata.items()
-        return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _PLAIN = {
-        ("pathlib", "PosixPath"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = module in self._MODULES or (module, name) in self._PLAIN
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+    _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, Reader(path), path)
 
 
 def _verify(path: Path) -> str | None:
@@ -406,7 +363,7 @@ def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, A
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 
-def _dcp_load(tensors: dict[str, Any], reader: _Reader, path: Path) -> None:
+def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path) -> None:
     try:
         dcp.load(tensors, storage_reader=reader)
     except CheckpointException as error:  # a BaseException, which callers would not expect

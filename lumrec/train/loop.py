@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
@@ -28,11 +27,13 @@ from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.files import write_atomically
 from lumrec.train.flops import Utilization
 from lumrec.train.interrupt import SIGNALS, Interrupted, Interrupts
+from lumrec.train.non_finite import NonFiniteError, save_batch
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor
 from lumrec.train.parallel import plan_table, rank, world_size
 from lumrec.train.prefetch import Fetched, prefetch
 from lumrec.train.randomness import random_state, seed_generators, set_random_state
 from lumrec.train.run import RunFolder
+from lumrec.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -90,46 +91,6 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient is not a number; the message names the step and the file that holds the batch."""
-
-
-@dataclass
-class _State:
-    """What the loop remembers from step to step; goes into every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    num_events: float = 0.0
-    num_tokens: float = 0.0
-    train_s: float = 0.0
-    wall_s: float = 0.0
-    wait_s: float = 0.0
-    window: dict[str, float] = field(default_factory=dict)  # sums since the last log line
-    loss: float = math.nan  # of the last log line
-    best_step: int = 0
-    best_value: float | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    evaluations_without_gain: int = 0
-    stopped: bool = False
-    # The schedule goes by steps as the run began to count them: step * rate + offset.
-    steps_per_epoch: int = 0
-    schedule_rate: float = 1.0
-    schedule_offset: float = 0.0
-
-    @property
-    def schedule_step(self) -> float:
-        return round(self.step * self.schedule_rate + self.schedule_offset, 6)
-
-    def set_steps_per_epoch(self, number: int) -> None:
-        """Epochs have `number` steps from here on; the schedule goes on where it is."""
-        before, self.steps_per_epoch = self.steps_per_epoch or number, number
-        if before != number:
-            position = self.schedule_step
-            self.schedule_rate *= before / number
-            self.schedule_offset = position - self.step * self.schedule_rate
 
 
 def fit(
@@ -191,7 +152,7 @@ class _Fit:
             keep=config.keep_checkpoints,
             optimizer_state=config.optimizer_state,
         )
-        self.state = _State()
+        self.state = TrainState()
         self.factor = 1.0  # of the last step's learning rate
         self.grad_norm: float | None = None  # of the last step
         self.interrupts = Interrupts()
@@ -240,7 +201,7 @@ class _Fit:
         self.model.train()
 
     def _resume(self, loaded: Loaded) -> None:
-        self.state = _State(**loaded.state)
+        self.state = TrainState(**loaded.state)
         self.loader.load_state_dict(loaded.local["loader"])
         if loaded.same_ranks:
             set_random_state(loaded.local["random"])
@@ -389,7 +350,7 @@ class _Fit:
         where = "another rank's batch"
         if here:
             path = self.run_folder.path / f"non-finite-step-{self.state.step}-rank-{rank()}.pt"
-            torch.save(_tensors_of(batch), path)
+            save_batch(batch, path)
             where = f"the batch is saved in {path}: read it with torch.load(path, weights_only=True)"
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
@@ -458,24 +419,3 @@ def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str
     if world_size() > 1:
         dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
-
-
-def _tensors_of(value: Any) -> Any:
-    """A batch as dictionaries, lists, tensors and plain values, which `torch.load(weights_only=True)` can read."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, KeyedJaggedTensor):
-        return {"keys": value.keys(), "values": _tensors_of(value.values()), "lengths": _tensors_of(value.lengths())}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _tensors_of(getattr(value, entry.name)) for entry in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): _tensors_of(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_tensors_of(entry) for entry in value]
-    if value is None or isinstance(value, (int, float, str)):
-        return value
-    return (
-        {name: _tensors_of(entry) for name, entry in vars(value).items()} if hasattr(value, "__dict__") else repr(value)
-    )

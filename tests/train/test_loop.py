@@ -21,7 +21,8 @@ from torch import nn
 
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.flops import gemm_peak
-from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.prefetch import prefetch

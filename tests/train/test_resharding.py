@@ -133,7 +133,7 @@ def test_state_that_does_not_fit_is_refused_unless_it_may_be_dropped(forks, whol
     assert refused.wait() == [1]
     message = refused.text()
     assert "t0.weight.t0.momentum1 is [80] in the checkpoint (column_wise), [40] here (table_wise)" in message
-    assert "say train.optimizer_state=drop" in message
+    assert "train.optimizer_state=drop" in message
     assert len(lines(tmp_path)) == 5
     dropped = forks.run(f"{THIS}:train", world_size=2, optimizer_state="drop", **arguments)
     assert "optimizer state begins anew, as asked" in dropped.text()

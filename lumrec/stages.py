@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lumrec.environment import check_environment
 from lumrec.jobs import JobFailed
+from lumrec.train.interrupt import Interrupted
 
 STAGES = {
     "prepare": "lumrec.data.prepare",
@@ -53,6 +54,10 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
 
         config = load(given.config, given.words)
         result = importlib.import_module((CHECKS if checking else STAGES)[stage]).run(config)
+    except Interrupted as stop:
+        if rank() == 0:
+            print(f"lumrec: {stop}", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except JobFailed as failure:  # the failed stage has told its own error

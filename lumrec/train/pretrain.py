@@ -110,7 +110,7 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
             contrast = counterfactual_contrast(o_TD[event_Q].float(), o_QD.float(), e_QD.float())
             metrics["contrast"] = contrast.detach()
             loss = nce + config.contrast.weight * contrast
-        return StepOutput(loss, pack.num_events, metrics)
+        return StepOutput(loss, pack.num_events, metrics, tokens=2 * pack.num_events + pack.num_queries)
 
     return step
 
@@ -185,6 +185,7 @@ def run(config: "Config") -> dict[str, float | str]:
         select=settings.select,
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data),
+        dtype=PRECISIONS[settings.precision],
     )
     result |= evaluate("test")
     run_folder.finish(result)

@@ -34,7 +34,7 @@ def causal_attention(
     sequence that the bias knows. The padding of a bucket lies behind each sequence, where the causal mask hides it: no
     other mask is needed. On CUDA in half precision, softmax without a bias runs as one `varlen_attn` over all tokens.
     """
-    if not silu and bias is None and _has_varlen(q_THK):
+    if causal_backend(q_THK.device.type, q_THK.dtype, has_bias=bias is not None) == "varlen":
         return _varlen_attention(q_THK, k_THK, v_THK, layout)
     outputs = []
     for number, bucket in enumerate(layout.buckets):
@@ -54,9 +54,19 @@ def causal_attention(
     return _gather(torch.cat(outputs), layout.token_place_T)
 
 
-def _has_varlen(q_THK: Tensor) -> bool:
-    """Whether PyTorch's attention over flat jagged tokens takes these: a flash kernel, for half precision on CUDA."""
-    return q_THK.is_cuda and q_THK.dtype in (torch.float16, torch.bfloat16)
+def causal_backend(device_type: str, dtype: torch.dtype, *, has_bias: bool) -> str:
+    """What computes causal attention there.
+
+    "biased": a bias takes part (HSTU has one), so scores are computed in portions, by BiasedAttention. "varlen": one
+    flash kernel over all flat tokens, PyTorch's `varlen_attn`, for half precision on CUDA. "buckets": PyTorch's
+    `scaled_dot_product_attention` over buckets of sequences alike in length, anywhere else.
+
+    >>> causal_backend("cpu", torch.bfloat16, has_bias=False), causal_backend("cuda", torch.bfloat16, has_bias=False)
+    ('buckets', 'varlen')
+    """
+    if has_bias:
+        return "biased"
+    return "varlen" if device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) else "buckets"
 
 
 def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: JaggedLayout) -> Tensor:

@@ -31,8 +31,10 @@ class Pack:
     query_prefix_Q: int64, tokens that each query sees: one or two times the number of events before it.
     previous_T, previous_Q: int64, event before each event and query within its own history; -1 where there is none.
     time_T, time_Q: int64, seconds, when each event happened and when each query is asked.
+    candidate_item_C: int64, catalogue item that each candidate is.
     positive_T: int64, candidate that each event's item is; -1 where it is not to be predicted. Empty in a pure query.
     log_weight_C: float32, log of the weight with which each candidate counts as a negative (see info_nce).
+    log_positive_weight_T: float32, the same for each event's item where it is the right one; empty where it is 0.
     contrast_event_Q: int64, event whose item each query is told apart by (counterfactual contrast); empty otherwise.
     event_row_T: int64, row of each event in the prepared data.
     """
@@ -47,8 +49,10 @@ class Pack:
     previous_Q: Tensor
     time_T: Tensor
     time_Q: Tensor
+    candidate_item_C: Tensor
     positive_T: Tensor
     log_weight_C: Tensor
+    log_positive_weight_T: Tensor
     contrast_event_Q: Tensor
     event_row_T: Tensor
 

@@ -55,7 +55,7 @@ class GptBlock(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * ((2 * num_layers) ** -0.5 if is_output else 1.0))
 
     def forward(self, x_XD: Tensor, attend: Attend, rows: slice, rotary: Tensor | None) -> Tensor:
-        """Output of the `rows` that go on. rotary: complex64 [X, 1, K / 2], where positions are rotary."""
+        """Output of the `rows` that go on. rotary: float32 [X, 1, K], cosines and sines, where positions are rotary."""
         return self.finish(x_XD[rows], attend(*self.project(x_XD, rotary)))
 
     def project(self, x_XD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +94,9 @@ class LlamaBlock(GptBlock):
 
 
 def rotate(x_XHK: Tensor, rotary: Tensor) -> Tensor:
-    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); complex [X, 1, K / 2]."""
+    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); cos and sin."""
     real, imaginary = x_XHK.chunk(2, dim=-1)
-    cos, sin = rotary.real.to(x_XHK.dtype), rotary.imag.to(x_XHK.dtype)
+    cos, sin = rotary.to(x_XHK.dtype).chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
 
 
@@ -146,10 +146,10 @@ class UserEncoder(nn.Module):
         self.time_bias = is_hstu if time_bias is None else time_bias
         self.position = None if encoder == "llama" else nn.Embedding(max_tokens, dim)
         blocks = [BLOCKS[encoder](dim, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
-        has_bias = is_hstu or self.time_bias
+        self.has_bias = is_hstu or self.time_bias
         self.blocks = nn.ModuleList(blocks)
         self.biases = nn.ModuleList(
-            RelativeBias(max_tokens, time=self.time_bias) if has_bias else nn.Identity() for _ in blocks
+            RelativeBias(max_tokens, time=self.time_bias) if self.has_bias else nn.Identity() for _ in blocks
         )
         self.norm = nn.RMSNorm(dim) if encoder == "llama" else nn.LayerNorm(dim)
         if self.position is not None:
@@ -222,10 +222,9 @@ class UserEncoder(nn.Module):
         else:
             exponent = torch.arange(0, self.head_width, 2, device=x_XD.device, dtype=torch.float32) / self.head_width
             angle = position_X[:, None].float() * ROTARY_BASE**-exponent
-            rotary = torch.polar(torch.ones_like(angle), angle)[:, None]
+            rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
         x = F.dropout(x_XD, self.dropout, self.training)
-        has_bias = isinstance(self.biases[0], RelativeBias)
-        indices = bias_indices(layout, times if self.time_bias else None) if has_bias else None
+        indices = bias_indices(layout, times if self.time_bias else None) if self.has_bias else None
         for number, (block, bias) in enumerate(zip(self.blocks, self.biases, strict=True)):
             only = queries_only and number == len(self.blocks) - 1
             attend = partial(

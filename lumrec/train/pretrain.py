@@ -1,5 +1,6 @@
 """Step 1: pre-training of a LUM by next-condition-item prediction (LUM section 4.1)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,22 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lumrec.data.packing import NegativesConfig, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
+from lumrec.train.negatives import gather_candidates
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.run import RunFolder
 
 if TYPE_CHECKING:
     from lumrec.config import Config
 
+logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,6 +45,7 @@ class ContrastConfig:
 class PretrainConfig:
     """Step 1.
 
+    label_smoothing: share of InfoNCE's target that goes to all candidates by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
     select: validation metric of the weights that are kept ("ndcg@10", "hr@10", …); "" keeps the last weights.
     """
@@ -47,6 +53,7 @@ class PretrainConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    label_smoothing: float = 0.0
     precision: str = "float32"
     select: str = "ndcg@10"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
@@ -77,13 +84,25 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
     """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
     if config.precision not in PRECISIONS:
         raise ValueError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
-    dtype = PRECISIONS[config.precision]
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"pretrain.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
+    dtype, negatives = PRECISIONS[config.precision], config.negatives
 
     def step(model: nn.Module, pack: Pack) -> StepOutput:
         device_type = pack.positive_T.device.type
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
             o_TD, o_QD, e_CD = model(pack)
-            loss = nce = info_nce(o_TD, e_CD, pack.positive_T, pack.log_weight_C)
+            candidates = e_CD, pack.positive_T, pack.log_weight_C
+            if negatives.across_ranks:
+                candidates = gather_candidates(
+                    e_CD, pack.candidate_item_C, pack.positive_T, pack.log_weight_C, unique=negatives.unique
+                )
+            loss = nce = info_nce(
+                o_TD,
+                *candidates,
+                log_positive_weight_T=pack.log_positive_weight_T if negatives.logq_positive else None,
+                label_smoothing=config.label_smoothing,
+            )
         metrics = {"info_nce": nce.detach()}
         if len(pack.contrast_event_Q) or config.contrast.feature:
             event_Q = pack.contrast_event_Q
@@ -94,6 +113,16 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
         return StepOutput(loss, pack.num_events, metrics)
 
     return step
+
+
+def _tell(model: LargeUserModel, config: PretrainConfig, device: torch.device) -> None:
+    """Logs the size of the user encoder, and what computes its attention here (see `causal_backend`)."""
+    if dist.get_rank() != 0:
+        return
+    encoder, precision = model.user_encoder, config.precision
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    backend = causal_backend(device.type, PRECISIONS[precision], has_bias=encoder.has_bias)
+    logger.info("user encoder: %s parameters; attention: %s on %s, %s", f"{parameters:,}", backend, device, precision)
 
 
 def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int) -> float:
@@ -123,6 +152,7 @@ def run(config: "Config") -> dict[str, float | str]:
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
     train = settings.train
+    _tell(model, settings, device)
     cost = _token_cost(model, settings, num_items=data.num_items)
     dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = PackLoader(

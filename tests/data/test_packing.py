@@ -1,11 +1,14 @@
 """Packs and their loader: what is in them, the same again from the same state, nothing of users who are held out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from lumrec.data.columns import expand_ranges
-from lumrec.data.packing import ABSENT, NegativeSampler, NegativesConfig, PackingConfig, PackLoader, Queries
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import ABSENT, PackingConfig, PackLoader, Queries
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.train.lum import ModelConfig, build_lum
@@ -124,6 +127,24 @@ def test_a_pack_holds_what_the_log_holds(builder):
     clicked = data.event_columns["clicked"].values[start : start + 3].tolist()
     assert bags(pack, "clicked") == [[row] for row in clicked] + [[], [], []]
     assert pack.query_prefix_Q.tolist() == [2, 6]
+    time = data.timestamp[start : start + 3].tolist()
+    assert pack.time_T.tolist() == time
+    # Asked at moment 1, as the second event was; behind the window's end, at the time of its last event.
+    assert pack.time_Q.tolist() == [time[1], time[2]]
+
+
+def test_previous_events_are_those_of_the_same_window(tiny_prepared):
+    """One token an event (merged): what is before an event, or a query, lies in its own window or nowhere."""
+    _, builder = build_lum(dataclasses.replace(MODEL, tokens="merged"), tiny_prepared)
+    start = int(builder.data.user_offsets[0])
+    windows = Windows(torch.tensor([start, start, start + 3]), torch.tensor([3, 0, 2]), torch.tensor([0, 0, 0]))
+    queries = Queries(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 0, 0, 1]), {}, torch.tensor([7, 8, 9, 10]))
+    pack = builder.pack(windows, queries=queries)
+    assert pack.previous_T.tolist() == [-1, 0, 1, -1, 3]
+    assert pack.previous_Q.tolist() == [2, -1, -1, 3]
+    assert pack.query_prefix_Q.tolist() == [3, 0, 0, 1]
+    assert pack.layout.offsets_B1.tolist() == [0, 3, 3, 5]
+    assert pack.time_Q.tolist() == [7, 8, 9, 10]
 
 
 def test_positives_are_the_events_items(builder):
@@ -145,6 +166,20 @@ def test_a_contrast_query_differs_from_its_event_in_that_condition_alone(builder
         assert scenario[pack.num_events + q] == scenario[event]
 
 
+def test_expected_counts_of_a_step_are_over_the_events_of_all_ranks(builder):
+    """Weights are counts over what a step of three ranks, of 3 · 32 draws, is to be expected to hold."""
+    negatives = NegativesConfig(sampled=32, across_ranks=True)
+    loaders = [make_loader(builder, negatives=negatives, rank=rank, world_size=3) for rank in range(3)]
+    popularity_I = loaders[0].sampler.popularity_I
+    for packs in zip(*loaders, strict=True):
+        num_events = sum(pack.num_events for pack in packs)
+        for pack in packs:
+            expected_C = 96 / (popularity_I > 0).sum() + num_events * popularity_I[pack.candidate_item_C]
+            count_C = pack.log_weight_C.double().exp() * expected_C
+            torch.testing.assert_close(count_C, count_C.round(), rtol=0, atol=1e-3)
+            assert int(count_C.round().sum()) == 32 + pack.num_events
+
+
 def test_conditions_are_withheld_at_the_given_rate(builder):
     for rate in (0.0, 0.5, 1.0):
         packs = list(make_loader(builder, packing=PackingConfig(128, rate)))
@@ -162,39 +197,12 @@ def test_a_held_out_fold_is_never_in_a_pack(builder):
     assert held_out.isdisjoint(data.user[rows].tolist())
 
 
-def test_logq_makes_the_weights_an_unbiased_estimate_of_the_catalogue():
-    counts = np.array([0, 1, 5, 20, 100])
-    generator = torch.Generator().manual_seed(0)
-    config = NegativesConfig(in_batch=False, sampled=64, sampling="popularity")
-    sampler = NegativeSampler(config, counts)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for _ in range(3000):
-        candidates, _, log_weight = sampler.draw(torch.zeros(0, dtype=torch.int64), generator)
-        sums[candidates] += log_weight.double().exp()
-    torch.testing.assert_close(sums[1:] / 3000, torch.ones(4, dtype=torch.float64), rtol=0.1, atol=0)
-    assert sums[0] == 0  # an item without training events is no negative
-
-
-def test_in_batch_negatives_count_how_often_an_item_occurs():
-    sampler = NegativeSampler(NegativesConfig(sampled=0, logq=False), np.array([1, 1, 1]))
-    candidates, positive, log_weight = sampler.draw(torch.tensor([2, 0, 2]), torch.Generator())
-    assert candidates.tolist() == [0, 2] and positive.tolist() == [1, 0, 1]
-    torch.testing.assert_close(log_weight.exp(), torch.tensor([1.0, 2.0]))
-
-
-def test_the_full_catalogue():
-    sampler = NegativeSampler(NegativesConfig(full=True), np.array([0, 1, 1]))
-    candidates, positive, log_weight = sampler.draw(torch.tensor([2, 1]), torch.Generator())
-    assert (candidates.tolist(), positive.tolist(), log_weight.tolist()) == ([0, 1, 2], [2, 1], [0.0, 0.0, 0.0])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"packing": PackingConfig(events_per_pack=8)}, "not even one full window fits"),
         ({"contrast_feature": "category"}, "conditions that the model reads"),
         ({"negatives": NegativesConfig(in_batch=False, sampled=0)}, "no negatives"),
-        ({"negatives": NegativesConfig(sampling="zipf")}, "expected one of"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(builder, changes, message):

@@ -61,8 +61,10 @@ def make_pack(
         previous_Q=torch.where(asked[:, 1] == 0, -1, place_Q - 1),
         time_T=1000 * moment_T**2,
         time_Q=1000 * asked[:, 1] ** 2,
+        candidate_item_C=torch.arange(C),
         positive_T=item_T,
         log_weight_C=torch.zeros(C),
+        log_positive_weight_T=torch.zeros(0),
         contrast_event_Q=none,
         event_row_T=torch.arange(T),
     )

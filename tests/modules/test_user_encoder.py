@@ -1,5 +1,7 @@
 """User encoders: the cache, the options that change nothing, and what is refused. Shapes as in the module."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ SEQUENCE, PREFIX = torch.tensor([0, 0, 1, 2, 3, 3, 4]), torch.tensor([7, 3, 0, 1
 
 def make_encoder(encoder: str, **settings) -> UserEncoder:
     torch.manual_seed(0)
-    model = UserEncoder(encoder=encoder, dim=DIM, num_layers=3, num_heads=2, max_tokens=MAX_TOKENS, **settings)
+    fixed = {"dim": DIM, "num_layers": 3, "num_heads": 2, "max_tokens": MAX_TOKENS}
+    model = UserEncoder(encoder=encoder, **{**fixed, **settings})
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at initialisation, so that every part matters
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -78,7 +81,7 @@ def test_low_precision_stays_near(encoder):
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
     angle = torch.arange(20)[:, None, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
-    rotary = torch.polar(torch.ones_like(angle), angle)
+    rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)
     score = (rotate(q.expand(20, 1, 8), rotary)[:, 0] @ rotate(k.expand(20, 1, 8), rotary)[:, 0].t()).diagonal(-3)
     torch.testing.assert_close(score, score[:1].expand(17))
 
@@ -101,3 +104,11 @@ def test_a_bias_of_time_needs_times():
     x_TD, y_QD, _ = inputs()
     with pytest.raises(ValueError, match="times of its tokens"):
         make_encoder("hstu")(x_TD, y_QD, layouts()[1], query_prefix_Q=PREFIX)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler (g++)")
+def test_compiled_blocks_change_results_by_rounding_alone():
+    plain = gradients(make_encoder("llama", num_layers=1))
+    compiled = gradients(make_encoder("llama", num_layers=1, compile_blocks=True))
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lumrec.data.columns import Column
-from lumrec.data.packing import NegativesConfig, PackBuilder, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.query.store import Knowledge, KnowledgeStore, UserAnswer, pack_answer, unpack_answer, user_key_bytes
 from lumrec.query.writer import KnowledgeWriter

@@ -14,10 +14,11 @@ import torch
 
 from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
+from lumrec.evaluation.retrieval import evaluate_retrieval
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import parse_fold, run
+from lumrec.train.pretrain import PretrainConfig, make_step, parse_fold, run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -75,6 +76,27 @@ def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
     assert any((folder / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.encoder=hstu", "model.tokens=merged", "pretrain.precision=bfloat16"],
+        ["model.encoder=llama", "model.time_bias=true", "model.checkpoint_activations=true"],
+        ["model.tokens=merged", "model.conditions=[]", "pretrain.contrast.feature=", "pretrain.evaluate.oracle=false"],
+    ],
+)
+def test_other_encoders_and_tokens_learn_and_come_back(settings, tiny_prepared, words):
+    """What was trained, its best weights loaded, gives the test figures again."""
+    config = config_of(settings, f"run=other-{'-'.join(words).replace('.', '-')}", *words)
+    result = run(config)
+    curve = [loss for _, loss in losses(Path(config.runs_dir) / config.run)]
+    assert np.mean(curve[-5:]) < np.mean(curve[:5])
+    model, builder, trained_config = load_lum(config, config.run, tiny_prepared, device=init_distributed("cpu"))
+    again = evaluate_retrieval(
+        model, builder, part="test", config=trained_config.pretrain.evaluate, max_events=config.model.max_events
+    )
+    assert again == {name: result[name] for name in again}
+
+
 def test_every_table_and_matrix_has_moved(trained, tiny_prepared):
     config, _ = trained
     device = init_distributed("cpu")
@@ -125,7 +147,7 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks(settings):
-    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1"]
+    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1", "pretrain.negatives.across_ranks=true"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "apps/pretrain.py", "--config", str(settings[0]), *words], cwd=ROOT, env=environment(), check=True
@@ -159,3 +181,8 @@ def test_a_missing_lum_names_the_command(settings, tiny_prepared):
 def test_a_fold_that_is_none_is_refused(fold):
     with pytest.raises(ValueError, match="fold is"):
         parse_fold(fold)
+
+
+def test_label_smoothing_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
+        make_step(PretrainConfig(label_smoothing=1.0))

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from _measure import Timeline
 from lumrec.data.columns import Column, expand_ranges
-from lumrec.data.packing import NegativesConfig, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig, validate
 from lumrec.data.sequences import Windows, training_windows

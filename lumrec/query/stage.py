@@ -145,7 +145,7 @@ def run(config: Config) -> dict[str, float | str]:
         result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
     result["wall_s"] = time.perf_counter() - start
     run_folder.finish(result)
-    asked = ", ".join(_spoken(condition) for condition in manifest["conditions"])
+    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
     logger.info(
         "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
     )
@@ -360,5 +360,6 @@ class _Progress:
             logger.info("%s: %d/%d packs, %s answers/s", self.name, self.units, self.num_units, f"{rate:,.0f}")
 
 
-def _spoken(condition: dict[str, str]) -> str:
+def spoken(condition: dict[str, str]) -> str:
+    """A condition as it is read out: feedback=like and scenario=home."""
     return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

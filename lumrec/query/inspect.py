@@ -15,7 +15,6 @@ Shape suffixes: N conditions, D width, I catalogue items, k items shown.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple, Sequence
@@ -26,7 +25,8 @@ import torch
 from lumrec.data.prepare import open_or_prepare, prepared_path
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
-from lumrec.query.group_query import GroupQuery, default_conditions, log_normalizer
+from lumrec.query.conditions import default_conditions
+from lumrec.query.group_query import GroupQuery, asked_moments, log_normalizer, serving_windows, user_rows
 from lumrec.query.stage import find_lums, spoken
 from lumrec.train.lum import condition_features, load_lum
 from lumrec.train.parallel import init_distributed
@@ -69,7 +69,7 @@ class Match(NamedTuple):
 
 
 class UserView(NamedTuple):
-    """What `look` found. matches: the best items of each condition, the best first."""
+    """What `look` found. conditions: as asked of this user. matches: the best items of each, the best first."""
 
     user: str
     num_events: int
@@ -95,27 +95,21 @@ def run(config: Config) -> dict[str, float | str]:
         )
     data = open_or_prepare(config)
     lums = find_lums(config, data)
-    user = user_index(data, settings.user)
+    if not settings.user:
+        some = data.user_keys()[0]
+        raise ValueError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={some}")
+    user = int(user_rows(data, [settings.user])[0])
     lum = lums[int(user_fold([settings.user], len(lums))[0])]
     model = lum.trained.model
     features = condition_features(model, data)
     conditions = config.query.conditions or default_conditions(data, features)
     dmp, builder, _ = load_lum(config, lum.run, data, device=device)
-    query = GroupQuery(dmp, builder, conditions, max_events=model.max_events)
+    query = GroupQuery(
+        dmp, builder, conditions, max_events=model.max_events, max_conditions=config.query.max_conditions
+    )
     view = look(query, user, num_top=settings.top, num_events=settings.events, leave_out_seen=settings.leave_out_seen)
     print(f"{lum.run} says of\n{text(view)}", flush=True)
     return {"user": view.user, "events": view.num_events, "conditions": len(view.conditions)}
-
-
-def user_index(data: PreparedData, key: str) -> int:
-    """The user with the raw `key`. Raises ValueError for one that the log does not hold, naming the nearest."""
-    keys = data.user_keys()
-    if key in keys:
-        return keys.index(key)
-    if not key:
-        raise ValueError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={keys[0]}")
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.0)
-    raise ValueError(f"the log holds no user {key!r}; the nearest of its {len(keys):,} users are {', '.join(near)}")
 
 
 def look(
@@ -136,7 +130,9 @@ def look(
         for n, best_k in enumerate(shown_NI.topk(num_top).indices)
     ]
     events = last_events(query, range(max(start, end - num_events), end), titles)
-    return UserView(data.user_keys()[user], end - start, events, query.conditions, matches)
+    asked = serving_windows(data, torch.tensor([user]), max_events=query.max_events)
+    bags = query.asked.bags(asked.windows, *asked_moments(asked), number_W=torch.tensor([0]))
+    return UserView(data.user_keys()[user], end - start, events, query.asked.spelled(bags), matches)
 
 
 def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[Event]:

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from lumrec.data.columns import Column
 from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.query.conditions import condition_columns, default_conditions
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
-    condition_columns,
-    default_conditions,
     encode_items,
     log_normalizer,
     packs,

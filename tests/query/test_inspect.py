@@ -1,5 +1,6 @@
 """What the LUM knows of a user, as a person reads it: right titles, similarities and shares, and helpful errors."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import user_fold
 from lumrec.query import inspect
 from lumrec.query.group_query import GroupQuery
 from lumrec.train.lum import load_lum
@@ -52,7 +54,7 @@ def test_seen_items_can_be_left_out(query):
     assert not any(match.seen for matches in view.matches for match in matches)
 
 
-def test_the_app_prints_it(experiment, capsys):
+def test_the_app_prints_it(experiment):
     config = experiment("inspect.top=3", "inspect.events=2", "query.conditions=[{feedback: like}, {scenario: home}]")
     user = PreparedData.open(Path(config.runs_dir) / "tiny-prepare").user_keys()[5]
     words = [f"runs_dir={config.runs_dir}", "inspect.top=3", "query.conditions=[{feedback: like}, {scenario: home}]"]
@@ -70,12 +72,14 @@ def test_the_app_prints_it(experiment, capsys):
     assert result.stdout.count("\n   3. ") == 2
 
 
-def test_the_lum_that_has_not_seen_the_user_answers(experiment, capsys):
+def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, capsys):
     words = ["inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]
-    told = set()
-    for user in PreparedData.open(Path(experiment().runs_dir) / "tiny-prepare").user_keys()[:6]:
-        inspect.run(experiment(*words, f"inspect.user={user}"))
-        fold = int(inspect.user_fold([user], 2)[0])
+    keys = PreparedData.open(Path(trained_runs) / "tiny-prepare").user_keys()
+    fold_U, told = user_fold(keys, 2).tolist(), set()
+    config = experiment(*words)
+    for fold in (0, 1):
+        user = keys[fold_U.index(fold)]
+        inspect.run(dataclasses.replace(config, inspect=inspect.InspectConfig(user=user, top=3)))
         line = capsys.readouterr().out.splitlines()[0]
         assert line == f"tiny-pretrain-{fold}of2 says of"
         told.add(line)
@@ -86,7 +90,7 @@ def test_the_lum_that_has_not_seen_the_user_answers(experiment, capsys):
     ("words", "message"),
     [
         ([], "no user is given; expected inspect.user="),
-        (["inspect.user=nobody"], "holds no user 'nobody'; the nearest of its 60 users are"),
+        (["inspect.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
         (["inspect.user=1", "inspect.top=0"], "inspect.top is 0"),
     ],
 )

@@ -171,7 +171,7 @@ def test_queries_in_portions_give_the_same_answers(model, monkeypatch):
         whole = model(pack, queries_only=True)
         assert not asked
         for budget, num_portions in ((1, 6), (10**9, 1)):
-            monkeypatch.setattr(lum, "QUERY_BUDGET", budget)
+            monkeypatch.setitem(lum.QUERY_BUDGET, "cpu", budget)
             monkeypatch.setattr(model, "_cost_at_once", lambda layout: budget + 1)  # noqa: B023
             portioned = model(pack, queries_only=True)
             assert len(asked) == num_portions

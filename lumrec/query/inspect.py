@@ -101,7 +101,7 @@ def run(config: Config) -> dict[str, float | str]:
     user = int(user_rows(data, [settings.user])[0])
     lum = lums[int(user_fold([settings.user], len(lums))[0])]
     model = lum.trained.model
-    features = condition_features(model, data)
+    features = condition_features(model, data.schema)
     conditions = config.query.conditions or default_conditions(data, features)
     dmp, builder, _ = load_lum(config, lum.run, data, device=device)
     query = GroupQuery(

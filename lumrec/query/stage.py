@@ -216,7 +216,7 @@ def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> 
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
         raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
-    features = condition_features(model, data)
+    features = condition_features(model, data.schema)
     asked = config.conditions or default_conditions(data, features)
     conditions = expand(data, features, asked, max_conditions=config.max_conditions)
     Conditions(data, features, conditions)  # whatever cannot be asked is told before a LUM is loaded

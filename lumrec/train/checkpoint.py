@@ -23,10 +23,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from lumrec.train.checkpoint_reader import Reader
+from lumrec.train.checkpoint_reader import OverlapPlanner, Reader
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
@@ -237,18 +238,41 @@ def load_weights(
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
-    if not (path / "COMPLETE").exists():
-        raise FileNotFoundError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
-    problem = _verify(path)
-    if problem is not None:
-        raise ValueError(f"checkpoint {path} is corrupt: {problem}")
-    meta = _read_meta(path)
+    meta = verified_meta(path)
     if fingerprint is not None:
         _check_fingerprint(path, meta, fingerprint)
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
     _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, Reader(path), path)
+
+
+def verified_meta(path: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says, after all its files have been verified. Collective.
+
+    Raises FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt.
+    """
+    if not (path / "COMPLETE").exists():
+        raise FileNotFoundError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
+    problem = _verify(path)
+    if problem is not None:
+        raise ValueError(f"checkpoint {path} is corrupt: {problem}")
+    return _read_meta(path)
+
+
+def stored_sizes(path: Path) -> dict[str, list[int]]:
+    """Global size of every tensor of a checkpoint: "model.<parameter>", "optim.<parameter>.<entry>"."""
+    entries = Reader(path).read_metadata().state_dict_metadata.items()
+    return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Fills each tensor with what the checkpoint has at the same places; what lies beyond stays. In place, collective.
+
+    tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, of any size, sharded
+    or plain. Each rank reads only the rows that it holds. The caller has verified the checkpoint and the names.
+    """
+    _dcp_load(dict(tensors), Reader(path), path, OverlapPlanner())
 
 
 def _verify(path: Path) -> str | None:
@@ -363,9 +387,9 @@ def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, A
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 
-def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path) -> None:
+def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path, planner: dcp.LoadPlanner | None = None) -> None:
     try:
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load(tensors, storage_reader=reader, planner=planner)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         first = next(iter(error.failures.values()))[0]
         raise ValueError(f"{path} could not be loaded: {first}") from error

@@ -211,7 +211,7 @@ def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParal
     trained = load(folder / "config.yaml", [])
     schema = data.schema
     read_by_lum = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
-    read_by_lum += condition_features(trained.model, data)
+    read_by_lum += condition_features(trained.model, data.schema)
     ours = {name for name, _ in dmp.named_parameters()}
     mapping = {}
     for table in dict.fromkeys(schema.features[name].table for name in read_by_lum):

@@ -179,7 +179,7 @@ class LargeUserModel(nn.Module):
         The pack has one window for each user of `history`, in its order, with the events that came since, or none; a
         query's moment counts these new events. Equal to reading the whole history at once, in a time that grows with
         the new events alone. Memory is bounded as in `forward`.
-        Raises ValueError where a history grows beyond the user encoder's max_tokens (read its last events anew), and for
+        Raises ValueError where a history grows beyond the user encoder's max_tokens: read its last events anew; and for
         another number of windows.
         """
         item_XD, condition_XD = self.token_encoder(

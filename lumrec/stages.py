@@ -27,6 +27,7 @@ STAGES = {
 # Figures that a stage does not print by itself.
 HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
+    "query": ("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
 }
 # What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.

@@ -183,7 +183,8 @@ class LargeUserModel(nn.Module):
         The pack has one window for each user of `history`, in its order, with the events that came since, or none; a
         query's moment counts these new events. Equal to reading the whole history at once, in a time that grows with
         the new events alone. Memory is bounded as in `forward`.
-        Raises ValueError where a history grows beyond the user encoder's max_tokens: read its last events anew.
+        Raises ValueError where a history grows beyond the user encoder's max_tokens: read its last events anew; and for
+        another number of windows.
         """
         item_XD, condition_XD = self.token_encoder(
             pack.tokens, num_events=pack.num_events, num_queries=pack.num_queries
@@ -198,6 +199,11 @@ class LargeUserModel(nn.Module):
     ) -> tuple[History, Tensor]:
         """`read` from tokens to what the user encoder gives for the queries."""
         device, new_B = x_TD.device, pack.layout.offsets_B1.diff().cpu()
+        if history is not None and len(new_B) != len(history.lengths_B):
+            raise ValueError(
+                f"the pack has {len(new_B)} windows for {len(history.lengths_B)} histories; expected one for each, "
+                "empty where nothing is new"
+            )
         times = self._times(pack, history)
         no_Q = times.asked_Q[:0]
         if history is None:

@@ -100,14 +100,17 @@ class Conditions:
             bags[name] = _filled(bags[name], own_Q)
         return bags
 
-    def spelled(self, bags: Mapping[str, Bags]) -> list[dict[str, str]]:
-        """The condition of each query in raw values; "(unknown)" for row 0, and "top 2 of 3" as what it came to."""
-        lists: dict[str, list[str]] = {}
-        for name, (values, lengths_Q) in bags.items():
+    def spelled(
+        self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, number_W: Tensor
+    ) -> list[dict[str, str]]:
+        """Each query's condition in raw values: "top 2 of 3" as what it came to, row 0 as "(unknown)"."""
+        found: list[dict[str, str]] = [{} for _ in range(self.count * len(window_R))]
+        for name, (values, lengths_Q) in self.bags(windows, window_R, moment_R, number_W=number_W).items():
             raw = {row: value for value, row in _vocabulary(self.data, name).items()}
-            parts = values.split(lengths_Q.tolist())
-            lists[name] = ["|".join(raw.get(row, "(unknown)") for row in part.tolist()) for part in parts]
-        return [{name: value for name, value in zip(lists, each) if value} for each in zip(*lists.values())]
+            for condition, bag in zip(found, values.split(lengths_Q.tolist())):
+                if len(bag):
+                    condition[name] = "|".join(raw.get(row, "(unknown)") for row in bag.tolist())
+        return found
 
 
 def expand(

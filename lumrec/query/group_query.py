@@ -22,6 +22,11 @@ no prepared data at ...
 >>> (o_BND @ e_ID.T).topk(10).indices.shape
 torch.Size([2, 2, 10])
 
+A request brings conditions of its own; `ask` takes raw user keys:
+
+>>> query.ask(["3", "7"], [{"category": "top 2"}, {"feedback": "like"}]).shape
+torch.Size([2, 3, 64])
+
 Shape suffixes: B users, R answers (moments asked), N conditions, D width, I catalogue items, W windows.
 """
 

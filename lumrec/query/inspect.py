@@ -131,8 +131,8 @@ def look(
     ]
     events = last_events(query, range(max(start, end - num_events), end), titles)
     asked = serving_windows(data, torch.tensor([user]), max_events=query.max_events)
-    bags = query.asked.bags(asked.windows, *asked_moments(asked), number_W=torch.tensor([0]))
-    return UserView(data.user_keys()[user], end - start, events, query.asked.spelled(bags), matches)
+    conditions = query.asked.spelled(asked.windows, *asked_moments(asked), number_W=torch.tensor([0]))
+    return UserView(data.user_keys()[user], end - start, events, conditions, matches)
 
 
 def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[Event]:

@@ -47,6 +47,11 @@ def test_help_teaches(stage, capsys):
     assert ("-j" in out) == (stage in STAGES)
 
 
+def test_a_user_to_inspect_is_an_option(capsys):
+    torchx_run("apps/inspect.py", "--user", "42", "inspect.top=3")
+    assert "apps/inspect.py --config configs/ml-1m.yaml inspect.top=3 inspect.user=42" in capsys.readouterr().err
+
+
 def test_builtin_components_stay(capsys):
     torchx_run("utils.echo", "--msg", "hello")
     assert "hello" in capsys.readouterr().out

@@ -210,6 +210,8 @@ def test_a_history_that_grows_too_long_is_to_be_read_anew(model):
         known, _ = model.read(pack_for(model, [history(longest, 1)]))
         with pytest.raises(ValueError, match=r"grows to 4[12] tokens, but .* 40 positions .max_tokens.: .* anew"):
             model.read(pack_for(model, [history(1, 2)]), known)
+        with pytest.raises(ValueError, match="2 windows for 1 histories"):
+            model.read(pack_for(model, [history(0, 2)] * 2), known)
 
 
 @settings(max_examples=40, deadline=None)

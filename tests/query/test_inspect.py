@@ -12,7 +12,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.query import inspect
 from lumrec.query.group_query import GroupQuery
-from lumrec.train.lum import load_lum
+from lumrec.train.lum import ModelConfig, build_lum, load_lum
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,3 +110,10 @@ def test_other_scripts_still_find_pythons_own_inspect():
     )
     assert result.returncode == 0, result.stderr
     assert "apps/" not in result.stdout and "(obj, /)" in result.stdout
+
+
+def test_a_lum_without_conditions_has_one_list(tiny_prepared):
+    model, builder = build_lum(ModelConfig(dim=16, num_layers=1, max_events=8, conditions=[]), tiny_prepared)
+    view = inspect.look(GroupQuery(model, builder, [{}], max_events=8), 0, num_top=3)
+    assert view.conditions == [{}] and [len(matches) for matches in view.matches] == [3]
+    assert "\n(no condition) " in inspect.text(view)

@@ -137,7 +137,7 @@ class Checkpointer:
         load_weights(self.folder / f"step-{step:08d}", self._model, fingerprint=self._fingerprint)
 
     def _load(self, path: Path) -> Loaded:
-        meta = _read_meta(path)
+        meta = read_meta(path)
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
         if meta["world_size"] != world_size():
@@ -156,7 +156,7 @@ class Checkpointer:
     def _remove_old(self) -> None:
         complete = complete_checkpoints(self.folder)
         kept = complete[-self._keep :]
-        best = {f"step-{_read_meta(path)['best_step']:08d}" for path in kept}
+        best = {f"step-{read_meta(path)['best_step']:08d}" for path in kept}
         for path in complete:
             if path not in kept and path.name not in best:
                 remove_folder(path)
@@ -176,7 +176,7 @@ def best_checkpoint(run: str | Path) -> Path:
     """
     complete = complete_checkpoints(Path(run) / "checkpoints")
     if complete:
-        best = complete[-1].with_name(f"step-{_read_meta(complete[-1])['best_step']:08d}")
+        best = complete[-1].with_name(f"step-{read_meta(complete[-1])['best_step']:08d}")
         if (best / "COMPLETE").exists():
             return best
     raise FileNotFoundError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
@@ -202,7 +202,7 @@ def load_weights(
     problem = _verify(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is corrupt: {problem}")
-    meta = _read_meta(path)
+    meta = read_meta(path)
     if fingerprint is not None:
         _check_fingerprint(path, meta, fingerprint)
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
@@ -290,7 +290,7 @@ def _verify_share(path: Path) -> str | None:
     try:
         if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8").strip():
             return "meta.json does not have the checksum that COMPLETE states"
-        meta = _read_meta(path)
+        meta = read_meta(path)
         if meta["format"] != FORMAT:
             return f"its format is {meta['format']}, this lumrec reads format {FORMAT}"
         for name, digest in sorted(meta["files"].items())[rank() :: world_size()]:
@@ -301,13 +301,15 @@ def _verify_share(path: Path) -> str | None:
     return None
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta.json of a checkpoint folder."""
     return json.loads((path / "meta.json").read_text(encoding="utf-8"))
 
 
 def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[str, str]) -> None:
     stored = meta["fingerprint"]
-    for name in sorted({*stored, *expected}):
+    # A name that only one side has was not recorded by the version that wrote it.
+    for name in sorted({*stored} & {*expected}):
         if stored.get(name) != expected.get(name):
             raise ValueError(
                 f"{path} is a checkpoint of another {name}: it was made with {stored.get(name)!r}, this run has "

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from lumrec.data.columns import expand_ranges
 from lumrec.query.group_query import log_normalizer
 from lumrec.query.history import USER_INDEX
 from lumrec.query.records import bytes_to_records, decode, decode_records, identity_user_dtype
-from lumrec.query.store import MANIFEST, check_files, identity_of, read_items, read_manifest
+from lumrec.query.store import MANIFEST, check_files, environment, identity_of, read_items, read_manifest
 from lumrec.query.writer import KnowledgeWriter
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Earlier:
 def stored_users(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[list[bytes], np.ndarray]]:
     """LMDB keys and records of the users of a version, in blocks, by key."""
     record = identity_user_dtype(manifest)
-    with lmdb.open(str(folder / "store"), readonly=True, lock=False) as env, env.begin() as transaction:
+    with environment(folder).begin() as transaction:
         entries = iter(transaction.cursor())
         while block := list(islice(entries, BLOCK)):
             yield [key for key, _ in block], bytes_to_records([value for _, value in block], record)

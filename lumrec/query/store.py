@@ -28,6 +28,7 @@ import time
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
@@ -56,6 +57,7 @@ USERS_FILE = "store/data.mdb"
 ITEMS_FILE = "items.parquet"
 # Of a manifest, what is not its version's identity.
 FACTS = ("format", "folder", "counts", "built_at", "files")
+_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
 class RowKnowledge(NamedTuple):
@@ -114,6 +116,19 @@ def read_items(folder: Path) -> np.ndarray:
 def read_item_keys(folder: Path) -> list[str]:
     """Raw key of each item of the version in `folder`, in the order of its embeddings."""
     return pq.read_table(folder / ITEMS_FILE)["item_key"].to_pylist()
+
+
+def environment(folder: Path) -> lmdb.Environment:
+    """The LMDB of the version in `folder`, read-only. Closed with the last reference to it.
+
+    LMDB must not be opened twice in one process, so that readers of a process share it. There is no lock file: a
+    published version never changes, so readers need not know of each other.
+    """
+    name = str(folder.resolve())
+    env = _OPEN.get(name)
+    if env is None:
+        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False)
+    return env
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:
@@ -236,8 +251,7 @@ class KnowledgeStore:
         nobody = np.zeros(1, self._record)
         nobody["fold"] = ABSENT_FOLD
         self._nobody = records_to_bytes(nobody)[0]
-        # No lock file: a published version never changes, so readers need not know of each other.
-        self._env = None if absent_because else lmdb.open(str(folder / "store"), readonly=True, lock=False)
+        self._env = None if absent_because else environment(folder)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
@@ -261,7 +275,6 @@ class KnowledgeStore:
             got = (len(store.conditions), store.manifest["dim"], store._with_log_z)
             if got == (num_conditions, dim, with_log_z):
                 return store
-            store.close()
             reason = f"{path} holds (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
         except (OSError, ValueError, KeyError, lmdb.Error) as error:
             reason = str(error)
@@ -271,10 +284,6 @@ class KnowledgeStore:
 
     def __len__(self) -> int:
         return 0 if self._env is None else self._env.stat()["entries"]
-
-    def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
 
     def get(self, user_keys: Sequence[str]) -> UserKnowledge:
         """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN."""

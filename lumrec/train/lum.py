@@ -129,8 +129,8 @@ def check_lum_fits(run: str, checkpoint: Path, data: PreparedData) -> bool:
         return False
     raise ValueError(
         f"the LUM {run} was trained on other data (fingerprint {made_with['data']}) than {data.path} (fingerprint "
-        f"{data.fingerprint}): ask with the data that it was trained on, with a newer log that has the same schema, split "
-        "rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it again"
+        f"{data.fingerprint}): ask with the data that it was trained on, with a newer log that has the same schema, "
+        "split rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it again"
     )
 
 

@@ -45,6 +45,7 @@ def experiment(trained_runs: Path, tmp_path: Path):
 
 
 DAY, START = 86400, 1_700_000_000
+SHOP_USERS = [f"a-key-that-is-found-by-looking-for-it-{user}" if user in (5, 20) else str(user) for user in range(40)]
 LOG_WORDS = [
     "name=shop",
     "data.source=log",
@@ -68,7 +69,7 @@ def shop_log(*, tuesday: bool) -> pl.DataFrame:
     rng = np.random.default_rng(0)
     count = 40 * 12
     events = _events(
-        [str(user) for user in range(40) for _ in range(12)],
+        [user for user in SHOP_USERS for _ in range(12)],
         rng.integers(0, 30, count),
         rng.integers(0, 8 * DAY, count),
         rng.integers(0, 2, count),
@@ -78,7 +79,7 @@ def shop_log(*, tuesday: bool) -> pl.DataFrame:
     last = (pl.col("user_id") == "12") & (pl.col("timestamp") == pl.col("timestamp").max().over("user_id"))
     corrected = events.with_columns(clicked=pl.when(last).then(1 - pl.col("clicked")).otherwise("clicked"))
     assert not corrected.equals(events) and events.filter(last)["timestamp"].min() > START + 6 * DAY
-    users = ["new", "new", "13", *map(str, range(10))]
+    users = ["new", "new", "13", *SHOP_USERS[:10]]
     times = [8 * DAY + 5, 8 * DAY + 9, 7 * DAY + 3, *range(8 * DAY, 8 * DAY + 10)]
     return pl.concat([corrected, _events(users, rng.integers(0, 30, 13), times, [1, 0] + [1] * 11)])
 

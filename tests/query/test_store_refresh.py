@@ -12,8 +12,9 @@ from lumrec.query import stage
 from lumrec.query.history import history_digests, user_index
 from lumrec.query.store import Knowledge, KnowledgeStore
 from lumrec.train.lum import load_lum
+from tests.query.conftest import SHOP_USERS
 
-CHANGED = {*map(str, range(10)), "12", "13", "new"}
+CHANGED = {*SHOP_USERS[:10], "12", "13", "new"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -109,8 +110,6 @@ def test_a_digest_tells_who_has_another_history(trained_shop):
 
 
 def test_a_lum_of_other_vocabularies_is_refused(shop):
-    import torch
-
     data = PreparedData.open(Path(shop().runs_dir) / "tuesday")
     data.vocabulary_fingerprint = "0123456789abcdef"
     with pytest.raises(ValueError, match="trained on other data.*fixed data.split.times"):

@@ -37,15 +37,16 @@ logger = logging.getLogger(__name__)
 FORGOTTEN = "forgotten.txt"
 
 
-def forgotten_users(runs_dir: Path, user_keys: Sequence[str]) -> list[str]:
-    """SHA-256 (sorted) of those among these users who were forgotten in this runs folder."""
-    forgotten = _read_forgotten(runs_dir)
-    return sorted(forgotten.intersection(map(user_digest, user_keys))) if forgotten else []
+def forgotten_among(runs_dir: Path, digest_X: np.ndarray) -> list[str]:
+    """SHA-256 (sorted) of those among the users with these digests (S16) who were forgotten in this runs folder."""
+    forgotten = sorted(_read_forgotten(runs_dir))
+    known = set(digest_X.tolist())
+    return [digest for digest, half in zip(forgotten, halves(forgotten).tolist()) if half in known]
 
 
 def drop_forgotten(index_U: np.ndarray, fold_U: np.ndarray, forgotten: Sequence[str]) -> None:
     """Blanks the entries of forgotten users (SHA-256) in a version's index, in place; where their rows were is left."""
-    gone_U = np.isin(index_U["key"], _halves(forgotten))
+    gone_U = np.isin(index_U["key"], halves(forgotten))
     index_U["key"][gone_U], index_U["history"][gone_U], fold_U[gone_U] = b"", 0, 0
 
 
@@ -109,14 +110,14 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
             "version of lumrec: run its query stage again with overwrite=true"
         )
     earlier = Earlier(folder, manifest)
-    index_U, fold_U, halves = earlier.index_U.copy(), earlier.fold_U.copy(), _halves(forgotten)
+    index_U, fold_U, wanted = earlier.index_U.copy(), earlier.fold_U.copy(), halves(forgotten)
     with_answer = [digests_of_stored(keys) for keys, _ in stored_users(folder, manifest)] if identity["users"] else []
     stored = np.concatenate([np.zeros(0, "S16"), *with_answer])
-    found = np.union1d(np.intersect1d(stored, halves), np.intersect1d(index_U["key"], halves))
+    found = np.union1d(np.intersect1d(stored, wanted), np.intersect1d(index_U["key"], wanted))
     if not len(found):
         return 0
     drop_forgotten(index_U, fold_U, forgotten)
-    now = [digest for digest, half in zip(forgotten, halves) if half in found]
+    now = [digest for digest, half in zip(forgotten, wanted) if half in found]
     items_e = read_items(folder)
     rows = earlier.column("rows_present.npy")
     writer = KnowledgeWriter(
@@ -133,14 +134,14 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
     if identity["rows"]:
         take_over_rows(writer, earlier, kept, index_U["first_row"][kept])
     if identity["users"]:
-        take_over_users(writer, earlier, np.setdiff1d(stored, halves))
+        take_over_users(writer, earlier, np.setdiff1d(stored, wanted))
     if len(index_U):
         writer.write_user_index(fold_U, index_U)
     writer.write_item_keys(read_item_keys(folder))
     writer.commit("all")
     counts = dict(manifest["counts"])
     if identity["users"]:
-        gone = len(np.intersect1d(stored, halves))
+        gone = len(np.intersect1d(stored, wanted))
         counts |= {"users": len(stored) - gone, "users_absent": counts.get("users_absent", 0) + gone}
     if identity["rows"]:
         present = writer.columns["rows_present.npy"]
@@ -149,8 +150,8 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
     return len(found)
 
 
-def _halves(digests: Sequence[str]) -> np.ndarray:
-    """What the index holds of each SHA-256, S16."""
+def halves(digests: Sequence[str]) -> np.ndarray:
+    """What a version's index holds of each SHA-256, S16."""
     return np.array([bytes.fromhex(digest)[:16] for digest in digests], "S16")
 
 

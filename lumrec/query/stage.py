@@ -21,7 +21,7 @@ from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.answers import rank_by_answers
-from lumrec.query.forget import drop_forgotten, forgotten_users
+from lumrec.query.forget import drop_forgotten, forgotten_among
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
@@ -34,7 +34,7 @@ from lumrec.query.group_query import (
     serving_windows,
     take,
 )
-from lumrec.query.history import user_index
+from lumrec.query.history import key_digests, user_index
 from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
 from lumrec.query.refresh import Earlier, find_earlier, take_over
 from lumrec.query.store import MANIFEST, Knowledge, check_files, read_manifest
@@ -221,7 +221,7 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
     features = condition_features(model, data)
     conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
     condition_columns(data, features, conditions)
-    forgotten = on_rank_zero(lambda: forgotten_users(Path(root.runs_dir), data.user_keys()))
+    forgotten = on_rank_zero(lambda: forgotten_among(Path(root.runs_dir), key_digests(data.user_keys())))
     return {
         "data_fingerprint": data.fingerprint,
         "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shop_log import SHOP_USERS
 
 from lumrec.data.prepared import PreparedData
 from lumrec.query import forget as forgetting
@@ -16,7 +17,7 @@ from lumrec.query.records import user_digest
 from lumrec.query.store import Knowledge, KnowledgeStore
 from lumrec.query.writer import KnowledgeWriter
 from lumrec.train.run import RunFolder
-from tests.query.conftest import SHOP_USERS
+
 
 def files_with(folder: Path, words: bytes) -> list[str]:
     return [str(file) for file in folder.rglob("*") if file.is_file() and words in file.read_bytes()]

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shop_log import SHOP_USERS
 
 from lumrec.data.prepared import PreparedData
 from lumrec.query import stage
 from lumrec.query.history import history_digests, user_index
 from lumrec.query.store import Knowledge, KnowledgeStore
 from lumrec.train.lum import load_lum
-from tests.query.conftest import SHOP_USERS
 
 CHANGED = {*SHOP_USERS[:10], "12", "13", "new"}
 

@@ -81,7 +81,7 @@ def export_parquet(path: Path, folder: Path) -> dict[str, int]:
 
 
 def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
-    """The manifest of what users.parquet and items.parquet of `folder` make, published in run folder `path`.
+    """Manifest of what users.parquet and items.parquet of `folder` make, published in run folder `path`.
 
     A store that is there already is replaced, atomically; users who were forgotten in the folder around `path` are left
     out. Raises FileNotFoundError for a missing file, ValueError for files that do not belong together, are damaged, or

@@ -1,50 +1,18 @@
 """Knowledge to Parquet and back gives the same answers; files that do not fit are told."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_store import ITEMS, KEYS, publish
 
-from lumrec.data.splits import user_fold
 from lumrec.query import exchange
 from lumrec.query.exchange import export_parquet, import_parquet
 from lumrec.query.forget import forget
-from lumrec.query.records import user_key_bytes
 from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.query.writer import KnowledgeWriter
-
-KEYS = ["", "1", "ü" * 100, "x" * 5000, "2", "3"]
-ITEMS = ["a", "b", "c"]
-
-
-def publish(path: Path, *, dtype: str = "float16", with_log_z: bool = True) -> Path:
-    """Knowledge of six users, by two LUMs; without rows."""
-    identity = {
-        "data_fingerprint": "0",
-        "conditions": [{"feedback": "like"}, {}],
-        "dim": 8,
-        "lums": [{"run": "a"}, {"run": "b"}],
-        "hazard": "cross_fit",
-        "dtype": dtype,
-        "rows": False,
-        "users": True,
-        "log_normalizer": with_log_z,
-    }
-    writer = KnowledgeWriter(path, identity, num_events=0, num_users=0, num_items=len(ITEMS), max_users=len(KEYS))
-    generator = torch.Generator().manual_seed(0)
-    for lum in (0, 1):
-        writer.write_items(lum, torch.randn(len(ITEMS), 8, generator=generator))
-    writer.write_item_keys(ITEMS)
-    o_BND, log_z_BN = (torch.randn(len(KEYS), 2, *rest, generator=generator) for rest in ([8], []))
-    fields = {"asked_at": 1_700_000_000, "last_event_at": 5, "num_events": range(6), "num_seen": 2}
-    records = writer.user_records(o_BND, log_z_BN if with_log_z else None, **fields, fold=user_fold(KEYS, 2))
-    writer.write_users([user_key_bytes(key) for key in KEYS], records)
-    writer.publish({"counts": {"users": len(KEYS)}, "built_at": 1})
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])

@@ -22,7 +22,6 @@ from lumrec.query.exchange import export_parquet, import_parquet
 from lumrec.query.forget import forget
 from lumrec.query.records import decode, encode
 from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.query.writer import KnowledgeWriter
 from lumrec.train.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]

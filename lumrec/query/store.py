@@ -127,7 +127,8 @@ def environment(folder: Path) -> lmdb.Environment:
     name = str(folder.resolve())
     env = _OPEN.get(name)
     if env is None:
-        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False)
+        # Users are read in no order: what the system would read ahead of a page is not what comes next.
+        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False, readahead=False)
     return env
 
 

@@ -17,7 +17,7 @@ from lumrec.train.lum import load_lum
 CHANGED = {*SHOP_USERS[:10], "12", "13", "new"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_refreshed_store_equals_a_fresh_one(shop, dtype):
     words = [f"query.dtype={dtype}", "run=kept"]
     first = stage.run(shop(*words, "inputs.prepared=monday"))
@@ -44,7 +44,7 @@ def test_a_refreshed_store_equals_a_fresh_one(shop, dtype):
     assert torch.equal(kept.get(keys).present_BN, anew.get(keys).present_BN)
     assert kept.get(["gone"]).present_BN.sum() == 0 and old.get(["gone"]).present_BN.all()
     # Packs differ, so sums are rounded otherwise: a last digit, or a step of what is stored.
-    close = {"atol": {"float32": 2e-5, "float16": 5e-3, "int8": 5e-2}[dtype], "rtol": 0}
+    close = {"atol": {"float32": 2e-5, "int8": 5e-2}[dtype], "rtol": 0}
     torch.testing.assert_close(kept.get(keys).o_BND, anew.get(keys).o_BND, **close)
     torch.testing.assert_close(kept.get(keys).log_z_BN, anew.get(keys).log_z_BN, **close)
     rows, everything = (Knowledge.open(runs / name, data) for name in ("kept", "fresh")), np.arange(data.num_events)

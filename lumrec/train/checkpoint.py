@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
@@ -151,7 +150,7 @@ class Checkpointer:
         load_weights(self.folder / f"step-{step:08d}", self._model, fingerprint=self._fingerprint)
 
     def _load(self, path: Path) -> Loaded:
-        meta = _read_meta(path)
+        meta = read_meta(path)
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
         reader = Reader(path)
@@ -257,13 +256,7 @@ def verified_meta(path: Path) -> dict[str, Any]:
     problem = _verify(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is corrupt: {problem}")
-    return _read_meta(path)
-
-
-def stored_sizes(path: Path) -> dict[str, list[int]]:
-    """Global size of every tensor of a checkpoint: "model.<parameter>", "optim.<parameter>.<entry>"."""
-    entries = Reader(path).read_metadata().state_dict_metadata.items()
-    return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+    return read_meta(path)
 
 
 def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -285,7 +278,7 @@ def _verify_share(path: Path) -> str | None:
     try:
         if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8", errors="replace").strip():
             return "meta.json does not have the checksum that COMPLETE states"
-        meta = _read_meta(path)
+        meta = read_meta(path)
         if meta["format"] != FORMAT:
             return f"its format is {meta['format']}, this lumrec reads format {FORMAT}"
         for name, digest in sorted(meta["files"].items())[rank() :: world_size()]:
@@ -298,7 +291,7 @@ def _verify_share(path: Path) -> str | None:
     return None
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     """What meta.json holds. Raises ValueError where that is not what `save` writes."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -313,7 +306,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _best_of(path: Path) -> Path | None:
     """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
     try:
-        return path.with_name(f"step-{_read_meta(path)['best_step']:08d}")
+        return path.with_name(f"step-{read_meta(path)['best_step']:08d}")
     except (OSError, ValueError) as error:
         logger.warning("checkpoint %s cannot be read: %s", path, error)
         return None
@@ -321,7 +314,8 @@ def _best_of(path: Path) -> Path | None:
 
 def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[str, str]) -> None:
     stored = meta["fingerprint"]
-    for name in sorted({*stored, *expected}):
+    # A name that only one side has was not recorded by the version that wrote it.
+    for name in sorted({*stored} & {*expected}):
         if stored.get(name) != expected.get(name):
             raise ValueError(
                 f"{path} is a checkpoint of another {name}: it was made with {stored.get(name)!r}, this run has "

@@ -76,6 +76,13 @@ class RunFolder:
         run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {})))
         return run
 
+    @classmethod
+    def locked(cls, path: Path) -> "RunFolder":
+        """The folder `path`, locked until `close`, for work that goes by no config. Raises ValueError if in use."""
+        run = cls(path)
+        run._take_lock()
+        return run
+
     def _open(self, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool]:
         """Makes or checks the folder; whether it is finished and whether it is resumed."""
         path, config_path = self.path, self.path / "config.yaml"

@@ -84,14 +84,14 @@ def bias_indices(
         tokens, queries = (bucket.num_sequences, bucket.max_tokens), (bucket.num_sequences, bucket.max_queries)
         place_P = torch.arange(bucket.max_tokens, device=layout.offsets_B1.device)
         prefix_bR = bucket.prefix_P.view(queries)
-        rows_P = place_P if tokens_too else place_P[:0]
-        of_tokens = BiasIndex((rows_P[:, None] - place_P).clamp_(min=0), None)
+        of_tokens = BiasIndex((place_P[:, None] - place_P).clamp_(min=0) if tokens_too else place_P[:0], None)
         of_queries = BiasIndex((prefix_bR[..., None] - place_P).clamp_(min=0), None)
         if times is not None:
             seen_bP = times.seen_T[bucket.token_P].view(tokens)
             asked_bP = times.asked_T[bucket.token_P].view(tokens)
             asked_bR, seen_bR = (x[bucket.query_P].view(queries) for x in (times.asked_Q, times.seen_Q))
-            of_tokens.time = time_bucket(asked_bP[:, : len(rows_P), None] - seen_bP[:, None])
+            if tokens_too:
+                of_tokens.time = time_bucket(asked_bP[..., None] - seen_bP[:, None])
             of_queries.time = time_bucket(asked_bR[..., None] - seen_bP[:, None])
             of_queries.self_time = time_bucket(asked_bR - seen_bR)
         indices.append((of_tokens, of_queries))

@@ -27,7 +27,7 @@ import torch
 
 from lumrec.query.records import user_digest
 from lumrec.query.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
-from lumrec.query.store import MANIFEST, check_files, identity_of, read_item_keys, read_items, read_manifest
+from lumrec.query.store import ITEMS_FILE, MANIFEST, check_files, identity_of, read_item_keys, read_items, read_manifest
 from lumrec.query.writer import BUILDING, IDENTITY, KnowledgeWriter, full_disk_told
 from lumrec.stages import start_logging
 from lumrec.train.files import remove_folder, write_atomically
@@ -58,8 +58,12 @@ def forget(runs_dir: Path, user_keys: Sequence[str]) -> dict[str, int]:
     """
     if not runs_dir.is_dir():
         raise FileNotFoundError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
-    forgotten = _read_forgotten(runs_dir) | set(map(user_digest, user_keys))
-    write_atomically(runs_dir / FORGOTTEN, "".join(f"{digest}\n" for digest in sorted(forgotten)))
+    lock = RunFolder.locked(runs_dir)
+    try:
+        forgotten = _read_forgotten(runs_dir) | set(map(user_digest, user_keys))
+        write_atomically(runs_dir / FORGOTTEN, "".join(f"{digest}\n" for digest in sorted(forgotten)))
+    finally:
+        lock.close()
     removed, problems = {}, []
     for path in _stores(runs_dir):
         try:
@@ -104,10 +108,10 @@ def _forget_in(path: Path, forgotten: Sequence[str]) -> int:
 
 def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[str]) -> int:
     folder, identity = path / manifest["folder"], identity_of(manifest)
-    if identity["rows"] and "users.npy" not in manifest["files"]:
+    if ITEMS_FILE not in manifest["files"] or (identity["rows"] and "users.npy" not in manifest["files"]):
         raise ValueError(
-            f"the knowledge in {path} has rows but no index of whose they are (users.npy), as it was made by an older "
-            "version of lumrec: run its query stage again with overwrite=true"
+            f"the knowledge in {path} was made by an older version of lumrec, and does not say whose its rows are: run "
+            "its query stage again with overwrite=true"
         )
     earlier = Earlier(folder, manifest)
     index_U, fold_U, wanted = earlier.index_U.copy(), earlier.fold_U.copy(), halves(forgotten)

@@ -50,8 +50,8 @@ format: $(STAMP) ## ruff format and the fixes ruff can make
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## speed on this machine, with a plain baseline in the same run
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: $(STAMP) ## speed on this machine, beside plain baselines in the same run (ARGS="pretrain shares": these alone)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv and tool caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

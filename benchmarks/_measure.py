@@ -43,9 +43,7 @@ class Times:
         return f"{self.cpu:.{digits}f} [{min(self.cpu_s):.{digits}f} … {max(self.cpu_s):.{digits}f}]"
 
 
-def in_turn(
-    steps: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = WARM_UP
-) -> dict[str, Times]:
+def in_turn(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = WARM_UP) -> dict[str, Times]:
     """Times of each step; they take turns, so that all feel the same machine."""
     times = {name: Times() for name in steps}
     for repeat in range(warm_up + repeats):

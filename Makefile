@@ -2,7 +2,7 @@
 #   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
 #   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
 #   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
-#   ARGS="..."        further words for quickstart and test, e.g. make test ARGS="-k packing"
+#   ARGS="..."        further words for quickstart, test and bench, e.g. make test ARGS="-k packing"
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -10,7 +10,8 @@ train on the same windows of a drawn log, against its whole catalogue. `of plain
 with the same tokens and precision, padded to the longest allowed. Lengths (windows of log-normal histories):
 
     ml-1m   median 96 and mean 166 as in MovieLens-1M, windows of at most 128 events
-    long    median 256, mean 526, windows of at most 4096 events; half the repeats, after one
+    long    median 256, mean 526, windows of at most 4096 events; the first of the precisions alone,
+            half the repeats, after one
 
 The ratio within one run is what counts; machines differ.
 """
@@ -95,18 +96,20 @@ def main() -> None:
         median, sigma, max_events = LENGTHS[lengths]
         max_events = args.max_events or max_events
         log = drawn_log(log_normal(args.users, median=median, sigma=sigma), num_items=NUM_ITEMS, width=args.width)
-        # Steps of seconds need less of it.
-        repeats, warm_up = (args.repeats, WARM_UP) if lengths == "ml-1m" else (max(1, args.repeats // 2), 1)
+        repeats, warm_up, precisions = args.repeats, WARM_UP, args.precisions
+        if lengths == "long":  # plain steps of many seconds
+            repeats, warm_up, precisions = max(1, repeats // 2), 1, precisions[:1]
         shown = False
         for tokens in args.tokens:
-            for precision in args.precisions:
+            for precision in precisions:
                 steps, training = steps_of(log, tokens, precision, max_events, args)
                 if not shown:
                     shown, windows = True, training.windows
                     fill = training.num_events / (windows.count * max_events)
                     print(
                         f"\n{lengths}: {training.num_events} events in {windows.count} windows, the longest "
-                        f"{int(windows.length_W.max())}; {fill:.0%} of the places padded to {max_events}"
+                        f"{int(windows.length_W.max())}; {fill:.0%} of the places padded to {max_events}; "
+                        f"{repeats} repeats after {warm_up}"
                     )
                     print(
                         f"{'':22} {'tokens':11} {'':8} {'processor s':>23} {'wall s':>8} {'events/s':>10} "

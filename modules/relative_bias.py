@@ -75,8 +75,13 @@ def time_bucket(seconds: Tensor) -> Tensor:
     return bucket.to(torch.int32).clamp_(max=TIME_BUCKETS - 1)
 
 
-def bias_indices(layout: JaggedLayout, times: TokenTimes | None) -> list[tuple[BiasIndex, BiasIndex]]:
-    """For each bucket of the layout, what its tokens and its queries read of a RelativeBias (times: None = no time)."""
+def bias_indices(
+    layout: JaggedLayout, times: TokenTimes | None, *, tokens_too: bool = True
+) -> list[tuple[BiasIndex, BiasIndex]]:
+    """For each bucket of the layout, what its tokens and its queries read of a RelativeBias (times: None = no time).
+
+    tokens_too: False where the tokens come from a cache and only queries attend.
+    """
     indices = []
     for bucket in layout.buckets:
         tokens, queries = (bucket.num_sequences, bucket.max_tokens), (bucket.num_sequences, bucket.max_queries)
@@ -88,7 +93,8 @@ def bias_indices(layout: JaggedLayout, times: TokenTimes | None) -> list[tuple[B
             seen_bP = times.seen_T[bucket.token_P].view(tokens)
             asked_bP = times.asked_T[bucket.token_P].view(tokens)
             asked_bR, seen_bR = (x[bucket.query_P].view(queries) for x in (times.asked_Q, times.seen_Q))
-            of_tokens.time = time_bucket(asked_bP[..., None] - seen_bP[:, None])
+            if tokens_too:
+                of_tokens.time = time_bucket(asked_bP[..., None] - seen_bP[:, None])
             of_queries.time = time_bucket(asked_bR[..., None] - seen_bP[:, None])
             of_queries.self_time = time_bucket(asked_bR - seen_bR)
         indices.append((of_tokens, of_queries))

@@ -163,6 +163,7 @@ class PackLoader:
     The windows of one step, world_size · events_per_pack events, are dealt to the ranks such that each has about the
     same work to do (see `deal`), which all ranks find out alike; ranks with long windows then hold fewer events. Ranks
     get equally many packs, an empty one where the last step has fewer windows than ranks. token_cost: see there.
+    `done` counts budgets of events_per_pack over all ranks: another number of ranks goes on with the very next one.
     """
 
     def __init__(
@@ -214,12 +215,12 @@ class PackLoader:
         windows = training_windows(self.builder.data, max_events=self.max_events, users=self.users, generator=generator)
         return windows[torch.randperm(windows.count, generator=generator)]
 
-    def _step_of_window(self, windows: Windows) -> Tensor:
+    def _budget_of_window(self, windows: Windows) -> Tensor:
         before_W = windows.length_W.cumsum(0) - windows.length_W
-        return before_W // (self.packing.events_per_pack * self.world_size)
+        return before_W // self.packing.events_per_pack
 
     def _num_packs(self, windows: Windows) -> int:
-        return int(self._step_of_window(windows)[-1]) + 1
+        return int(self._budget_of_window(windows)[-1]) // self.world_size + 1
 
     def __len__(self) -> int:
         """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut anew)."""
@@ -227,19 +228,19 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[Pack]:
         windows = self._windows(self.epoch)
-        step_W = self._step_of_window(windows)
-        rank_W = deal(
-            window_cost(self.builder.tokens_per_event * windows.length_W, self.token_cost), step_W, self.world_size
-        )
-        pack_W = step_W * self.world_size + rank_W
-        for step in range(self.done, self._num_packs(windows)):
-            number = step * self.world_size + self.rank
-            self.done = step + 1
-            num_events = None
-            if self.sampler.config.across_ranks:
-                num_events = int(windows.length_W[step_W == step].sum())
+        budget_W = self._budget_of_window(windows)
+        step_W = torch.div(budget_W - self.done, self.world_size, rounding_mode="floor")
+        cost_W = window_cost(self.builder.tokens_per_event * windows.length_W, self.token_cost)
+        is_left_W = step_W >= 0
+        rank_W = torch.full_like(step_W, -1)
+        rank_W[is_left_W] = deal(cost_W[is_left_W], step_W[is_left_W], self.world_size)
+        for step in range(int(step_W[-1]) + 1):
+            number = self.done + self.rank
+            self.done += self.world_size
+            is_now_W = step_W == step
+            num_events = int(windows.length_W[is_now_W].sum()) if self.sampler.config.across_ranks else None
             yield self.training_pack(
-                windows[pack_W == number], self._generator(self.epoch, number), num_events=num_events
+                windows[is_now_W & (rank_W == self.rank)], self._generator(self.epoch, number), num_events=num_events
             )
         self.epoch, self.done = self.epoch + 1, 0
 

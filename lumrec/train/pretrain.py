@@ -20,6 +20,7 @@ from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
+from lumrec.train.continual import find_earlier, growth_table, start_from
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.negatives import gather_candidates
@@ -47,6 +48,8 @@ class PretrainConfig:
 
     label_smoothing: share of InfoNCE's target that goes to all candidates by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
+    start_from: run name of an earlier LUM that this one goes on from (see lumrec/train/continual.py); "" = a fresh one.
+    table_state: of its tables' optimizer state: keep, or fresh to begin it anew.
     select: validation metric of the weights that are kept ("ndcg@10", "hr@10", …); "" keeps the last weights.
     """
 
@@ -55,6 +58,8 @@ class PretrainConfig:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     label_smoothing: float = 0.0
     precision: str = "float32"
+    start_from: str = ""
+    table_state: str = "keep"
     select: str = "ndcg@10"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
     evaluate: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -110,7 +115,7 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
             contrast = counterfactual_contrast(o_TD[event_Q].float(), o_QD.float(), e_QD.float())
             metrics["contrast"] = contrast.detach()
             loss = nce + config.contrast.weight * contrast
-        return StepOutput(loss, pack.num_events, metrics)
+        return StepOutput(loss, pack.num_events, metrics, tokens=2 * pack.num_events + pack.num_queries)
 
     return step
 
@@ -144,7 +149,9 @@ def run(config: "Config") -> dict[str, float | str]:
     """
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
-    run_folder = RunFolder.create(config, "pretrain", inputs={"prepared": data.fingerprint})
+    earlier = find_earlier(config, data) if config.pretrain.start_from else None
+    inputs = {"prepared": data.fingerprint} | ({"start_from": earlier.fingerprint} if earlier else {})
+    run_folder = RunFolder.create(config, "pretrain", inputs=inputs)
     if run_folder.finished:
         run_folder.close()
         return run_folder.result()
@@ -155,6 +162,10 @@ def run(config: "Config") -> dict[str, float | str]:
     _tell(model, settings, device)
     cost = _token_cost(model, settings, num_items=data.num_items)
     dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    if earlier is not None:  # of a resumed run too: there may be no checkpoint yet, and `fit` loads one over this
+        growths = start_from(dmp, earlier, config.model, data.schema, table_state=settings.table_state)
+        if dist.get_rank() == 0:
+            logger.info("goes on from %s, %s", earlier.run, growth_table(earlier, growths))
     loader = PackLoader(
         builder,
         users=users,
@@ -185,6 +196,7 @@ def run(config: "Config") -> dict[str, float | str]:
         select=settings.select,
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data),
+        dtype=PRECISIONS[settings.precision],
     )
     result |= evaluate("test")
     run_folder.finish(result)

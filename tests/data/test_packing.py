@@ -83,7 +83,7 @@ def test_resumed_on_two_ranks_the_same_packs_follow(builder):
     for rank in range(2):
         epoch = [content(pack) for pack in make_loader(builder, rank=rank, world_size=2)]
         resumed = make_loader(builder, rank=rank, world_size=2)
-        resumed.load_state_dict({"epoch": 0, "done": 2})
+        resumed.load_state_dict({"epoch": 0, "done": 4})
         assert [content(pack) for pack in resumed] == epoch[2:]
 
 
@@ -110,6 +110,24 @@ def test_resumed_in_mid_epoch_the_same_packs_follow(builder):
     rest = [content(pack) for _ in range(2) for pack in resumed]
     assert seen + rest == epochs
     assert seen[0] != rest[0]
+
+
+def test_another_number_of_ranks_goes_on_with_the_next_budget(builder):
+    """What W ranks have in one step is what one rank has in W packs, from wherever they begin."""
+    expected = [sorted(pack.event_row_T.tolist()) for pack in make_loader(builder)]
+    state, done = make_loader(builder).state_dict(), 0
+    for world_size, steps in ((2, 1), (1, 1), (3, 99)):
+        seen: dict[int, list[int]] = {}
+        for rank in range(world_size):
+            loader = make_loader(builder, rank=rank, world_size=world_size)
+            loader.load_state_dict(state)
+            for step, pack in zip(range(steps), loader):
+                seen.setdefault(step, []).extend(pack.event_row_T.tolist())
+        state = loader.state_dict()
+        for rows in seen.values():
+            assert sorted(rows) == sorted(row for pack in expected[done : done + world_size] for row in pack)
+            done += world_size
+    assert state == {"epoch": 1, "done": 0} and done >= len(expected) > 6
 
 
 def test_a_pack_holds_what_the_log_holds(builder):

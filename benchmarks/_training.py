@@ -6,15 +6,15 @@ Shape suffixes: U users, E events of the log, B windows of a pack, L places of a
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import torch
+from _measure import Timeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from _measure import Timeline
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.negatives import NegativesConfig
 from lumrec.data.packing import PackingConfig, PackLoader
@@ -144,9 +144,9 @@ class LumTraining:
             (values,) = timeline.border("lookup", "projection", pooled.values())
             return type(pooled)(pooled.keys(), pooled.length_per_key(), values)
 
-        def indexed(*args: object) -> object:  # of the bias of position and time
+        def indexed(*args: Any, **kwargs: Any) -> object:  # of the bias of position and time
             timeline.enter("attention")
-            indices = bias_indices(*args)  # type: ignore[arg-type]
+            indices = bias_indices(*args, **kwargs)
             timeline.enter("other")
             return indices
 

@@ -1,7 +1,7 @@
 """Step 1's hot path: a training step of the LUM on flat packs, beside the same model written plainly and padded.
 
     python benchmarks/pretrain.py [--lengths ml-1m,long] [--encoders gpt,llama,hstu] [--tokens interleaved,merged]
-                                  [--precisions float32,bfloat16] [--events 4096] [--width 64] [--repeats 5]
+                                  [--precisions float32,bfloat16] [--events 4096] [--users 6040] [--repeats 5]
 
 A repeat is one step on one pack: put together from the log, forward, backward, optimizers. Plain: every window padded
 to the longest allowed (and, where lengths differ much, also to the longest of its pack), PyTorch's stock GPT-style
@@ -10,7 +10,8 @@ train on the same windows of a drawn log, against its whole catalogue. `of plain
 with the same tokens and precision, padded to the longest allowed. Lengths (windows of log-normal histories):
 
     ml-1m   median 96 and mean 166 as in MovieLens-1M, windows of at most 128 events
-    long    median 256, mean 526, windows of at most 4096 events; half the repeats
+    long    median 256, mean 526, windows of at most 4096 events; the first of the precisions alone,
+            half the repeats, after one
 
 The ratio within one run is what counts; machines differ.
 """
@@ -18,7 +19,7 @@ The ratio within one run is what counts; machines differ.
 import argparse
 from collections.abc import Callable
 
-from _measure import Times, in_turn, parser_of, print_machine
+from _measure import WARM_UP, Times, in_turn, parser_of, print_machine
 from _training import LumTraining, PlainTraining, drawn_log, log_normal
 
 from lumrec.data.prepared import PreparedData
@@ -28,7 +29,7 @@ from lumrec.train.lum import ModelConfig
 from lumrec.train.parallel import init_distributed
 from lumrec.train.pretrain import PRECISIONS
 
-NUM_USERS, NUM_ITEMS = 6040, 3900
+NUM_ITEMS = 3900
 # median and sigma of the histories' lengths, longest window in events
 LENGTHS = {"ml-1m": (96, 1.05, 128), "long": (256, 1.2, 4096)}
 
@@ -85,6 +86,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=words(known), default=everything, help=f"default {everything}")
     parser.add_argument("--events", type=int, default=4096, help="budget of a pack (default 4096)")
     parser.add_argument("--max-events", type=int, help="longest window (default: see above)")
+    parser.add_argument("--users", type=int, default=6040, help="of the drawn log (default 6040)")
     parser.add_argument("--width", type=int, default=64)
     args = parser.parse_args()
     init_distributed("cpu", threads=args.threads)
@@ -93,24 +95,27 @@ def main() -> None:
     for lengths in args.lengths:
         median, sigma, max_events = LENGTHS[lengths]
         max_events = args.max_events or max_events
-        log = drawn_log(log_normal(NUM_USERS, median=median, sigma=sigma), num_items=NUM_ITEMS, width=args.width)
-        repeats = args.repeats if lengths == "ml-1m" else (args.repeats + 1) // 2
+        log = drawn_log(log_normal(args.users, median=median, sigma=sigma), num_items=NUM_ITEMS, width=args.width)
+        repeats, warm_up, precisions = args.repeats, WARM_UP, args.precisions
+        if lengths == "long":  # plain steps of many seconds
+            repeats, warm_up, precisions = max(1, repeats // 2), 1, precisions[:1]
         shown = False
         for tokens in args.tokens:
-            for precision in args.precisions:
+            for precision in precisions:
                 steps, training = steps_of(log, tokens, precision, max_events, args)
                 if not shown:
                     shown, windows = True, training.windows
                     fill = training.num_events / (windows.count * max_events)
                     print(
                         f"\n{lengths}: {training.num_events} events in {windows.count} windows, the longest "
-                        f"{int(windows.length_W.max())}; {fill:.0%} of the places padded to {max_events}"
+                        f"{int(windows.length_W.max())}; {fill:.0%} of the places padded to {max_events}; "
+                        f"{repeats} repeats after {warm_up}"
                     )
                     print(
                         f"{'':22} {'tokens':11} {'':8} {'processor s':>23} {'wall s':>8} {'events/s':>10} "
                         f"{'tokens/s':>10} {'of plain':>9}"
                     )
-                print_rows(in_turn(steps, repeats=repeats), tokens, precision, training.num_events)
+                print_rows(in_turn(steps, repeats=repeats, warm_up=warm_up), tokens, precision, training.num_events)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python benchmarks/scaling.py [--sweeps users,items,length,width] [--events 4096] [--repeats 3]
 
-A row is a training step of the LUM (GPT-style, 2 layers) in processor seconds per million events, split into `data` (the
-loader's packs, with its start of an epoch spread over the epoch), `attention` and the `rest`; `attention %` is its
-share. Expected, and what the exponents (0 flat, 1 linear, 2 quadratic in the size, from × 1 to × 16) are to be held
-against:
+A row is a training step of the LUM (GPT-style, 2 layers) in processor seconds per million events, split into `data`
+(the loader's packs, with its start of an epoch spread over the epoch), `attention` and the `rest`; `attention %` is its
+share. What to expect of the exponents (0 flat, 1 linear, 2 quadratic in the size, from × 1 to × 16):
 
     users    flat: data too, for an epoch is put together step by step
     items    flat: the loss is over what the pack holds and 1024 drawn, tables update what was met (caches grow cold)
@@ -49,7 +48,7 @@ class Sweep(NamedTuple):
 SWEEPS = {
     "users": Sweep(1500, items=50_000),
     "items": Sweep(62_500),
-    "length": Sweep(128, users=64, has_plain=True),
+    "length": Sweep(128, users=256, has_plain=True),
     "width": Sweep(32),
 }
 # A small catalogue is scored whole; a large one by negatives.

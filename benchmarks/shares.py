@@ -1,6 +1,6 @@
 """Where a training step of the LUM spends its time: the share of each part, forward and backward.
 
-    python benchmarks/shares.py [--events 4096] [--width 64] [--repeats 5]
+    python benchmarks/shares.py [--events 4096] [--users 6040] [--width 64] [--repeats 5]
 
     data        the pack, put together from the log (in training a thread makes it ahead of time)
     lookup      embedding tables: forward, backward and the update that is fused into it
@@ -55,7 +55,7 @@ CASES = (
 def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, float], float, int]:
     """Mean processor seconds of each part, median of the step without marks, number of events."""
     longest = min(case.longest, args.events)
-    lengths_U = log_normal(6040, median=case.median, sigma=1.05 if case.median == 96 else 1.2)
+    lengths_U = log_normal(args.users, median=case.median, sigma=1.05 if case.median == 96 else 1.2)
     log = drawn_log(lengths_U, num_items=case.num_items, width=args.width)
     config = {"tokens": case.tokens, "max_events": longest, "dim": args.width, "similarity": "dot"}
     if case.encoder == "plain":
@@ -75,6 +75,7 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[dict[str, float], flo
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--events", type=int, default=4096, help="budget of a pack (default 4096)")
+    parser.add_argument("--users", type=int, default=6040, help="of the drawn log (default 6040)")
     parser.add_argument("--width", type=int, default=64)
     args = parser.parse_args()
     init_distributed("cpu", threads=args.threads)

@@ -10,7 +10,8 @@ each, sends a gradient back and updates the tables:
                   its two moments
     sparse Adam   nn.Embedding(sparse=True), torch.optim.SparseAdam: the rows that were met
 
-Ids are uniform: as many rows are met as can be, which is where there is the least to gain. The ratio within one run is what counts; machines differ.
+Ids are uniform: as many rows are met as can be, which is where there is the least to gain. The ratio within one run is
+what counts; machines differ.
 """
 
 import argparse

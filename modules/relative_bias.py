@@ -151,8 +151,7 @@ class BiasedAttention(torch.autograd.Function):
         q, k, v, distance_M, *rest = ctx.saved_tensors
         time_N, index, silu = (rest[0] if rest else None), ctx.index, ctx.silu
         sequences, portions = _portions(q)
-        # Sums over the portions of a sequence: in the precision of the scores.
-        wide = torch.promote_types(q.dtype, distance_M.dtype)
+        wide = torch.promote_types(q.dtype, distance_M.dtype)  # sums over the portions of a sequence
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         grad_distance = torch.zeros_like(distance_M)
         grad_time = None if time_N is None else torch.zeros_like(time_N)
@@ -167,11 +166,12 @@ class BiasedAttention(torch.autograd.Function):
                     score = _scores(q, k, bias_RP, time_N, index, part, rows, silu)
                     grad = grad_out[part, :, rows]
                     grad_weight = (grad @ v[part, :, seen].transpose(-1, -2)).to(score.dtype)
-                    weight = _weights(score, rows, silu)
                     if silu:
                         # The hidden scores' gradient is 0 because that of their weights is.
                         grad_score = torch.ops.aten.silu_backward(grad_weight.tril_(rows.start), score)
+                        weight = _weights(score, rows, silu)
                     else:
+                        weight = _weights(score, rows, silu)
                         grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
                     grad_v[part, :, seen] += weight.to(v.dtype).transpose(-1, -2) @ grad
                     low = grad_score.to(q.dtype)
@@ -202,7 +202,7 @@ def _distance_bias(distance_M: Tensor, rows: slice, silu: bool) -> Tensor:
     # Each row is the one before it, moved by a place: stretches of … 3 2 1 0, and behind it the future.
     future = distance_M.new_full((rows.stop - rows.start - 1,), 0.0 if silu else float("-inf"))
     stretch = torch.cat([distance_M[: rows.stop].flip(0), future])
-    return stretch.unfold(0, rows.stop, 1).flip(0)
+    return stretch.unfold(0, rows.stop, 1).flip(0).contiguous()
 
 
 def _by_distance(grad_RP: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Runs the benchmarks of this folder one after the other, each in a process of its own.
 
-    python -m benchmarks [pretrain] [query] [rank]        (make bench, make bench ARGS=pretrain)
+    python -m benchmarks [losses] [pretrain] [query] [rank]        (make bench, make bench ARGS=pretrain)
 
 Each prints hardware, versions and settings, and its plain baseline beside it; `python benchmarks/<name>.py --help` has
 the options of one.

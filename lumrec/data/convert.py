@@ -38,9 +38,11 @@ def convert(
     min_count: int = 1,
     max_list_length: int = 1000,
     drop_duplicates: bool = True,
+    older: Optional[Dict[str, pl.DataFrame]] = None,
 ) -> Dict[str, Any]:
     """Writes every file of the prepared folder but the manifest; gives back its counts, facts and quarantine.
 
+    older: vocabularies by table that those of the same tables build on.
     The log goes through memory in blocks of users; in memory as a whole are the items, the users, the vocabularies.
     Raises ValueError where the log lacks a column that the schema names, a feature tells what it must not, no event is
     left, or published files do not hold what they are known to hold.
@@ -50,7 +52,7 @@ def convert(
     intake = take_in(raw, schema, max_list_length=max_list_length, drop_duplicates=drop_duplicates, scratch=scratch)
     cuts = cut_times(split, intake.blocks, absolute_time=raw.absolute_time)
     catalogues = part_blocks(intake, split, cuts)
-    vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count)
+    vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count, older or {})
     moments = fit_scales(schema, intake.blocks, catalogues)
 
     unknown: Dict[str, int] = {}
@@ -109,7 +111,11 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) 
 
 
 def count_vocabularies(
-    schema: SchemaConfig, blocks: List[Path], catalogues: Dict[str, Catalogue], min_count: int
+    schema: SchemaConfig,
+    blocks: List[Path],
+    catalogues: Dict[str, Catalogue],
+    min_count: int,
+    older: Dict[str, pl.DataFrame],
 ) -> Dict[str, pl.DataFrame]:
     """One vocabulary for each table; a value of an item or user counts once for each training event of that one."""
     counts: Dict[str, List[pl.DataFrame]] = {table: [] for table in schema.tables}
@@ -126,7 +132,7 @@ def count_vocabularies(
             counts[feature.table].append(count_values(train[name]))
         # summed up after each block, so that as much is held as there are different values
         counts = {table: [_summed(parts)] for table, parts in counts.items()}
-    return {table: build_vocabulary(_summed(parts), min_count) for table, parts in counts.items()}
+    return {table: build_vocabulary(_summed(parts), min_count, older.get(table)) for table, parts in counts.items()}
 
 
 def _summed(counts: List[pl.DataFrame]) -> pl.DataFrame:

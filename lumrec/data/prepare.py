@@ -32,6 +32,7 @@ from lumrec.data.sources.log import LogConfig
 from lumrec.data.sources.raw_log import LabelConfig, RawLog
 from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
+from lumrec.data.vocabulary import read_vocabularies
 
 DUPLICATES = ("drop", "keep")
 
@@ -43,7 +44,9 @@ class DataConfig:
     source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
     download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
     allow_other_files: take files whose checksum or counts are not the published ones. min_count: a value that occurs
-    less often in the training part is unknown (row 0 of its table). max_list_length: rows with a longer list are left
+    less often in the training part is unknown (row 0 of its table). vocabulary_from: run name or folder of an earlier
+    prepared log: its values keep their rows, min_count is for new ones, and a LUM of that log can go on learning from
+    this one (pretrain.start_from). max_list_length: rows with a longer list are left
     out, into the quarantine.
     duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
     log: of source "log". simulator: of source "simulator".
@@ -56,6 +59,7 @@ class DataConfig:
     allow_other_files: bool = False
     split: SplitConfig = field(default_factory=SplitConfig)
     min_count: int = 1
+    vocabulary_from: str = ""
     max_list_length: int = 1000
     duplicates: str = "drop"
     log: LogConfig = field(default_factory=LogConfig)
@@ -110,8 +114,11 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     with _claimed(path) as work:
         (scratch := work / "source").mkdir()
         try:
+            older_fingerprint, older = _older_vocabularies(config, path)
             raw, schema = read_source(config, scratch)
             files = {name: sha256(file) for name, file in _named(raw.files).items()}
+            if older:
+                files["data.vocabulary_from"] = older_fingerprint
             standing = _standing_result(path, config, files)
             if standing is not None:
                 print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
@@ -124,6 +131,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 min_count=data.min_count,
                 max_list_length=data.max_list_length,
                 drop_duplicates=data.duplicates == "drop",
+                older=older,
             )
         except pl.exceptions.PolarsError as error:  # a page of a Parquet file that is damaged, found while it is read
             raise ValueError(
@@ -140,6 +148,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 "schema": dataclasses.asdict(schema),
                 "split": _plain_split(data.split),
                 **content,
+                **_growth(older_fingerprint, older, content["table_rows"]),
             },
         )
         result = {
@@ -155,6 +164,34 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
         _publish(work, path)
     print(summary(raw.note, manifest, path, result["wall_s"]), flush=True)
     return result
+
+
+def find_run(config: Any, name: str) -> Path:
+    """The folder of a run, by its name under runs_dir; or, where there is none, the folder of that path."""
+    under_runs = Path(config.runs_dir) / name
+    return under_runs if under_runs.exists() else Path(name)
+
+
+def _older_vocabularies(config: Any, path: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
+    """Fingerprint and vocabularies of the log that data.vocabulary_from names; ("", {}) where it names none."""
+    if not config.data.vocabulary_from:
+        return "", {}
+    folder = find_run(config, config.data.vocabulary_from)
+    if folder.resolve() == path.resolve():
+        raise ValueError(
+            f"data.vocabulary_from: {folder} is the folder to be made, and LUMs of it would lose their data; choose "
+            "another run=<name>"
+        )
+    return read_vocabularies(folder)
+
+
+def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], table_rows: Dict[str, int]) -> Dict[str, Any]:
+    """What the manifest says of vocabularies that build on older ones; nothing where they do not."""
+    if not older:
+        return {}
+    taken = {table: len(older[table]) if table in older else 0 for table in table_rows}
+    tables = {table: {"taken": taken[table], "new": rows - 1 - taken[table]} for table, rows in table_rows.items()}
+    return {"vocabulary_from": {"fingerprint": fingerprint, "tables": tables}}
 
 
 def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
@@ -194,6 +231,10 @@ def request(config: Any) -> Dict[str, Any]:
     decides: Dict[str, Any] = dataclasses.asdict(data)
     for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
         del decides[name]
+    if data.vocabulary_from:  # what it holds is told apart by its fingerprint, beside the files
+        decides["vocabulary_from"] = Path(data.vocabulary_from).name
+    else:
+        del decides["vocabulary_from"]
     decides["split"] = _plain_split(data.split)
     wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(config))}
     if data.source == "log":  # the files themselves are told apart by their checksums
@@ -217,6 +258,10 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]
     lines += [f"    {count:,} {reason}" for reason, count in manifest["quarantine"].items()]
+    if "vocabulary_from" in manifest:
+        tables = manifest["vocabulary_from"]["tables"].items()
+        told = "; ".join(f"{table} {rows['taken']:,} taken, {rows['new']:,} new" for table, rows in tables)
+        lines.append(f"  vocabularies build on {manifest['vocabulary_from']['fingerprint']}: {told}")
     if facts.get("best_auc") is not None:
         lines.append(
             f"  best possible AUC on the test part {facts['best_auc']:.4f} (the true click probabilities); "

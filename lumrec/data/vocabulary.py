@@ -1,11 +1,22 @@
-"""Raw values to rows of embedding tables, counted over the training part alone; row 0 is "unknown"."""
+"""Raw values to rows of embedding tables, counted over the training part alone; row 0 is "unknown".
+
+A vocabulary may build on an older one, for a LUM that goes on learning: tables then only grow.
+
+    older    row 1 … n      as they are, whether the value still occurs or not
+    new      row n + 1 …    values that the older one does not have, the most frequent first
+"""
 
 from __future__ import annotations
 
-from typing import Tuple
+from pathlib import Path
+from typing import Dict, Tuple
 
 import polars as pl
 import pyarrow as pa
+
+from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
+
+_NOTHING = pl.DataFrame(schema={"key": pl.String, "row": pl.Int32, "count": pl.Int64})
 
 
 def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataFrame:
@@ -26,17 +37,47 @@ def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataF
     )
 
 
-def build_vocabulary(counts: pl.DataFrame, min_count: int) -> pl.DataFrame:
+def build_vocabulary(counts: pl.DataFrame, min_count: int, older: pl.DataFrame | None = None) -> pl.DataFrame:
     """key (str), row (i32, from 1), count (i64) of one table, the most frequent first, ties by key.
 
     counts: key, count, summed over every feature that reads the table; a key seen less than `min_count` times stays
-    unknown.
+    unknown. older: a vocabulary whose keys keep their rows, whatever their counts; all others stand behind them.
     """
-    return (
-        counts.filter(pl.col("count") >= min_count)
+    kept = _NOTHING if older is None else older.select("key", "row").join(counts, on="key", how="left")
+    kept = kept.with_columns(pl.col("count").fill_null(0)).sort("row")
+    new = (
+        counts.join(kept, on="key", how="anti")
+        .filter(pl.col("count") >= min_count)
         .sort(["count", "key"], descending=[True, False])
-        .with_row_index("row", offset=1)
+        .with_row_index("row", offset=len(kept) + 1)
         .select("key", pl.col("row").cast(pl.Int32), "count")
+    )
+    return pl.concat([kept, new])
+
+
+def read_vocabularies(folder: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
+    """Fingerprint of a prepared folder, and the vocabulary of each of its tables.
+
+    Raises FileNotFoundError and PreparedDataError as read_manifest does, of the vocabularies' checksums too.
+    """
+    manifest = read_manifest(folder, verify=False)
+    vocabularies = {}
+    for table in manifest["table_rows"]:
+        name = f"vocabulary/{table}.parquet"
+        if sha256(folder / name) != manifest["files"][name]["sha256"]:
+            raise PreparedDataError(f"{folder / name} was changed or damaged: its checksum is not the manifest's")
+        vocabularies[table] = pl.read_parquet(folder / name)
+    return manifest["fingerprint"], vocabularies
+
+
+def moved_values(older: pl.DataFrame, vocabulary: pl.DataFrame) -> pl.DataFrame:
+    """key, row, row_now (null where there is none) of the older values that the vocabulary has elsewhere or not."""
+    now = vocabulary.select("key", row_now="row")
+    return (
+        older.select("key", "row")
+        .join(now, on="key", how="left")
+        .filter(pl.col("row").ne_missing(pl.col("row_now")))
+        .sort("row")
     )
 
 

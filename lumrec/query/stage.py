@@ -21,12 +21,11 @@ from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.answers import rank_by_answers
+from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
 from lumrec.query.forget import drop_forgotten, forgotten_among
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
-    condition_columns,
-    default_conditions,
     default_stride,
     log_normalizer,
     packs,
@@ -55,8 +54,13 @@ LOG_EVERY_S = 30.0
 class QueryConfig:
     """Step 2: what is asked, about whom, and how the answers are stored.
 
-    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike}]; [{}] asks without any.
-        Empty: each value of each wish of the schema.
+    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
+        asks without any. Empty: each value of each wish of the schema. A value may stand for several, and each is a
+        condition of its own: "*" each value that training events have, the most frequent first; "top 3" the three most
+        frequent of the history asked, other ones for each user and moment ("top 2 of 3" is the second of them alone; a
+        history with fewer is asked without). With several such features every combination is asked. In a multi-valued
+        feature, red|shoes is one condition with two values.
+    max_conditions: conditions that may come of it; more is an error.
     rows: ask for every row of the log, with the history before it (what rankers train on).
     users: ask for every user, after the last event (what serving reads).
     stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
@@ -70,6 +74,7 @@ class QueryConfig:
     """
 
     conditions: List[Dict[str, str]] = field(default_factory=list)
+    max_conditions: int = MAX_CONDITIONS
     rows: bool = True
     users: bool = True
     stride: int = 0
@@ -139,6 +144,7 @@ def run(config: Config) -> dict[str, float | str]:
                     identity["conditions"],
                     **identity["window"],
                     tokens_per_pack=identity["tokens_per_pack"],
+                    max_conditions=config.query.max_conditions,
                 )
                 job.ask(place, pending, query)
         manifest = job.publish()
@@ -156,7 +162,7 @@ def run(config: Config) -> dict[str, float | str]:
         result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
     result["wall_s"] = time.perf_counter() - start
     run_folder.finish(result)
-    asked = ", ".join(_spoken(condition) for condition in manifest["conditions"])
+    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
     logger.info(
         "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
     )
@@ -218,9 +224,10 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
         raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
-    features = condition_features(model, data)
-    conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
-    condition_columns(data, features, conditions)
+    features = condition_features(model, data.schema)
+    asked = config.conditions or default_conditions(data, features)
+    conditions = expand(data, features, asked, max_conditions=config.max_conditions)
+    Conditions(data, features, conditions)  # whatever cannot be asked is told before a LUM is loaded
     forgotten = on_rank_zero(lambda: forgotten_among(Path(root.runs_dir), key_digests(data.user_keys())))
     return {
         "data_fingerprint": data.fingerprint,
@@ -268,7 +275,7 @@ class _Job:
         self.user_keys = data.user_keys()
         self.length_U = np.diff(data.user_offsets)
         read = [*features_by_role(data.schema, "item"), *features_by_role(data.schema, "feedback")]
-        self.index_U = user_index(data, [*read, *condition_features(model, data)])
+        self.index_U = user_index(data, [*read, *condition_features(model, data.schema)])
         drop_forgotten(self.index_U, self.fold_U, identity.get("forgotten", []))
         self.answered_U = (self.length_U > 0) & (self.index_U["key"] != b"")
         self.earlier_U = self._unchanged() if earlier else np.full(data.num_users, -1)
@@ -406,5 +413,6 @@ class _Progress:
             logger.info("%s: %d/%d packs, %s answers/s", self.name, self.units, self.num_units, f"{rate:,.0f}")
 
 
-def _spoken(condition: dict[str, str]) -> str:
+def spoken(condition: dict[str, str]) -> str:
+    """A condition as it is read out: feedback=like and scenario=home."""
     return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

@@ -9,7 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.packing import PackBuilder
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import features_by_role
+from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
@@ -48,9 +48,9 @@ class ModelConfig:
     conditions: Optional[List[str]] = None  # noqa: UP006, UP045
 
 
-def condition_features(config: ModelConfig, data: PreparedData) -> list[str]:
+def condition_features(config: ModelConfig, schema: SchemaConfig) -> list[str]:
     """The condition features that the model reads, in the schema's order. Raises ValueError for one not declared."""
-    declared = features_by_role(data.schema, "condition")
+    declared = features_by_role(schema, "condition")
     if config.conditions is None:
         return declared
     unknown = sorted(set(config.conditions) - set(declared))
@@ -64,7 +64,7 @@ def build_lum(
 ) -> tuple[LargeUserModel, PackBuilder]:
     """A LUM with fresh weights, and the builder that makes packs for it."""
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
-    conditions = condition_features(config, data)
+    conditions = condition_features(config, data.schema)
     table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *conditions]}
     sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
     token_encoder = TokenEncoder(

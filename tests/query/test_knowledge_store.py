@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lumrec.data.columns import Column
-from lumrec.data.packing import NegativesConfig, PackBuilder, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.query.history import user_index
 from lumrec.query.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes

@@ -1,0 +1,50 @@
+"""A LUM that goes on from an earlier one, on two ranks: `python two_ranks_continual.py FOLDER`.
+
+FOLDER holds what two_logs.py and a run "before-pretrain" of one rank made; answers-<sharding>.pt come out.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from two_logs import answers, config_of
+
+from lumrec.data.prepared import PreparedData
+from lumrec.train import pretrain
+from lumrec.train.continual import find_earlier, start_from
+from lumrec.train.lum import build_lum
+from lumrec.train.parallel import init_distributed, rank, shard
+
+
+def work(local_rank: int, port: int, folder: Path) -> None:
+    """What each process does."""
+    os.environ |= {"RANK": str(local_rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    device = init_distributed("cpu", threads=1)
+    config = config_of(folder, "grown")
+    before, data = (PreparedData.open(folder / "runs" / f"{name}-prepare") for name in ("before", "grown"))
+    earlier = find_earlier(config, data)
+    for sharding in ("row_wise", "table_wise", "column_wise"):
+        model, builder = build_lum(config.model, data)
+        dmp = shard(model, device=device, sharding=sharding, fsdp=sharding == "row_wise")
+        # One sum per row and shard does not grow with the rows.
+        state = "fresh" if sharding == "column_wise" else "keep"
+        start_from(dmp, earlier, config.model, data.schema, table_state=state)
+        said = answers(dmp, builder, before)
+        if rank() == 0:
+            torch.save(said, folder / f"answers-{sharding}.pt")
+    pretrain.run(config_of(folder, "grown", "run=two-ranks", "pretrain.train.sharding=row_wise"))
+    torch.distributed.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(work, (port, folder), nprocs=2, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -11,10 +11,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _measure import Timeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from _measure import Timeline
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.negatives import NegativesConfig
 from lumrec.data.packing import PackingConfig, PackLoader

@@ -257,15 +257,6 @@ def verified_meta(path: Path) -> dict[str, Any]:
     if problem is not None:
         raise ValueError(f"checkpoint {path} is corrupt: {problem}")
     return read_meta(path)
-<<<<<<< HEAD
-=======
-
-
-def stored_sizes(path: Path) -> dict[str, list[int]]:
-    """Global size of every tensor of a checkpoint: "model.<parameter>", "optim.<parameter>.<entry>"."""
-    entries = Reader(path).read_metadata().state_dict_metadata.items()
-    return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
->>>>>>> 893947a00f2f5ca22582c04ef8c02cfff0b8b3ae
 
 
 def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:

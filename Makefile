@@ -2,7 +2,7 @@
 #   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
 #   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
 #   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
-#   ARGS="..."        further words for quickstart and test, e.g. make test ARGS="-k packing"
+#   ARGS="..."        further words for quickstart, test and bench, e.g. make test ARGS="-k packing"
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -50,8 +50,8 @@ format: $(STAMP) ## ruff format and the fixes ruff can make
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## speed on this machine, with a plain baseline in the same run
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: $(STAMP) ## speed on this machine, beside plain baselines in the same run (ARGS="pretrain shares": these alone)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv and tool caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

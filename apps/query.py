@@ -2,6 +2,10 @@
 
 torchx run apps/query.py --config configs/ml-1m.yaml inputs.lums=[ml-1m-pretrain]
 torchx run apps/query.py -j 1x2 --config configs/ml-1m.yaml
+
+Run again over newer data, it asks only about users with another history. Beside it:
+python -m lumrec.query.forget RUNS_DIR KEY ...                   removes users for good (right to be forgotten)
+python -m lumrec.query.exchange export RUN_FOLDER FOLDER         users and items as Parquet; import makes a store of it
 """
 
 import torchx.specs as specs

@@ -1,6 +1,12 @@
 """Runs the benchmarks of this folder one after the other, each in a process of its own.
 
-    python -m benchmarks [pretrain] [query] [rank]        (make bench, make bench ARGS=pretrain)
+    python -m benchmarks [name …]        (make bench, make bench ARGS="pretrain shares")
+
+    prepare    the log: simulator and prepare stage          query     step 2: group query
+    packing    packs: padding saved, balance of ranks        rank      step 3: rankers
+    pretrain   step 1: a training step of the LUM            losses    InfoNCE
+    shares     what the parts of that step take              tables    embedding tables and their optimizer
+    scaling    an event's cost as users, items, length and width grow
 
 Each prints hardware, versions and settings, and its plain baseline beside it; `python benchmarks/<name>.py --help` has
 the options of one.

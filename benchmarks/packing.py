@@ -20,7 +20,7 @@ import torch
 
 from lumrec.data.sequences import deal, token_cost, training_windows, window_cost
 from lumrec.data.splits import TRAIN
-from lumrec.modules.attention import make_layout
+from lumrec.modules.layout import make_layout
 
 WORLD_SIZES = (2, 4, 8)
 SEED = 0

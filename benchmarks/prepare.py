@@ -1,6 +1,6 @@
 """Data's hot path: events/s and peak memory of the simulator and of the prepare stage, beside Polars in one gulp.
 
-    python benchmarks/prepare.py [--rows 1000000,10000000] [--threads 2] [--repeats 3] [--no-real]
+    python benchmarks/prepare.py [--rows 1000000] [--threads 2] [--repeats 3] [--no-real]
 
 Each measurement is a process of its own; its peak is its largest resident set, of which `start` was there before the
 work began (imports). In that order, for each number of rows:
@@ -100,7 +100,7 @@ def report(label: str, kind: str, runs: list[dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1000000,10000000", help="events to simulate, about; empty for none")
+    parser.add_argument("--rows", default="1000000", help="events to simulate, about; empty for none")
     parser.add_argument("--kinds", default="simulate,prepare,plain", help="what to measure on simulated logs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,166 +1,121 @@
-"""Step 1's hot path: a training step of the LUM on flat packs, beside the same model written plainly.
+"""Step 1's hot path: a training step of the LUM on flat packs, beside the same model written plainly and padded.
 
-    python benchmarks/pretrain.py [--events 4096] [--width 64] [--repeats 7]
+    python benchmarks/pretrain.py [--lengths ml-1m,long] [--encoders gpt,llama,hstu] [--tokens interleaved,merged]
+                                  [--precisions float32,bfloat16] [--events 4096] [--users 6040] [--repeats 5]
 
-Plain: every history padded to the longest allowed, attention and FFN on all places, the whole logit matrix through
-F.cross_entropy, dense Adam over the tables. Both train the same number of events, of histories with ML-1M's lengths,
-against the whole catalogue, with two tokens an event. The ratio within one run is what counts; machines differ.
+A repeat is one step on one pack: put together from the log, forward, backward, optimizers. Plain: every window padded
+to the longest allowed (and, where lengths differ much, also to the longest of its pack), PyTorch's stock GPT-style
+transformer on all places, the whole logit matrix through F.cross_entropy, dense Adam for the tables and all else. Both
+train on the same windows of a drawn log, against its whole catalogue. `of plain` divides by the plain GPT-style model
+with the same tokens and precision, padded to the longest allowed. Lengths (windows of log-normal histories):
+
+    ml-1m   median 96 and mean 166 as in MovieLens-1M, windows of at most 128 events
+    long    median 256, mean 526, windows of at most 4096 events; the first of the precisions alone,
+            half the repeats, after one
+
+The ratio within one run is what counts; machines differ.
 """
 
 import argparse
-import os
-import platform
-import statistics
-import time
+from collections.abc import Callable
 
-import torch
-import torchrec
-from torch import Tensor, nn
-from torch.nn import functional as F
+from _measure import WARM_UP, Times, in_turn, parser_of, print_machine
+from _training import LumTraining, PlainTraining, drawn_log, log_normal
 
-from lumrec.modules.layout import make_layout
-from lumrec.modules.losses import info_nce
-from lumrec.modules.lum import LargeUserModel, Pack
-from lumrec.modules.tokens import TokenEncoder, make_kjt, make_tables
-from lumrec.modules.user_encoder import UserEncoder
-from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.data.prepared import PreparedData
+from lumrec.modules.lum import TOKENS_PER_EVENT
+from lumrec.modules.user_encoder import ENCODERS
+from lumrec.train.lum import ModelConfig
+from lumrec.train.parallel import init_distributed
+from lumrec.train.pretrain import PRECISIONS
 
-NUM_ITEMS, NUM_LAYERS, NUM_HEADS = 3900, 2, 2
+NUM_ITEMS = 3900
+# median and sigma of the histories' lengths, longest window in events
+LENGTHS = {"ml-1m": (96, 1.05, 128), "long": (256, 1.2, 4096)}
 
 
-class PlainLum(nn.Module):
-    """The same network on padded batches, from PyTorch's stock modules."""
-
-    def __init__(self, width: int, max_events: int) -> None:
-        super().__init__()
-        self.item = nn.Embedding(NUM_ITEMS, width)
-        self.condition = nn.Embedding(4, 16)
-        self.item_projection, self.condition_projection = nn.Linear(width, width), nn.Linear(16, width)
-        self.position = nn.Embedding(2 * max_events, width)
-        layer = nn.TransformerEncoderLayer(
-            width, NUM_HEADS, 4 * width, 0.1, activation="gelu", batch_first=True, norm_first=True
+def steps_of(
+    log: PreparedData, tokens: str, precision: str, max_events: int, args: argparse.Namespace
+) -> tuple[dict[str, Callable[[], object]], LumTraining]:
+    """Name → step, the plain ones first; the last training tells of the pack."""
+    config = {"tokens": tokens, "max_events": max_events, "dim": args.width, "similarity": "dot"}
+    trainings = {
+        encoder: LumTraining(
+            log, ModelConfig(encoder=encoder, **config), events=args.events, full=True, precision=precision
         )
-        self.encoder = nn.TransformerEncoder(layer, NUM_LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
-
-    def forward(self, item_BL: Tensor, condition_BL: Tensor, target_BL: Tensor) -> Tensor:
-        tokens = torch.stack(
-            [self.condition_projection(self.condition(condition_BL)), self.item_projection(self.item(item_BL))], dim=2
-        )
-        x = tokens.flatten(1, 2)
-        x = x + self.position.weight[: x.shape[1]]
-        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        x = self.encoder(x, mask=causal, is_causal=True)[:, 0::2]
-        logits = x @ self.item_projection(self.item.weight).t()
-        return F.cross_entropy(logits.flatten(0, 1), target_BL.flatten(), ignore_index=-1)
-
-
-def draw_lengths(num_events: int, max_events: int) -> Tensor:
-    """Log-normal lengths with ML-1M's median (96) and mean (166), cut at `max_events`, as windows of training are."""
-    generator, lengths = torch.Generator().manual_seed(0), []
-    while sum(lengths) < num_events:
-        length = int(torch.exp(4.56 + 1.05 * torch.randn((), generator=generator)))
-        lengths.append(max(1, min(length, max_events, num_events - sum(lengths))))
-    return torch.tensor(lengths)
-
-
-def lumrec_step(item_T: Tensor, condition_T: Tensor, lengths_B: Tensor, width: int, max_events: int):
-    tables = make_tables({"item": (NUM_ITEMS, width), "condition": (4, 16)}, {"item": "item", "condition": "condition"})
-    model = LargeUserModel(
-        TokenEncoder(tables, item_features=["item"], condition_features=["condition"], dim=width),
-        UserEncoder(dim=width, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, max_tokens=2 * max_events, dropout=0.1),
-        dim=width,
-        similarity="dot",
-    )
-    config = OptimizerConfig()
-    dmp = shard(model, optimizer=config, device=init_distributed("cpu"))
-    optimizer = build_optimizer(dmp, config)
-    num_events, none = len(item_T), torch.zeros(0, dtype=torch.int64)
-    one, zero = torch.ones, torch.zeros
-    columns = {
-        "item": (torch.cat([item_T, torch.arange(NUM_ITEMS)]), one(num_events + NUM_ITEMS).long()),
-        "condition": (condition_T, torch.cat([one(num_events), zero(NUM_ITEMS)]).long()),
+        for encoder in args.encoders
     }
+    *_, training = trainings.values()
+    steps: dict[str, Callable[[], object]] = {}
+    for name, longest in (("plain, padded", max_events), ("plain, pack's longest", 0)):
+        if longest or int(training.windows.length_W.max()) < max_events:
+            plain = PlainTraining(log, ModelConfig(**config), training.windows, longest=longest, precision=precision)
+            steps[name] = plain.step
+    return steps | {f"lumrec {encoder}": of.step for encoder, of in trainings.items()}, training
 
-    def step() -> None:
-        pack = Pack(
-            tokens=make_kjt(model.token_encoder.features, columns, stride=num_events + NUM_ITEMS),
-            layout=make_layout(2 * lengths_B),
-            num_events=num_events,
-            num_queries=0,
-            num_candidates=NUM_ITEMS,
-            query_prefix_Q=none,
-            previous_T=torch.arange(num_events) - 1,  # not read: two tokens an event, no bias of time
-            previous_Q=none,
-            time_T=torch.zeros(num_events, dtype=torch.int64),
-            time_Q=none,
-            positive_T=item_T,
-            log_weight_C=torch.zeros(NUM_ITEMS),
-            contrast_event_Q=none,
-            event_row_T=none,
+
+def print_rows(times: dict[str, Times], tokens: str, precision: str, num_events: int) -> None:
+    plain = times["plain, padded"].cpu
+    for name, taken in times.items():
+        per_s = num_events / taken.cpu
+        print(
+            f"{name:22} {tokens:11} {precision:8} {taken.shown():>23} {taken.wall:8.3f} {per_s:10,.0f} "
+            f"{TOKENS_PER_EVENT[tokens] * per_s:10,.0f} {taken.cpu / plain:9.2f}",
+            flush=True,
         )
-        optimizer.zero_grad()
-        o_TD, _, e_CD = dmp(pack)
-        (info_nce(o_TD, e_CD, pack.positive_T) / num_events).backward()
-        optimizer.step()
-
-    return step
-
-
-def plain_step(item_T: Tensor, condition_T: Tensor, lengths_B: Tensor, width: int, max_events: int):
-    model = PlainLum(width, max_events)
-    optimizer = torch.optim.Adam(model.parameters())
-    real = torch.arange(max_events) < lengths_B[:, None]
-
-    def padded(values_T: Tensor, fill: int) -> Tensor:
-        batch = torch.full(real.shape, fill)
-        batch[real] = values_T
-        return batch
-
-    batch = padded(item_T, 0), padded(condition_T, 0), padded(item_T, -1)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(*batch).backward()
-        optimizer.step()
-
-    return step
-
-
-def measure(step, repeats: int) -> list[float]:
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=4096, help="events of one step (default 4096)")
-    parser.add_argument("--max-events", type=int, default=128, help="longest history in events (default 128)")
+    def words(known: object) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            unknown = [word for word in text.split(",") if word not in known]  # type: ignore[operator]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")  # type: ignore
+            return text.split(",")
+
+        return parse
+
+    parser = parser_of(__doc__)
+    for name, known in (
+        ("lengths", LENGTHS),
+        ("encoders", ENCODERS),
+        ("tokens", TOKENS_PER_EVENT),
+        ("precisions", PRECISIONS),
+    ):
+        everything = ",".join(known)
+        parser.add_argument(f"--{name}", type=words(known), default=everything, help=f"default {everything}")
+    parser.add_argument("--events", type=int, default=4096, help="budget of a pack (default 4096)")
+    parser.add_argument("--max-events", type=int, help="longest window (default: see above)")
+    parser.add_argument("--users", type=int, default=6040, help="of the drawn log (default 6040)")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    lengths_B = draw_lengths(args.events, args.max_events)
-    inputs = torch.randint(1, NUM_ITEMS, (args.events,)), torch.randint(1, 4, (args.events,)), lengths_B
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads;", end=" ")
-    print(f"torch {torch.__version__}, torchrec {torchrec.__version__}")
-    fill = args.events / (len(lengths_B) * args.max_events)
-    print(f"{args.events} events of {len(lengths_B)} users ({fill:.0%} of the padded places), width {args.width}")
-    print(f"{'':24}{'median s':>10}{'min':>8}{'max':>8}{'events/s':>12}   (3 warm-up, {args.repeats} timed)")
-    medians = {}
-    for name, make in (("plain, padded", plain_step), ("lumrec, flat packs", lumrec_step)):
-        times = measure(make(*inputs, args.width, args.max_events), args.repeats)
-        medians[name] = statistics.median(times)
-        row = f"{name:24}{medians[name]:10.3f}{min(times):8.3f}{max(times):8.3f}{args.events / medians[name]:12,.0f}"
-        print(row)
-    plain, ours = medians.values()
-    print(f"lumrec takes {ours / plain:.2f} of the plain model's time")
+    init_distributed("cpu", threads=args.threads)
+    print_machine(args)
+    print(f"width {args.width}, 2 layers, 2 heads, {NUM_ITEMS} items")
+    for lengths in args.lengths:
+        median, sigma, max_events = LENGTHS[lengths]
+        max_events = args.max_events or max_events
+        log = drawn_log(log_normal(args.users, median=median, sigma=sigma), num_items=NUM_ITEMS, width=args.width)
+        repeats, warm_up, precisions = args.repeats, WARM_UP, args.precisions
+        if lengths == "long":  # plain steps of many seconds
+            repeats, warm_up, precisions = max(1, repeats // 2), 1, precisions[:1]
+        shown = False
+        for tokens in args.tokens:
+            for precision in precisions:
+                steps, training = steps_of(log, tokens, precision, max_events, args)
+                if not shown:
+                    shown, windows = True, training.windows
+                    fill = training.num_events / (windows.count * max_events)
+                    print(
+                        f"\n{lengths}: {training.num_events} events in {windows.count} windows, the longest "
+                        f"{int(windows.length_W.max())}; {fill:.0%} of the places padded to {max_events}; "
+                        f"{repeats} repeats after {warm_up}"
+                    )
+                    print(
+                        f"{'':22} {'tokens':11} {'':8} {'processor s':>23} {'wall s':>8} {'events/s':>10} "
+                        f"{'tokens/s':>10} {'of plain':>9}"
+                    )
+                print_rows(in_turn(steps, repeats=repeats, warm_up=warm_up), tokens, precision, training.num_events)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lumrec.data.prepare import DataConfig
 from lumrec.data.schema import SchemaConfig
 from lumrec.pipeline import PipelineConfig
+from lumrec.query.inspect import InspectConfig
 from lumrec.query.stage import QueryConfig
 from lumrec.train.lum import ModelConfig
 from lumrec.train.pretrain import PretrainConfig
@@ -64,6 +65,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 

@@ -14,21 +14,26 @@ from pathlib import Path
 
 from lumrec.environment import check_environment
 from lumrec.jobs import JobFailed
+from lumrec.train.interrupt import Interrupted
 
 STAGES = {
     "prepare": "lumrec.data.prepare",
     "pretrain": "lumrec.train.pretrain",
     "query": "lumrec.query.stage",
+    "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
     "pipeline": "lumrec.pipeline",
 }
 # Figures that a stage does not print by itself.
 HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
+    "query": ("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
 }
 # What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.
 CHECKS = {"prepare": "lumrec.data.check"}
+# An option of an app that stands for a key: --user 42 is inspect.user=42.
+OPTIONS = {"inspect": {"user": "inspect.user"}}
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -43,6 +48,8 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
     if stage in CHECKS:
         parser.add_argument("--check", action="store_true", help="tell what it would do, write nothing")
+    for option, key in OPTIONS.get(stage, {}).items():
+        parser.add_argument(f"--{option}", metavar="KEY", help=f"the same as {key}=")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings over the file, such as model.dim=64")
     given = parser.parse_args(arguments)
     checking = getattr(given, "check", False)
@@ -51,8 +58,13 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     try:
         from lumrec.config import load
 
-        config = load(given.config, given.words)
+        options = [(key, getattr(given, option)) for option, key in OPTIONS.get(stage, {}).items()]
+        config = load(given.config, [*given.words, *(f"{key}={value}" for key, value in options if value)])
         result = importlib.import_module((CHECKS if checking else STAGES)[stage]).run(config)
+    except Interrupted as stop:
+        if rank() == 0:
+            print(f"lumrec: {stop}", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except JobFailed as failure:  # the failed stage has told its own error

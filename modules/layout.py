@@ -4,6 +4,7 @@ Shape suffixes: T tokens of all sequences behind each other, B sequences, Q quer
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Bucket:
 class JaggedLayout:
     """Where the tokens and queries of B sequences lie, and in which buckets they are computed.
 
-    offsets_B1: int64, sequence b has the tokens offsets[b]:offsets[b + 1].
+    offsets_B1: int64, sequence b has the tokens offsets[b]:offsets[b + 1]; query_offsets_B1: the same of its queries.
     token_place_T, query_place_Q: int64, place of each token (query) in the concatenated buckets.
     """
 
@@ -41,6 +42,7 @@ class JaggedLayout:
     buckets: list[Bucket]
     token_place_T: Tensor
     query_place_Q: Tensor
+    query_offsets_B1: Tensor
 
     def to(self, device: torch.device | str) -> "JaggedLayout":
         """The same layout with its indices on `device`."""
@@ -52,7 +54,8 @@ class JaggedLayout:
             replace(b, token_P=moved(b.token_P), query_P=moved(b.query_P), prefix_P=moved(b.prefix_P))
             for b in self.buckets
         ]
-        return JaggedLayout(moved(self.offsets_B1), buckets, moved(self.token_place_T), moved(self.query_place_Q))
+        places = moved(self.token_place_T), moved(self.query_place_Q)
+        return JaggedLayout(moved(self.offsets_B1), buckets, *places, moved(self.query_offsets_B1))
 
 
 def make_layout(
@@ -91,7 +94,70 @@ def make_layout(
         query_place_Q[query_P[query_real]] = query_base + query_real
         token_base, query_base = token_base + len(token_P), query_base + len(query_P)
         buckets.append(Bucket(len(members), max_tokens, max_queries, token_P, query_P, prefix_P))
-    return JaggedLayout(offsets_B1, buckets, token_place_T, query_place_Q)
+    return JaggedLayout(offsets_B1, buckets, token_place_T, query_place_Q, query_offsets_B1)
+
+
+class Portion(NamedTuple):
+    """Some of a layout's queries, with the tokens that they ask: the `layout` of these alone, on the CPU."""
+
+    queries: slice
+    tokens: slice
+    layout: JaggedLayout
+
+
+def portions(lengths_B: Tensor, queries_B: Tensor, prefix_Q: Tensor, *, cost_Q: Tensor, budget: int) -> list[Portion]:
+    """The queries (sequences in order, all on the CPU) in portions that cost about `budget` each, the last one less.
+
+    A query that costs more than the budget has a portion to itself. Empty where there are no queries.
+
+    >>> prefix_Q = torch.tensor([3, 1, 0])
+    >>> two = portions(torch.tensor([3, 1]), torch.tensor([1, 2]), prefix_Q, cost_Q=torch.tensor([3, 1, 1]), budget=3)
+    >>> [(portion.queries, portion.tokens) for portion in two]
+    [(slice(0, 1, None), slice(0, 3, None)), (slice(1, 3, None), slice(3, 4, None))]
+    """
+    if len(prefix_Q) == 0:
+        return []
+    offsets_B1 = F.pad(lengths_B.cumsum(0), (1, 0)).tolist()
+    sequence_Q = torch.repeat_interleave(torch.arange(len(lengths_B)), queries_B)
+    _, sizes = torch.unique_consecutive((cost_Q.cumsum(0) - cost_Q) // budget, return_counts=True)
+    found, end = [], 0
+    for size in sizes.tolist():
+        start, end = end, end + size
+        first, last = int(sequence_Q[start]), int(sequence_Q[end - 1]) + 1
+        layout = make_layout(
+            lengths_B[first:last], query_sequence_Q=sequence_Q[start:end] - first, query_prefix_Q=prefix_Q[start:end]
+        )
+        found.append(Portion(slice(start, end), slice(offsets_B1[first], offsets_B1[last]), layout))
+    return found
+
+
+class Extension(NamedTuple):
+    """Sequences that grow: each new token asks, as a query, the tokens before it.
+
+    layout: the grown sequences, new tokens as their queries. position_N: int64, place of each new token, which is the
+    number of tokens that it sees. order_T: int64, the grown sequences' tokens in old tokens followed by new ones.
+    """
+
+    layout: JaggedLayout
+    position_N: Tensor
+    order_T: Tensor
+
+    def to(self, device: torch.device | str) -> "Extension":
+        return Extension(self.layout.to(device), self.position_N.to(device), self.order_T.to(device))
+
+
+def extension(old_B: Tensor, new_B: Tensor) -> Extension:
+    """How sequences of `old_B` tokens grow by `new_B` each (int64, 0 allowed), on the CPU.
+
+    >>> extension(torch.tensor([2, 1]), torch.tensor([1, 1])).order_T
+    tensor([0, 1, 3, 2, 4])
+    """
+    sequence_B = torch.arange(len(old_B))
+    of_new_N, of_old_T = torch.repeat_interleave(sequence_B, new_B), torch.repeat_interleave(sequence_B, old_B)
+    position_N = torch.arange(len(of_new_N)) - (new_B.cumsum(0) - new_B - old_B)[of_new_N]
+    order_T = torch.cat([of_old_T, of_new_N]).argsort(stable=True)
+    layout = make_layout(old_B + new_B, query_sequence_Q=of_new_N, query_prefix_Q=position_N)
+    return Extension(layout, position_N, order_T)
 
 
 def _check_queries(lengths_B: Tensor, sequence_Q: Tensor, prefix_Q: Tensor) -> None:

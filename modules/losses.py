@@ -1,6 +1,6 @@
 """Losses of step 1: InfoNCE at condition tokens (LUM equ. 2), and our counterfactual contrast.
 
-Shape suffixes: T positions, C candidate items, D width, Q counterfactual queries.
+Shape suffixes: T positions, C candidate items (N of them negatives), D width, Q counterfactual queries.
 """
 
 from typing import Any
@@ -13,20 +13,36 @@ from torch.nn import functional as F
 CHUNK = 1 << 18
 
 
-def info_nce(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor | None = None) -> Tensor:
-    """Sum over positions of -log(exp(s_+) / (exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM equ. 2); a scalar.
+def info_nce(
+    o_TD: Tensor,
+    e_CD: Tensor,
+    positive_T: Tensor,
+    log_weight_C: Tensor | None = None,
+    *,
+    log_positive_weight_T: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Sum over positions of -log(v exp(s_+) / (v exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM equ. 2); a scalar.
 
     positive_T: int64, the candidate that is right at each position; -1 leaves the position out.
     log_weight_C: log w_j, how much each candidate counts as a negative; zero without it.
+    log_positive_weight_T: log v, how much the positive counts, at each position; zero without it.
 
     Candidates are distinct items, so no negative is the positive itself. The weights say where they come from:
 
     - in-batch negatives: w_j = how often item j stands in the batch. This equals the loss over all T positions' items
       with those that are the positive masked out, at a fraction of its cost.
     - sampled negatives: w_j = how often j was drawn; mixed with in-batch: the sum of both.
+    - the batch's unique items, or the whole catalogue: w_j = 1.
     - logQ correction: w_j divided by its expectation, which makes Σ_j w_j exp(s_j) an unbiased estimate of the sum over
-      the catalogue (Yi et al., RecSys 2019).
-    - the whole catalogue: w_j = 1.
+      the catalogue. The positive is no sample, so that v = 1. The gradient is then, term by term, that of the corrected
+      logQ correction (arXiv 2507.09331): with N = Σ_{j ≠ +} w_j exp(s_j) and p = exp(s_+) / (exp(s_+) + N), the loss
+      stop_gradient(1 - p) · (log N - s_+), since (1 - p) w_j exp(s_j) / N = w_j exp(s_j) / (exp(s_+) + N). The values
+      differ; ours is the log loss.
+    - logQ as in Yi et al. (RecSys 2019): v divided by the same expectation, as though the positive had been drawn.
+
+    label_smoothing = ε: (1 - ε) · loss + ε Σ_j u_j (log Z - s_j), where Z is the sum in the denominator above and u_j
+    the weight of candidate j in it, w_j or v, as a share of all of them. Where all are 1, this is PyTorch's.
 
     >>> o, e = torch.eye(2), torch.eye(2)
     >>> round(float(info_nce(o, e, torch.tensor([0, -1]))), 4)
@@ -35,57 +51,102 @@ def info_nce(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tenso
     supervised = positive_T >= 0
     if not bool(supervised.all()):
         o_TD, positive_T = o_TD[supervised], positive_T[supervised]
+        log_positive_weight_T = None if log_positive_weight_T is None else log_positive_weight_T[supervised]
     if log_weight_C is None:
         log_weight_C = e_CD.new_zeros(len(e_CD))
-    return _InfoNCE.apply(o_TD, e_CD, positive_T, log_weight_C.float())
+    if log_positive_weight_T is None:
+        log_positive_weight_T = o_TD.new_zeros(len(o_TD))
+    loss = _InfoNCE.apply(o_TD, e_CD, positive_T, log_weight_C, log_positive_weight_T)
+    if label_smoothing:
+        loss = loss + label_smoothing * _smoothing(o_TD, e_CD, positive_T, log_weight_C, log_positive_weight_T)
+    return loss
 
 
 class _InfoNCE(torch.autograd.Function):
     """Loss and both gradients, chunk by chunk: the softmax is turned into gradients while it is at hand."""
 
     @staticmethod
-    def forward(ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor) -> Tensor:
-        # Under autocast the two matrix products run in its precision, the softmax in float32 (float64 where given).
+    def forward(
+        ctx: Any, o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
+    ) -> Tensor:
+        # Under autocast the matrix products run in its precision, the rest in float32 (float64 where given).
         low = torch.get_autocast_dtype(o_TD.device.type) if torch.is_autocast_enabled(o_TD.device.type) else o_TD.dtype
         high = torch.promote_types(o_TD.dtype, torch.float32)
+        # Only the N candidates that are negatives get logits: among sampled ones, most positives are none. The positive
+        # is scored by itself, and loses its place among the negatives where it has one.
+        negative_N = (log_weight_C > -torch.inf).nonzero().squeeze(1)
+        place_C = positive_T.new_full((len(e_CD),), -1)
+        place_C[negative_N] = torch.arange(len(negative_N), device=o_TD.device)
+        place_T1 = place_C[positive_T][:, None]
+        is_negative_T1, place_T1 = place_T1 >= 0, place_T1.clamp(min=0)
         with torch.autocast(o_TD.device.type, enabled=False):
-            o, e = o_TD.to(low), e_CD.to(low)
-            loss = o_TD.new_zeros((), dtype=high)
-            grad_o, grad_e = torch.empty_like(o), torch.zeros_like(e_CD, dtype=high)
+            e_positive_TD = F.embedding(positive_T, e_CD).to(high)
+            right_T1 = (o_TD.to(high) * e_positive_TD).sum(1, keepdim=True) + log_positive_weight_T[:, None].to(high)
+            o, e, log_weight_N = o_TD.to(low), e_CD[negative_N].to(low), log_weight_C[negative_N].to(high)
+            loss, grad_right = right_T1.new_zeros(()), torch.zeros_like(right_T1)
+            grad_o, grad_e = torch.zeros_like(o), torch.zeros_like(e, dtype=high)
             rows = max(1, CHUNK // max(1, len(e)))
-            for start in range(0, len(o), rows):
+            for start in range(0, len(o) if len(e) else 0, rows):
                 chunk = slice(start, start + rows)
+                right, place = right_T1[chunk], place_T1[chunk]
                 logits = torch.mm(o[chunk], e.t()).to(high)
-                positive = positive_T[chunk, None]
-                right = logits.gather(1, positive)
-                logits += log_weight_C.to(high)
-                logits.scatter_(1, positive, right)
-                top = logits.amax(1, keepdim=True)
-                exponential = logits.sub_(top).exp_()
-                total = exponential.sum(1, keepdim=True)
+                logits += log_weight_N
+                logits.scatter_(1, place, logits.gather(1, place).masked_fill_(is_negative_T1[chunk], -torch.inf))
+                top = torch.maximum(logits.amax(1, keepdim=True), right)
+                exponential, exponential_right = logits.sub_(top).exp_(), (right - top).exp_()
+                total = exponential.sum(1, keepdim=True) + exponential_right
                 loss += (total.log() + top - right).sum()
-                residual = exponential.div_(total).scatter_add_(1, positive, -torch.ones_like(right)).to(low)
-                grad_o[chunk] = torch.mm(residual, e)
-                grad_e += torch.mm(residual.t(), o[chunk])
+                grad_right[chunk] = exponential_right / total - 1
+                softmax = exponential.div_(total).to(low)
+                grad_o[chunk] = torch.mm(softmax, e)
+                grad_e += torch.mm(softmax.t(), o[chunk])
+            grad_o += grad_right * e_positive_TD
+            grad_e = torch.zeros_like(e_CD, dtype=high).index_copy_(0, negative_N, grad_e)
+            grad_e.index_add_(0, positive_T, grad_right * o_TD)
         ctx.save_for_backward(grad_o, grad_e)
         ctx.dtypes = (o_TD.dtype, e_CD.dtype)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_o, grad_e = ctx.saved_tensors
-        return (grad_o * grad).to(ctx.dtypes[0]), (grad_e * grad).to(ctx.dtypes[1]), None, None
+        return (grad_o * grad).to(ctx.dtypes[0]), (grad_e * grad).to(ctx.dtypes[1]), None, None, None
 
 
-def info_nce_plain(o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor | None = None) -> Tensor:
-    """The same as `info_nce`, with all logits at once and PyTorch's own cross entropy: its twin in tests."""
+def _smoothing(
+    o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
+) -> Tensor:
+    """Σ_t (log v + s_+ - Σ_j u_j s_j): what label smoothing adds to the loss, without a logit of its own."""
+    high = torch.promote_types(o_TD.dtype, torch.float32)
+    with torch.autocast(o_TD.device.type, enabled=False):
+        o_TD, e_CD = o_TD.to(high), e_CD.to(high)
+        w_C, v_T = log_weight_C.to(high).exp(), log_positive_weight_T.to(high).exp()
+        s_T = (o_TD * F.embedding(positive_T, e_CD)).sum(1)
+        surplus_T = v_T - w_C[positive_T]  # the positive counts v, not w
+        return (v_T.log() + s_T - (o_TD @ (w_C @ e_CD) + surplus_T * s_T) / (w_C.sum() + surplus_T)).sum()
+
+
+def info_nce_plain(
+    o_TD: Tensor,
+    e_CD: Tensor,
+    positive_T: Tensor,
+    log_weight_C: Tensor | None = None,
+    *,
+    log_positive_weight_T: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The same as `info_nce`, with all logits at once and PyTorch's own softmax: its twin in tests."""
     supervised = positive_T >= 0
-    o_TD, positive_T = o_TD[supervised], positive_T[supervised]
+    log_weight_C = e_CD.new_zeros(len(e_CD)) if log_weight_C is None else log_weight_C
+    log_v_T = o_TD.new_zeros(len(o_TD)) if log_positive_weight_T is None else log_positive_weight_T
+    o_TD, positive_T, log_v_T = o_TD[supervised], positive_T[supervised], log_v_T[supervised]
+    is_positive = F.one_hot(positive_T, max(1, len(e_CD)))[:, : len(e_CD)].bool()
+    log_weight_TC = torch.where(is_positive, log_v_T[:, None], log_weight_C).to(o_TD.dtype)
     logits = o_TD @ e_CD.t()
-    if log_weight_C is not None:
-        is_positive = F.one_hot(positive_T, len(e_CD)).bool()
-        logits = logits + torch.where(is_positive, 0.0, log_weight_C.to(logits.dtype))
-    return F.cross_entropy(logits, positive_T, reduction="sum")
+    loss = F.cross_entropy(logits + log_weight_TC, positive_T, reduction="sum")
+    log_Z_T = (logits + log_weight_TC).logsumexp(1, keepdim=True)
+    smooth = (log_weight_TC.softmax(1) * (log_Z_T - logits)).sum()
+    return (1 - label_smoothing) * loss + label_smoothing * smooth
 
 
 def counterfactual_contrast(o_true_QD: Tensor, o_other_QD: Tensor, e_QD: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumrec.modules.attention import causal_attention, query_attention
 from lumrec.modules.hstu import HstuBlock
-from lumrec.modules.layout import JaggedLayout
+from lumrec.modules.layout import Extension, JaggedLayout
 from lumrec.modules.relative_bias import BiasIndex, RelativeBias, TokenTimes, bias_indices
 
 ENCODERS = ("gpt", "llama", "hstu")
@@ -140,7 +140,8 @@ class UserEncoder(nn.Module):
             )
         if encoder == "hstu" and ffn_dim:
             raise ValueError(f"an HSTU block has no FFN, but ffn_dim is {ffn_dim}; leave it at 0")
-        self.max_tokens, self.dropout, self.head_width = max_tokens, dropout, dim // num_heads
+        self.max_tokens, self.dropout = max_tokens, dropout
+        self.num_heads, self.head_width = num_heads, dim // num_heads
         self.checkpoint_activations = checkpoint_activations
         is_hstu = encoder == "hstu"
         self.time_bias = is_hstu if time_bias is None else time_bias
@@ -182,10 +183,33 @@ class UserEncoder(nn.Module):
         return (x[:0], x) if queries_only else (x[:num_tokens], x[num_tokens:])
 
     def keys_and_values(self, x_TD: Tensor, layout: JaggedLayout, *, times: TokenTimes | None = None) -> KeyValueCache:
-        """What `ask` needs of these histories: computed once, it answers any number of later queries."""
+        """What `ask` needs of these histories: computed once, it answers any number of later queries.
+
+        layout: one without queries. The last layer stops at its keys and values: nothing reads more of it.
+        """
         cache: KeyValueCache = []
         self._layers(x_TD, _positions(layout, len(x_TD)), len(x_TD), layout, times, keep=cache)
         return cache
+
+    def extend(
+        self, cache: KeyValueCache, x_TD: Tensor, extension: Extension, *, times: TokenTimes | None = None
+    ) -> KeyValueCache:
+        """The cache of histories that have grown by the tokens x_TD: equal to `keys_and_values` of all their tokens.
+
+        extension: of the cache's lengths (see layout.py). times: of all the tokens and, as queries, of the new ones.
+        Raises ValueError where a history grows beyond max_tokens: its oldest tokens have to go, and every later one
+        has been computed with them, so it is to be computed again from those that stay.
+        """
+        longest = max((bucket.max_tokens for bucket in extension.layout.buckets), default=0)
+        if longest > self.max_tokens:
+            raise ValueError(
+                f"a history grows to {longest} tokens, but this user encoder has {self.max_tokens} positions "
+                "(max_tokens): compute keys_and_values of its last tokens anew"
+            )
+        grown: KeyValueCache = []
+        layout, position_N, order_T = extension
+        self._layers(x_TD, position_N, 0, layout, times, cache=cache, keep=grown, order_T=order_T)
+        return grown
 
     def ask(
         self,
@@ -213,6 +237,7 @@ class UserEncoder(nn.Module):
         queries_only: bool = False,
         cache: KeyValueCache | None = None,
         keep: KeyValueCache | None = None,
+        order_T: Tensor | None = None,
     ) -> Tensor:
         if self.time_bias and times is None:
             raise ValueError("this user encoder has a bias of time (time_bias): it needs the times of its tokens")
@@ -224,9 +249,12 @@ class UserEncoder(nn.Module):
             angle = position_X[:, None].float() * ROTARY_BASE**-exponent
             rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
         x = F.dropout(x_XD, self.dropout, self.training)
-        indices = bias_indices(layout, times if self.time_bias else None) if self.has_bias else None
+        indices = None
+        if self.has_bias:
+            indices = bias_indices(layout, times if self.time_bias else None, tokens_too=cache is None)
         for number, (block, bias) in enumerate(zip(self.blocks, self.biases, strict=True)):
-            only = queries_only and number == len(self.blocks) - 1
+            last = number == len(self.blocks) - 1
+            only = queries_only and last
             attend = partial(
                 _attend,
                 num_tokens=num_tokens,
@@ -237,9 +265,11 @@ class UserEncoder(nn.Module):
                 # In the last layer of a pure query nothing reads the history's outputs, only its keys and values.
                 queries_only=only or cache is not None,
                 cached=None if cache is None else cache[number],
+                order_T=order_T,
                 keep=keep,
+                stop=last and keep is not None,
             )
-            rows = slice(num_tokens if only else 0, None)
+            rows = slice(0, 0) if last and keep is not None else slice(num_tokens if only else 0, None)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, attend, rows, rotary, use_reentrant=False)
             else:
@@ -259,13 +289,22 @@ def _attend(
     silu: bool,
     queries_only: bool,
     cached: tuple[Tensor, Tensor] | None,
+    order_T: Tensor | None,
     keep: KeyValueCache | None,
+    stop: bool,
 ) -> Tensor:
-    """The tokens' causal attention and, behind it, the queries' to the tokens' (or cached) keys and values."""
+    """The tokens' causal attention and, behind it, the queries' to the tokens' (or cached) keys and values.
+
+    order_T: the queries are new tokens of the cached sequences, which they grow by. stop: only keys and values count.
+    """
     history, asked = slice(0, num_tokens), slice(num_tokens, None)
     k_THK, v_THK = (k[history], v[history]) if cached is None else cached
+    if order_T is not None:
+        k_THK, v_THK = torch.cat([k_THK, k])[order_T], torch.cat([v_THK, v])[order_T]
     if keep is not None:
         keep.append((k_THK, v_THK))
+    if stop:
+        return q[:0]
     parts = []
     if not queries_only:
         parts.append(causal_attention(q[history], k_THK, v_THK, layout, silu=silu, bias=bias, indices=indices))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
+from lumrec.data.negatives import NegativeSampler, NegativesConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, deal, training_windows, window_cost
 from lumrec.data.splits import TRAIN
@@ -19,7 +20,6 @@ from lumrec.modules.layout import make_layout
 from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
 
-SAMPLING = ("uniform", "popularity")
 ABSENT = -1
 
 
@@ -115,8 +115,10 @@ class PackBuilder:
             previous_Q=torch.where(queries.moment_Q == 0, -1, place_Q - 1),
             time_T=self.time_E[row_T],
             time_Q=self._asked_at(windows, queries) if queries.time_Q is None else queries.time_Q,
+            candidate_item_C=candidates_C,
             positive_T=_none(),
             log_weight_C=torch.zeros(num_candidates),
+            log_positive_weight_T=torch.zeros(0),
             contrast_event_Q=_none(),
             event_row_T=row_T,
         )
@@ -147,67 +149,6 @@ def _keep(bags: tuple[Tensor, Tensor], shown: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class NegativesConfig:
-    """Which items stand against the right one in InfoNCE (LUM equ. 2).
-
-    full: the whole catalogue (small catalogues; the other settings then have no effect). in_batch: the items of the
-    same pack, by how often they occur (the paper's). sampled: further items, shared by all positions, drawn uniformly
-    or by their popularity^popularity_power in the training part. logq: correct for how likely each was to be there.
-    """
-
-    full: bool = False
-    in_batch: bool = True
-    sampled: int = 1024
-    sampling: str = "uniform"
-    popularity_power: float = 0.75
-    logq: bool = True
-
-
-class NegativeSampler:
-    """Draws a pack's candidates: its own items, once each, and the negatives, with their weights."""
-
-    def __init__(self, config: NegativesConfig, item_counts_I: np.ndarray) -> None:
-        if config.sampling not in SAMPLING:
-            raise ValueError(f"negatives.sampling is {config.sampling!r}; expected one of {SAMPLING}")
-        if not (config.full or config.in_batch or config.sampled > 0):
-            raise ValueError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
-        self.config = config
-        counts_I = torch.from_numpy(item_counts_I).double()
-        self.popularity_I = counts_I / counts_I.sum()
-        if config.sampling == "popularity":
-            weight_I = self.popularity_I**config.popularity_power
-        else:
-            # Items that no training event holds are no use as negatives: nothing would ever pull them back.
-            weight_I = (counts_I > 0).double()
-        self.proposal_I = weight_I / weight_I.sum()
-        self.cumulative_I = self.proposal_I.cumsum(0)
-
-    def draw(self, item_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(candidates_C int64, positive_T int64, log_weight_C float32) for events with the items `item_T`."""
-        num_items, config = len(self.proposal_I), self.config
-        if config.full:
-            return torch.arange(num_items), item_T, torch.zeros(num_items)
-        sampled = torch.searchsorted(self.cumulative_I, torch.rand(config.sampled, generator=generator).double())
-        count_I = torch.bincount(sampled.clamp(max=num_items - 1), minlength=num_items).double()
-        if config.in_batch:
-            count_I += torch.bincount(item_T, minlength=num_items)
-        if config.logq:
-            expected_I = config.sampled * self.proposal_I
-            if config.in_batch:
-                expected_I = expected_I + len(item_T) * self.popularity_I
-            weight_I = torch.where(count_I > 0, count_I / expected_I.clamp(min=1e-12), 0.0)
-        else:
-            weight_I = count_I
-        is_candidate = weight_I > 0
-        is_candidate[item_T] = True
-        candidates_C = is_candidate.nonzero().squeeze(1)
-        place_I = torch.zeros(num_items, dtype=torch.int64)
-        place_I[candidates_C] = torch.arange(len(candidates_C))
-        # A target that was not drawn is a candidate of weight 0: right where it stands, no negative elsewhere.
-        return candidates_C, place_I[item_T], weight_I[candidates_C].log().float()
-
-
-@dataclass(frozen=True)
 class PackingConfig:
     """events_per_pack: budget of events of one pack (two tokens each) on each rank. condition_dropout: share of events
     whose condition feature is withheld, feature by feature, so that a query may leave it out."""
@@ -222,6 +163,7 @@ class PackLoader:
     The windows of one step, world_size · events_per_pack events, are dealt to the ranks such that each has about the
     same work to do (see `deal`), which all ranks find out alike; ranks with long windows then hold fewer events. Ranks
     get equally many packs, an empty one where the last step has fewer windows than ranks. token_cost: see there.
+    `done` counts budgets of events_per_pack over all ranks: another number of ranks goes on with the very next one.
     """
 
     def __init__(
@@ -249,7 +191,11 @@ class PackLoader:
         # Popularity among the users that this LUM learns from: that of held-out users is theirs to keep.
         data = builder.data
         own_E = (data.split == TRAIN) & users[data.user]
-        self.sampler = NegativeSampler(negatives, np.bincount(data.item[own_E], minlength=data.num_items))
+        self.sampler = NegativeSampler(
+            negatives,
+            np.bincount(data.item[own_E], minlength=data.num_items),
+            num_ranks=world_size if negatives.across_ranks else 1,
+        )
         self.contrast_feature, self.token_cost = contrast_feature, token_cost
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.done = 0, 0
@@ -269,12 +215,12 @@ class PackLoader:
         windows = training_windows(self.builder.data, max_events=self.max_events, users=self.users, generator=generator)
         return windows[torch.randperm(windows.count, generator=generator)]
 
-    def _step_of_window(self, windows: Windows) -> Tensor:
+    def _budget_of_window(self, windows: Windows) -> Tensor:
         before_W = windows.length_W.cumsum(0) - windows.length_W
-        return before_W // (self.packing.events_per_pack * self.world_size)
+        return before_W // self.packing.events_per_pack
 
     def _num_packs(self, windows: Windows) -> int:
-        return int(self._step_of_window(windows)[-1]) + 1
+        return int(self._budget_of_window(windows)[-1]) // self.world_size + 1
 
     def __len__(self) -> int:
         """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut anew)."""
@@ -282,15 +228,20 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[Pack]:
         windows = self._windows(self.epoch)
-        step_W = self._step_of_window(windows)
-        rank_W = deal(
-            window_cost(self.builder.tokens_per_event * windows.length_W, self.token_cost), step_W, self.world_size
-        )
-        pack_W = step_W * self.world_size + rank_W
-        for step in range(self.done, self._num_packs(windows)):
-            number = step * self.world_size + self.rank
-            self.done = step + 1
-            yield self.training_pack(windows[pack_W == number], self._generator(self.epoch, number))
+        budget_W = self._budget_of_window(windows)
+        step_W = torch.div(budget_W - self.done, self.world_size, rounding_mode="floor")
+        cost_W = window_cost(self.builder.tokens_per_event * windows.length_W, self.token_cost)
+        is_left_W = step_W >= 0
+        rank_W = torch.full_like(step_W, -1)
+        rank_W[is_left_W] = deal(cost_W[is_left_W], step_W[is_left_W], self.world_size)
+        for step in range(int(step_W[-1]) + 1):
+            number = self.done + self.rank
+            self.done += self.world_size
+            is_now_W = step_W == step
+            num_events = int(windows.length_W[is_now_W].sum()) if self.sampler.config.across_ranks else None
+            yield self.training_pack(
+                windows[is_now_W & (rank_W == self.rank)], self._generator(self.epoch, number), num_events=num_events
+            )
         self.epoch, self.done = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -299,18 +250,22 @@ class PackLoader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.epoch, self.done = state["epoch"], state["done"]
 
-    def training_pack(self, windows: Windows, generator: torch.Generator) -> Pack:
-        """A pack in which every event is to be predicted, with negatives and, if wished, counterfactual queries."""
+    def training_pack(self, windows: Windows, generator: torch.Generator, *, num_events: int | None = None) -> Pack:
+        """A pack in which every event is to be predicted, with negatives and, if wished, counterfactual queries.
+
+        num_events: events of all ranks in this step, where their negatives are put together (see NegativeSampler).
+        """
         builder, rate = self.builder, self.packing.condition_dropout
         row_T = expand_ranges(windows.start_W, windows.length_W)
         item_T = builder.item_E[row_T]
         shown_T = {name: torch.rand(len(row_T), generator=generator) >= rate for name in builder.condition_features}
-        candidates_C, positive_T, log_weight_C = self.sampler.draw(item_T, generator)
+        candidates = self.sampler.draw(item_T, generator, num_events=num_events)
         queries, contrast_event_Q = None, _none()
         if self.contrast_feature:
             queries, contrast_event_Q = self._counterfactual(windows, row_T, shown_T, generator)
-        pack = builder.pack(windows, queries=queries, candidates_C=candidates_C, shown_T=shown_T)
-        pack.positive_T, pack.log_weight_C, pack.contrast_event_Q = positive_T, log_weight_C, contrast_event_Q
+        pack = builder.pack(windows, queries=queries, candidates_C=candidates.item_C, shown_T=shown_T)
+        pack.positive_T, pack.log_weight_C = candidates.positive_T, candidates.log_weight_C
+        pack.log_positive_weight_T, pack.contrast_event_Q = candidates.log_positive_weight_T, contrast_event_Q
         return pack
 
     def _counterfactual(

@@ -9,6 +9,10 @@ Shapes: E events (sorted by user, time, original order), U users, I items.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Dict, Iterable, List
 
@@ -85,6 +89,14 @@ class PreparedData:
             raise ValueError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
         frame = self._read(f"vocabulary/{table}.parquet")
         return dict(zip(frame["key"].to_list(), frame["row"].to_list()))
+
+    @cached_property
+    def vocabulary_fingerprint(self) -> str:
+        """Changes with the schema, the split rule and the row of any value; not with events that add no value."""
+        digest = hashlib.sha256(json.dumps([self.manifest["schema"], self.manifest["split"]], sort_keys=True).encode())
+        for table in sorted(self.table_rows):
+            digest.update(json.dumps([table, sorted(self.vocabulary(table).items(), key=itemgetter(1))]).encode())
+        return digest.hexdigest()[:16]
 
     def item_keys(self) -> List[str]:
         """Raw id of each item [I]."""

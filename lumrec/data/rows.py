@@ -137,6 +137,8 @@ class RowLoader:
 
     Rows are dealt evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by one at most, so
     that no step has a rank without rows, or a last batch of a few. Raises ValueError with fewer rows than ranks.
+    Another number of ranks deals the rows anew that are left of the epoch (where fewer are left than ranks, up to R - 1
+    rows come twice).
     """
 
     def __init__(
@@ -158,26 +160,36 @@ class RowLoader:
             )
         self.builder, self.rows, self.seed = builder, rows, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.done = 0, 0
-        self._length = min(-(-len(rows) // (batch_size * world_size)), len(rows) // world_size)
+        self.batch_size = batch_size
+        self.epoch, self.first, self.done = 0, 0, 0
+
+    def _bounds(self, world_size: int) -> np.ndarray:
+        """Where the batches begin and end, from the row `first` on; those of one step stand behind each other."""
+        left = len(self.rows) - self.first
+        steps = min(-(-left // (self.batch_size * world_size)), left // world_size)
+        return self.first + np.linspace(0, left, steps * world_size + 1).astype(np.int64)
 
     def __len__(self) -> int:
-        return self._length
+        num_rows = len(self.rows)
+        return min(-(-num_rows // (self.batch_size * self.world_size)), num_rows // self.world_size)
 
     def __iter__(self) -> Iterator[RankBatch]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        bounds = np.linspace(0, len(order), self._length * self.world_size + 1).astype(np.int64)
-        for step in range(self.done, self._length):
+        bounds = self._bounds(self.world_size)
+        for step in range(self.done, (len(bounds) - 1) // self.world_size):
             number = step * self.world_size + self.rank
             self.done = step + 1
             yield self.builder.batch(order[bounds[number] : bounds[number + 1]])
-        self.epoch, self.done = self.epoch + 1, 0
+        self.epoch, self.first, self.done = self.epoch + 1, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "done": self.done}
+        return {"epoch": self.epoch, "first": self.first, "done": self.done, "world_size": self.world_size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.epoch, self.done = state["epoch"], state["done"]
+        self.epoch, self.first, self.done = state["epoch"], state["first"], state["done"]
+        if state["world_size"] != self.world_size:
+            dealt = int(self._bounds(state["world_size"])[self.done * state["world_size"]])
+            self.first, self.done = min(dealt, len(self.rows) - self.world_size), 0
 
 
 def evaluation_batches(

@@ -184,15 +184,16 @@ def _hash(keys: Sequence[str], seed: int) -> np.ndarray:
     lengths_U = np.char.str_len(encoded)
     bytes_UW = encoded.view(np.uint8).reshape(len(keys), encoded.dtype.itemsize)
     with np.errstate(over="ignore"):
-        start = np.uint64(0xCBF29CE484222325) ^ _mix(np.array([seed % 2**64], np.uint64))[0]
+        start = np.uint64(0xCBF29CE484222325) ^ mix(np.array([seed % 2**64], np.uint64))[0]
         state_U = np.full(len(keys), start, np.uint64)
         for place in range(bytes_UW.shape[1]):
             stepped = (state_U ^ bytes_UW[:, place]) * np.uint64(0x100000001B3)
             state_U = np.where(lengths_U > place, stepped, state_U)
-        return _mix(state_U)
+        return mix(state_U)
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
+def mix(state: np.ndarray) -> np.ndarray:
+    """splitmix64's output function: every bit of a uint64 on every other, elementwise; overflow is part of it."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -27,7 +27,8 @@ from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import PARTS
-from lumrec.query.group_query import condition_columns, encode_items
+from lumrec.query.conditions import condition_columns
+from lumrec.query.group_query import encode_items
 from lumrec.train.parallel import rank, world_size
 
 # Users × items of the scores held at once (elements).

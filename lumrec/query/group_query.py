@@ -22,24 +22,29 @@ no prepared data at ...
 >>> (o_BND @ e_ID.T).topk(10).indices.shape
 torch.Size([2, 2, 10])
 
+A request brings conditions of its own; `ask` takes raw user keys:
+
+>>> query.ask(["3", "7"], [{"category": "top 2"}, {"feedback": "like"}]).shape
+torch.Size([2, 3, 64])
+
 Shape suffixes: B users, R answers (moments asked), N conditions, D width, I catalogue items, W windows.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.columns import expand_ranges
 from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
-from lumrec.data.splits import TRAIN
+from lumrec.query.conditions import MAX_CONDITIONS, Conditions, expand
 
 # Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
 SUM_BUDGET = 1 << 19
@@ -47,8 +52,7 @@ SORTED_WINDOWS = 4096
 ITEM_BLOCK = 1 << 16
 # Sums over 2**16 items of exp(±SAFE_EXPONENT) are neither infinite nor denormal in float32.
 SAFE_EXPONENT = 60.0
-# Beyond this many, conditions that nobody chose would cost more than they tell.
-MAX_DEFAULT_CONDITIONS = 16
+_USERS: WeakKeyDictionary[PreparedData, dict[str, int]] = WeakKeyDictionary()
 
 
 class GroupQuery:
@@ -56,9 +60,12 @@ class GroupQuery:
 
     model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
     feature, such as {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any. A
-    multi-valued feature takes several values with | between them, {"query": "red|shoes"}.
+    multi-valued feature takes several values with | between them, {"query": "red|shoes"}. "*" and "top 3" stand for
+    several values (see conditions.py); self.conditions holds them expanded. stride: of `row_windows`; 0 = half a
+    window.
 
-    Raises ValueError for a feature or value that the LUM does not know, naming the nearest.
+    Raises ValueError for a feature or value that the LUM does not know, naming the nearest, and for more than
+    `max_conditions` of them.
     """
 
     def __init__(
@@ -70,11 +77,13 @@ class GroupQuery:
         max_events: int,
         stride: int = 0,
         tokens_per_pack: int = 8192,
+        max_conditions: int = MAX_CONDITIONS,
     ) -> None:
         self.model, self.builder, self.data = model, builder, builder.data
-        self.conditions = [dict(condition) for condition in conditions]
-        self.asked_N = condition_columns(builder.data, builder.condition_features, self.conditions)
-        self.max_events = max_events
+        features = builder.condition_features
+        self.conditions = expand(builder.data, features, conditions, max_conditions=max_conditions)
+        self.asked = Conditions(builder.data, features, self.conditions)
+        self.max_events, self.max_conditions = max_events, max_conditions
         self.stride = stride or default_stride(max_events)
         if not 1 <= self.stride < max_events:
             raise ValueError(
@@ -86,7 +95,51 @@ class GroupQuery:
 
     def users(self, user_B: Tensor) -> Tensor:
         """Answers after the last event of each user, o_BND (float32): what serving reads."""
-        return self._answer_all(serving_windows(self.data, user_B, max_events=self.max_events))
+        return self._answer_all(serving_windows(self.data, user_B, max_events=self.max_events), self.asked)
+
+    def ask(
+        self,
+        users: Sequence[str] | Windows,
+        conditions: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        *,
+        asked_at_B: Tensor | None = None,
+        unknown_as_zero: bool = False,
+    ) -> Tensor:
+        """Answers to the conditions of a request at hand, such as its search query, o_BND (float32).
+
+        users: raw keys, each asked behind the last event; or stretches of the log's rows, each asked behind its end.
+        conditions: N for everyone, or a list of N for each. asked_at_B: int64, seconds, when each is asked (a LUM with
+        a bias of time reads it); None = at the time of the last event. unknown_as_zero: a value that the LUM does not
+        know, such as a new word of a search query, is read as the log reads it, as "unknown"; else it raises.
+
+        Raises ValueError for an unknown key, feature or value (naming the nearest), for lists of different lengths, and
+        for a stretch that is too long for the LUM.
+        """
+        if isinstance(users, Windows):
+            windows = users
+            if windows.count and int(windows.length_W.max()) >= self.max_events:
+                raise ValueError(
+                    f"a history of {int(windows.length_W.max())} events is asked, but this LUM sees up to "
+                    f"{self.max_events - 1} before a query (model.max_events - 1); give the last ones"
+                )
+        else:
+            windows = serving_windows(self.data, user_rows(self.data, users), max_events=self.max_events).windows
+        asked = self._of_request(windows.count, conditions, unknown_as_zero)
+        return self._answer_all(AnsweringWindows(windows, windows.length_W, windows.length_W + 1), asked, asked_at_B)
+
+    def _of_request(self, num_histories: int, conditions: Sequence[Any], unknown_as_zero: bool) -> Conditions:
+        data, features = self.data, self.builder.condition_features
+        if not conditions or isinstance(conditions[0], Mapping):
+            slots = expand(data, features, conditions, max_conditions=self.max_conditions)
+            return Conditions(data, features, slots, unknown_as_zero=unknown_as_zero)
+        counts = {len(each) for each in conditions}
+        if len(conditions) != num_histories or len(counts) != 1:
+            raise ValueError(
+                f"{len(conditions)} lists of {sorted(counts)} conditions are given for {num_histories} users; expected "
+                "one list for each, all of the same length (a user with fewer may be asked {} too)"
+            )
+        slots = [condition for each in conditions for condition in each]
+        return Conditions(data, features, slots, num_histories=num_histories, unknown_as_zero=unknown_as_zero)
 
     def rows(self, user_B: Tensor) -> tuple[Tensor, Tensor]:
         """Every event row of these users but each one's first (int64 [R]) and its answers, o_RND.
@@ -94,51 +147,70 @@ class GroupQuery:
         Each row is asked with the events before it, see `row_windows`.
         """
         answering = row_windows(self.data, user_B, max_events=self.max_events, stride=self.stride)
-        return asked_rows(answering), self._answer_all(answering)
+        return asked_rows(answering), self._answer_all(answering, self.asked)
 
     def items(self) -> Tensor:
         """Every catalogue item as the LUM sees it, e_ID (float32), to be matched with answers by a dot product."""
         return encode_items(self.model, self.builder)
 
-    @torch.no_grad()
     def answer(self, answering: AnsweringWindows) -> Tensor:
         """One forward pass: the answers of these windows' moments, in order, o_RND. No window at all is allowed.
 
         Under DMP every rank has to call this equally often, with nothing to ask where it has run out of windows.
         """
-        num_conditions = len(self.conditions)
+        return self._answer(answering, self.asked, torch.arange(answering.windows.count))
+
+    @torch.no_grad()
+    def _answer(
+        self, answering: AnsweringWindows, asked: Conditions, number_W: Tensor, asked_at_W: Tensor | None = None
+    ) -> Tensor:
         window_R, moment_R = asked_moments(answering)
+        window_Q = window_R.repeat_interleave(asked.count)
         queries = Queries(
-            window_R.repeat_interleave(num_conditions),
-            moment_R.repeat_interleave(num_conditions),
-            {
-                feature: column_N.take(torch.arange(num_conditions).repeat(len(window_R)))
-                for feature, column_N in self.asked_N.items()
-            },
+            window_Q,
+            moment_R.repeat_interleave(asked.count),
+            asked.bags(answering.windows, window_R, moment_R, number_W=number_W),
+            None if asked_at_W is None else asked_at_W[window_Q],
         )
         # TorchRec cannot look up nothing at all, so an empty pack reads one item.
         nothing = torch.zeros(int(len(window_R) == 0), dtype=torch.int64)
         pack = self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
         o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
-        return o_QD.float().cpu().view(len(window_R), num_conditions, o_QD.shape[1])
+        return o_QD.float().cpu().view(len(window_R), asked.count, o_QD.shape[1])
 
-    def _answer_all(self, answering: AnsweringWindows) -> Tensor:
+    def _answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
         answers_W = answering.last_W - answering.first_W
         starts_W = answers_W.cumsum(0) - answers_W
         places, parts = [], []
         training = self.model.training
         self.model.eval()
         try:
-            for index in packs(
-                answering, num_conditions=len(self.conditions), tokens_per_pack=self.tokens_per_pack
-            ) or [torch.zeros(0, dtype=torch.int64)]:
-                parts.append(self.answer(take(answering, index)))
+            for index in packs(answering, num_conditions=asked.count, tokens_per_pack=self.tokens_per_pack) or [
+                torch.zeros(0, dtype=torch.int64)
+            ]:
+                at = None if asked_at_W is None else asked_at_W[index]
+                parts.append(self._answer(take(answering, index), asked, index, at))
                 places.append(expand_ranges(starts_W[index], answers_W[index]))
         finally:
             self.model.train(training)
         o_RND = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
         o_RND[torch.cat(places)] = torch.cat(parts)
         return o_RND
+
+
+def user_rows(data: PreparedData, keys: Sequence[str]) -> Tensor:
+    """The users (int64) with these raw keys. Raises ValueError for one that the log does not hold, naming the nearest.
+
+    The keys of all users are read once and kept.
+    """
+    if data not in _USERS:
+        _USERS[data] = {key: user for user, key in enumerate(data.user_keys())}
+    known = _USERS[data]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=3, cutoff=0.0)
+            raise ValueError(f"the log holds no user {key!r}; the nearest of its {len(known):,} are {', '.join(near)}")
+    return torch.tensor([known[key] for key in keys], dtype=torch.int64)
 
 
 def default_stride(max_events: int) -> int:
@@ -233,73 +305,3 @@ def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
             sums = [part.logsumexp(1) for part in similarity]
         log_z_X = torch.logaddexp(log_z_X, torch.cat(sums))
     return log_z_X
-
-
-def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
-    """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
-
-    The value that training events like best comes first: `wish_score` holds it against the others. Raises ValueError
-    where that makes more than 16 conditions: then somebody has to choose.
-    """
-    wishes = [name for name in features if data.schema.features[name].wish]
-    conditions = [{name: value} for name in wishes for value in _by_like_rate(data, name)]
-    if len(conditions) > MAX_DEFAULT_CONDITIONS:
-        raise ValueError(
-            f"the wishes {wishes} have {len(conditions)} values, too many to ask them all; choose some of them in "
-            f"query.conditions, such as [{{{wishes[0]}: {conditions[0][wishes[0]]}}}]"
-        )
-    return conditions or [{}]
-
-
-def _by_like_rate(data: PreparedData, feature: str) -> list[str]:
-    """Values of a condition feature, those with the highest share of positive training events first."""
-    rows, lengths = data.event_columns[feature].take(torch.from_numpy(np.flatnonzero(data.split == TRAIN)))
-    label = np.repeat(data.label[data.split == TRAIN], lengths.numpy())
-    vocabulary = _vocabulary(data, feature)
-    count = np.bincount(rows.numpy(), minlength=len(vocabulary) + 1)
-    rate = np.bincount(rows.numpy(), weights=label, minlength=len(vocabulary) + 1) / np.maximum(count, 1)
-    return sorted(vocabulary, key=lambda value: -rate[vocabulary[value]])
-
-
-def condition_columns(
-    data: PreparedData, features: Sequence[str], conditions: Sequence[Mapping[str, str]]
-) -> dict[str, Column]:
-    """Vocabulary rows of N conditions: feature -> Column of N entries, an empty one where the feature is not given.
-
-    features: the condition features that the LUM reads. Raises ValueError for another feature, or a value not known.
-    """
-    if not conditions:
-        raise ValueError("no condition is asked; give at least one, [{}] to ask without any")
-    declared = features_by_role(data.schema, "condition")
-    for name in {name for condition in conditions for name in condition}:
-        if name not in features:
-            why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
-            raise ValueError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, features)}")
-    columns = {}
-    for name in features:
-        known = _vocabulary(data, name)
-        rows = [_rows_of(data, name, condition[name], known) if name in condition else [] for condition in conditions]
-        lengths_N = torch.tensor([len(entry) for entry in rows])
-        values = torch.tensor([row for entry in rows for row in entry], dtype=torch.int64)
-        columns[name] = Column(values, torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]))
-    return columns
-
-
-def _rows_of(data: PreparedData, feature: str, value: str, known: Mapping[str, int]) -> list[int]:
-    values = str(value).split("|") if data.schema.features[feature].kind == "multi" else [str(value)]
-    for word in values:
-        if word not in known:
-            raise ValueError(
-                f"condition {feature}: {word!r} does not occur in the training part{_nearest(word, list(known))}; "
-                f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
-            )
-    return [known[word] for word in values]
-
-
-def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
-    return data.vocabulary(data.schema.features[feature].table or feature)
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -18,14 +17,15 @@ from tqdm import tqdm
 
 from lumrec.data.prepare import open_or_prepare, prepared_path
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
 from lumrec.data.splits import user_fold
 from lumrec.evaluation.answers import rank_by_answers
+from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
+from lumrec.query.forget import drop_forgotten, forgotten_among
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
-    condition_columns,
-    default_conditions,
     default_stride,
     log_normalizer,
     packs,
@@ -33,10 +33,13 @@ from lumrec.query.group_query import (
     serving_windows,
     take,
 )
-from lumrec.query.store import DTYPES, MANIFEST, Knowledge, UserAnswer, check_files, read_manifest
-from lumrec.query.writer import KnowledgeWriter, version_name
+from lumrec.query.history import key_digests, user_index
+from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
+from lumrec.query.refresh import Earlier, find_earlier, take_over
+from lumrec.query.store import MANIFEST, Knowledge, check_files, read_manifest
+from lumrec.query.writer import KnowledgeWriter, full_disk_told, version_name
 from lumrec.train.checkpoint import best_checkpoint
-from lumrec.train.lum import condition_features, load_lum
+from lumrec.train.lum import ModelConfig, check_lum_fits, condition_features, load_lum
 from lumrec.train.parallel import init_distributed, rank, world_size
 from lumrec.train.run import RunFolder, on_rank_zero
 
@@ -51,23 +54,33 @@ LOG_EVERY_S = 30.0
 class QueryConfig:
     """Step 2: what is asked, about whom, and how the answers are stored.
 
-    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike}]; [{}] asks without any.
-        Empty: each value of each wish of the schema.
+    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
+        asks without any. Empty: each value of each wish of the schema. A value may stand for several, and each is a
+        condition of its own: "*" each value that training events have, the most frequent first; "top 3" the three most
+        frequent of the history asked, other ones for each user and moment ("top 2 of 3" is the second of them alone; a
+        history with fewer is asked without). With several such features every combination is asked. In a multi-valued
+        feature, red|shoes is one condition with two values.
+    max_conditions: conditions that may come of it; more is an error.
     rows: ask for every row of the log, with the history before it (what rankers train on).
     users: ask for every user, after the last event (what serving reads).
     stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
         asked with at least max_events - stride events before it; 0 = half a window.
     log_normalizer: store log Σ over the catalogue of exp(similarity), which makes log-probabilities of similarities.
-    dtype: float16 | float32, of the stored vectors. tokens_per_pack: tokens and queries of one forward pass; on a CPU
-        what stays in a core's cache is fastest, on a GPU more.
+    dtype: float16 | float32 | int8 (with a scale for each vector), of what is stored.
+    refresh_from: knowledge run whose answers are taken over for users whose history is as it was; "" = this run's own
+        version in force, where it has one.
+    tokens_per_pack: tokens and queries of one forward pass; on a CPU what stays in a core's cache is fastest, on a GPU
+        more.
     """
 
     conditions: List[Dict[str, str]] = field(default_factory=list)
+    max_conditions: int = MAX_CONDITIONS
     rows: bool = True
     users: bool = True
     stride: int = 0
     log_normalizer: bool = True
     dtype: str = "float16"
+    refresh_from: str = ""
     tokens_per_pack: int = 8192
 
 
@@ -111,26 +124,30 @@ def run(config: Config) -> dict[str, float | str]:
         )
     data = open_or_prepare(config)
     lums = find_lums(config, data)
-    identity = _identity(config.query, data, lums)
+    identity = _identity(config, data, lums)
     run_folder = RunFolder.create(config, "query")
     if run_folder.finished and on_rank_zero(lambda: _is_published(run_folder.path, identity)):
         run_folder.close()
         return run_folder.result()
 
     start = time.perf_counter()
-    job = _Job(data, identity, run_folder)
-    for place, lum in enumerate(lums):
-        if pending := job.pending(place):
-            dmp, builder, _ = load_lum(config, lum.run, data, device=device)
-            query = GroupQuery(
-                dmp,
-                builder,
-                identity["conditions"],
-                **identity["window"],
-                tokens_per_pack=identity["tokens_per_pack"],
-            )
-            job.ask(place, pending, query)
-    manifest = job.publish()
+    earlier_path = Path(config.runs_dir) / config.query.refresh_from if config.query.refresh_from else run_folder.path
+    earlier = find_earlier(earlier_path, identity, required=earlier_path != run_folder.path)
+    with full_disk_told(run_folder.path):
+        job = _Job(data, identity, run_folder, lums[0].trained.model, earlier)
+        for place, lum in enumerate(lums):
+            if pending := job.pending(place):
+                dmp, builder, _ = load_lum(config, lum.run, data, device=device)
+                query = GroupQuery(
+                    dmp,
+                    builder,
+                    identity["conditions"],
+                    **identity["window"],
+                    tokens_per_pack=identity["tokens_per_pack"],
+                    max_conditions=config.query.max_conditions,
+                )
+                job.ask(place, pending, query)
+        manifest = job.publish()
     result = {
         "dataset": data.manifest["dataset"],
         "hazard": manifest["hazard"],
@@ -145,7 +162,7 @@ def run(config: Config) -> dict[str, float | str]:
         result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
     result["wall_s"] = time.perf_counter() - start
     run_folder.finish(result)
-    asked = ", ".join(_spoken(condition) for condition in manifest["conditions"])
+    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
     logger.info(
         "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
     )
@@ -188,19 +205,16 @@ def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
             f"run={name}{fold}"
         )
     checkpoint = best_checkpoint(folder)
-    made_with = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))["fingerprint"]["data"]
-    if made_with != data.fingerprint:
-        raise ValueError(
-            f"the LUM {name} was trained on other data (fingerprint {made_with}) than {data.path} (fingerprint "
-            f"{data.fingerprint}): ask with the data that it was trained on, or pre-train it again"
-        )
+    if not check_lum_fits(name, checkpoint, data):
+        logger.info("the LUM %s was trained on another state of this log, with the same vocabularies", name)
     trained = load(folder / "config.yaml", [])
     # COMPLETE holds the checksum of meta.json, which holds those of all weights.
     return AskedLum(name, trained.fold, (checkpoint / "COMPLETE").read_text(encoding="utf-8").strip(), trained)
 
 
-def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
+def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
     """Everything that decides the answers, as JSON holds it. Raises ValueError for settings that cannot work."""
+    config = root.query
     if not (config.rows or config.users):
         raise ValueError("query.rows and query.users are both false: there is nothing to ask about; set one of them")
     if config.dtype not in DTYPES:
@@ -211,8 +225,10 @@ def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> 
         raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
     features = condition_features(model, data.schema)
-    conditions = [dict(condition) for condition in config.conditions] or default_conditions(data, features)
-    condition_columns(data, features, conditions)
+    asked = config.conditions or default_conditions(data, features)
+    conditions = expand(data, features, asked, max_conditions=config.max_conditions)
+    Conditions(data, features, conditions)  # whatever cannot be asked is told before a LUM is loaded
+    forgotten = on_rank_zero(lambda: forgotten_among(Path(root.runs_dir), key_digests(data.user_keys())))
     return {
         "data_fingerprint": data.fingerprint,
         "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],
@@ -227,6 +243,7 @@ def _identity(config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> 
         "users": config.users,
         "log_normalizer": config.log_normalizer,
         "tokens_per_pack": config.tokens_per_pack,
+        **({"forgotten": forgotten} if forgotten else {}),
     }
 
 
@@ -245,19 +262,44 @@ def _is_published(path: Path, identity: dict[str, Any]) -> bool:
 class _Job:
     """The build of one version on this rank: which units are left, and the asking and writing of each."""
 
-    def __init__(self, data: PreparedData, identity: dict[str, Any], run_folder: RunFolder) -> None:
-        self.data, self.identity, self.run_folder = data, identity, run_folder
+    def __init__(
+        self,
+        data: PreparedData,
+        identity: dict[str, Any],
+        run_folder: RunFolder,
+        model: ModelConfig,
+        earlier: Earlier | None,
+    ) -> None:
+        self.data, self.identity, self.run_folder, self.earlier = data, identity, run_folder, earlier
         self.fold_U = user_fold(data.user_keys(), len(identity["lums"]))
         self.user_keys = data.user_keys()
         self.length_U = np.diff(data.user_offsets)
+        read = [*features_by_role(data.schema, "item"), *features_by_role(data.schema, "feedback")]
+        self.index_U = user_index(data, [*read, *condition_features(model, data.schema)])
+        drop_forgotten(self.index_U, self.fold_U, identity.get("forgotten", []))
+        self.answered_U = (self.length_U > 0) & (self.index_U["key"] != b"")
+        self.earlier_U = self._unchanged() if earlier else np.full(data.num_users, -1)
         self.writer = KnowledgeWriter(
-            run_folder.path, identity, num_events=data.num_events, num_users=data.num_users, num_items=data.num_items
+            run_folder.path,
+            identity,
+            num_events=data.num_events,
+            num_users=data.num_users,
+            num_items=data.num_items,
+            basis=earlier.folder.name if earlier else "",
         )
         self.answers, self.seconds = 0, 0.0
 
+    def _unchanged(self) -> np.ndarray:
+        """Where in the earlier version each user stands whose answers hold still, int64 [U]; -1 = has to be asked."""
+        assert self.earlier is not None
+        place_U = self.earlier.places(self.index_U["key"])
+        same_U = (place_U >= 0) & (self.earlier.index_U["history"][place_U] == self.index_U["history"])
+        return np.where(same_U & self.answered_U, place_U, -1)
+
     def pending(self, place: int) -> list[Unit]:
         """Units of LUM `place` that no build has finished, the same list on every rank."""
-        users = torch.from_numpy(np.flatnonzero((self.fold_U == place) & (self.length_U > 0)))
+        asked_U = (self.fold_U == place) & self.answered_U & (self.earlier_U < 0)
+        users = torch.from_numpy(np.flatnonzero(asked_U))
         window, kinds = self.identity["window"], {}
         if self.identity["rows"]:
             kinds["rows"] = row_windows(self.data, users, **window)
@@ -275,9 +317,14 @@ class _Job:
 
     def ask(self, place: int, units: list[Unit], query: GroupQuery) -> None:
         """Asks LUM `place` for this rank's share of the units. Lookups are collective: all ranks ask equally often."""
-        e_ID = self._as_stored(query.items())
+        e_ID = self._as_stored(query.items(), "items")
         if rank() == 0:
             self.writer.write_items(place, e_ID)
+            if self.earlier:
+                taken_U = np.flatnonzero((self.earlier_U >= 0) & (self.fold_U == place))
+                take_over(
+                    self.writer, self.earlier, place, self.earlier_U[taken_U], self.index_U["first_row"][taken_U], e_ID
+                )
             self.writer.commit(f"items/{place}")
         units = [unit for unit in units if unit.kind != "items"]
         mine = units[rank() :: world_size()]
@@ -290,7 +337,7 @@ class _Job:
             if self.identity["log_normalizer"]:
                 log_z_RN = log_normalizer(o_RND.flatten(0, 1), e_ID).view(o_RND.shape[:2])
             if unit.kind == "rows":
-                self.writer.write_rows(asked_rows(unit.windows), o_RND, log_z_RN)
+                self.writer.write_rows(asked_rows(unit.windows).numpy(), o_RND, log_z_RN)
             elif unit.kind == "users":
                 self._write_users(unit.windows, place, o_RND, log_z_RN)
             if unit.name:
@@ -300,34 +347,40 @@ class _Job:
             progress.advance(o_RND.shape[0] * o_RND.shape[1])
         progress.close()
 
-    def _as_stored(self, x: Tensor) -> Tensor:
+    def _as_stored(self, x: Tensor, what: str = "answers") -> Tensor:
         """`x` rounded as it is going to be stored, so that log_z is the sum over exactly what readers see."""
-        return torch.from_numpy(self.writer.stored(x).astype(np.float32))
+        return torch.from_numpy(decode(*encode(x, self.identity["dtype"], what=what)))
 
     def _write_users(self, asked: AnsweringWindows, place: int, o_BND: Tensor, log_z_BN: Tensor | None) -> None:
-        now = int(time.time())
         users = asked.windows.user_W.numpy()
-        seen = asked.windows.length_W.tolist()
-        last_event_at = self.data.timestamp[self.data.user_offsets[users + 1] - 1].tolist()
-        num_events = self.length_U[users].tolist()
-        o, log_z = self.writer.stored(o_BND), None if log_z_BN is None else log_z_BN.numpy()
-        answers = [
-            UserAnswer(now, last_event_at[b], num_events[b], seen[b], place, o[b], None if log_z is None else log_z[b])
-            for b in range(len(users))
-        ]
-        self.writer.write_users([self.user_keys[user] for user in users], answers)
+        record_B = self.writer.user_records(
+            o_BND,
+            log_z_BN,
+            asked_at=int(time.time()),
+            last_event_at=self.data.timestamp[self.data.user_offsets[users + 1] - 1],
+            num_events=self.length_U[users],
+            num_seen=asked.windows.length_W.numpy(),
+            fold=place,
+        )
+        self.writer.write_users([user_key_bytes(self.user_keys[user]) for user in users], record_B)
 
     def publish(self) -> dict[str, Any]:
         """The manifest of the published version."""
         if rank() == 0:
-            self.writer.write_user_fold(self.fold_U)
-        with_history = int((self.length_U > 0).sum())
-        counts: dict[str, int] = {}
+            self.writer.write_item_keys(self.data.item_keys())
+            self.writer.write_user_index(self.fold_U, self.index_U)
+        answered, taken = int(self.answered_U.sum()), int((self.earlier_U >= 0).sum())
+        counts: dict[str, int] = {"users_asked": answered - taken, "users_taken_over": taken}
+        if self.earlier:
+            still_there = self.earlier.places(self.index_U["key"][self.answered_U]) >= 0
+            before = (self.earlier.index_U["num_events"] > 0) & (self.earlier.index_U["key"] != b"")
+            counts["users_removed"] = int(before.sum() - still_there.sum())
         if self.identity["rows"]:
             # A user's first event has no history: the LUM was not asked, as it would not have been at that time.
-            counts |= {"rows": self.data.num_events - with_history, "rows_absent": with_history}
+            rows = int(self.length_U[self.answered_U].sum()) - answered
+            counts |= {"rows": rows, "rows_absent": self.data.num_events - rows}
         if self.identity["users"]:
-            counts |= {"users": with_history, "users_absent": self.data.num_users - with_history}
+            counts |= {"users": answered, "users_absent": self.data.num_users - answered}
         return self.writer.publish({"counts": counts, "built_at": int(time.time())})
 
 
@@ -360,5 +413,6 @@ class _Progress:
             logger.info("%s: %d/%d packs, %s answers/s", self.name, self.units, self.num_units, f"{rate:,.0f}")
 
 
-def _spoken(condition: dict[str, str]) -> str:
+def spoken(condition: dict[str, str]) -> str:
+    """A condition as it is read out: feedback=like and scenario=home."""
     return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

@@ -3,41 +3,61 @@
     <run>/manifest.json               names the version in force; replaced by one atomic rename
     <run>/knowledge-<identity>/       one version, never changed after it was published
         rows_o.npy        [E, N, D]   answer to each condition, asked with the history before event row e
+        rows_scale.npy    [E, N]      float32, with dtype int8 alone (lumrec/query/records.py)
         rows_log_z.npy    [E, N]      log Σ over the catalogue of exp(o · e), float32 (unless switched off)
         rows_present.npy  [E]         bool; False where nothing was asked, and the answer is zeros
-        items_e.npy       [K, I, D]   every catalogue item, once for each LUM
+        items_e.npy       [K, I, D]   every catalogue item, once for each LUM; with int8, items_scale.npy [K, I]
+        items.parquet     [I]         raw key of each item
         user_fold.npy     [U]         int8, which of the K LUMs answers for the user
+        users.npy         [U]         digests of key and history, event rows: what a refresh and a deletion go by
         store/data.mdb                LMDB: user key -> answers after the user's last event
     <run>/building/                   the next version, while it is being built (see lumrec/query/writer.py)
+    <runs_dir>/forgotten.txt          SHA-256 of every user who is never asked again (lumrec/query/forget.py)
+
+Why LMDB: a library, not a server; many processes read it through one memory map without locks, find an entry by key in
+a few page reads, and a build that is killed leaves it whole. Arrow and Parquet have no look-up by key.
 
 Shape suffixes: B asked users or rows, E events, U users, I items, N conditions, D width, K LUMs (folds).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
+import logging
 import time
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lumrec.query.records import (
+    ABSENT_FOLD,
+    bytes_to_records,
+    decode,
+    decode_records,
+    identity_user_dtype,
+    records_to_bytes,
+    user_key_bytes,
+)
 from lumrec.train.files import sha256
 
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
-DTYPES = ("float16", "float32")
 USERS_FILE = "store/data.mdb"
-# Of each value in the LMDB: see the first fields of UserAnswer.
-HEADER = struct.Struct("<qqqii")
+ITEMS_FILE = "items.parquet"
+# Of a manifest, what is not its version's identity.
+FACTS = ("format", "folder", "counts", "built_at", "files")
+_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
 class RowKnowledge(NamedTuple):
@@ -62,49 +82,6 @@ class UserKnowledge(NamedTuple):
     fold_B: Tensor
 
 
-class UserAnswer(NamedTuple):
-    """What the LMDB holds for one user.
-
-    asked_at, last_event_at: seconds since 1970. num_events: the user's events when asked; num_seen: how many of them,
-    the last ones, the LUM saw. fold: which LUM answered. o_ND: in the store's dtype; log_z_N: float32 or None.
-    """
-
-    asked_at: int
-    last_event_at: int
-    num_events: int
-    num_seen: int
-    fold: int
-    o_ND: np.ndarray
-    log_z_N: np.ndarray | None
-
-
-def pack_answer(answer: UserAnswer) -> bytes:
-    """The LMDB value of one user."""
-    header = HEADER.pack(*answer[:5])
-    log_z = b"" if answer.log_z_N is None else answer.log_z_N.astype("<f4").tobytes()
-    return header + answer.o_ND.tobytes() + log_z
-
-
-def unpack_answer(value: bytes, *, shape: tuple[int, int], dtype: np.dtype, with_log_z: bool) -> UserAnswer:
-    """The answer in an LMDB value. Raises ValueError where its size does not fit the manifest's shape and dtype."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    expected = HEADER.size + size + (4 * shape[0] if with_log_z else 0)
-    if len(value) != expected:
-        raise ValueError(
-            f"the store holds a value of {len(value)} bytes; expected {expected}: build the knowledge anew"
-        )
-    o_ND = np.frombuffer(value, dtype, shape[0] * shape[1], HEADER.size).reshape(shape)
-    log_z_N = np.frombuffer(value, "<f4", shape[0], HEADER.size + size) if with_log_z else None
-    asked_at, last_event_at, num_events, num_seen, fold = HEADER.unpack_from(value)
-    return UserAnswer(asked_at, last_event_at, num_events, num_seen, fold, o_ND, log_z_N)
-
-
-def user_key_bytes(key: str) -> bytes:
-    """The LMDB key of a raw user key. LMDB takes 1 … 511 bytes, so a very long one is stored by its SHA-256."""
-    raw = key.encode()
-    return b"u" + raw if len(raw) <= 256 else b"h" + hashlib.sha256(raw).digest()
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the version in force. Raises FileNotFoundError without one, ValueError for another format."""
     file = path / MANIFEST
@@ -123,6 +100,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "query stage again"
         )
     return manifest
+
+
+def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What decided the answers of a version; its folder is named after it."""
+    return {name: value for name, value in manifest.items() if name not in FACTS}
+
+
+def read_items(folder: Path) -> np.ndarray:
+    """Item embeddings of the version in `folder` as readers see them, float32 [K, I, D]."""
+    scale = folder / "items_scale.npy"
+    return decode(np.load(folder / "items_e.npy"), np.load(scale) if scale.exists() else None)
+
+
+def read_item_keys(folder: Path) -> list[str]:
+    """Raw key of each item of the version in `folder`, in the order of its embeddings."""
+    return pq.read_table(folder / ITEMS_FILE)["item_key"].to_pylist()
+
+
+def environment(folder: Path) -> lmdb.Environment:
+    """The LMDB of the version in `folder`, read-only. Closed with the last reference to it.
+
+    LMDB must not be opened twice in one process, so that readers of a process share it. There is no lock file: a
+    published version never changes, so readers need not know of each other.
+    """
+    name = str(folder.resolve())
+    env = _OPEN.get(name)
+    if env is None:
+        # Users are read in no order: what the system would read ahead of a page is not what comes next.
+        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False, readahead=False)
+    return env
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:
@@ -162,7 +169,8 @@ def _open_version(path: Path, names: Sequence[str], verify: bool) -> tuple[Path,
 class Knowledge:
     """Answers for training rows and the items they are matched with, memory-mapped: nothing is read before it is used.
 
-    o: [E, N, D] in the store's dtype; log_z: float32 [E, N]; present: bool [E]; each None where it was switched off.
+    o: [E, N, D] in the store's dtype, with scale, float32 [E, N], for int8; log_z: float32 [E, N]; present: bool [E];
+    each None where it was switched off.
     items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions asked. hazard: "in_sample" (one LUM,
     which may have been trained on these rows) or "cross_fit" (each user is answered by a LUM that never saw them).
     Similarity is the dot product o · e: the model's temperature is in both sides already.
@@ -173,14 +181,16 @@ class Knowledge:
         self.conditions: list[dict[str, str]] = manifest["conditions"]
         self.hazard: str = manifest["hazard"]
         self.num_conditions, self.dim, self.num_folds = len(self.conditions), manifest["dim"], len(manifest["lums"])
-        self.items_e = torch.from_numpy(np.load(folder / "items_e.npy").astype(np.float32))
+        self.items_e = torch.from_numpy(read_items(folder))
         self.user_fold: np.ndarray = np.load(folder / "user_fold.npy")
         self._row_user = data.user
-        names = {"o": "rows_o.npy", "present": "rows_present.npy", "log_z": "rows_log_z.npy"}
         columns = {
-            column: np.load(folder / name, mmap_mode="r") for column, name in names.items() if name in manifest["files"]
+            column: np.load(folder / f"rows_{column}.npy", mmap_mode="r")
+            for column in ("o", "scale", "present", "log_z")
+            if f"rows_{column}.npy" in manifest["files"]
         }
         self.o: np.ndarray | None = columns.get("o")
+        self.scale: np.ndarray | None = columns.get("scale")
         self.present: np.ndarray | None = columns.get("present")
         self.log_z: np.ndarray | None = columns.get("log_z")
 
@@ -193,6 +203,11 @@ class Knowledge:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        if "imported" in manifest:
+            raise ValueError(
+                f"the knowledge in {path} was imported: it holds users and items for serving, and no rows to train on; "
+                "run the query stage to have them"
+            )
         if manifest["data_fingerprint"] != data.fingerprint:
             raise ValueError(
                 f"the knowledge in {path} was made from other data (fingerprint {manifest['data_fingerprint']}; the "
@@ -214,7 +229,8 @@ class Knowledge:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         in_order = rows[order]
-        o = torch.from_numpy(self.o[in_order][back].astype(np.float32))
+        scale = None if self.scale is None else self.scale[in_order][back]
+        o = torch.from_numpy(decode(self.o[in_order][back], scale))
         present = torch.from_numpy(self.present[in_order][back])
         log_z = None if self.log_z is None else torch.from_numpy(self.log_z[in_order][back])
         fold = torch.from_numpy(self.user_fold[self._row_user[rows]].astype(np.int64))
@@ -222,16 +238,21 @@ class Knowledge:
 
 
 class KnowledgeStore:
-    """Answers for serving, by raw user key: what the LUM says after the user's last event."""
+    """Answers for serving, by raw user key: what the LUM says after the user's last event.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = folder, manifest
+    conditions: the N conditions asked. absent_because: why the store could not be read; "" where it can, and always
+    after `open`.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], *, absent_because: str = "") -> None:
+        self.path, self.manifest, self.absent_because = folder, manifest, absent_because
         self.conditions: list[dict[str, str]] = manifest["conditions"]
-        self._shape = (len(self.conditions), manifest["dim"])
-        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._with_log_z = manifest["log_normalizer"]
-        # No lock file: a published version never changes, so readers need not know of each other.
-        self._env = lmdb.open(str(folder / "store"), readonly=True, lock=False)
+        self._with_log_z: bool = manifest["log_normalizer"]
+        self._record = identity_user_dtype(manifest)
+        nobody = np.zeros(1, self._record)
+        nobody["fold"] = ABSENT_FOLD
+        self._nobody = records_to_bytes(nobody)[0]
+        self._env = None if absent_because else environment(folder)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
@@ -241,34 +262,52 @@ class KnowledgeStore:
             raise ValueError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
         return cls(*_open_version(Path(path), [USERS_FILE], verify))
 
-    def __len__(self) -> int:
-        return self._env.stat()["entries"]
+    @classmethod
+    def open_or_absent(
+        cls, path: str | Path, *, num_conditions: int, dim: int, with_log_z: bool = True, verify: bool = True
+    ) -> KnowledgeStore:
+        """The store in `path`; where it cannot be read, one that says of every user that they are absent.
 
-    def close(self) -> None:
-        self._env.close()
+        For a server that has to answer all the same. num_conditions, dim, with_log_z: what its ranker expects; a store
+        of another shape counts as one that cannot be read. The reason is logged as a warning.
+        """
+        try:
+            store = cls.open(path, verify=verify)
+            got = (len(store.conditions), store.manifest["dim"], store._with_log_z)
+            if got == (num_conditions, dim, with_log_z):
+                return store
+            reason = f"{path} holds (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
+        except (OSError, ValueError, KeyError, lmdb.Error) as error:
+            reason = str(error)
+        logger.warning("no knowledge, every user is absent: %s", reason)
+        shape = {"conditions": [{}] * num_conditions, "dim": dim, "dtype": "float32", "log_normalizer": with_log_z}
+        return cls(Path(path), shape, absent_because=reason)
+
+    def __len__(self) -> int:
+        return 0 if self._env is None else self._env.stat()["entries"]
 
     def get(self, user_keys: Sequence[str]) -> UserKnowledge:
         """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN."""
-        num_users, (num_conditions, _) = len(user_keys), self._shape
-        o = np.zeros((num_users, *self._shape), np.float32)
-        log_z = np.zeros((num_users, num_conditions), np.float32)
-        present, age_s = np.zeros(num_users, bool), np.full(num_users, np.nan)
-        fold = np.full(num_users, -1, np.int64)
-        now = time.time()
-        with self._env.begin() as transaction:
-            for place, key in enumerate(user_keys):
-                value = transaction.get(user_key_bytes(key))
-                if value is None:
-                    continue
-                answer = unpack_answer(value, shape=self._shape, dtype=self._dtype, with_log_z=self._with_log_z)
-                o[place], present[place], fold[place] = answer.o_ND, True, answer.fold
-                age_s[place] = now - answer.asked_at
-                if answer.log_z_N is not None:
-                    log_z[place] = answer.log_z_N
+        if self._env is None:
+            values = [self._nobody] * len(user_keys)
+        else:
+            with self._env.begin() as transaction:
+                values = list(map(transaction.get, map(user_key_bytes, user_keys), repeat(self._nobody)))
+        record_B = bytes_to_records(values, self._record)
+        present_B = record_B["fold"] != ABSENT_FOLD
         return UserKnowledge(
-            torch.from_numpy(o),
-            torch.from_numpy(present)[:, None].expand(-1, num_conditions),
-            torch.from_numpy(age_s),
-            torch.from_numpy(log_z) if self._with_log_z else None,
-            torch.from_numpy(fold),
+            torch.from_numpy(decode_records(record_B)),
+            torch.from_numpy(present_B)[:, None].expand(-1, len(self.conditions)),
+            torch.from_numpy(np.where(present_B, time.time() - record_B["asked_at"], np.nan)),
+            torch.from_numpy(record_B["log_z"].astype(np.float32)) if self._with_log_z else None,
+            torch.from_numpy(record_B["fold"].astype(np.int64)),
         )
+
+    def items(self) -> tuple[list[str], Tensor]:
+        """Raw key of each item, and its embedding by each LUM, e_KID (float32). Raises like `open` where damaged."""
+        names = [ITEMS_FILE, "items_e.npy", "items_scale.npy"]
+        files = {name: facts for name, facts in self.manifest.get("files", {}).items() if name in names}
+        if ITEMS_FILE not in files:
+            raise ValueError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
+        check_files(self.path, files, checksums=True)
+        return read_item_keys(self.path), torch.from_numpy(read_items(self.path))

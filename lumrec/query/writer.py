@@ -10,27 +10,35 @@ LMDB, which lets one writer in at a time.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Sequence
 
 import lmdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch.distributed as dist
 from torch import Tensor
 
-from lumrec.query.store import FORMAT, HEADER, MANIFEST, USERS_FILE, UserAnswer, pack_answer, user_key_bytes
-from lumrec.train.files import remove_folder, sha256, sync_folder, write_atomically
+from lumrec.query.history import USER_INDEX
+from lumrec.query.records import encode, identity_user_dtype, records_to_bytes
+from lumrec.query.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE
+from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.parallel import rank, world_size
 from lumrec.train.run import on_rank_zero
 
 logger = logging.getLogger(__name__)
 BUILDING = "building"
 IDENTITY = "identity.json"
+PUBLISHED = (".npy", ".mdb", ".parquet")
 # LMDB's address space per user beside the value itself: key, node and page overheads, and pages that are half full.
 LMDB_OVERHEAD = 1024
 
@@ -40,31 +48,69 @@ def version_name(identity: dict[str, Any]) -> str:
     return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
+def column_shapes(
+    identity: dict[str, Any], *, num_events: int, num_users: int, num_items: int
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each memory-mapped column of a version."""
+    num_conditions, dim, num_lums = len(identity["conditions"]), identity["dim"], len(identity["lums"])
+    dtype, single = np.dtype(identity["dtype"]).newbyteorder("<"), np.dtype("<f4")
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"items_e.npy": ((num_lums, num_items, dim), dtype)}
+    if dtype == np.int8:
+        shapes["items_scale.npy"] = ((num_lums, num_items), single)
+    if num_users:
+        shapes |= {"user_fold.npy": ((num_users,), np.dtype("i1")), "users.npy": ((num_users,), USER_INDEX)}
+    if identity["rows"]:
+        shapes["rows_o.npy"] = ((num_events, num_conditions, dim), dtype)
+        shapes["rows_present.npy"] = ((num_events,), np.dtype("?"))
+        if dtype == np.int8:
+            shapes["rows_scale.npy"] = ((num_events, num_conditions), single)
+        if identity["log_normalizer"]:
+            shapes["rows_log_z.npy"] = ((num_events, num_conditions), single)
+    return shapes
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turns the system's error about a full disk into a ValueError that says what became of the build in `path`."""
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        number = getattr(error, "errno", None)
+        text = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+        if number not in (errno.ENOSPC, errno.EDQUOT) and not any(words in str(error) for words in text):
+            raise
+        raise ValueError(
+            f"no space left for the knowledge in {path} ({shutil.disk_usage(path).free / 2**20:,.0f} MiB free): a "
+            "version is built beside the one in force, which can still be read. Make room and say the same again: the "
+            "build goes on where it is"
+        ) from error
+
+
 class KnowledgeWriter:
     """The version under construction. Every rank makes one with the same arguments; `publish` ends it.
 
     identity: everything that decides the answers (JSON); also the head of the manifest. It must hold conditions, dim,
-    lums, dtype, rows, users and log_normalizer. finished: units that this build, or a killed one before it, committed.
+    lums, dtype, rows, users and log_normalizer. num_users: of the data; an import has no index of them, and says how
+    many the LMDB is going to hold in max_users. basis: the version that units are taken over from, if any; a build
+    from another one is begun anew. finished: units that this build, or a killed one before it, committed.
     """
 
     def __init__(
-        self, path: Path, identity: dict[str, Any], *, num_events: int, num_users: int, num_items: int
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        *,
+        num_events: int,
+        num_users: int,
+        num_items: int,
+        max_users: int = 0,
+        basis: str = "",
     ) -> None:
-        self.path, self.identity = path, identity
+        self.path, self.identity, self._basis = path, identity, basis
         self.folder = path / BUILDING
-        self.dtype = np.dtype(identity["dtype"]).newbyteorder("<")
-        num_conditions, dim, num_lums = len(identity["conditions"]), identity["dim"], len(identity["lums"])
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "items_e.npy": ((num_lums, num_items, dim), self.dtype),
-            "user_fold.npy": ((num_users,), np.dtype("i1")),
-        }
-        if identity["rows"]:
-            shapes["rows_o.npy"] = ((num_events, num_conditions, dim), self.dtype)
-            shapes["rows_present.npy"] = ((num_events,), np.dtype("?"))
-            if identity["log_normalizer"]:
-                shapes["rows_log_z.npy"] = ((num_events, num_conditions), np.dtype("<f4"))
-        self._value_bytes = HEADER.size + num_conditions * (dim * self.dtype.itemsize + 4) + LMDB_OVERHEAD
-        self._map_size = (1 << 24) + 2 * num_users * (self._value_bytes + LMDB_OVERHEAD)
+        self.record = identity_user_dtype(identity)
+        shapes = column_shapes(identity, num_events=num_events, num_users=num_users, num_items=num_items)
+        self._map_size = (1 << 24) + 2 * max(num_users, max_users) * (self.record.itemsize + LMDB_OVERHEAD)
         self.finished: set[str] = on_rank_zero(lambda: self._begin(shapes))
         self.columns = {name: np.lib.format.open_memmap(self.folder / name, mode="r+") for name in shapes}
         self._env = self._open_lmdb() if identity["users"] else None
@@ -76,7 +122,8 @@ class KnowledgeWriter:
         renamed = self.path / version_name(self.identity)
         if not self.folder.exists() and (renamed / IDENTITY).exists():
             os.replace(renamed, self.folder)  # killed between the two renames that publish
-        if stored.exists() and json.loads(stored.read_text()) == self.identity:
+        wanted = {"identity": self.identity, "basis": self._basis}
+        if stored.exists() and json.loads(stored.read_text()) == wanted:
             finished = {line for file in self.folder.glob("progress-*") for line in _whole_lines(file)}
             if finished:
                 logger.info("%s: continuing a killed build, %d units of it are finished", self.folder, len(finished))
@@ -85,13 +132,18 @@ class KnowledgeWriter:
             logger.info("%s: dropping the unfinished build of other knowledge", self.folder)
             remove_folder(self.folder)
         self.folder.mkdir(parents=True)
-        for name, (shape, dtype) in shapes.items():
-            # A new file reads as zeros: rows that nobody asks for are absent.
-            np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+        try:
+            for name, (shape, dtype) in shapes.items():
+                # A new file reads as zeros: rows that nobody asks for are absent.
+                np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+                _reserve(self.folder / name)
+        except OSError:
+            remove_folder(self.folder)  # nothing is in it, and what it took of the disk is missing elsewhere
+            raise
         if self.identity["users"]:
             (self.folder / "store").mkdir()
             self._open_lmdb().close()
-        write_atomically(stored, json.dumps(self.identity, indent=2))
+        write_atomically(stored, json.dumps(wanted, indent=2))
         return set()
 
     def _open_lmdb(self) -> lmdb.Environment:
@@ -99,36 +151,48 @@ class KnowledgeWriter:
 
     def write_items(self, lum: int, e_ID: Tensor) -> None:
         """Item embeddings of LUM `lum`; one rank is enough."""
-        self.columns["items_e.npy"][lum] = self.stored(e_ID, "items")
+        self._put("items_e.npy", "items_scale.npy", lum, e_ID, "items")
 
-    def write_user_fold(self, fold_U: np.ndarray) -> None:
+    def write_item_keys(self, keys: Sequence[str]) -> None:
+        """Raw key of each item; one rank is enough."""
+        pq.write_table(pa.table({"item_key": pa.array(keys, pa.string())}), self.folder / ITEMS_FILE)
+        sync_file(self.folder / ITEMS_FILE)
+
+    def write_user_index(self, fold_U: np.ndarray, index_U: np.ndarray) -> None:
+        """Fold of each user, and USER_INDEX (lumrec/query/history.py)."""
         self.columns["user_fold.npy"][:] = fold_U
+        self.columns["users.npy"][:] = index_U
 
-    def write_rows(self, row_R: Tensor, o_RND: Tensor, log_z_RN: Tensor | None) -> None:
+    def write_rows(self, rows_R: np.ndarray, o_RND: Tensor, log_z_RN: Tensor | None) -> None:
         """Answers at the places of their event rows."""
-        rows = row_R.numpy()
-        self.columns["rows_o.npy"][rows] = self.stored(o_RND)
+        self._put("rows_o.npy", "rows_scale.npy", rows_R, o_RND, "answers")
         if log_z_RN is not None:
-            self.columns["rows_log_z.npy"][rows] = log_z_RN.numpy()
-        self.columns["rows_present.npy"][rows] = True
+            self.columns["rows_log_z.npy"][rows_R] = log_z_RN.numpy()
+        self.columns["rows_present.npy"][rows_R] = True
 
-    def write_users(self, keys: Sequence[str], answers: Sequence[UserAnswer]) -> None:
-        """Answers of users, by their raw keys, in one transaction."""
+    def _put(self, name: str, scale_name: str, place: Any, x: Tensor, what: str) -> None:
+        values, scale = encode(x, self.identity["dtype"], what=what)
+        self.columns[name][place] = values
+        if scale is not None:
+            self.columns[scale_name][place] = scale
+
+    def write_users(self, keys: Sequence[bytes], record_B: np.ndarray) -> None:
+        """Records of users (dtype `record`) by their LMDB keys, in one transaction."""
         assert self._env is not None
         with self._env.begin(write=True) as transaction:
-            for key, answer in zip(keys, answers, strict=True):
-                transaction.put(user_key_bytes(key), pack_answer(answer))
+            transaction.cursor().putmulti(list(zip(keys, records_to_bytes(record_B), strict=True)))
 
-    def stored(self, x: Tensor, what: str = "answers") -> np.ndarray:
-        """`x` in the dtype of the store. Raises ValueError where a value is too large for it, or no number at all."""
-        with np.errstate(over="ignore"):
-            values = x.numpy().astype(self.dtype)
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"the LUM's {what} hold values that are no {self.dtype.name} numbers (largest "
-                f"{float(x.abs().max()):g}); set query.dtype=float32, or look at the LUM's loss if they are not finite"
-            )
-        return values
+    def user_records(self, o_BND: Tensor, log_z_BN: Tensor | None, **fields: Any) -> np.ndarray:
+        """Records [B] of these answers; `fields`: asked_at, last_event_at, num_events, num_seen, fold."""
+        record_B = np.zeros(len(o_BND), self.record)
+        record_B["o"], scale = encode(o_BND, self.identity["dtype"])
+        if scale is not None:
+            record_B["scale"] = scale
+        if log_z_BN is not None:
+            record_B["log_z"] = log_z_BN.numpy()
+        for name, value in fields.items():
+            record_B[name] = value
+        return record_B
 
     def commit(self, unit: str) -> None:
         """Marks `unit` as finished, once everything written before has reached the disk."""
@@ -162,7 +226,7 @@ class KnowledgeWriter:
     def _publish(self, facts: dict[str, Any]) -> dict[str, Any]:
         if self.identity["users"]:
             self._compact_lmdb()
-        files = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in (".npy", ".mdb"))
+        files = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
         manifest = {
             "format": FORMAT,
             "folder": version_name(self.identity),
@@ -198,6 +262,12 @@ class KnowledgeWriter:
         os.replace(compact / "data.mdb", self.folder / USERS_FILE)
         shutil.rmtree(compact)
         (self.folder / "store" / "lock.mdb").unlink()
+
+
+def _reserve(file: Path) -> None:
+    """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
+    with open(file, "r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -3,47 +3,50 @@
     checkpoints/step-00000200/
         .metadata, __0_0.distcp …   model and optimizer, sharded (torch.distributed.checkpoint)
         rank-0.json …               loader position and random states of each rank
-        meta.json                   step, fingerprint, parameter shapes, loop state, best step, checksums
+        meta.json                   step, fingerprint, parameter shapes, sharding, loop state, best step, checksums
         COMPLETE                    checksum of meta.json; written last, before the folder gets its name
 
-A folder without a right COMPLETE does not count. Nothing is unpickled but DCP's own metadata, by an unpickler that
-knows only DCP's classes.
+The tensors do not depend on how they were sharded: another number of ranks and another plan read them, the optimizer's
+state too, with one exception (see `Checkpointer`). A folder without a right COMPLETE does not count. Nothing is
+unpickled but DCP's own metadata, by an unpickler that knows only DCP's classes.
 """
 
-import base64
 import json
 import logging
 import os
-import pickle
-import random
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import KeyedOptimizerWrapper
 
+from lumrec.train.checkpoint_reader import OverlapPlanner, Reader
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
+from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+OPTIMIZER_STATE = ("keep", "drop")
+_META_KEYS = {"format", "step", "best_step", "world_size", "fingerprint", "parameters", "state", "files"}
 
 
 class Loaded(NamedTuple):
-    """A checkpoint that was loaded: its step, the loop's state (the same on all ranks) and this rank's own state."""
+    """A checkpoint that was loaded: its step, the loop's state (the same on all ranks) and this rank's own state.
+
+    same_ranks: as many ranks saved it as loaded it. If not, `local` is what rank 0 saved, on every rank.
+    """
 
     step: int
     state: dict[str, Any]
     local: dict[str, Any]
+    same_ranks: bool
 
 
 class Checkpointer:
@@ -51,24 +54,32 @@ class Checkpointer:
 
     `fingerprint` says what the checkpoint belongs to (data, schema, model settings; text by name): a checkpoint with
     another one is refused. The newest `keep` checkpoints stay, and beside them the best of each.
+
+    `optimizer_state` says what becomes of a table's optimizer state that does not fit this run: "keep" refuses to load,
+    "drop" begins that state anew. That is so for row-wise Adagrad to and from column_wise (one sum per row and shard,
+    for as many shards as there are) and for another table optimizer; all other state fits every sharding.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        model: nn.Module,
-        optimizer: CombinedOptimizer,
+        model: DistributedModelParallel,
+        optimizer: TableAndDenseOptimizer,
         fingerprint: Mapping[str, str] | None = None,
         keep: int = 2,
+        optimizer_state: str = "keep",
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be 1 or more: a run resumes from its newest checkpoint")
+        if optimizer_state not in OPTIMIZER_STATE:
+            raise ValueError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATE)}")
         self.folder = folder
         self._model = model
         self._optimizer = optimizer
         self._fingerprint = dict(fingerprint or {})
         self._keep = keep
+        self._optimizer_state = optimizer_state
 
     def save(self, step: int, *, state: Mapping[str, Any], local: Mapping[str, Any], best_step: int) -> Path:
         """The folder of the new checkpoint, complete and on disk. Collective: every rank calls it at the same step.
@@ -82,7 +93,7 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         _barrier()
-        tensors = {"model": self._model.state_dict(), "optim": _tensors_only(self._optimizer.state_dict()["state"])}
+        tensors = {"model": self._model.state_dict(), "optim": self._optimizer.state_tensors()}
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
         own = temporary / f"rank-{rank()}.json"
         own.write_text(json.dumps(local), encoding="utf-8")
@@ -97,6 +108,7 @@ class Checkpointer:
                 "world_size": world_size(),
                 "fingerprint": self._fingerprint,
                 "parameters": _shapes(self._model),
+                "sharding": _sharding_types(self._model),
                 "state": dict(state),
                 "files": {name: digest for part in checksums for name, digest in part.items()},
             }
@@ -114,7 +126,7 @@ class Checkpointer:
         """Restores model and optimizer from the newest complete checkpoint; None where there is none. Collective.
 
         A checkpoint that is half-written or corrupt is set aside under another name, with a warning. Raises ValueError
-        for one of another fingerprint or model, or of another number of processes.
+        for one of another fingerprint or model, and for optimizer state that does not fit and is to be kept.
         """
         paths = sorted(self.folder.glob("step-*"), reverse=True)
         if rank() == 0:
@@ -138,28 +150,56 @@ class Checkpointer:
         load_weights(self.folder / f"step-{step:08d}", self._model, fingerprint=self._fingerprint)
 
     def _load(self, path: Path) -> Loaded:
-        meta = _read_meta(path)
+        meta = read_meta(path)
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
-        if meta["world_size"] != world_size():
-            raise ValueError(
-                f"{path} was saved by {meta['world_size']} process(es), this run has {world_size()}: resume with the "
-                "same number, or start another run (its weights can be loaded with load_weights)"
-            )
-        reader = _Reader(path)
+        reader = Reader(path)
+        stored = reader.sizes()
         _create_state(self._optimizer)
-        _drop_state_not_in(self._optimizer, reader.read_metadata().state_dict_metadata)
-        optim = _tensors_only(self._optimizer.state_dict()["state"])
-        _dcp_load({"model": self._model.state_dict(), "optim": optim}, reader, path)
-        local = json.loads((path / f"rank-{rank()}.json").read_text(encoding="utf-8"))
-        return Loaded(meta["step"], meta["state"], local)
+        _drop_state_not_in(self._optimizer, stored)
+        tensors = {"model": self._model.state_dict(), "optim": self._state_that_fits(path, meta, stored)}
+        _dcp_load(tensors, reader, path)
+        same_ranks = meta["world_size"] == world_size()
+        own = path / f"rank-{rank() if same_ranks else 0}.json"
+        return Loaded(meta["step"], meta["state"], json.loads(own.read_text(encoding="utf-8")), same_ranks)
+
+    def _state_that_fits(
+        self, path: Path, meta: Mapping[str, Any], stored: Mapping[str, list[int]]
+    ) -> dict[str, dict[str, Any]]:
+        """The optimizer's tensors that the checkpoint can fill; the others keep their fresh values. Collective."""
+        state, tables = self._optimizer.state_tensors(), self._optimizer.table_names
+        of_this_rank = {
+            f"optim.{name}.{entry}": list(value.size())
+            for name in tables
+            for entry, value in state.get(name, {}).items()
+        }
+        ours = {key: size for part in _gathered(of_this_rank) for key, size in part.items()}
+        there, here = meta.get("sharding", {}), _sharding_types(self._model)
+        unfit = {}
+        for name in tables:
+            keys = {key for key in (*stored, *ours) if key.startswith(f"optim.{name}.")}
+            for key in sorted(keys):
+                if stored.get(key) != ours.get(key):
+                    unfit[name] = (
+                        f"{key.removeprefix('optim.')} is {stored.get(key, 'absent')} in the checkpoint "
+                        f"({there.get(name, 'unknown sharding')}), {ours.get(key, 'absent')} here ({here[name]})"
+                    )
+        if unfit and self._optimizer_state == "keep":
+            raise ValueError(
+                f"{path} holds optimizer state that this run cannot go on with: {_some(list(unfit.values()))}. Use the "
+                "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
+                "begin that state anew"
+            )
+        if unfit and rank() == 0:
+            logger.warning("%s: optimizer state begins anew, as asked: %s", path, _some(list(unfit.values())))
+        return {name: entries for name, entries in state.items() if name not in unfit}
 
     def _remove_old(self) -> None:
         complete = complete_checkpoints(self.folder)
         kept = complete[-self._keep :]
-        best = {f"step-{_read_meta(path)['best_step']:08d}" for path in kept}
+        best = {_best_of(path) for path in kept}
         for path in complete:
-            if path not in kept and path.name not in best:
+            if path not in kept and path not in best:
                 remove_folder(path)
         for left in self.folder.glob(".t*-*"):  # .tmp-… and .trash-… of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
@@ -171,14 +211,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(run: str | Path) -> Path:
-    """The best checkpoint of a run folder, as its newest complete checkpoint names it.
+    """The best checkpoint of a run folder, as its newest complete and readable checkpoint names it.
 
     Raises FileNotFoundError where the run has none.
     """
-    complete = complete_checkpoints(Path(run) / "checkpoints")
-    if complete:
-        best = complete[-1].with_name(f"step-{_read_meta(complete[-1])['best_step']:08d}")
-        if (best / "COMPLETE").exists():
+    for path in reversed(complete_checkpoints(Path(run) / "checkpoints")):
+        best = _best_of(path)
+        if best is not None and (best / "COMPLETE").exists():
             return best
     raise FileNotFoundError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
 
@@ -204,7 +243,7 @@ def load_weights(
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
-    _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, _Reader(path), path)
+    _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, Reader(path), path)
 
 
 def verified_meta(path: Path) -> dict[str, Any]:
@@ -217,17 +256,7 @@ def verified_meta(path: Path) -> dict[str, Any]:
     problem = _verify(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is corrupt: {problem}")
-    return _read_meta(path)
-
-
-def stored_sizes(path: Path) -> dict[str, list[int]]:
-    """Global size of every tensor of a checkpoint: "model.<parameter>", "optim.<parameter>.<entry>"."""
-    metadata = _Reader(path).read_metadata()
-    return {
-        name: list(entry.size)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return read_meta(path)
 
 
 def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -236,91 +265,7 @@ def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
     tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, of any size, sharded
     or plain. Each rank reads only the rows that it holds. The caller has verified the checkpoint and the names.
     """
-    _dcp_load(dict(tensors), _Reader(path), path, _OverlapPlanner())
-
-
-class _OverlapPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner without its check that sizes agree: what it reads are intersections of the two tensors' shards."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        assert metadata is not None
-        entries = dict(metadata.state_dict_metadata)
-        for name, tensor in state_dict.items():
-            entry = entries[name]
-            assert isinstance(entry, TensorStorageMetadata)
-            entries[name] = replace(entry, size=tensor.size())
-        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator)
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader with a metadata file that cannot run code, and tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            try:
-                metadata = _MetadataUnpickler(file).load()
-            except pickle.UnpicklingError as error:
-                raise ValueError(f"{self.path}/.metadata was not written by lumrec: {error}") from error
-        others = [
-            name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
-        ]
-        if others:
-            raise ValueError(f"{self.path} holds {others[0]!r}, which is no tensor: it was not written by lumrec")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _PLAIN = {
-        ("pathlib", "PosixPath"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = module in self._MODULES or (module, name) in self._PLAIN
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def random_state() -> dict[str, Any]:
-    """State of every global random generator (torch on CPU and CUDA, numpy, python), as JSON can hold it."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": _encode(torch.get_rng_state()),
-        "numpy": [name, base64.b64encode(np.asarray(keys).tobytes()).decode(), position, has_gauss, gauss],
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Sets every generator back to what `random_state` gave."""
-    torch.set_rng_state(_decode(state["torch"]))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
-    np.random.set_state((name, words, position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    if "cuda" in state:
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    _dcp_load(dict(tensors), Reader(path), path, OverlapPlanner())
 
 
 def _verify(path: Path) -> str | None:
@@ -331,9 +276,9 @@ def _verify(path: Path) -> str | None:
 
 def _verify_share(path: Path) -> str | None:
     try:
-        if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8").strip():
+        if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8", errors="replace").strip():
             return "meta.json does not have the checksum that COMPLETE states"
-        meta = _read_meta(path)
+        meta = read_meta(path)
         if meta["format"] != FORMAT:
             return f"its format is {meta['format']}, this lumrec reads format {FORMAT}"
         for name, digest in sorted(meta["files"].items())[rank() :: world_size()]:
@@ -341,16 +286,36 @@ def _verify_share(path: Path) -> str | None:
                 return f"{name} does not have the checksum that meta.json states"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror or error})"
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+def read_meta(path: Path) -> dict[str, Any]:
+    """What meta.json holds. Raises ValueError where that is not what `save` writes."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'meta.json'} is not JSON ({error})") from None
+    missing = ["everything"] if not isinstance(meta, dict) else sorted(_META_KEYS - meta.keys())
+    if missing:
+        raise ValueError(f"{path / 'meta.json'} lacks {', '.join(missing)}")
+    return meta
+
+
+def _best_of(path: Path) -> Path | None:
+    """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
+    try:
+        return path.with_name(f"step-{read_meta(path)['best_step']:08d}")
+    except (OSError, ValueError) as error:
+        logger.warning("checkpoint %s cannot be read: %s", path, error)
+        return None
 
 
 def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[str, str]) -> None:
     stored = meta["fingerprint"]
-    for name in sorted({*stored, *expected}):
+    # A name that only one side has was not recorded by the version that wrote it.
+    for name in sorted({*stored} & {*expected}):
         if stored.get(name) != expected.get(name):
             raise ValueError(
                 f"{path} is a checkpoint of another {name}: it was made with {stored.get(name)!r}, this run has "
@@ -377,8 +342,12 @@ def _check_parameters(
                 f"{their_name!r} is {theirs[their_name]} in the checkpoint, {our_name!r} is {ours[our_name]} here"
             )
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{path} does not fit this model: " + "; ".join(problems[:6]) + more)
+        raise ValueError(f"{path} does not fit this model: {_some(problems)}")
+
+
+def _some(problems: Sequence[str], limit: int = 6) -> str:
+    """The first of them in one line, and how many more there are."""
+    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -386,12 +355,11 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.size()) for name, value in model.state_dict().items() if hasattr(value, "size")}
 
 
-def _tensors_only(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Optimizer state without parameters that have none (DCP would pickle an empty dictionary)."""
-    return {name: dict(entries) for name, entries in state.items() if entries}
+def _sharding_types(model: DistributedModelParallel) -> dict[str, str]:
+    return {name: sharding.sharding_type for name, sharding in table_shardings(model).items()}
 
 
-def _create_state(optimizer: CombinedOptimizer) -> None:
+def _create_state(optimizer: TableAndDenseOptimizer) -> None:
     """Lets dense optimizers make their state, so that there is something to load into.
 
     That takes a step with zero gradients, which may move weights: load them afterwards.
@@ -402,17 +370,18 @@ def _create_state(optimizer: CombinedOptimizer) -> None:
             part.zero_grad(set_to_none=True)
 
 
-def _drop_state_not_in(optimizer: CombinedOptimizer, stored: Mapping[str, Any]) -> None:
-    """A parameter that never had a gradient has no stored state, and shall have none again."""
+def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, Any]) -> None:
+    """A dense parameter that never had a gradient has no stored state, and shall have none again."""
     for _, part in optimizer.optimizers:
         if not isinstance(part, KeyedOptimizerWrapper):
             continue
         for name, parameter in part.params.items():
-            if not any(f"optim.{name}.{entry}" in stored for entry in part.state.get(parameter, {})):
+            has_state = any(f"optim.{name}.{entry}" in stored for entry in part.state.get(parameter, {}))
+            if not has_state and name not in optimizer.table_names:
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 
-def _dcp_load(tensors: dict[str, Any], reader: _Reader, path: Path, planner: dcp.LoadPlanner | None = None) -> None:
+def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path, planner: dcp.LoadPlanner | None = None) -> None:
     try:
         dcp.load(tensors, storage_reader=reader, planner=planner)
     except CheckpointException as error:  # a BaseException, which callers would not expect

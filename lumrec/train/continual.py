@@ -28,7 +28,8 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
-from lumrec.train.checkpoint import best_checkpoint, load_overlap, stored_sizes, verified_meta
+from lumrec.train.checkpoint import best_checkpoint, load_overlap, verified_meta
+from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.lum import ModelConfig, condition_features
 from lumrec.train.optimizers import table_shardings
 from lumrec.train.parallel import world_size
@@ -290,7 +291,7 @@ def _table_states(model: DistributedModelParallel, earlier: Earlier) -> dict[str
 
     Collective. Raises ValueError, on every rank, for state that is not there or does not grow with its table's rows.
     """
-    stored, weights = stored_sizes(earlier.checkpoint), model.state_dict()
+    stored, weights = Reader(earlier.checkpoint).sizes(), model.state_dict()
     states: dict[str, Any] = {}
     problems = [
         f"{name} is data_parallel, where its optimizer is not made yet"

@@ -2,33 +2,39 @@
 
 Exact by construction: on one process, a run that was killed at any moment and started again gives the losses, batches
 and weights of one that was not, to the bit. Over several processes, the gradient is that of the whole batch, however
-unevenly it is spread over them.
+unevenly it is spread over them. A run may go on with another number of processes and another sharding: the same data
+follow, the optimizer keeps its state, and only the random numbers (dropout) are others.
 """
 
 import contextlib
 import logging
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
-from lumrec.train.checkpoint import Checkpointer, random_state, set_random_state
+from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.files import write_atomically
+from lumrec.train.flops import Utilization
+from lumrec.train.interrupt import SIGNALS, Interrupted, Interrupts
+from lumrec.train.non_finite import NonFiniteError, save_batch
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer, clip_grad_norm, learning_rate_factor
 from lumrec.train.parallel import rank, world_size
 from lumrec.train.plan import plan_json, plan_table
 from lumrec.train.prefetch import Fetched, prefetch
+from lumrec.train.randomness import random_state, seed_generators, set_random_state
 from lumrec.train.run import RunFolder
+from lumrec.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +43,17 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How long to train, and how often to log, evaluate and save.
 
-    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count).
+    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count). A run that goes on with another
+    number of processes has epochs of another number of steps: max_steps and the learning rate's schedule then go by the
+    steps that the run began with.
     log_every: steps between two lines of metrics.jsonl.
     checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
     keep_checkpoints: how many of the newest stay, beside the best.
     patience: stop after this many evaluations in a row without a better one; 0 = never.
     sharding: of the tables: "" = the planner's choice, a type for all of them, or a plan file (see lumrec.train.plan).
     fsdp: shard the transformer blocks over the ranks (FSDP2) instead of replicating them.
+    optimizer_state: "keep", or "drop": a resumed run begins table state anew that does not fit its sharding (see
+    Checkpointer), where "keep" refuses to resume.
     """
 
     epochs: int = 1
@@ -55,6 +65,7 @@ class TrainConfig:
     patience: int = 0
     sharding: str = ""
     fsdp: bool = False
+    optimizer_state: str = "keep"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -63,18 +74,21 @@ class StepOutput:
     """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
 
     loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
+    tokens: how many the model read, where it reads tokens; for the log's tokens_per_s alone.
     """
 
     loss_sum: Tensor
     count: Tensor | int
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
 
 
 class Loader(Protocol):
     """What `fit` reads batches from: the same batches again from the same state.
 
     `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
-    says where the batch behind the last one begins. It is called and iterated in a thread of its own, so it draws from
+    says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes
+    it too and deals out what is left of the epoch. It is called and iterated in a thread of its own, so it draws from
     generators of its own only. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
     """
 
@@ -82,29 +96,6 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient is not a number; the message names the step and the file that holds the batch."""
-
-
-@dataclass
-class _State:
-    """What the loop remembers from step to step; goes into every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    num_events: float = 0.0
-    train_s: float = 0.0
-    wall_s: float = 0.0
-    wait_s: float = 0.0
-    window: dict[str, float] = field(default_factory=dict)  # sums since the last log line
-    loss: float = math.nan  # of the last log line
-    best_step: int = 0
-    best_value: float | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    evaluations_without_gain: int = 0
-    stopped: bool = False
 
 
 def fit(
@@ -118,21 +109,26 @@ def fit(
     select: str = "",
     progress: str = "train",
     fingerprint: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Trains `model` (from `parallel.shard`) and leaves its best weights in it; gives back the run's flat metrics.
 
     step: `(model, batch) → StepOutput`, one call of `model` in it.  evaluate: metrics of the current weights, called in
     eval mode without gradients, the same on every rank (rank 0's count).  select: the metric to maximise, "-name" to
     minimise; "" takes the last weights.  fingerprint: what a checkpoint must agree with (data, schema, model settings).
-    Where `run.resumed`, training continues behind the newest complete checkpoint.
+    dtype: of the dense part's matrix products.  Where `run.resumed`, training continues behind the newest complete
+    checkpoint.
 
-    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s (evaluation and checkpoints
-    left out), data_wait (share of the training time), memory_gib, wall_s, and "valid/<name>" of the best evaluation.
+    The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s and tokens_per_s (evaluation
+    and checkpoints left out), mfu (share of the matrix products' peak in `dtype`, as measured before the first step, at
+    the FLOPs per event of the process's first step), data_wait (share of the training time), memory_gib, wall_s, and
+    "valid/<name>" of the best evaluation.
 
     Raises NonFiniteError for a loss or gradient that is not finite, ValueError for a config that cannot work and for a
-    checkpoint of something else.
+    checkpoint of something else. SIGINT (Ctrl-C) or SIGTERM at any rank ends the run on all ranks, behind the step (and
+    the evaluation that is due there), with a checkpoint and an Interrupted that says how to go on.
     """
-    return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint).run()
+    return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint, dtype).run()
 
 
 class _Fit:
@@ -147,6 +143,7 @@ class _Fit:
         select: str,
         progress: str,
         fingerprint: Mapping[str, str] | None,
+        dtype: torch.dtype,
     ) -> None:
         _check(config, loader, evaluate, select)
         self.model, self.loader, self.step, self.config, self.run_folder = model, loader, step, config, run
@@ -158,14 +155,20 @@ class _Fit:
             optimizer=self.optimizer,
             fingerprint=fingerprint,
             keep=config.keep_checkpoints,
+            optimizer_state=config.optimizer_state,
         )
-        self.total_steps = config.epochs * len(loader)
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.state = _State()
+        self.state = TrainState()
+        self.factor = 1.0  # of the last step's learning rate
         self.grad_norm: float | None = None  # of the last step
+        self.interrupts = Interrupts()
+        self.ended_by: signal.Signals | None = None
+        self.utilization = Utilization(model.device, dtype)
 
     def run(self) -> dict[str, float]:
+        with self.interrupts:
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         self._start()
         started, wall_before = time.perf_counter(), self.state.wall_s
         quiet = rank() != 0 or not sys.stderr.isatty()
@@ -193,10 +196,8 @@ class _Fit:
             if world_size() > 1:  # the weights are equal already; each rank shall drop other units
                 torch.manual_seed(torch.initial_seed() + rank())
         else:
-            self.state = _State(**loaded.state)
-            self.loader.load_state_dict(loaded.local["loader"])
-            set_random_state(loaded.local["random"])
-            logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
+            self._resume(loaded)
+        self.state.set_steps_per_epoch(len(self.loader))
         if self.run_folder.resumed:
             self.run_folder.rewind(self.state.step)
         plans = {"plan.txt": plan_table(self.model), "plan.json": plan_json(self.model)}
@@ -205,23 +206,63 @@ class _Fit:
                 write_atomically(self.run_folder.path / name, plan)
         self.model.train()
 
+    def _resume(self, loaded: Loaded) -> None:
+        self.state = TrainState(**loaded.state)
+        self.loader.load_state_dict(loaded.local["loader"])
+        if loaded.same_ranks:
+            set_random_state(loaded.local["random"])
+        else:
+            seed_generators(torch.initial_seed(), self.state.step, rank())
+            if rank() == 0:
+                logger.warning(
+                    "%s: goes on with %d process(es), not as many as before: what is left of the epoch is dealt out to "
+                    "them, a step has the batches of all of them, and learning rates stay as they were. Random numbers "
+                    "come from new seeds (of seed, step and rank): from here on this run is not equal, to the bit, to "
+                    "one that was not moved",
+                    self.name,
+                    world_size(),
+                )
+        logger.info("%s: resumed at step %d (epoch %d)", self.name, self.state.step, self.state.epoch)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole training, as the run began to count them."""
+        steps = self.config.epochs * round(self.state.steps_per_epoch * self.state.schedule_rate)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    @property
+    def total_steps(self) -> int:
+        left = (self.schedule_steps - self.state.schedule_step) / self.state.schedule_rate
+        return self.state.step + max(0, math.ceil(left))
+
+    def _learning_rate_factor(self) -> float:
+        """Of the next step."""
+        return learning_rate_factor(self.config.optimizer, self.state.schedule_step, self.schedule_steps)
+
     def _done(self) -> bool:
         state, config = self.state, self.config
-        return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.step
+        return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.schedule_step
 
     def _train(self, fetched: Fetched) -> None:
         """One step. Where a loss is found not to be finite, nothing has been changed yet."""
         started = time.perf_counter()
         config, state = self.config.optimizer, self.state
-        self.optimizer.set_learning_rate(learning_rate_factor(config, state.step, self.total_steps))
+        self.factor = self._learning_rate_factor()
+        self.optimizer.set_learning_rate(self.factor)
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.step(self.model, fetched.batch)
-        sums = _sum_over_ranks(output)
+        with self.utilization.forward():
+            output = self.step(self.model, fetched.batch)
+        here = {number.name: float(number in self.interrupts.received) for number in SIGNALS}
+        sums = _sum_over_ranks(output, here)
+        anywhere = [number for number in SIGNALS if sums.pop(number.name)]
+        self.ended_by = anywhere[0] if anywhere else None
         state.step += 1
         if not math.isfinite(sums["loss"]):
             self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum.detach())))
         # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
-        (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
+        with self.utilization.backward():
+            (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
+        self.utilization.count_step(sums["count"])
         if config.clip_grad_norm and self.optimizer.dense_parameters:
             self.grad_norm = clip_grad_norm(self.optimizer.dense_parameters, config.clip_grad_norm)
             if not math.isfinite(self.grad_norm):
@@ -229,6 +270,7 @@ class _Fit:
         self.optimizer.step()
         state.epoch += fetched.is_last
         state.num_events += sums["count"]
+        state.num_tokens += sums["tokens"]
         seconds = {"wait_s": fetched.wait_s, "train_s": fetched.wait_s + time.perf_counter() - started}
         state.wait_s += seconds["wait_s"]
         state.train_s += seconds["train_s"]
@@ -242,24 +284,30 @@ class _Fit:
         if due(self.config.log_every):
             self._log(bar)
         better = self._evaluate() if self.evaluate is not None and due(self.config.eval_every) else False
-        if better or due(self.config.checkpoint_every):
-            self.checkpointer.save(
+        if better or due(self.config.checkpoint_every) or self.ended_by is not None:
+            path = self.checkpointer.save(
                 self.state.step,
                 state=asdict(self.state),
                 local={"loader": fetched.loader_state, "random": random_state()},
                 best_step=self.state.best_step or self.state.step,
             )
+        if self.ended_by is not None:
+            self.run_folder.close()
+            raise Interrupted(
+                self.ended_by,
+                f"{self.name}: {self.ended_by.name} ended training at step {self.state.step} of {self.total_steps}; it "
+                f"is saved in {path}, and the same command goes on from there",
+            )
 
     def _log(self, bar: Any) -> None:
         window, self.state.window = self.state.window, {}
-        count, wait_s, train_s = (window.pop(name) for name in ("count", "wait_s", "train_s"))
+        count, tokens, wait_s, train_s = (window.pop(name, 0.0) for name in ("count", "tokens", "wait_s", "train_s"))
         line: dict[str, float] = {name: value / max(count, 1.0) for name, value in window.items()}
         self.state.loss = line["loss"]
         if self.grad_norm is not None:
             line["grad_norm"] = self.grad_norm
-        factor = learning_rate_factor(self.config.optimizer, self.state.step - 1, self.total_steps)
-        line["learning_rate"] = factor * self.config.optimizer.dense_lr
-        line |= {"events_per_s": count / train_s, "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
+        line["learning_rate"] = self.factor * self.config.optimizer.dense_lr
+        line |= {**self._rates(count, tokens, train_s), "data_wait": wait_s / train_s, "memory_gib": self._memory_gib()}
         self.run_folder.log(self.state.step, epoch=self.state.epoch, **line)
         if bar.disable:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
@@ -308,7 +356,7 @@ class _Fit:
         where = "another rank's batch"
         if here:
             path = self.run_folder.path / f"non-finite-step-{self.state.step}-rank-{rank()}.pt"
-            torch.save(_tensors_of(batch), path)
+            save_batch(batch, path)
             where = f"the batch is saved in {path}: read it with torch.load(path, weights_only=True)"
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
@@ -316,6 +364,14 @@ class _Fit:
             f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so "
             "far are untouched"
         )
+
+    def _rates(self, num_events: float, num_tokens: float, seconds: float) -> dict[str, float]:
+        rates = {"events_per_s": num_events / max(seconds, 1e-9)}
+        if num_tokens:
+            rates["tokens_per_s"] = num_tokens / max(seconds, 1e-9)
+        if self.utilization.at_one_event_per_s is not None:
+            rates["mfu"] = rates["events_per_s"] * self.utilization.at_one_event_per_s
+        return rates
 
     def _memory_gib(self) -> float:
         """Highest memory so far: of torch on CUDA, of the whole process on CPU."""
@@ -331,7 +387,7 @@ class _Fit:
             "best_step": state.best_step or state.step,
             "steps": state.step,
             "epochs": state.epoch,
-            "events_per_s": state.num_events / max(state.train_s, 1e-9),
+            **self._rates(state.num_events, state.num_tokens, state.train_s),
             "data_wait": state.wait_s / max(state.train_s, 1e-9),
             "memory_gib": self._memory_gib(),
             "wall_s": state.wall_s,
@@ -357,36 +413,15 @@ def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str,
         raise ValueError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
 
 
-def _sum_over_ranks(output: StepOutput) -> dict[str, float]:
-    """loss, count and metrics summed over all ranks in double precision; one all-reduce."""
-    names = sorted(output.metrics)
-    taken = {"loss", "count"} & set(names)
+def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str, float]:
+    """loss, count, tokens, `others` and metrics summed over all ranks in double precision; one all-reduce."""
+    own = {"loss": output.loss_sum, "count": output.count, "tokens": output.tokens, **others}
+    taken = own.keys() & output.metrics.keys()
     if taken:
         raise ValueError(f"a step's metrics may not be called {sorted(taken)}: fit logs these itself")
-    values = [output.loss_sum, output.count, *(output.metrics[name] for name in names)]
+    values = {**own, **{name: output.metrics[name] for name in sorted(output.metrics)}}
     device = output.loss_sum.device
-    total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+    total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values.values()])
     if world_size() > 1:
         dist.all_reduce(total)
-    return dict(zip(("loss", "count", *names), total.tolist(), strict=True))
-
-
-def _tensors_of(value: Any) -> Any:
-    """A batch as dictionaries, lists, tensors and plain values, which `torch.load(weights_only=True)` can read."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, KeyedJaggedTensor):
-        return {"keys": value.keys(), "values": _tensors_of(value.values()), "lengths": _tensors_of(value.lengths())}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _tensors_of(getattr(value, entry.name)) for entry in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): _tensors_of(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_tensors_of(entry) for entry in value]
-    if value is None or isinstance(value, (int, float, str)):
-        return value
-    return (
-        {name: _tensors_of(entry) for name, entry in vars(value).items()} if hasattr(value, "__dict__") else repr(value)
-    )
+    return dict(zip(values, total.tolist(), strict=True))

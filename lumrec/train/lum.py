@@ -13,7 +13,7 @@ from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
-from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.checkpoint import best_checkpoint, load_weights, read_meta
 from lumrec.train.parallel import shard
 
 if TYPE_CHECKING:
@@ -113,8 +113,25 @@ def build_user_encoder(config: ModelConfig) -> UserEncoder:
 
 
 def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict[str, str]:
-    """What must agree for a checkpoint to fit: the data's fingerprint (schema, vocabularies) and the model's config."""
-    return {"data": data.fingerprint, "model": repr(config)}
+    """What must agree for a checkpoint to fit: the data, its vocabularies by themselves, and the model's config."""
+    return {"data": data.fingerprint, "vocabulary": data.vocabulary_fingerprint, "model": repr(config)}
+
+
+def check_lum_fits(run: str, checkpoint: Path, data: PreparedData) -> bool:
+    """Whether a LUM's checkpoint was trained on this very data; False: on an older state of it, which fits too.
+
+    Raises ValueError for other data: its embeddings would stand for other values.
+    """
+    made_with = read_meta(checkpoint)["fingerprint"]
+    if made_with["data"] == data.fingerprint:
+        return True
+    if made_with.get("vocabulary") == data.vocabulary_fingerprint:
+        return False
+    raise ValueError(
+        f"the LUM {run} was trained on other data (fingerprint {made_with['data']}) than {data.path} (fingerprint "
+        f"{data.fingerprint}): ask with the data that it was trained on, with a newer log that has the same schema, "
+        "split rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it again"
+    )
 
 
 def load_lum(
@@ -135,5 +152,6 @@ def load_lum(
     trained = load(folder / "config.yaml", [])
     model, builder = build_lum(trained.model, data)
     dmp = shard(model, device=device)
-    load_weights(best_checkpoint(folder), dmp, fingerprint=lum_fingerprint(trained.model, data))
+    check_lum_fits(run, best_checkpoint(folder), data)
+    load_weights(best_checkpoint(folder), dmp)
     return dmp.eval(), builder, trained

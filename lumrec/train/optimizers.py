@@ -14,7 +14,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 TABLE_EPS = 1e-8  # FBGEMM's
 # Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
 TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
@@ -33,7 +33,10 @@ class OptimizerConfig:
     weight_decay: of dense matrices only; biases, norms and tables have none.
     clip_grad_norm: highest norm of the dense gradient, tables left out; 0 = no clipping.
     warmup_steps: steps in which both rates rise linearly from 0.
-    schedule: after that "constant", "linear" or "cosine" (the latter two fall to 0 at the last step).
+    schedule: after that "constant"; "linear" or "cosine", which fall to the lowest rate at the last step;
+    "inverse_sqrt", which falls with the root of the step; or "wsd" (warm-up, stable, decay: arXiv 2404.06395), which is
+    constant but for the last share `decay_share` of all steps, in which it falls linearly.
+    min_lr_factor: the lowest rate that a schedule falls to, as a share of the highest.
     """
 
     table_optimizer: str = "rowwise_adagrad"
@@ -43,6 +46,8 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
     warmup_steps: int = 0
     schedule: str = "constant"
+    decay_share: float = 0.2
+    min_lr_factor: float = 0.0
 
 
 def check(config: OptimizerConfig) -> None:
@@ -57,6 +62,9 @@ def check(config: OptimizerConfig) -> None:
     for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+    for name in ("decay_share", "min_lr_factor"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} must lie between 0 and 1")
 
 
 def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterSharding]:
@@ -71,10 +79,18 @@ def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterShard
 class TableAndDenseOptimizer(CombinedOptimizer):
     """TorchRec's CombinedOptimizer over the fused tables, the dense parameters and any data-parallel tables."""
 
-    def __init__(self, fused: KeyedOptimizer, others: Sequence[KeyedOptimizer], dense_parameters: list[Tensor]) -> None:
+    def __init__(
+        self,
+        fused: KeyedOptimizer,
+        others: Sequence[KeyedOptimizer],
+        *,
+        dense_parameters: list[Tensor],
+        table_names: Sequence[str] = (),
+    ) -> None:
         super().__init__([fused, *others])
         self.fused = fused
         self.dense_parameters = dense_parameters
+        self.table_names = list(table_names)
         self._highest = [group["lr"] for group in self.param_groups]
 
     def set_learning_rate(self, factor: float) -> None:
@@ -82,6 +98,18 @@ class TableAndDenseOptimizer(CombinedOptimizer):
         for group, highest in zip(self.param_groups, self._highest, strict=True):
             group["lr"] = highest * factor  # type: ignore[index]
         self.fused.step()  # does not train: hands the new rate to the fused kernels
+
+    def state_tensors(self) -> dict[str, dict[str, Any]]:
+        """The state's own tensors, parameter → entry → tensor, without parameters that have none.
+
+        A table's sum of squares is called as FBGEMM calls it, however the table is sharded: one that is data_parallel
+        gives its twin's sum as "<table>.momentum1", of FBGEMM's shape (the twin's step count changes nothing).
+        """
+        state = {name: dict(entries) for name, entries in self.state_dict()["state"].items() if entries}
+        for name in self.table_names:
+            if "sum" in state.get(name, {}):
+                state[name] = {f"{name.split('.')[-2]}.momentum1": state[name]["sum"].squeeze(1)}
+        return state
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> TableAndDenseOptimizer:
@@ -109,7 +137,12 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
                 tables, lambda parameters: optimizer_class(parameters, lr=config.table_lr, **arguments)
             )
         )
-    return TableAndDenseOptimizer(model.fused_optimizer, others, list(dense.values()))
+    return TableAndDenseOptimizer(
+        model.fused_optimizer,
+        others,
+        dense_parameters=list(dense.values()),
+        table_names=list(table_shardings(model)),
+    )
 
 
 def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -139,7 +172,7 @@ def _replicated_and_sharded(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     return [kind for kind in kinds if kind]
 
 
-def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+def learning_rate_factor(config: OptimizerConfig, step: float, total_steps: int) -> float:
     """Share of the highest learning rate at `step` (0 is the first) of `total_steps`.
 
     >>> config = OptimizerConfig(warmup_steps=2, schedule="linear")
@@ -150,7 +183,12 @@ def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    if config.schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "inverse_sqrt":
+        return max(config.min_lr_factor, (max(1, config.warmup_steps) / (step + 1)) ** 0.5)
+    # Where the fall begins: behind the warm-up, or for "wsd" where the last share of the steps does.
+    start = float(config.warmup_steps)
+    if config.schedule == "wsd":
+        start = max(start, total_steps * (1.0 - config.decay_share))
+    progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.min_lr_factor + (1.0 - config.min_lr_factor) * left

@@ -167,7 +167,7 @@ def _fully_shard(encoder: nn.Module, device: torch.device) -> None:
     for module in (*encoder.blocks, encoder):  # type: ignore[misc]
         # Gradients are averaged over the ranks, as DDP and TorchRec do it: the loop counts on it.
         fully_shard(module, mesh=mesh)
-    for method in ("keys_and_values", "ask"):
+    for method in ("keys_and_values", "extend", "ask"):
         if hasattr(encoder, method):
             register_fsdp_forward_method(encoder, method)
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lumrec.data.packing import NegativesConfig, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
@@ -22,6 +23,7 @@ from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.continual import find_earlier, growth_table, start_from
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
+from lumrec.train.negatives import gather_candidates
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.run import RunFolder
 
@@ -44,6 +46,7 @@ class ContrastConfig:
 class PretrainConfig:
     """Step 1.
 
+    label_smoothing: share of InfoNCE's target that goes to all candidates by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
     start_from: run name of an earlier LUM that this one goes on from (see lumrec/train/continual.py); "" = a fresh one.
     table_state: of its tables' optimizer state: keep, or fresh to begin it anew.
@@ -53,6 +56,7 @@ class PretrainConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    label_smoothing: float = 0.0
     precision: str = "float32"
     start_from: str = ""
     table_state: str = "keep"
@@ -85,13 +89,25 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
     """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
     if config.precision not in PRECISIONS:
         raise ValueError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
-    dtype = PRECISIONS[config.precision]
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"pretrain.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
+    dtype, negatives = PRECISIONS[config.precision], config.negatives
 
     def step(model: nn.Module, pack: Pack) -> StepOutput:
         device_type = pack.positive_T.device.type
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
             o_TD, o_QD, e_CD = model(pack)
-            loss = nce = info_nce(o_TD, e_CD, pack.positive_T, pack.log_weight_C)
+            candidates = e_CD, pack.positive_T, pack.log_weight_C
+            if negatives.across_ranks:
+                candidates = gather_candidates(
+                    e_CD, pack.candidate_item_C, pack.positive_T, pack.log_weight_C, unique=negatives.unique
+                )
+            loss = nce = info_nce(
+                o_TD,
+                *candidates,
+                log_positive_weight_T=pack.log_positive_weight_T if negatives.logq_positive else None,
+                label_smoothing=config.label_smoothing,
+            )
         metrics = {"info_nce": nce.detach()}
         if len(pack.contrast_event_Q) or config.contrast.feature:
             event_Q = pack.contrast_event_Q
@@ -99,7 +115,7 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
             contrast = counterfactual_contrast(o_TD[event_Q].float(), o_QD.float(), e_QD.float())
             metrics["contrast"] = contrast.detach()
             loss = nce + config.contrast.weight * contrast
-        return StepOutput(loss, pack.num_events, metrics)
+        return StepOutput(loss, pack.num_events, metrics, tokens=2 * pack.num_events + pack.num_queries)
 
     return step
 
@@ -180,6 +196,7 @@ def run(config: "Config") -> dict[str, float | str]:
         select=settings.select,
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data),
+        dtype=PRECISIONS[settings.precision],
     )
     result |= evaluate("test")
     run_folder.finish(result)

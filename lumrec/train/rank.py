@@ -257,7 +257,9 @@ def run(config: "Config") -> dict[str, float | str]:
         result["knowledge_hazard"] = knowledge.hazard
     if lum is not None:
         result["tables_from_lum"] = ", ".join(load_lum_tables(lum, data, dmp))
-    result |= _train(config, dmp, builder, run_folder, {**inputs, "model": repr(settings)})
+    # The run folder compares how it is trained; a checkpoint belongs to what is trained.
+    model = repr(dataclasses.replace(settings, train=TrainConfig()))
+    result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})
     result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size)
     result["wall_s"] = time.perf_counter() - started
     run_folder.finish(result)

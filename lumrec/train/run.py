@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 # Sections of the root config that belong to one stage: a stage's run does not depend on the settings of the others.
-STAGE_SECTIONS = ("pretrain", "query", "rank", "pipeline")
-# Settings that say where and how to run, but not what comes out.
+STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "pipeline")
+# Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
+NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
 # What may stand in a folder whose making was interrupted before config.yaml was there.
 _FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
 _PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
@@ -73,6 +74,13 @@ class RunFolder:
         """
         run = cls(Path(config.runs_dir) / run_name(config, stage))
         run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {})))
+        return run
+
+    @classmethod
+    def locked(cls, path: Path) -> "RunFolder":
+        """The folder `path`, locked until `close`, for work that goes by no config. Raises ValueError if in use."""
+        run = cls(path)
+        run._take_lock()
         return run
 
     def _open(self, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool]:
@@ -233,7 +241,7 @@ def _differences(path: Path, config: Any, stage: str, inputs: Mapping[str, str])
     before, now = dict(_flatten(stored)), dict(_flatten(_plain(config)))
     for key in sorted({*before, *now}):
         old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
-        if old != new and key.split(".")[0] not in ignored:
+        if old != new and key.split(".")[0] not in ignored and not key.endswith(NEUTRAL_TRAIN_KEYS):
             yield f"{key}: {old!r} → {new!r}"
     stored_inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
     for key in sorted({*stored_inputs, *inputs}):

@@ -1,6 +1,7 @@
 """The main of the apps: what an error of the user's looks like, and what a fault of ours does."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from lumrec.config import load
-from lumrec.stages import headline, is_for_the_user
+from lumrec.stages import headline, is_for_the_user, run_stage
+from lumrec.train.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,3 +73,15 @@ def test_headline_picks_the_figures_that_count():
     result = {"auc": 0.71234567, "valid/auc": 0.5, "num_rows": 3, "log_loss": 0.5, "note": "one class"}
     assert headline("rank", result) == "auc 0.71235, log_loss 0.5, note one class"
     assert headline("pretrain", {"hr@10": 0.25, "steps": 3}) == "hr@10 0.25"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_ended_says_how_to_go_on(monkeypatch, capsys, number):
+    def stopped(config):
+        raise Interrupted(number, "saved in step-00000012")
+
+    monkeypatch.setattr("lumrec.train.pretrain.run", stopped)
+    with pytest.raises(SystemExit) as ended:
+        run_stage("pretrain", "", [])
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err.endswith("lumrec: saved in step-00000012\n")

@@ -36,7 +36,7 @@ def test_a_file_alone_is_its_component(component, capsys):
     )
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "pipeline"])
+@pytest.mark.parametrize("stage", [*STAGES, "inspect", "pipeline"])
 def test_help_teaches(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         torchx_run(f"apps/{stage}.py", "--help")
@@ -44,7 +44,12 @@ def test_help_teaches(stage, capsys):
     assert stop.value.code == 0
     assert f"torchx run apps/{stage}.py" in out
     assert "--config" in out
-    assert ("-j" in out) == (stage != "pipeline")
+    assert ("-j" in out) == (stage in STAGES)
+
+
+def test_a_user_to_inspect_is_an_option(capsys):
+    torchx_run("apps/inspect.py", "--user", "42", "inspect.top=3")
+    assert "apps/inspect.py --config configs/ml-1m.yaml inspect.top=3 inspect.user=42" in capsys.readouterr().err
 
 
 def test_builtin_components_stay(capsys):

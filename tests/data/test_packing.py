@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lumrec.data.columns import expand_ranges
-from lumrec.data.packing import ABSENT, NegativeSampler, NegativesConfig, PackingConfig, PackLoader, Queries
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import ABSENT, PackingConfig, PackLoader, Queries
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.train.lum import ModelConfig, build_lum
@@ -82,7 +83,7 @@ def test_resumed_on_two_ranks_the_same_packs_follow(builder):
     for rank in range(2):
         epoch = [content(pack) for pack in make_loader(builder, rank=rank, world_size=2)]
         resumed = make_loader(builder, rank=rank, world_size=2)
-        resumed.load_state_dict({"epoch": 0, "done": 2})
+        resumed.load_state_dict({"epoch": 0, "done": 4})
         assert [content(pack) for pack in resumed] == epoch[2:]
 
 
@@ -109,6 +110,24 @@ def test_resumed_in_mid_epoch_the_same_packs_follow(builder):
     rest = [content(pack) for _ in range(2) for pack in resumed]
     assert seen + rest == epochs
     assert seen[0] != rest[0]
+
+
+def test_another_number_of_ranks_goes_on_with_the_next_budget(builder):
+    """What W ranks have in one step is what one rank has in W packs, from wherever they begin."""
+    expected = [sorted(pack.event_row_T.tolist()) for pack in make_loader(builder)]
+    state, done = make_loader(builder).state_dict(), 0
+    for world_size, steps in ((2, 1), (1, 1), (3, 99)):
+        seen: dict[int, list[int]] = {}
+        for rank in range(world_size):
+            loader = make_loader(builder, rank=rank, world_size=world_size)
+            loader.load_state_dict(state)
+            for step, pack in zip(range(steps), loader):
+                seen.setdefault(step, []).extend(pack.event_row_T.tolist())
+        state = loader.state_dict()
+        for rows in seen.values():
+            assert sorted(rows) == sorted(row for pack in expected[done : done + world_size] for row in pack)
+            done += world_size
+    assert state == {"epoch": 1, "done": 0} and done >= len(expected) > 6
 
 
 def test_a_pack_holds_what_the_log_holds(builder):
@@ -165,6 +184,20 @@ def test_a_contrast_query_differs_from_its_event_in_that_condition_alone(builder
         assert scenario[pack.num_events + q] == scenario[event]
 
 
+def test_expected_counts_of_a_step_are_over_the_events_of_all_ranks(builder):
+    """Weights are counts over what a step of three ranks, of 3 · 32 draws, is to be expected to hold."""
+    negatives = NegativesConfig(sampled=32, across_ranks=True)
+    loaders = [make_loader(builder, negatives=negatives, rank=rank, world_size=3) for rank in range(3)]
+    popularity_I = loaders[0].sampler.popularity_I
+    for packs in zip(*loaders, strict=True):
+        num_events = sum(pack.num_events for pack in packs)
+        for pack in packs:
+            expected_C = 96 / (popularity_I > 0).sum() + num_events * popularity_I[pack.candidate_item_C]
+            count_C = pack.log_weight_C.double().exp() * expected_C
+            torch.testing.assert_close(count_C, count_C.round(), rtol=0, atol=1e-3)
+            assert int(count_C.round().sum()) == 32 + pack.num_events
+
+
 def test_conditions_are_withheld_at_the_given_rate(builder):
     for rate in (0.0, 0.5, 1.0):
         packs = list(make_loader(builder, packing=PackingConfig(128, rate)))
@@ -182,39 +215,12 @@ def test_a_held_out_fold_is_never_in_a_pack(builder):
     assert held_out.isdisjoint(data.user[rows].tolist())
 
 
-def test_logq_makes_the_weights_an_unbiased_estimate_of_the_catalogue():
-    counts = np.array([0, 1, 5, 20, 100])
-    generator = torch.Generator().manual_seed(0)
-    config = NegativesConfig(in_batch=False, sampled=64, sampling="popularity")
-    sampler = NegativeSampler(config, counts)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for _ in range(3000):
-        candidates, _, log_weight = sampler.draw(torch.zeros(0, dtype=torch.int64), generator)
-        sums[candidates] += log_weight.double().exp()
-    torch.testing.assert_close(sums[1:] / 3000, torch.ones(4, dtype=torch.float64), rtol=0.1, atol=0)
-    assert sums[0] == 0  # an item without training events is no negative
-
-
-def test_in_batch_negatives_count_how_often_an_item_occurs():
-    sampler = NegativeSampler(NegativesConfig(sampled=0, logq=False), np.array([1, 1, 1]))
-    candidates, positive, log_weight = sampler.draw(torch.tensor([2, 0, 2]), torch.Generator())
-    assert candidates.tolist() == [0, 2] and positive.tolist() == [1, 0, 1]
-    torch.testing.assert_close(log_weight.exp(), torch.tensor([1.0, 2.0]))
-
-
-def test_the_full_catalogue():
-    sampler = NegativeSampler(NegativesConfig(full=True), np.array([0, 1, 1]))
-    candidates, positive, log_weight = sampler.draw(torch.tensor([2, 1]), torch.Generator())
-    assert (candidates.tolist(), positive.tolist(), log_weight.tolist()) == ([0, 1, 2], [2, 1], [0.0, 0.0, 0.0])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"packing": PackingConfig(events_per_pack=8)}, "not even one full window fits"),
         ({"contrast_feature": "category"}, "conditions that the model reads"),
         ({"negatives": NegativesConfig(in_batch=False, sampled=0)}, "no negatives"),
-        ({"negatives": NegativesConfig(sampling="zipf")}, "expected one of"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(builder, changes, message):

@@ -152,7 +152,8 @@ def test_an_epoch_holds_each_row_once_in_even_batches_and_a_new_order(tiny_prepa
     rows = np.flatnonzero(tiny_prepared.split == 0)
     loader = RowLoader(make_builder(tiny_prepared), rows, batch_size=100, seed=3)
     first, second = rows_of(loader), rows_of(loader)
-    assert len(first) == len(loader) == -(-len(rows) // 100) and loader.state_dict() == {"epoch": 2, "done": 0}
+    assert len(first) == len(loader) == -(-len(rows) // 100)
+    assert loader.state_dict() == {"epoch": 2, "first": 0, "done": 0, "world_size": 1}
     assert sorted(sum(first, [])) == sorted(sum(second, [])) == rows.tolist() and first != second
     sizes = [len(batch) for batch in first]
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 100
@@ -179,6 +180,28 @@ def test_ranks_share_an_epoch_in_equally_many_batches_none_empty(tiny_prepared: 
     batches = [rows_of(loader) for loader in ranks]
     assert len({len(part) for part in batches}) == 1 and min(len(b) for part in batches for b in part) >= 1
     assert sorted(sum(sum(batches, []), [])) == rows.tolist()
+
+
+def test_other_numbers_of_ranks_deal_out_what_is_left_of_the_epoch(tiny_prepared: PreparedData):
+    rows, builder = np.arange(101), make_builder(tiny_prepared)
+    state, seen = {"epoch": 1, "first": 0, "done": 0, "world_size": 1}, []
+    for world_size, steps in ((1, 3), (2, 2), (3, 1), (1, 0), (1, 99)):
+        ranks = [RowLoader(builder, rows, batch_size=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+            seen += [row for _, batch in zip(range(steps), loader) for row in batch.row_B.tolist()]
+        states = [loader.state_dict() for loader in ranks]
+        assert states == states[:1] * world_size
+        state = states[0]
+    assert sorted(seen) == rows.tolist() and state["epoch"] == 2
+    last = {"epoch": 0, "first": 0, "done": 100, "world_size": 1}  # of batches of one row: one row is left
+    ranks = [RowLoader(builder, rows, batch_size=1, rank=rank, world_size=3) for rank in range(3)]
+    batches = []
+    for loader in ranks:
+        loader.load_state_dict(last)
+        batches.append(rows_of(loader))
+    order = np.random.default_rng([0, 0]).permutation(rows).tolist()
+    assert batches == [[[row]] for row in order[-3:]]
 
 
 @pytest.mark.parametrize(("num_rows", "world_size"), [(0, 1), (1, 1), (1, 3), (10, 3), (50, 2)])

@@ -75,13 +75,24 @@ def test_with_a_relative_bias_too(silu, time, lengths):
 
 
 @KINDS
-def test_portions_of_a_bucket_change_nothing(silu, time, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_portions_of_a_bucket_change_nothing(silu, time, rows, monkeypatch):
+    """Sequences one by one, and their rows too."""
     lengths = [20, 19, 18, 20]
-    layout, times, bias = make_layout(torch.tensor(lengths)), token_times(77), relative_bias(time=time)
+    layout, times = make_layout(torch.tensor(lengths)), token_times(77)
     indices = bias_indices(layout, times if time else None)
-    whole = causal_attention(*qkv(77), layout, silu=silu, bias=bias, indices=indices)
+
+    def results() -> list[torch.Tensor]:
+        inputs, bias = qkv(77), relative_bias(time=time)
+        out = causal_attention(*inputs, layout, silu=silu, bias=bias, indices=indices)
+        (out * draw(*out.shape, seed=9)).sum().backward()
+        return [out, *(x.grad for x in (*inputs, *bias.parameters()))]
+
+    whole = results()
     monkeypatch.setattr("lumrec.modules.relative_bias.CACHED_SCORES", 1)
-    torch.testing.assert_close(causal_attention(*qkv(77), layout, silu=silu, bias=bias, indices=indices), whole)
+    monkeypatch.setattr("lumrec.modules.relative_bias.LEAST_ROWS", rows)
+    for part, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(part, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,9 +1,14 @@
 """The Large User Model's invariances on drawn histories. Shapes as in lumrec.modules.lum."""
 
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from lumrec.modules import lum
 from lumrec.modules.layout import make_layout
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel, Pack
 from lumrec.modules.tokens import TokenEncoder, make_kjt, make_tables
@@ -29,11 +34,16 @@ def make_model(similarity: str = "cosine", encoder: str = "gpt", tokens: str = "
 
 
 def make_pack(
-    users: list[tuple[list[int], list[int]]], queries: list[tuple[int, int, int]] = (), *, per_event: int = 2
+    users: list[tuple[list[int], list[int]]],
+    queries: list[tuple[int, int, int]] = (),
+    *,
+    per_event: int = 2,
+    before: list[int] | None = None,
 ) -> Pack:
     """users: (items, conditions) of each. queries: (user, moment, condition), by user. Candidates: all items.
 
-    Event k of a user, and a query at moment k, is at 1000 k² seconds.
+    Event k of a user, and a query at moment k, is at 1000 k² seconds. before: events of each user that are not in the
+    pack, but were before.
     """
     lengths = torch.tensor([len(items) for items, _ in users], dtype=torch.int64)
     item_T = torch.tensor([item for items, _ in users for item in items], dtype=torch.int64)
@@ -48,6 +58,7 @@ def make_pack(
     prefix_Q = per_event * asked[:, 1]
     layout = make_layout(per_event * lengths, query_sequence_Q=asked[:, 0], query_prefix_Q=prefix_Q)
     moment_T = torch.cat([torch.arange(0), *(torch.arange(length) for length in lengths)])
+    before_B = torch.tensor(before or [0] * len(users), dtype=torch.int64)
     place_Q = (lengths.cumsum(0) - lengths)[asked[:, 0]] + asked[:, 1]
     none = torch.zeros(0, dtype=torch.int64)
     return Pack(
@@ -59,10 +70,12 @@ def make_pack(
         query_prefix_Q=prefix_Q,
         previous_T=torch.where(moment_T == 0, -1, torch.arange(T) - 1),
         previous_Q=torch.where(asked[:, 1] == 0, -1, place_Q - 1),
-        time_T=1000 * moment_T**2,
-        time_Q=1000 * asked[:, 1] ** 2,
+        time_T=1000 * (moment_T + before_B.repeat_interleave(lengths)) ** 2,
+        time_Q=1000 * (asked[:, 1] + before_B[asked[:, 0]]) ** 2,
+        candidate_item_C=torch.arange(C),
         positive_T=item_T,
         log_weight_C=torch.zeros(C),
+        log_positive_weight_T=torch.zeros(0),
         contrast_event_Q=none,
         event_row_T=torch.arange(T),
     )
@@ -77,11 +90,13 @@ def history(length: int, seed: int) -> tuple[list[int], list[int]]:
 USERS = [history(7, 1), history(1, 2), history(20, 3), history(6, 4)]
 
 
-@pytest.fixture(
-    params=[("cosine", "gpt", "interleaved"), ("dot", "gpt", "merged"), ("dot", "llama", "interleaved")]
-    + [("cosine", "hstu", "interleaved"), ("dot", "hstu", "merged")],
-    ids="-".join,
-)
+KINDS = [("cosine", "gpt", "interleaved"), ("dot", "gpt", "merged"), ("dot", "llama", "interleaved")] + [
+    ("cosine", "hstu", "interleaved"),
+    ("dot", "hstu", "merged"),
+]
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
 def model(request) -> LargeUserModel:
     return make_model(*request.param)
 
@@ -147,6 +162,92 @@ def test_queries_only_gives_the_same_answers(model):
         whole, short = model(pack), model(pack, queries_only=True)
     torch.testing.assert_close(short.o_QD, whole.o_QD)
     assert len(short.o_TD) == 0
+
+
+def test_queries_in_portions_give_the_same_answers(model, monkeypatch):
+    queries = [(0, 7, 1), (0, 3, 2), (1, 0, 2), (2, 19, 3), (2, 19, 2), (3, 6, 3)]
+    pack, asked = pack_for(model, USERS, queries), []
+    once = model.user_encoder.ask
+    monkeypatch.setattr(model.user_encoder, "ask", lambda *args, **settings: asked.append(0) or once(*args, **settings))
+    with torch.no_grad():
+        whole = model(pack, queries_only=True)
+        assert not asked
+        for budget, num_portions in ((1, 6), (10**9, 1)):
+            monkeypatch.setitem(lum.QUERY_BUDGET, "cpu", budget)
+            monkeypatch.setattr(model, "_cost_at_once", lambda layout: budget + 1)  # noqa: B023
+            portioned = model(pack, queries_only=True)
+            assert len(asked) == num_portions
+            torch.testing.assert_close(portioned, whole)
+            asked.clear()
+
+
+def test_a_history_is_read_on(model):
+    """New events cost what they add, and leave what reading everything at once would."""
+    lengths = [7, 1, 15, 0, 6]
+    users = [history(length, seed) for seed, length in enumerate(lengths)]
+    queries = [(user, moment, 1 + moment % 3) for user, moment in enumerate(lengths) for _ in range(2)]
+    with torch.no_grad():
+        expected, at_once = model(pack_for(model, users, queries)), model.read(pack_for(model, users))[0]
+        known, seen = None, [0] * len(users)
+        for until in ([3, 0, 14, 0, 0], [3, 1, 15, 0, 4], lengths):
+            new = [tuple(part[a:b] for part in user) for user, a, b in zip(users, seen, until)]
+            asked = [(user, moment - seen[user], c) for user, moment, c in queries if moment == until[user]]
+            per_event = TOKENS_PER_EVENT[model.tokens]
+            known, o_QD = model.read(make_pack(new, asked, per_event=per_event, before=seen), known)
+            rows = [row for row, (user, moment, _) in enumerate(queries) if moment == until[user]]
+            torch.testing.assert_close(o_QD, expected.o_QD[rows])
+            seen = until
+        torch.testing.assert_close(known.layers, at_once.layers)
+        assert torch.equal(known.lengths_B, at_once.lengths_B) and torch.equal(known.seen_T, at_once.seen_T)
+        torch.testing.assert_close((known.item_BD, known.time_B), (at_once.item_BD, at_once.time_B))
+        some = known.select(torch.tensor([4, 1]))
+        torch.testing.assert_close(vars(some), vars(model.read(pack_for(model, [users[4], users[1]]))[0]))
+
+
+def test_a_history_that_grows_too_long_is_to_be_read_anew(model):
+    longest = MAX_TOKENS // TOKENS_PER_EVENT[model.tokens]
+    with torch.no_grad():
+        known, _ = model.read(pack_for(model, [history(longest, 1)]))
+        with pytest.raises(ValueError, match=r"grows to 4[12] tokens, but .* 40 positions .max_tokens.: .* anew"):
+            model.read(pack_for(model, [history(1, 2)]), known)
+        with pytest.raises(ValueError, match="2 windows for 1 histories"):
+            model.read(pack_for(model, [history(0, 2)] * 2), known)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_group_query_equals_separate_passes(data):
+    """In one pass, in portions, or read on: each answer is that of a pass with this query alone (float64)."""
+    model = made(*data.draw(st.sampled_from(KINDS)))
+    per_event = TOKENS_PER_EVENT[model.tokens]
+    longest = MAX_TOKENS // per_event - 1  # events before a query: it stands where the next event's condition would
+    length = st.one_of(st.sampled_from([0, 1, longest]), st.integers(0, longest))
+    lengths = data.draw(st.lists(length, min_size=1, max_size=4))
+    users = [history(length, seed) for seed, length in enumerate(lengths)]
+    moment_of = [st.tuples(st.just(u), st.integers(0, n), st.integers(1, 3)) for u, n in enumerate(lengths)]
+    queries = [query for one in moment_of for query in data.draw(st.lists(one, max_size=4))]
+    cut = [data.draw(st.integers(0, n)) for n in lengths]
+    queries_after = [(u, moment - cut[u], c) for u, moment, c in queries if moment >= cut[u]]
+    with torch.no_grad():
+        expected = [
+            model(pack_for(model, [(users[u][0][:moment] + [0], users[u][1][:moment] + [c])])).o_TD[-1]
+            for u, moment, c in queries
+        ]
+        expected = torch.stack(expected) if expected else torch.zeros(0, DIM).double()
+        pack = pack_for(model, users, queries)
+        torch.testing.assert_close(model(pack).o_QD, expected)
+        torch.testing.assert_close(model(pack, queries_only=True).o_QD, expected)
+        torch.testing.assert_close(model.read(pack)[1], expected)
+        known, _ = model.read(pack_for(model, [tuple(part[:n] for part in user) for user, n in zip(users, cut)]))
+        rest = [tuple(part[n:] for part in user) for user, n in zip(users, cut)]
+        _, o_QD = model.read(make_pack(rest, queries_after, per_event=per_event, before=cut), known)
+        after = [row for row, (u, moment, _) in enumerate(queries) if moment >= cut[u]]
+        torch.testing.assert_close(o_QD, expected[after])
+
+
+@functools.cache
+def made(*kind: str) -> LargeUserModel:
+    return make_model(*kind)
 
 
 def test_an_empty_pack_is_computed(model):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from lumrec.modules.layout import make_layout
+from lumrec.modules.layout import extension, make_layout
 from lumrec.modules.relative_bias import TokenTimes
 from lumrec.modules.user_encoder import ENCODERS, UserEncoder, rotate
 
@@ -48,6 +48,36 @@ def test_asking_a_cache_equals_one_pass(encoder, time_bias):
         _, only = model(x_TD, y_QD, asked, query_prefix_Q=PREFIX, times=times, queries_only=True)
     torch.testing.assert_close(answer, expected)
     torch.testing.assert_close(only, expected)
+
+
+@pytest.mark.parametrize("time_bias", [None, True, False])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_extending_a_cache_equals_computing_it_anew(encoder, time_bias):
+    model, (x_TD, _, times) = make_encoder(encoder, time_bias=time_bias), inputs()
+    sequence_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS)
+    no_query = [PREFIX[:0]] * 2
+    with torch.no_grad():
+        whole = model.keys_and_values(
+            x_TD, make_layout(LENGTHS), times=TokenTimes(times.asked_T, times.seen_T, *no_query)
+        )
+        cache, old_B = None, torch.zeros_like(LENGTHS)
+        for share in (0.0, 0.4, 0.9, 1.0):
+            until_B = (share * LENGTHS).ceil().long()
+            place_T = torch.arange(len(x_TD)) - (LENGTHS.cumsum(0) - LENGTHS)[sequence_T]
+            seen_T, new_T = (
+                place_T < until_B[sequence_T],
+                (place_T >= old_B[sequence_T]) & (place_T < until_B[sequence_T]),
+            )
+            if cache is None:
+                layout = make_layout(until_B)
+                cache = model.keys_and_values(
+                    x_TD[seen_T], layout, times=TokenTimes(times.asked_T[seen_T], times.seen_T[seen_T], *no_query)
+                )
+            else:
+                of_tokens = TokenTimes(*(x[part] for part in (seen_T, new_T) for x in (times.asked_T, times.seen_T)))
+                cache = model.extend(cache, x_TD[new_T], extension(old_B, until_B - old_B), times=of_tokens)
+            old_B = until_B
+    torch.testing.assert_close(cache, whole)
 
 
 def gradients(model: UserEncoder) -> dict[str, torch.Tensor]:

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from shop_log import shop_log
 
 from lumrec.config import load
+from lumrec.data import prepare
 from lumrec.train import pretrain
 
 WORDS = [
@@ -39,3 +41,38 @@ def experiment(trained_runs: Path, tmp_path: Path):
     runs = tmp_path / "runs"
     shutil.copytree(trained_runs, runs)
     return lambda *words: load(None, [*WORDS, f"runs_dir={runs}", *words])
+
+
+LOG_WORDS = [
+    "name=shop",
+    "data.source=log",
+    "data.label={column: clicked, at_least: 1}",
+    "data.split={kind: time, times: ['2023-11-20T22:13:20', '2023-11-21T22:13:20']}",
+    "schema.features={item_id: {role: item}, feedback: {role: condition, wish: true}}",
+    "model.dim=16",
+    "model.max_events=8",
+    "pretrain.packing.events_per_pack=256",
+    "pretrain.train.max_steps=3",
+    "query.tokens_per_pack=600",
+]
+
+
+@pytest.fixture(scope="session")
+def trained_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds monday.csv, tuesday.csv, the data monday and tuesday made of them, and the LUM of Monday: shop-pretrain."""
+    runs = tmp_path_factory.mktemp("shop") / "runs"
+    runs.mkdir()
+    for name in ("monday", "tuesday"):
+        shop_log(tuesday=name == "tuesday").write_csv(runs / f"{name}.csv")
+        words = [*LOG_WORDS, f"data.log.events={runs}/{name}.csv", f"runs_dir={runs}", f"run={name}"]
+        prepare.run(load(None, words))
+    pretrain.run(load(None, [*LOG_WORDS, f"runs_dir={runs}", "inputs.prepared=monday"]))
+    return runs
+
+
+@pytest.fixture
+def shop(trained_shop: Path, tmp_path: Path):
+    """Gives the config of `key=value` words in a copy of the shop's runs that the test may change."""
+    runs = tmp_path / "runs"
+    shutil.copytree(trained_shop, runs)
+    return lambda *words: load(None, [*LOG_WORDS, f"runs_dir={runs}", *words])

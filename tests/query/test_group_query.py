@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from lumrec.data.columns import Column
 from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.modules import lum as lum_module
+from lumrec.modules.user_encoder import ENCODERS
+from lumrec.query.conditions import condition_columns, default_conditions
 from lumrec.query.group_query import (
     GroupQuery,
     asked_rows,
-    condition_columns,
-    default_conditions,
     encode_items,
     log_normalizer,
     packs,
@@ -110,6 +111,54 @@ def test_rows_equal_one_row_at_a_time_with_the_window_rule(lum):
             for n in (0, 1):
                 alone = naive_answer(lum, range(begin, row), CONDITIONS[n])
                 torch.testing.assert_close(answers[row][n], alone, atol=2e-5, rtol=0)
+
+
+KINDS = [(encoder, tokens) for encoder in ENCODERS for tokens in ("interleaved", "merged")]
+
+
+@pytest.fixture(scope="module")
+def exact_lums(tiny_prepared):
+    """LUMs of every kind in float64, with larger weights than at initialisation, so that every part matters."""
+    lums = {}
+    for encoder, tokens in KINDS:
+        torch.manual_seed(0)
+        config = ModelConfig(encoder=encoder, tokens=tokens, dim=16, num_layers=2, max_events=MODEL.max_events)
+        model, builder = build_lum(config, tiny_prepared)
+        with torch.no_grad():
+            for parameter in model.user_encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        lums[encoder, tokens] = model.double().eval(), builder
+    return lums
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_group_query_equals_separate_passes(exact_lums, data):
+    """Whatever the histories, conditions, packs and portions; to the rounding of answers to float32."""
+    lum = exact_lums[data.draw(st.sampled_from(KINDS))]
+    longest = MODEL.max_events - 1
+    length = st.one_of(st.sampled_from([0, 1, longest]), st.integers(0, longest))
+    lengths = torch.tensor(data.draw(st.lists(length, min_size=1, max_size=4)))
+    starts = torch.tensor([data.draw(st.integers(0, lum[1].data.num_events - longest)) for _ in lengths])
+    count = data.draw(st.integers(1, 3))
+    words = [{"query": "|".join(list(lum[1].data.vocabulary("query"))[:2]), "feedback": "like"}]
+    condition = st.sampled_from(CONDITIONS + words)
+    asked = [data.draw(st.lists(condition, min_size=count, max_size=count)) for _ in lengths]
+    order = data.draw(st.permutations(range(count)))
+    query = make_query(lum, tokens_per_pack=data.draw(st.sampled_from([1, 40, 8192])))
+    windows = Windows(starts, lengths, torch.zeros_like(starts))
+    budget = data.draw(st.sampled_from([1, 4000, lum_module.QUERY_BUDGET["cpu"]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lum_module.QUERY_BUDGET, "cpu", budget)
+        o_BND = query.ask(windows, asked)
+        permuted = query.ask(windows, [[each[n] for n in order] for each in asked])
+    alone = [
+        naive_answer(lum, range(start, start + length), one)
+        for start, length, each in zip(starts.tolist(), lengths.tolist(), asked)
+        for one in each
+    ]
+    torch.testing.assert_close(o_BND.double().flatten(0, 1), torch.stack(alone), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(permuted, o_BND[:, list(order)], atol=1e-6, rtol=1e-6)
 
 
 def test_permuting_queries_permutes_answers(lum):

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from lumrec.data.columns import Column
-from lumrec.data.packing import NegativesConfig, PackBuilder, PackingConfig, PackLoader
+from lumrec.data.negatives import NegativesConfig
+from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.splits import TRAIN, user_fold
-from lumrec.query.store import Knowledge, KnowledgeStore, UserAnswer, pack_answer, unpack_answer, user_key_bytes
+from lumrec.query.history import user_index
+from lumrec.query.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
+from lumrec.query.store import Knowledge, KnowledgeStore
 from lumrec.query.writer import KnowledgeWriter
 from lumrec.train.lum import ModelConfig, build_lum
 from lumrec.train.pretrain import training_users
@@ -46,12 +49,15 @@ def build(tmp_path, tiny_prepared):
         rows = torch.randperm(data.num_events - 10, generator=generator) + 10
         o_RND = torch.randn(len(rows), N, D, generator=generator)
         log_z_RN = torch.randn(len(rows), N, generator=generator)
-        writer.write_rows(rows, o_RND, log_z_RN)
-        writer.write_user_fold(user_fold(data.user_keys(), 2))
+        writer.write_rows(rows.numpy(), o_RND, log_z_RN)
+        writer.write_user_index(user_fold(data.user_keys(), 2), user_index(data, ["item_id"]))
+        writer.write_item_keys(data.item_keys())
         for fold in (0, 1):
             writer.write_items(fold, torch.full((data.num_items, D), float(fold)))
-        users = [UserAnswer(7, 5, 3, 2, 1, o_RND[u].numpy().astype("<f2"), log_z_RN[u].numpy()) for u in range(59)]
-        writer.write_users(data.user_keys()[:59], users)
+        users = writer.user_records(
+            o_RND[:59], log_z_RN[:59], asked_at=7, last_event_at=5, num_events=3, num_seen=2, fold=1
+        )
+        writer.write_users([user_key_bytes(key) for key in data.user_keys()[:59]], users)
         writer.commit("all")
         writer.publish({"counts": {}})
         return tmp_path / "run", rows, o_RND, log_z_RN
@@ -165,7 +171,7 @@ def test_a_build_killed_between_the_two_renames_is_taken_up(build, tmp_path, tin
     published = Knowledge.open(path, tiny_prepared)
     manifest = published.manifest
     identity = {key: manifest[key] for key in [*IDENTITY, "data_fingerprint"]}
-    (published.path / "identity.json").write_text(json.dumps(identity))
+    (published.path / "identity.json").write_text(json.dumps({"identity": identity, "basis": ""}))
     (published.path / "progress-0").write_text("all\nhalf a li")
     (path / "manifest.json").unlink()
     sizes = {"num_events": tiny_prepared.num_events, "num_users": tiny_prepared.num_users}
@@ -179,12 +185,12 @@ def test_a_build_killed_between_the_two_renames_is_taken_up(build, tmp_path, tin
 
 
 def test_user_values_are_checked_for_their_size():
-    answer = UserAnswer(1, 2, 3, 4, 5, np.ones((N, D), "<f2"), np.zeros(N, np.float32))
-    value = pack_answer(answer)
-    back = unpack_answer(value, shape=(N, D), dtype=np.dtype("<f2"), with_log_z=True)
-    assert back[:5] == answer[:5] and np.array_equal(back.o_ND, answer.o_ND)
+    records = np.zeros(2, user_dtype(N, D, "float16", with_log_z=True))
+    records["o"], records["fold"] = 1, [3, 4]
+    values = records_to_bytes(records)
+    assert np.array_equal(bytes_to_records(values, records.dtype), records)
     with pytest.raises(ValueError, match="expected"):
-        unpack_answer(value, shape=(N, D), dtype=np.dtype("<f4"), with_log_z=True)
+        bytes_to_records(values, user_dtype(N, D, "float32", with_log_z=True))
 
 
 def test_any_text_is_a_user_key(tmp_path):

@@ -154,7 +154,13 @@ def test_switched_off_parts_are_not_there(experiment):
     data, path = opened(config)
     assert "rows" not in result
     knowledge = Knowledge.open(path, data)
-    assert sorted(file.name for file in knowledge.path.iterdir()) == ["items_e.npy", "store", "user_fold.npy"]
+    assert sorted(file.name for file in knowledge.path.iterdir()) == [
+        "items.parquet",
+        "items_e.npy",
+        "store",
+        "user_fold.npy",
+        "users.npy",
+    ]
     with pytest.raises(ValueError, match="query.rows=true"):
         knowledge.for_rows(np.array([0]))
     served = KnowledgeStore.open(path).get([data.user_keys()[0]])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from tiny_training import TinyModel, loss_sum, make_batch
 from torch import nn
 
-from lumrec.train.checkpoint import Checkpointer, load_weights, random_state, set_random_state
+from lumrec.train.checkpoint import Checkpointer, best_checkpoint, load_weights
 from lumrec.train.files import sha256
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.randomness import random_state, set_random_state
 
 FINGERPRINT = {"data": "aaa"}
 
@@ -62,9 +64,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def break_file(path: Path) -> None:
+def break_file(path: Path, bit: int = 1) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2] ^= bit
     path.write_bytes(bytes(content))
 
 
@@ -72,7 +74,7 @@ def test_a_loaded_run_goes_on_to_the_bit(tmp_path):
     first, snapshots = trained(tmp_path, 2)
     second = Session(tmp_path, seed=9)
     loaded = second.checkpointer.load_latest()
-    assert loaded == (2, {"at": 2}, {"loader": 2})
+    assert loaded == (2, {"at": 2}, {"loader": 2}, True)
     assert same(snapshot(second.model), snapshots[-1])
     assert [first.train(step) for step in range(5, 9)] == [second.train(step) for step in range(5, 9)]
     assert same(snapshot(first.model), snapshot(second.model))
@@ -94,24 +96,94 @@ def test_a_parameter_without_a_gradient_has_no_state_after_loading(tmp_path):
     assert [name for name, entries in dense.state_dict()["state"].items() if entries] == ["mlp.0.weight"]
 
 
-@pytest.mark.parametrize("broken", ["__0_0.distcp", ".metadata", "rank-0.json", "meta.json", "COMPLETE"])
-def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, caplog, broken):
-    _, snapshots = trained(tmp_path)
-    break_file(tmp_path / "step-00000003" / broken)
-    session = Session(tmp_path)
+FILES = ["__0_0.distcp", ".metadata", "rank-0.json", "meta.json", "COMPLETE"]
+
+
+def flip_a_bit(path: Path) -> None:
+    break_file(path)
+
+
+def flip_the_highest_bit(path: Path) -> None:
+    break_file(path, bit=0x80)  # no longer UTF-8
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garble(path: Path) -> None:
+    """Another content, and checksums that agree with it, where there are any."""
+    path.write_bytes(b'{"format": [')
+    meta = path.with_name("meta.json")
+    if path.name == "COMPLETE":
+        return
+    if path != meta:
+        content = json.loads(meta.read_text())
+        content["files"][path.name] = "0"
+        meta.write_text(json.dumps(content))
+    path.with_name("COMPLETE").write_text(sha256(meta))
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("three")
+    return folder, trained(folder)[1]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, flip_the_highest_bit, truncate, empty, garble, Path.unlink])
+@pytest.mark.parametrize("broken", FILES)
+def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_taken(
+    tmp_path, three_checkpoints, caplog, broken, damage
+):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_checkpoints[0], folder)
+    damage(folder / "step-00000003" / broken)
+    session = Session(folder)
     assert session.checkpointer.load_latest().step == 2
-    assert same(snapshot(session.model), snapshots[1])
-    assert "step-00000003 is skipped" in caplog.text
-    assert (tmp_path / "corrupt-step-00000003").is_dir() and not (tmp_path / "step-00000003").exists()
+    assert same(snapshot(session.model), three_checkpoints[1][1])
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "lumrec.train.checkpoint")
+    assert "step-00000003 is skipped: " in warning and "It is kept as corrupt-step-00000003" in warning
+    assert (folder / "corrupt-step-00000003").is_dir() and not (folder / "step-00000003").exists()
+
+
+def test_a_checkpoint_of_another_format_is_skipped_and_incomplete_words_too(tmp_path, caplog):
+    trained(tmp_path)
+    for step, change in ((3, {"format": 99}), (2, {"files": None})):
+        meta = tmp_path / f"step-0000000{step}" / "meta.json"
+        content = {**json.loads(meta.read_text()), **change}
+        meta.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        (meta.parent / "COMPLETE").write_text(sha256(meta))
+    assert Session(tmp_path).checkpointer.load_latest().step == 1
+    assert "its format is 99, this lumrec reads format 1" in caplog.text and "meta.json lacks files" in caplog.text
+
+
+def test_a_damaged_older_checkpoint_does_not_stop_the_run(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    session, _ = trained(folder)
+    empty(folder / "step-00000002" / "meta.json")
+    session.save(4)
+    assert "step-00000002 cannot be read" in caplog.text
+    empty(folder / "step-00000004" / "meta.json")
+    assert best_checkpoint(tmp_path).name == "step-00000001"  # as step 3 has it
+    shutil.rmtree(folder / "step-00000001")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        best_checkpoint(tmp_path)
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path, caplog):
     trained(tmp_path)
     (tmp_path / "step-00000003" / "COMPLETE").unlink()
     (tmp_path / "step-00000002" / "__0_0.distcp").unlink()
+    (tmp_path / ".tmp-step-00000004").mkdir()
     session = Session(tmp_path)
     assert session.checkpointer.load_latest().step == 1
-    assert "step-00000002 is skipped: " in caplog.text and "step-00000003 is skipped" in caplog.text
+    for step in (2, 3):
+        assert f"step-0000000{step} is skipped" in caplog.text
+    assert ".tmp-step-00000004 was not finished when its process ended" in caplog.text
     for path in tmp_path.glob("step-*"):
         break_file(path / "meta.json")
     assert session.checkpointer.load_latest() is None
@@ -139,11 +211,6 @@ def test_another_schema_or_model_is_refused_naming_both(tmp_path):
         Session(tmp_path, rows=(40, 13)).checkpointer.load_latest()
     with pytest.raises(ValueError, match=r"t1.weight' \(from .*\) is not in this model"):
         Session(tmp_path, rows=(40,)).checkpointer.load_latest()
-    meta_path = tmp_path / "step-00000001" / "meta.json"
-    meta_path.write_text(json.dumps({**json.loads(meta_path.read_text()), "world_size": 2}))
-    (tmp_path / "step-00000001" / "COMPLETE").write_text(sha256(meta_path))
-    with pytest.raises(ValueError, match=r"saved by 2 process\(es\), this run has 1"):
-        Session(tmp_path).checkpointer.load_latest()
 
 
 def test_weights_load_into_plain_and_sharded_modules_under_other_names(tmp_path):

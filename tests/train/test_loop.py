@@ -1,12 +1,8 @@
-"""The training loop: exact resume, exact weighting over ranks is in test_parallel, best weights, non-finite losses."""
+"""The training loop: best weights, early end, losses that are not finite. Exact resume is in test_kill_and_resume."""
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +16,20 @@ from tiny_training import (
     noisy_evaluation,
     noisy_step,
     plain_step,
-    train_noisily,
 )
 from torch import nn
 
 from lumrec.train.checkpoint import best_checkpoint, load_weights
-from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
+from lumrec.train.flops import gemm_peak
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.prefetch import prefetch
 from lumrec.train.run import RunFolder
 
 CPU = torch.device("cpu")
-TIMES = ("events_per_s", "data_wait", "memory_gib")
+TIMES = ("events_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
 
 
 def lines(folder: Path) -> list[dict]:
@@ -76,40 +73,6 @@ def train(
     return model, folder, result
 
 
-def die(runs_dir: Path, *words: str) -> None:
-    script = Path(__file__).resolve().with_name("tiny_training.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-    command = [sys.executable, str(script), str(runs_dir), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def test_killed_runs_continue_to_the_bit(tmp_path, caplog):
-    model, folder, result = train_noisily(str(tmp_path / "whole"))
-    # Epochs have 9 steps, checkpoints come every 4: both kills fall into the middle of an epoch, the second one between
-    # the data of a checkpoint and its COMPLETE.
-    die(tmp_path / "killed", "kill-at-step", "12")
-    assert max(row["step"] for row in lines(tmp_path / "killed/tiny-pretrain")) == 10
-    die(tmp_path / "killed", "kill-in-save", "2")
-    assert list((tmp_path / "killed/tiny-pretrain/checkpoints").glob(".tmp-*"))
-    with caplog.at_level("INFO", logger="lumrec"):
-        again_model, again_folder, again = train_noisily(str(tmp_path / "killed"))
-    assert "resumed at step 1" in caplog.text and "was not finished when its process ended" in caplog.text
-
-    assert lines(again_folder.path) == lines(folder.path)
-    timed = ("events_per_s", "data_wait", "memory_gib", "wall_s")
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
-    for name, weight in weights(model).items():
-        assert torch.equal(weight, weights(again_model)[name]), name
-    last = sorted((folder.path / "checkpoints").glob("step-*"))[-1]
-    states = [
-        json.loads((root / "checkpoints" / last.name / "rank-0.json").read_text())
-        for root in (folder.path, again_folder.path)
-    ]
-    assert states[0] == states[1]
-    assert again_folder.finished and not list((again_folder.path / "checkpoints").glob(".t*"))
-
-
 def test_evaluation_does_not_disturb_training(tmp_path):
     config = TrainConfig(max_steps=8, log_every=1, eval_every=2)
     _, without, _ = train(tmp_path, config, step=noisy_step, run="without", dropout=0.3)
@@ -126,6 +89,22 @@ def test_loss_and_metrics_are_means_over_the_window(tmp_path):
     assert result["loss"] == rows[-1]["loss"] and result["steps"] == 18 and result["best_step"] == 18
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (folder.path / "plan.txt").read_text().count("fused") == 2
+
+
+def test_speed_is_logged_in_events_tokens_and_share_of_the_peak(tmp_path):
+    def step(model: nn.Module, batch) -> StepOutput:
+        output = plain_step(model, batch)
+        return StepOutput(output.loss_sum, output.count, tokens=3 * len(batch.label_B))
+
+    _, folder, result = train(tmp_path, TrainConfig(max_steps=4, log_every=2), step=step)
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    peak = gemm_peak(CPU, torch.float32, num_threads=torch.get_num_threads())
+    flops_per_event = 3 * 2 * (16 * 16 + 16)  # two linear layers, forward and, twice that, backward
+    for row in (*rows, result):
+        assert row["tokens_per_s"] == pytest.approx(3 * row["events_per_s"])
+        assert row["mfu"] == pytest.approx(flops_per_event * row["events_per_s"] / peak)
+    without = train(tmp_path, TrainConfig(max_steps=1), run="without")[2]
+    assert "tokens_per_s" not in without and without["mfu"] > 0
 
 
 def test_best_weights_are_kept_and_patience_ends(tmp_path):

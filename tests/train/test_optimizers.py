@@ -4,7 +4,13 @@ import pytest
 import torch
 from tiny_training import TinyModel, loss_sum, make_batch
 
-from lumrec.train.optimizers import OptimizerConfig, TableAndDenseOptimizer, build_optimizer, learning_rate_factor
+from lumrec.train.optimizers import (
+    SCHEDULES,
+    OptimizerConfig,
+    TableAndDenseOptimizer,
+    build_optimizer,
+    learning_rate_factor,
+)
 from lumrec.train.parallel import init_distributed, shard
 
 
@@ -74,6 +80,17 @@ def test_schedules():
     assert rates(schedule="linear") == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert rates(schedule="cosine", warmup_steps=1) == [1.0, 1.0, 0.8536, 0.5, 0.1464]
     assert learning_rate_factor(OptimizerConfig(schedule="cosine", warmup_steps=9), 9, 9) == 1.0
+    assert rates(schedule="linear", min_lr_factor=0.5) == [1.0, 0.9, 0.8, 0.7, 0.6]
+    assert rates(schedule="cosine", warmup_steps=1, min_lr_factor=0.5) == [1.0, 1.0, 0.9268, 0.75, 0.5732]
+    assert rates(schedule="inverse_sqrt") == [1.0, 0.7071, 0.5774, 0.5, 0.4472]
+    assert rates(schedule="inverse_sqrt", warmup_steps=2, min_lr_factor=0.7) == [0.5, 1.0, 0.8165, 0.7071, 0.7]
+    assert rates(schedule="wsd", warmup_steps=1, decay_share=0.4) == [1.0, 1.0, 1.0, 1.0, 0.5]
+    assert rates(schedule="wsd", warmup_steps=4, decay_share=1.0, min_lr_factor=0.1) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(schedule="wsd", decay_share=0.0) == [1.0] * 5  # the fall would begin behind the last step
+    # Behind the last step, where a changed number of ranks can lead, nothing falls below the lowest rate.
+    for schedule in SCHEDULES[1:]:
+        config = OptimizerConfig(schedule=schedule, min_lr_factor=0.3)
+        assert learning_rate_factor(config, 500.5, 5) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +99,8 @@ def test_schedules():
         ({"table_optimizer": "adam"}, "no fused kernel on CPU"),
         ({"schedule": "exponential"}, "constant, linear, cosine"),
         ({"table_lr": -1.0}, "table_lr=-1.0"),
+        ({"min_lr_factor": 1.5}, "min_lr_factor=1.5 must lie between 0 and 1"),
+        ({"decay_share": -0.1}, "decay_share=-0.1 must lie between 0 and 1"),
     ],
 )
 def test_what_cannot_work_is_refused(settings, message):

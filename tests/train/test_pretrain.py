@@ -18,7 +18,7 @@ from lumrec.evaluation.retrieval import evaluate_retrieval
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import parse_fold, run
+from lumrec.train.pretrain import PretrainConfig, make_step, parse_fold, run
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -147,7 +147,7 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks(settings):
-    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1"]
+    words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1", "pretrain.negatives.across_ranks=true"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "apps/pretrain.py", "--config", str(settings[0]), *words], cwd=ROOT, env=environment(), check=True
@@ -181,3 +181,8 @@ def test_a_missing_lum_names_the_command(settings, tiny_prepared):
 def test_a_fold_that_is_none_is_refused(fold):
     with pytest.raises(ValueError, match="fold is"):
         parse_fold(fold)
+
+
+def test_label_smoothing_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
+        make_step(PretrainConfig(label_smoothing=1.0))

@@ -56,7 +56,13 @@ def test_a_new_folder_holds_config_and_versions(tmp_path):
 def test_an_unfinished_run_of_the_same_config_continues(tmp_path):
     RunFolder.create(Root(str(tmp_path)), "pretrain").close()
     # What belongs to another stage, or says only where to run, does not make it another run.
-    same = Root(str(tmp_path), threads=2, overwrite=True, rank=Inner(names=("c",)))
+    same = Root(
+        str(tmp_path),
+        threads=2,
+        overwrite=True,
+        pretrain=Inner(train=TrainConfig(optimizer_state="drop")),
+        rank=Inner(names=("c",)),
+    )
     again = RunFolder.create(same, "pretrain")
     assert again.resumed and not again.finished
 

@@ -1,13 +1,12 @@
 """A small but real training run (sharded tables, dropout, all random generators), shared by the tests of lumrec.train.
 
-Also a program: `python tiny_training.py RUNS_DIR [kill-at-step N | kill-in-save N]` trains, killed if told so.
 Shapes: B rows, D table width.
 """
 
 import os
 import random
 import signal
-import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,13 +138,10 @@ def noisy_evaluation() -> dict[str, float]:
     return {"chance": torch.rand(1).item()}
 
 
-def train_noisily(
-    runs_dir: str, *, step: Any = noisy_step, run: str = ""
-) -> tuple[nn.Module, RunFolder, dict[str, float]]:
-    """The run of the kill tests: dropout, 3 epochs of 9 steps, a checkpoint every 4 steps, an evaluation every 5."""
-    config = TinyConfig(
-        runs_dir=runs_dir, run=run, pretrain=TrainConfig(epochs=3, log_every=2, checkpoint_every=4, eval_every=5)
-    )
+def train_noisily(runs_dir: str, *, epochs: int = 3) -> None:
+    """The run of the kill tests: dropout, epochs of 9 steps, a checkpoint every 4 steps, an evaluation every 5."""
+    train = TrainConfig(epochs=epochs, log_every=2, checkpoint_every=4, eval_every=5)
+    config = TinyConfig(runs_dir=runs_dir, pretrain=train)
     device = init_distributed("cpu", threads=config.threads)
     torch.manual_seed(config.seed), np.random.seed(config.seed), random.seed(config.seed)
     model = shard(TinyModel(dropout=0.3), device=device, optimizer=config.pretrain.optimizer)
@@ -153,7 +149,7 @@ def train_noisily(
     result = fit(
         model=model,
         loader=TinyLoader(),
-        step=step,
+        step=noisy_step,
         config=config.pretrain,
         run=folder,
         evaluate=noisy_evaluation,
@@ -161,35 +157,36 @@ def train_noisily(
         fingerprint={"data": "tiny"},
     )
     folder.finish(result)
-    return model, folder, result
 
 
-def main(runs_dir: str, how: str = "", when: str = "0") -> None:
-    def kill() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def train_until_killed_in_save(runs_dir: str, *, epochs: int, which: int) -> None:
+    """The same, killed in its `which`-th checkpoint, when all but its COMPLETE is written."""
+    write, complete = checkpoint.write_atomically, 0
 
-    steps = 0
+    def write_or_die(path: Any, text: str) -> None:
+        nonlocal complete
+        complete += path.name == "COMPLETE"
+        if complete == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, text)
+
+    checkpoint.write_atomically = write_or_die
+    train_noisily(runs_dir, epochs=epochs)
+
+
+def train_slowly(runs_dir: str, *, step_s: float) -> None:
+    """30 steps, each of them so long; says when the second begins."""
+    config = TinyConfig(runs_dir=runs_dir, run="slow", pretrain=TrainConfig(max_steps=30, epochs=9))
+    model = shard(TinyModel(), device=init_distributed("cpu", threads=1))
+    run, steps = RunFolder.create(config, "pretrain"), 0
 
     def step(model: nn.Module, batch: TinyBatch) -> StepOutput:
         nonlocal steps
         steps += 1
-        if how == "kill-at-step" and steps == int(when):
-            kill()
-        return noisy_step(model, batch)
+        if steps == 2:
+            print("the second step begins", flush=True)
+        if steps > 1:
+            time.sleep(step_s)
+        return plain_step(model, batch)
 
-    if how == "kill-in-save":
-        write, complete = checkpoint.write_atomically, 0
-
-        def write_or_die(path: Any, text: str) -> None:
-            nonlocal complete
-            complete += path.name == "COMPLETE"
-            if complete == int(when):
-                kill()
-            write(path, text)
-
-        checkpoint.write_atomically = write_or_die
-    train_noisily(runs_dir, step=step)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    fit(model=model, loader=TinyLoader(), step=step, config=config.pretrain, run=run)

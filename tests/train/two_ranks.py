@@ -10,7 +10,8 @@ from tiny_training import TinyConfig, TinyLoader, TinyModel, plain_step
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from lumrec.train.loop import NonFiniteError, StepOutput, TrainConfig, fit
+from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.plan import plan_table

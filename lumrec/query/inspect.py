@@ -1,0 +1,174 @@
+"""What the LUM knows of one user: the last events and, for each condition, the items that it thinks fit best.
+
+    user 42: 51 events, the last 3
+      2000-12-29  Toy Story (1995)                  feedback like, rating 5
+      ...
+    feedback=like
+       1. Toy Story 2 (1999)                        4.71 2.31% seen
+       ...
+
+The LUM is asked at this moment, not read from the knowledge store: the answers are those of its weights, to whatever
+conditions `query.conditions` names.
+
+Shape suffixes: N conditions, D width, I catalogue items, k items shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, NamedTuple, Sequence
+
+import numpy as np
+import torch
+
+from lumrec.data.prepare import open_or_prepare, prepared_path
+from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import user_fold
+from lumrec.query.conditions import default_conditions
+from lumrec.query.group_query import GroupQuery, asked_moments, log_normalizer, serving_windows, user_rows
+from lumrec.query.stage import find_lums, spoken
+from lumrec.train.lum import condition_features, load_lum
+from lumrec.train.parallel import init_distributed
+
+if TYPE_CHECKING:
+    from lumrec.config import Config
+
+TITLE_WIDTH = 48
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Whom to look at, and how much to show. What is asked is `query.conditions`.
+
+    user: raw key. top: items for each condition. events: the user's last events. leave_out_seen: show only items that
+    the user has no event with; else these are marked.
+    """
+
+    user: str = ""
+    top: int = 10
+    events: int = 10
+    leave_out_seen: bool = False
+
+
+class Event(NamedTuple):
+    """date: "" where the log's times are no dates. features: what came with the event, by feature, raw values."""
+
+    date: str
+    title: str
+    features: dict[str, str]
+
+
+class Match(NamedTuple):
+    """similarity: o · e. share: exp(o · e − log_z), of all the catalogue under this condition."""
+
+    title: str
+    similarity: float
+    share: float
+    seen: bool
+
+
+class UserView(NamedTuple):
+    """What `look` found. conditions: as asked of this user. matches: the best items of each, the best first."""
+
+    user: str
+    num_events: int
+    events: list[Event]
+    conditions: list[dict[str, str]]
+    matches: list[list[Match]]
+
+
+def run(config: Config) -> dict[str, float | str]:
+    """Prints what the LUM knows of the user `config.inspect.user`; gives back how much that was.
+
+    With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Raises FileNotFoundError for a
+    missing input, ValueError for an unknown user (it names the nearest), condition or setting.
+    """
+    device = init_distributed(threads=config.threads)
+    settings = config.inspect
+    if settings.top < 1 or settings.events < 0:
+        raise ValueError(f"inspect.top is {settings.top}, inspect.events {settings.events}; expected 1 and 0 or more")
+    if not prepared_path(config).exists():
+        raise FileNotFoundError(
+            f"there is no prepared data in {prepared_path(config)}; make it with: torchx run apps/prepare.py "
+            "--config <your config>"
+        )
+    data = open_or_prepare(config)
+    lums = find_lums(config, data)
+    if not settings.user:
+        some = data.user_keys()[0]
+        raise ValueError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={some}")
+    user = int(user_rows(data, [settings.user])[0])
+    lum = lums[int(user_fold([settings.user], len(lums))[0])]
+    model = lum.trained.model
+    features = condition_features(model, data.schema)
+    conditions = config.query.conditions or default_conditions(data, features)
+    dmp, builder, _ = load_lum(config, lum.run, data, device=device)
+    query = GroupQuery(
+        dmp, builder, conditions, max_events=model.max_events, max_conditions=config.query.max_conditions
+    )
+    view = look(query, user, num_top=settings.top, num_events=settings.events, leave_out_seen=settings.leave_out_seen)
+    print(f"{lum.run} says of\n{text(view)}", flush=True)
+    return {"user": view.user, "events": view.num_events, "conditions": len(view.conditions)}
+
+
+def look(
+    query: GroupQuery, user: int, *, num_top: int = 10, num_events: int = 10, leave_out_seen: bool = False
+) -> UserView:
+    """The user's last events, and the items that the LUM holds for the best under each of the query's conditions."""
+    data = query.data
+    start, end = data.user_offsets[user : user + 2].tolist()
+    titles = data.item_titles()
+    o_ND, e_ID = query.users(torch.tensor([user]))[0], query.items()
+    similarity_NI = o_ND @ e_ID.T
+    share_NI = (similarity_NI - log_normalizer(o_ND, e_ID)[:, None]).exp()
+    seen_I = torch.from_numpy(np.bincount(data.item[start:end], minlength=data.num_items) > 0)
+    shown_NI = similarity_NI.masked_fill(seen_I, float("-inf")) if leave_out_seen else similarity_NI
+    num_top = min(num_top, data.num_items - (int(seen_I.sum()) if leave_out_seen else 0))
+    matches = [
+        [Match(titles[i], float(similarity_NI[n, i]), float(share_NI[n, i]), bool(seen_I[i])) for i in best_k.tolist()]
+        for n, best_k in enumerate(shown_NI.topk(num_top).indices)
+    ]
+    events = last_events(query, range(max(start, end - num_events), end), titles)
+    asked = serving_windows(data, torch.tensor([user]), max_events=query.max_events)
+    conditions = query.asked.spelled(asked.windows, *asked_moments(asked), number_W=torch.tensor([0]))
+    return UserView(data.user_keys()[user], end - start, events, conditions, matches)
+
+
+def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[Event]:
+    """The events of these rows, with the conditions and the feedback that the LUM reads of them."""
+    data, names = query.data, [*query.builder.condition_features, *query.builder.feedback_features]
+    raw = {name: {row: value for value, row in data.vocabulary(_table(data, name)).items()} for name in names}
+    events = []
+    for row in rows:
+        values = {
+            name: "|".join(raw[name].get(value, "(unknown)") for value in bag.tolist())
+            for name in names
+            for bag in data.event_columns[name].take(torch.tensor([row]))[:1]
+        }
+        when = datetime.fromtimestamp(int(data.timestamp[row]), tz=timezone.utc).date().isoformat()
+        events.append(Event(when if data.absolute_time else "", titles[data.item[row]], values))
+    return events
+
+
+def text(view: UserView) -> str:
+    """A view as lines to read."""
+    lines = [f"user {view.user}: {view.num_events:,} events, the last {len(view.events)}"]
+    for date, title, features in view.events:
+        told = ", ".join(f"{name} {value}" for name, value in features.items() if value)
+        lines.append(f"  {date:10}  {_cut(title)}  {told}".rstrip())
+    for condition, matches in zip(view.conditions, view.matches):
+        lines.append(f"{spoken(condition):{TITLE_WIDTH + 5}} {'similarity':>10} {'share':>8}")
+        lines += [
+            f"{place:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
+            for place, match in enumerate(matches, start=1)
+        ]
+    return "\n".join(lines)
+
+
+def _cut(title: str) -> str:
+    return f"{title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + '…':{TITLE_WIDTH}}"
+
+
+def _table(data: PreparedData, feature: str) -> str:
+    return data.schema.features[feature].table or feature

@@ -1,0 +1,119 @@
+"""What the LUM knows of a user, as a person reads it: right titles, similarities and shares, and helpful errors."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import user_fold
+from lumrec.query import inspect
+from lumrec.query.group_query import GroupQuery
+from lumrec.train.lum import ModelConfig, build_lum, load_lum
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def query(experiment) -> GroupQuery:
+    config = experiment()
+    data = PreparedData.open(Path(config.runs_dir) / "tiny-prepare")
+    dmp, builder, trained = load_lum(config, "tiny-pretrain", data, device=torch.device("cpu"))
+    return GroupQuery(dmp, builder, [{"feedback": "like"}, {}], max_events=trained.model.max_events)
+
+
+def test_the_view_is_what_the_lum_says(query):
+    data, user = query.data, 3
+    view = inspect.look(query, user, num_top=data.num_items, num_events=4)
+    start, end = data.user_offsets[user : user + 2]
+    titles = data.item_titles()
+    assert [event.title for event in view.events] == [titles[item] for item in data.item[end - 4 : end]]
+    liked = {row: value for value, row in data.vocabulary("feedback").items()}
+    assert [event.features["feedback"] for event in view.events] == [
+        liked[row] for row in data.event_columns["feedback"].values[end - 4 : end].tolist()
+    ]
+    assert (view.user, view.num_events) == (data.user_keys()[user], end - start)
+    seen = {titles[item] for item in data.item[start:end]}
+    o_ND, e_ID = query.users(torch.tensor([user]))[0], query.items()
+    for n, matches in enumerate(view.matches):
+        expected = dict(zip(titles, (e_ID @ o_ND[n]).tolist()))
+        assert [match.similarity for match in matches] == sorted((m.similarity for m in matches), reverse=True)
+        assert all(match.similarity == pytest.approx(expected[match.title], abs=1e-5) for match in matches)
+        assert sum(match.share for match in matches) == pytest.approx(1, abs=1e-4)
+        assert {match.title for match in matches if match.seen} == seen
+
+
+def test_seen_items_can_be_left_out(query):
+    view = inspect.look(query, 3, num_top=10**6, leave_out_seen=True)
+    start, end = query.data.user_offsets[3:5]
+    unseen = query.data.num_items - len(set(query.data.item[start:end].tolist()))
+    assert [len(matches) for matches in view.matches] == [unseen] * 2
+    assert not any(match.seen for matches in view.matches for match in matches)
+
+
+def test_the_app_prints_it(experiment):
+    config = experiment("inspect.top=3", "inspect.events=2", "query.conditions=[{feedback: like}, {scenario: home}]")
+    user = PreparedData.open(Path(config.runs_dir) / "tiny-prepare").user_keys()[5]
+    words = [f"runs_dir={config.runs_dir}", "inspect.top=3", "query.conditions=[{feedback: like}, {scenario: home}]"]
+    result = subprocess.run(
+        [sys.executable, "apps/inspect.py", "--config", f"{config.runs_dir}/tiny-pretrain/config.yaml", "--user", user]
+        + words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"user {user}: " in result.stdout
+    assert "\nfeedback=like " in result.stdout and "\nscenario=home " in result.stdout
+    assert result.stdout.count("\n   3. ") == 2
+
+
+def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, capsys):
+    words = ["inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]
+    keys = PreparedData.open(Path(trained_runs) / "tiny-prepare").user_keys()
+    fold_U, told = user_fold(keys, 2).tolist(), set()
+    config = experiment(*words)
+    for fold in (0, 1):
+        user = keys[fold_U.index(fold)]
+        inspect.run(dataclasses.replace(config, inspect=inspect.InspectConfig(user=user, top=3)))
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line == f"tiny-pretrain-{fold}of2 says of"
+        told.add(line)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no user is given; expected inspect.user="),
+        (["inspect.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
+        (["inspect.user=1", "inspect.top=0"], "inspect.top is 0"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(experiment, words, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.run(experiment(*words))
+
+
+def test_other_scripts_still_find_pythons_own_inspect():
+    """`apps/` is the first place where a script in it looks for modules."""
+    code = "import inspect, dataclasses; print(inspect.__file__, inspect.signature(len))"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, 'apps'); {code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "apps/" not in result.stdout and "(obj, /)" in result.stdout
+
+
+def test_a_lum_without_conditions_has_one_list(tiny_prepared):
+    model, builder = build_lum(ModelConfig(dim=16, num_layers=1, max_events=8, conditions=[]), tiny_prepared)
+    view = inspect.look(GroupQuery(model, builder, [{}], max_events=8), 0, num_top=3)
+    assert view.conditions == [{}] and [len(matches) for matches in view.matches] == [3]
+    assert "\n(no condition) " in inspect.text(view)

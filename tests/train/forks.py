@@ -119,6 +119,8 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
         if world_size > 1:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        # A shell starts what it puts into the background with SIGINT ignored, the tests too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.basicConfig(level=logging.INFO, force=True)
         module, name = request["function"].split(":")
         getattr(importlib.import_module(module), name)(**request["arguments"])

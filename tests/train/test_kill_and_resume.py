@@ -136,6 +136,8 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step(forks, tmp_path):
 
 
 def test_a_signal_that_came_too_late_is_not_lost():
+    # A shell starts what it puts into the background with SIGINT ignored, the tests too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         with Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGINT)

@@ -167,7 +167,7 @@ def test_without_any_condition(settings):
 def test_a_checkpoint_of_another_schema_is_refused(trained, tiny_prepared, tmp_path):
     config, _ = trained
     other = PreparedData.open(tiny_prepared.path)
-    other.fingerprint = "another"
+    other.fingerprint = other.vocabulary_fingerprint = "another"
     with pytest.raises(ValueError, match="another"):
         load_lum(config, "uninterrupted", other, device=init_distributed("cpu"))
 

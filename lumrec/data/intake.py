@@ -169,16 +169,11 @@ def _land(
     events = events.with_columns(reason.alias("reason"))
     landed, bad = scratch / "landed.parquet", scratch / "bad-events.parquet"
     raw_row = pl.col("raw") if "raw" in schema else pl.struct(columns).struct.json_encode()
-    usable, unusable = events.filter(pl.col("reason").is_null()), events.filter(pl.col("reason").is_not_null())
-    pl.collect_all(
-        [
-            usable.select(columns).sink_parquet(landed, compression="lz4", statistics=False, lazy=True),
-            unusable.select(
-                pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
-            ).sink_parquet(bad, lazy=True),
-        ],
-        engine="streaming",
-    )
+    # Two passes: sinks that share one are fed without back pressure, and the log queues up before the slower of them.
+    events.filter(pl.col("reason").is_null()).select(columns).sink_parquet(landed, compression="lz4", statistics=False)
+    events.filter(pl.col("reason").is_not_null()).select(
+        pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
+    ).sink_parquet(bad)
     read = sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in (landed, bad))
     return landed, read, [bad]
 
@@ -216,42 +211,33 @@ def _part_by_users(
     events: pl.LazyFrame, intake: Intake, schema: SchemaConfig, columns: List[str], scratch: Path
 ) -> List[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
-    counts = events.group_by("user_id").agg(pl.len().alias("events")).collect(engine="streaming")
+    counts = _counts(events, "user_id")
     users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("user"))
+    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
+    no_item = pl.col("item_id").is_in(
+        _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"].implode()
+    )
+    no_user = pl.col("user_id").is_in(counts.join(users, on="user_id", how="anti")["user_id"].implode())
+    bad = scratch / "unknown.parquet"
+    events.filter(no_item | no_user).select(
+        pl.lit("events").alias("table"),
+        "order",
+        first_reason((no_item, "unknown item"), (no_user, "unknown user")).alias("reason"),
+        pl.struct(columns).struct.json_encode().alias("raw"),
+    ).sink_parquet(bad)
     before = pl.col("events").fill_null(0).cum_sum() - pl.col("events").fill_null(0)
     users = users.join(counts, on="user_id", how="left", maintain_order="left").select(
         "user_id", "user", (before // BLOCK_ROWS).cast(pl.Int32).alias("block")
     )
-    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
-    events = events.join(items.lazy(), on="item_id", how="left").join(users.lazy(), on="user_id", how="left")
-    unknown = first_reason((pl.col("item").is_null(), "unknown item"), (pl.col("user").is_null(), "unknown user"))
-    known = unknown.is_null()
     kept = ["block", "user", "item", "time_us", "order", "label"]
     kept += ["probability"] if "probability" in columns else []
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
-    bad = scratch / "unknown.parquet"
     parts = scratch / "parts"
     parts.mkdir()
-    pl.collect_all(
-        [
-            events.filter(known)
-            .select(*kept, *features)
-            .sink_parquet(
-                pl.PartitionBy(parts, key="block", include_key=False, approximate_bytes_per_file=None),
-                compression="lz4",
-                statistics=False,
-                lazy=True,
-            ),
-            events.filter(~known)
-            .select(
-                pl.lit("events").alias("table"),
-                "order",
-                unknown.alias("reason"),
-                pl.struct(columns).struct.json_encode().alias("raw"),
-            )
-            .sink_parquet(bad, lazy=True),
-        ],
-        engine="streaming",
+    events.join(items.lazy(), on="item_id").join(users.lazy(), on="user_id").select(*kept, *features).sink_parquet(
+        pl.PartitionBy(parts, key="block", include_key=False, approximate_bytes_per_file=None),
+        compression="lz4",
+        statistics=False,
     )
     intake.quarantine.append(bad)
     blocks = []
@@ -264,6 +250,11 @@ def _part_by_users(
             pl.scan_parquet(files).sink_parquet(path, compression="lz4", statistics=False)
         blocks.append(path)
     return blocks
+
+
+def _counts(events: pl.LazyFrame, key: str) -> pl.DataFrame:
+    """key, events: each id that occurs and how often."""
+    return events.group_by(key).agg(pl.len().alias("events")).collect(engine="streaming")
 
 
 def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.DataFrame, pl.DataFrame]:

@@ -173,16 +173,11 @@ def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: R
         scratch=scratch,
     )
     events = pl.scan_parquet(intake.blocks)
-    totals, users = pl.collect_all(
-        [
-            events.select(
-                positive=pl.col("label").mean(), first=pl.col("timestamp").min(), last=pl.col("timestamp").max(),
-                future=(pl.col("timestamp") > int(time.time())).sum(), items=pl.col("item").n_unique(),
-            ),
-            events.group_by("user").len(),
-        ],
-        engine="streaming",
-    )  # fmt: skip
+    totals = events.select(
+        positive=pl.col("label").mean(), first=pl.col("timestamp").min(), last=pl.col("timestamp").max(),
+        future=(pl.col("timestamp") > int(time.time())).sum(), items=pl.col("item").n_unique(),
+    ).collect(engine="streaming")  # fmt: skip
+    users = events.group_by("user").len().collect(engine="streaming")
     found = totals.row(0, named=True)
     median = float(users["len"].median())  # type: ignore[arg-type]
     report.section(

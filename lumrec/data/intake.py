@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import polars as pl
+import pyarrow as pa
 
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import RawLog, first_reason
 
 BLOCK_ROWS = 2_000_000  # events of the users that are sorted together: bounds the memory
+PORTION_ROWS = 250_000  # events that are dealt out to the blocks at a time
 # What `with_derived_columns` makes for every source, and what of it is known only after the item was shown.
 TIMES_OF_DAY = ("night", "morning", "afternoon", "evening")
 DERIVED_AFTER = ("feedback",)
@@ -60,7 +62,7 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch)
     landed.unlink()
     for path in parted:
-        block, again = sorted_block(pl.read_parquet(path), drop_duplicates=drop_duplicates)
+        block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates)
         intake.quarantine.append(_written(_quarantined(_with_keys(again, intake)), path.with_suffix(".again.parquet")))
         intake.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
         intake.num_events += len(block)
@@ -169,16 +171,11 @@ def _land(
     events = events.with_columns(reason.alias("reason"))
     landed, bad = scratch / "landed.parquet", scratch / "bad-events.parquet"
     raw_row = pl.col("raw") if "raw" in schema else pl.struct(columns).struct.json_encode()
-    usable, unusable = events.filter(pl.col("reason").is_null()), events.filter(pl.col("reason").is_not_null())
-    pl.collect_all(
-        [
-            usable.select(columns).sink_parquet(landed, compression="lz4", statistics=False, lazy=True),
-            unusable.select(
-                pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
-            ).sink_parquet(bad, lazy=True),
-        ],
-        engine="streaming",
-    )
+    # Two passes: sinks that share one are fed without back pressure, and the log queues up before the slower of them.
+    events.filter(pl.col("reason").is_null()).select(columns).sink_parquet(landed, compression="lz4", statistics=False)
+    events.filter(pl.col("reason").is_not_null()).select(
+        pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
+    ).sink_parquet(bad)
     read = sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in (landed, bad))
     return landed, read, [bad]
 
@@ -195,10 +192,11 @@ def _catalogue(
     if frame is None:
         # Two passes rather than a sort: the first event of each id, then what stands there.
         events = pl.scan_parquet(landed)
-        first = events.group_by(key).agg(pl.col("order").min()).select("order")
+        first = events.group_by(key).agg(pl.col("order").min()).select("order").collect(engine="streaming")
         columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
-        rows = events.join(first, on="order", how="semi").select(*columns, "order").collect(engine="streaming")
-        return rows.sort("order").drop("order"), pl.DataFrame(schema=QUARANTINE)
+        of_first = events.join(first.lazy(), on="order", how="semi", maintain_order="left").select(*columns, "order")
+        catalogue = of_first.collect(engine="streaming").sort("order").drop("order")
+        return catalogue, pl.DataFrame(schema=QUARANTINE)
     if "reason" not in frame.collect_schema().names():
         frame = frame.with_columns(pl.lit(None, pl.String).alias("reason"))
     rows = frame.collect(engine="streaming")
@@ -216,59 +214,67 @@ def _part_by_users(
     events: pl.LazyFrame, intake: Intake, schema: SchemaConfig, columns: List[str], scratch: Path
 ) -> List[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
-    counts = events.group_by("user_id").agg(pl.len().alias("events")).collect(engine="streaming")
+    counts = _counts(events, "user_id")
     users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("user"))
+    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
+    no_item = pl.col("item_id").is_in(
+        _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"].implode()
+    )
+    no_user = pl.col("user_id").is_in(counts.join(users, on="user_id", how="anti")["user_id"].implode())
+    bad = scratch / "unknown.parquet"
+    events.filter(no_item | no_user).select(
+        pl.lit("events").alias("table"),
+        "order",
+        first_reason((no_item, "unknown item"), (no_user, "unknown user")).alias("reason"),
+        pl.struct(columns).struct.json_encode().alias("raw"),
+    ).sink_parquet(bad)
+    intake.quarantine.append(bad)
     before = pl.col("events").fill_null(0).cum_sum() - pl.col("events").fill_null(0)
     users = users.join(counts, on="user_id", how="left", maintain_order="left").select(
         "user_id", "user", (before // BLOCK_ROWS).cast(pl.Int32).alias("block")
     )
-    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
-    events = events.join(items.lazy(), on="item_id", how="left").join(users.lazy(), on="user_id", how="left")
-    unknown = first_reason((pl.col("item").is_null(), "unknown item"), (pl.col("user").is_null(), "unknown user"))
-    known = unknown.is_null()
     kept = ["block", "user", "item", "time_us", "order", "label"]
     kept += ["probability"] if "probability" in columns else []
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
-    bad = scratch / "unknown.parquet"
-    parts = scratch / "parts"
-    parts.mkdir()
-    pl.collect_all(
-        [
-            events.filter(known)
-            .select(*kept, *features)
-            .sink_parquet(
-                pl.PartitionBy(parts, key="block", include_key=False, approximate_bytes_per_file=None),
-                compression="lz4",
-                statistics=False,
-                lazy=True,
-            ),
-            events.filter(~known)
-            .select(
-                pl.lit("events").alias("table"),
-                "order",
-                unknown.alias("reason"),
-                pl.struct(columns).struct.json_encode().alias("raw"),
-            )
-            .sink_parquet(bad, lazy=True),
-        ],
-        engine="streaming",
-    )
-    intake.quarantine.append(bad)
-    blocks = []
-    for folder in sorted(parts.iterdir(), key=lambda folder: int(folder.name.partition("=")[2])):
-        path = scratch / f"{folder.name}.parquet"
-        files = sorted(folder.iterdir())
-        if len(files) == 1:
-            files[0].rename(path)
-        else:
-            pl.scan_parquet(files).sink_parquet(path, compression="lz4", statistics=False)
-        blocks.append(path)
-    return blocks
+    # maintain_order: without it the events that come while the size of the other side is not known yet are held too.
+    for catalogue, key in ((items, "item_id"), (users, "user_id")):
+        events = events.join(catalogue.lazy(), on=key, maintain_order="left")
+    # Not a sink with pl.PartitionBy: that holds tens of MB for each file which it has open.
+    numbers = set()
+    for portion in events.select(*kept, *features).collect_batches(chunk_size=PORTION_ROWS, engine="streaming"):
+        for (number,), part in portion.partition_by("block", include_key=False, as_dict=True).items():
+            numbers.add(number)
+            with open(_part_path(scratch, number), "ab") as file:
+                part.write_ipc_stream(file, compression="lz4")
+    return [_part_path(scratch, number) for number in sorted(numbers)]
+
+
+def _part_path(scratch: Path, number: int) -> Path:
+    return scratch / f"block-{number:05d}.arrow"
+
+
+def _read_part(path: Path) -> pl.DataFrame:
+    """The rows of a file of Arrow streams, one behind the other."""
+    frames: List[pl.DataFrame] = []
+    with pa.OSFile(str(path)) as file:  # pl.read_ipc_stream reads on beyond the end of a stream
+        while file.tell() < file.size():
+            frames.append(pl.DataFrame(pa.ipc.open_stream(file).read_all()))
+    return pl.concat(frames)
+
+
+def _counts(events: pl.LazyFrame, key: str) -> pl.DataFrame:
+    """key, events: each id that occurs and how often."""
+    return events.group_by(key).agg(pl.len().alias("events")).collect(engine="streaming")
 
 
 def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.DataFrame, pl.DataFrame]:
-    """Events in order of user, time, original row; and those left out, all but the first of rows that agree in all."""
-    block = block.sort("user", "time_us", "order")
+    """Events in order of user, time, original row; and those left out, all but the first of rows that agree in all.
+
+    `block` is used up: it has no column afterwards.
+    """
+    order = block.select(pl.arg_sort_by("user", "time_us", "order")).to_series()
+    # Column by column, each a portion at a time: DataFrame.sort takes three times the memory where there are lists.
+    block = pl.DataFrame([_gathered(block.drop_in_place(name), order) for name in block.columns])
     # A stable order needs a total one: two rows of one number would be sorted by chance.
     assert block["order"].n_unique() == len(block), "RawLog.events.order must be unique"
     is_again = pl.repeat(False, len(block), eager=True)
@@ -283,6 +289,12 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
     again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
     block = block.filter(~is_again).with_columns((pl.col("time_us") // 1_000_000).alias("timestamp"))
     return block.drop("time_us"), again
+
+
+def _gathered(column: pl.Series, order: pl.Series) -> pl.Series:
+    column = column.rechunk()
+    firsts = range(0, max(len(order), 1), PORTION_ROWS)
+    return pl.concat([column.gather(order.slice(first, PORTION_ROWS)) for first in firsts], rechunk=True)
 
 
 def _with_keys(rows: pl.DataFrame, intake: Intake) -> pl.DataFrame:

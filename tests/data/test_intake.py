@@ -122,17 +122,16 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=25, deadline=None)
-@given(EVENTS, st.integers(1, 12), st.booleans())
+@given(EVENTS, st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_blocks_hold_the_same_as_one_block(
-    tmp_path_factory: pytest.TempPathFactory, events: list, rows: int, drop: bool
+    tmp_path_factory: pytest.TempPathFactory, events: list, rows: int, portion: int, drop: bool
 ):
     raw = raw_log([(user, item, time * 500_000 + 10**6, label, [], "a") for user, item, time, label in events])
     one, left_out, _ = take(raw, tmp_path_factory.mktemp("one"), drop_duplicates=drop)
-    before, intake.BLOCK_ROWS = intake.BLOCK_ROWS, rows
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intake, "BLOCK_ROWS", rows)
+        patch.setattr(intake, "PORTION_ROWS", portion)
         several, left_out_of_several, taken = take(raw, tmp_path_factory.mktemp("several"), drop_duplicates=drop)
-    finally:
-        intake.BLOCK_ROWS = before
     assert several.equals(one)
     assert sorted(left_out["order"]) == sorted(left_out_of_several["order"])
     assert len(one) + len(left_out) == len(events)
@@ -143,6 +142,23 @@ def test_blocks_hold_the_same_as_one_block(
     for path in taken.blocks:
         users = pl.read_parquet(path)["user"]
         assert not any(set(users) & set(pl.read_parquet(other)["user"]) for other in taken.blocks if other != path)
+
+
+def test_a_log_in_no_order_of_users_comes_out_whole_from_many_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(intake, "BLOCK_ROWS", 20_000)
+    monkeypatch.setattr(intake, "PORTION_ROWS", 7_000)
+    order = pl.int_range(60_000, eager=True)
+    raw = raw_log([("u", "i", 5_000_000, 1.0, ["a", "b"], "a")])
+    user, time_us = order.hash(1) % 300, (order.hash(2) % 10**6 + 10**6).cast(pl.Int64) * 1_000_000
+    rows = raw.events.collect().select(pl.all().repeat_by(len(order)).explode())
+    rows = rows.with_columns(order.alias("order"), user.cast(pl.String).alias("user_id"), time_us.alias("time_us"))
+    events, left_out, taken = take(replace(raw, events=rows.lazy()), tmp_path, drop_duplicates=False)
+    assert len(taken.blocks) == 3 and len(left_out) == 0
+    assert taken.users["user_id"].to_list() == [str(user) for user in range(300)]
+    by_hand = pl.DataFrame(
+        [user.cast(pl.Int32).alias("user"), time_us.alias("timestamp") // 10**6, order.alias("order")]
+    )
+    assert events.select("user", "timestamp", "order").equals(by_hand.sort("user", "timestamp", "order"))
 
 
 def test_local_time_and_feedback_are_made_of_time_and_label():
@@ -214,10 +230,12 @@ def test_times_in_every_unit_and_none_that_overflows():
         ([3.5, 4.0, float("nan")], LabelConfig(at_least=4), [0.0, 1.0, None]),
         (["5", "x"], LabelConfig(at_least=4), [1.0, None]),
         (["buy", "view", None], LabelConfig(values=["buy", "cart"]), [1.0, 0.0, None]),
+        ([4, 5, None], LabelConfig(values=["5", "no number"]), [0.0, 1.0, None]),
+        ([4.0, 4.5, None], LabelConfig(values=["4", "4.5"]), [1.0, 1.0, None]),
     ],
 )
 def test_labels(values: list, config: LabelConfig, expected: list):
     frame = pl.DataFrame({"x": values})
-    got = frame.select(positive(pl.col("x"), config)).to_series()
+    got = frame.select(positive(pl.col("x"), frame.schema["x"], config)).to_series()
     assert got.dtype == pl.Float32
     assert got.to_list() == expected

@@ -40,8 +40,8 @@ from lumrec.data.sources.lines import (
     whole_number,
     wrong_number_of_fields,
 )
-from lumrec.data.sources.published import Place, find_folder, label_in_use, positive_number, resolve
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds
+from lumrec.data.sources.published import Place, find_folder, label_in_use, resolve
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -247,7 +247,7 @@ def _ratings(rows: pl.LazyFrame, wrong: Tuple[pl.Expr, str], label: LabelConfig,
         "item_id",
         "order",
         microseconds(whole_number("timestamp"), unit).alias("time_us"),
-        positive_number(stars, text, label).alias("label"),
+        positive(stars, pl.Float64(), label).alias("label"),
         text.alias("rating"),
         first_reason(*checks).alias("reason"),
         pl.coalesce("raw", read).alias("raw"),

@@ -30,8 +30,8 @@ import polars as pl
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive
 from lumrec.data.sources.lines import check_header, scan_fields, scan_lines
-from lumrec.data.sources.published import Place, label_in_use, positive_number, resolve
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds
+from lumrec.data.sources.published import Place, label_in_use, resolve
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -222,9 +222,7 @@ def _events(logs: List[Path], label: LabelConfig) -> pl.LazyFrame:
         watched = pl.when(played >= share).then(pl.lit(word)).otherwise(watched)
     return (
         pl.concat(frames)
-        .with_columns(
-            first_reason(*checks).alias("reason"), positive_number(column, column.cast(pl.String), label).alias("label")
-        )
+        .with_columns(first_reason(*checks).alias("reason"), positive(column, pl.Int64(), label).alias("label"))
         .select(
             number["user_id"],
             number["video_id"].alias("item_id"),

@@ -259,7 +259,7 @@ def _events(
     checks += time_checks(pl.col(config.timestamp), config.timestamp, table.schema[config.timestamp], unit)
     made = pl.lit(1.0, pl.Float32)
     if label:
-        made = positive(pl.col(label), label_config)
+        made = positive(pl.col(label), table.schema[label], label_config)
         checks += _label_checks(label, table.schema[label], made, label_config)
     keys = {
         "user_id": pl.col(config.user).cast(user_type, strict=False),

@@ -36,9 +36,9 @@ from lumrec.data.sources.lines import (
     whole_number,
     wrong_number_of_fields,
 )
-from lumrec.data.sources.published import Place, label_in_use, positive_number
+from lumrec.data.sources.published import Place, label_in_use
 from lumrec.data.sources.published import resolve as resolve_place
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -284,7 +284,7 @@ def _events(ratings: pl.LazyFrame, items: pl.LazyFrame, label: LabelConfig, *, h
             whole_number("item_id"),
             microseconds(whole_number("timestamp"), "s").alias("time_us"),
             text.cast(pl.String).alias("rating"),
-            positive_number(stars, text.cast(pl.String), label).alias("label"),
+            positive(stars, pl.Float64(), label).alias("label"),
         )
         .drop("whole", "timestamp")
         .join(main_genre, on="item_id", how="left")

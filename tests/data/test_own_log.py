@@ -224,7 +224,7 @@ def parquet_bytes(folder: Path) -> bytes:
         ("log.csv", b"user_id,item_id,timestmp,label\nu,1,1714521600,1\n", r"'timestamp' \(did you mean 'timestmp'"),
         ("log.csv", (HEADER + 'u,7,1714521600,1,"a\n' + GOOD * 300).encode(), "a quote that opens in or near line 2"),
         ("log.csv", b"PAR1....", "log.csv is a Parquet file, not CSV; end its name in .parquet"),
-        ("log.csv.gz", gzip.compress((HEADER + GOOD * 5000).encode())[:80], "cut or damaged"),
+        ("log.csv.gz", gzip.compress((HEADER + GOOD * 5000).encode(), mtime=0)[:80], "cut or damaged"),
         ("log.parquet", b"PAR1 cut", "log.parquet cannot be read as Parquet: it is cut or damaged"),
         ("log.txt", GOOD.encode(), "is of no format that can be read; expected a name that ends in"),
     ],

@@ -81,16 +81,21 @@ def run(config: Any) -> Dict[str, Any]:
     return prepare(config, Path(config.runs_dir) / (config.run or f"{config.name}-prepare"))
 
 
-def open_or_prepare(config: Any, *, verify: bool = True) -> PreparedData:
+def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> PreparedData:
     """The prepared data that a stage reads; the default folder is made first, saying so, where it is missing.
 
     Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
     where the default folder was prepared with another `data` or `schema` than the config asks for; a folder that is
-    named in inputs.prepared is taken as it is.
+    named in inputs.prepared is taken as it is. Where not `make`, a missing folder raises FileNotFoundError, with the
+    command that makes it.
     """
     from lumrec.train.run import on_rank_zero  # here: it loads torchrec, which `run` does not need
 
     path = prepared_path(config)
+    if not make and not path.exists():
+        raise FileNotFoundError(
+            f"there is no prepared data in {path}; make it with: torchx run apps/prepare.py --config <your config>"
+        )
     if not config.inputs.prepared:
         on_rank_zero(lambda: _make_if_missing(config, path))
     data = PreparedData.open(path, verify=verify)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Sequence
 import numpy as np
 import torch
 
-from lumrec.data.prepare import open_or_prepare, prepared_path
+from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.query.conditions import default_conditions
@@ -88,12 +88,7 @@ def run(config: Config) -> dict[str, float | str]:
     settings = config.inspect
     if settings.top < 1 or settings.events < 0:
         raise ValueError(f"inspect.top is {settings.top}, inspect.events {settings.events}; expected 1 and 0 or more")
-    if not prepared_path(config).exists():
-        raise FileNotFoundError(
-            f"there is no prepared data in {prepared_path(config)}; make it with: torchx run apps/prepare.py "
-            "--config <your config>"
-        )
-    data = open_or_prepare(config)
+    data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     if not settings.user:
         some = data.user_keys()[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lumrec.data.prepare import open_or_prepare, prepared_path
+from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
@@ -117,12 +117,7 @@ def run(config: Config) -> dict[str, float | str]:
     input (with the command that makes it), ValueError for inputs that do not belong together.
     """
     device = init_distributed(threads=config.threads)
-    if not prepared_path(config).exists():
-        raise FileNotFoundError(
-            f"there is no prepared data in {prepared_path(config)}; make it with: torchx run apps/prepare.py "
-            "--config <your config>"
-        )
-    data = open_or_prepare(config)
+    data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     identity = _identity(config, data, lums)
     run_folder = RunFolder.create(config, "query")

@@ -28,6 +28,7 @@ from lumrec.query.stage import QueryConfig
 from lumrec.train.lum import ModelConfig
 from lumrec.train.pretrain import PretrainConfig
 from lumrec.train.rank import RankConfig
+from lumrec.tune import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -78,22 +80,31 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     names the nearest valid one) and a value of the wrong type.
     """
     layers = [*(_files(Path(path)) if path is not None else []), ("the command line", _words(overrides))]
-    merged: Any = OmegaConf.structured(Config)
-    for origin, values in layers:
-        unknown = [key for key, _ in _leaves(values) if not _is_valid(key)]
-        if unknown:
-            raise ValueError(f"{origin}: unknown key {unknown[0]!r}{_suggestion(unknown[0])}")
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, TypeError) as error:
-            raise ValueError(f"{origin}: {_explain(error, values)}") from None
-    try:
-        config = cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path or 'the command line'}: {_explain(error, {})}") from None
+    config = _merged(OmegaConf.structured(Config), layers, origin=str(path or "the command line"))
     if not config.name:
         config = dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")
     return config
+
+
+def with_words(config: Config, words: Sequence[str], *, origin: str) -> Config:
+    """`config` with `key=value` words over it; raises as `load` does, naming `origin` as where the words stand."""
+    return _merged(OmegaConf.structured(config), [(origin, _words(words))], origin=origin)
+
+
+def _merged(merged: Any, layers: Sequence[tuple[str, Any]], *, origin: str) -> Config:
+    """The layers over what `merged` holds, each over the one before it, as dataclasses."""
+    for name, values in layers:
+        unknown = [key for key, _ in _leaves(values) if not _is_valid(key)]
+        if unknown:
+            raise ValueError(f"{name}: unknown key {unknown[0]!r}{_suggestion(unknown[0])}")
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except (OmegaConfBaseException, TypeError) as error:
+            raise ValueError(f"{name}: {_explain(error, values)}") from None
+    try:
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{origin}: {_explain(error, {})}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any, Dict, List
 
 import yaml
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
 KNOWLEDGE = ("none", "tables", "direct", "matching", "both")
 RANKERS = ("din", "dlrm")
+DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class PipelineConfig:
     folds: cross-fitting: each user is asked of a LUM that has not seen them; 1 = one LUM of all users (in-sample).
     rankers, knowledge, seeds: every combination is trained. knowledge: none (the base; always on fresh tables), tables
     (the base on the LUM's tables: the control where rank.tables is lum), direct, matching, both.
+    tuned: settings of a ranker ("din") or of one with a kind of knowledge ("din/both", over the former), as key=value
+    words; apps/tune.py finds them.
     jobs: stages at a time; 0 = one per core.
     """
 
@@ -45,6 +48,7 @@ class PipelineConfig:
     rankers: List[str] = field(default_factory=lambda: ["din"])
     knowledge: List[str] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
     seeds: List[int] = field(default_factory=lambda: [0])
+    tuned: Dict[str, List[str]] = field(default_factory=dict)
     jobs: int = 0
 
 
@@ -70,7 +74,6 @@ def run(config: Config) -> dict[str, float | str]:
     Raises ValueError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
     stage fails.
     """
-    from lumrec.config import to_yaml
     from lumrec.report.page import write_page
     from lumrec.report.table import comparison, what_next
 
@@ -78,8 +81,26 @@ def run(config: Config) -> dict[str, float | str]:
     config, note = resolve_dataset(config)
     folder = Path(config.runs_dir) / config.run
     stages = plan(config)
+    num_run, wall_s, seconds = make(config, stages, note)
+    result = collect(config, stages)
+    result |= {f"wall_s/{name}": round(value, 1) for name, value in seconds.items()}
+    result |= {"stages_run": num_run, "wall_s": round(wall_s, 1)}
+    write_json(folder / "result.json", result)
+    page = write_page(folder, config, stages, result, note)
+    say("\n" + comparison(config, result) + "\n")
+    say(what_next(folder, page, is_movielens=config.data.source == "movielens-1m"))
+    return result
+
+
+def make(config: Config, stages: list[Stage], note: str) -> tuple[int, float, dict[str, float]]:
+    """Runs the stages that are not finished yet, in the pipeline's folder; how many those were, the wall time, and that
+    of each stage, in seconds, with those of earlier calls. Raises as `run` does.
+    """
+    from lumrec.config import to_yaml
+
     left = pending(stages, overwrite=config.overwrite)
     config = dataclasses.replace(config, overwrite=False)
+    folder = Path(config.runs_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
@@ -100,16 +121,7 @@ def run(config: Config) -> dict[str, float | str]:
             needs = tuple(need for need in stage.needs if need in left)
             jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
-    wall_s, seconds = add_up(folder, stages, seconds, time.monotonic() - start)
-
-    result = collect(config, stages)
-    result |= {f"wall_s/{name}": round(value, 1) for name, value in seconds.items()}
-    result |= {"stages_run": len(jobs), "wall_s": round(wall_s, 1)}
-    write_json(folder / "result.json", result)
-    page = write_page(folder, config, stages, result, note)
-    say("\n" + comparison(config, result) + "\n")
-    say(what_next(folder, page, is_movielens=config.data.source == "movielens-1m"))
-    return result
+    return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
 
 
 def say(text: str) -> None:
@@ -135,6 +147,18 @@ def check(config: Config) -> None:
             raise ValueError(f"pipeline.{name} names one twice: {getattr(settings, name)}")
     if settings.folds < 1 or settings.jobs < 0:
         raise ValueError(f"pipeline.folds={settings.folds} must be 1 or more, pipeline.jobs={settings.jobs} 0 or more")
+    for name, words in settings.tuned.items():
+        ranker, _, kind = name.partition("/")
+        if ranker not in RANKERS or kind not in ("", *KNOWLEDGE):
+            raise ValueError(
+                f"pipeline.tuned.{name}: expected a ranker, such as din, or with knowledge, such as din/both"
+            )
+        wrong = [word for word in words if not word.startswith("rank.") or word.startswith(DECIDED)]
+        if wrong:
+            raise ValueError(
+                f"pipeline.tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "
+                "which the pipeline sets"
+            )
     if config.fold:
         raise ValueError(
             f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself"
@@ -193,8 +217,19 @@ def plan(config: Config) -> list[Stage]:
                     changes["inputs"], needs = inputs, tuple(lums.values())
                 elif kind != "none":
                     changes["inputs"], needs = {"knowledge": f"{run_name}/query", **inputs}, ("query",)
-                stages.append(Stage(name, "rank", stage_config(name, seed=seed, **changes), needs))
+                tuned = with_tuned(stage_config(name, seed=seed, **changes), ranker, kind)
+                stages.append(Stage(name, "rank", tuned, needs))
     return stages
+
+
+def with_tuned(config: Config, ranker: str, kind: str) -> Config:
+    """The config of a ranker's stage with what `pipeline.tuned` has for it."""
+    from lumrec.config import with_words
+
+    for name in (ranker, f"{ranker}/{kind}"):
+        if words := config.pipeline.tuned.get(name):
+            config = with_words(config, words, origin=f"pipeline.tuned.{name}")
+    return config
 
 
 def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:

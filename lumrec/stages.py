@@ -23,6 +23,7 @@ STAGES = {
     "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
     "pipeline": "lumrec.pipeline",
+    "tune": "lumrec.tune",
 }
 # Figures that a stage does not print by itself.
 HEADLINES = {

@@ -57,6 +57,7 @@ class RankConfig:
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
     select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
+    test: evaluate the test part at the end; false while settings are being searched (lumrec/tune.py).
     """
 
     model: str = "din"
@@ -73,6 +74,7 @@ class RankConfig:
     activation_dim: int = 36
     softmax: bool = False
     select: str = "auc"
+    test: bool = True
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             epochs=3,
@@ -225,9 +227,10 @@ def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParal
 def run(config: "Config") -> dict[str, float | str]:
     """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, once, and returns result.json.
 
-    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped of the test part; valid/… of
-    the kept weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
-    tables_from_lum, and `note` and `undefined` where a part is empty or has one class only.
+    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped of the test part (none of
+    them with rank.test=false); valid/… of the kept weights; rows_per_s of training, wall_s, best_step, …; and as text
+    model, knowledge, knowledge_hazard, tables_from_lum, and `note` and `undefined` where a part is empty or has one
+    class only.
     Raises FileNotFoundError for a missing input, with the command that makes it.
     """
     settings, started = config.rank, time.perf_counter()
@@ -260,7 +263,8 @@ def run(config: "Config") -> dict[str, float | str]:
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
     model = repr(dataclasses.replace(settings, train=TrainConfig()))
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})
-    result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size)
+    if settings.test:
+        result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size)
     result["wall_s"] = time.perf_counter() - started
     run_folder.finish(result)
     return result

@@ -57,12 +57,15 @@ class RunFolder:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None) -> "RunFolder":
+    def create(
+        cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None, told: bool = True
+    ) -> "RunFolder":
         """The folder of the run that `config` describes, made by rank 0 where it is new.
 
         `config` is a dataclass with the fields run, name, runs_dir, fold and overwrite; the folder is named
         `config.run` or "<name>-<stage>" (with a fold k/K: "<name>-<stage>-kofK"). `inputs` are fingerprints of what the
-        run reads (name → text); other inputs count as another config. An existing folder:
+        run reads (name → text); other inputs count as another config. told: log that a finished run stands. An
+        existing folder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
         - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
@@ -73,7 +76,7 @@ class RunFolder:
         after `init_distributed`; an error of rank 0 is raised on all.
         """
         run = cls(Path(config.runs_dir) / run_name(config, stage))
-        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {})))
+        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {}), told=told))
         return run
 
     @classmethod
@@ -83,7 +86,7 @@ class RunFolder:
         run._take_lock()
         return run
 
-    def _open(self, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool]:
+    def _open(self, config: Any, stage: str, inputs: dict[str, str], *, told: bool) -> tuple[bool, bool]:
         """Makes or checks the folder; whether it is finished and whether it is resumed."""
         path, config_path = self.path, self.path / "config.yaml"
         others = {entry.name for entry in path.iterdir()} - _FIRST_FILES if path.exists() else set()
@@ -107,7 +110,10 @@ class RunFolder:
                 self._take_lock()
                 resumed = finished = False
         if finished:
-            logger.info("%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path)
+            if told:
+                logger.info(
+                    "%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path
+                )
         elif resumed:
             logger.info("%s: continuing the unfinished run", path)
             _warn_of_other_versions(path)

@@ -24,6 +24,7 @@ STAGES = {
     "rank": "lumrec.train.rank",
     "pipeline": "lumrec.pipeline",
     "tune": "lumrec.tune",
+    "reproduce": "lumrec.reproduce",
 }
 # Figures that a stage does not print by itself.
 HEADLINES = {
@@ -35,6 +36,15 @@ HEADLINES = {
 CHECKS = {"prepare": "lumrec.data.check"}
 # An option of an app that stands for a key: --user 42 is inspect.user=42.
 OPTIONS = {"inspect": {"user": "inspect.user"}}
+# Apps that choose among several configs by options of their own, and take words over all of them.
+TABLES = {
+    "reproduce": {
+        "table": "4 or 5 of the paper (default 4)",
+        "dataset": "ml-1m, kuairand or simulator (default ml-1m)",
+        "rows": "of table 5: some of scratch, utilization, tokenization, with commas",
+        "out": "folder of the files (default docs/results)",
+    }
+}
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -46,7 +56,11 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     parser = argparse.ArgumentParser(
         prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
+    if stage in TABLES:
+        for option, says in TABLES[stage].items():
+            parser.add_argument(f"--{option}", default=argparse.SUPPRESS, help=says)
+    else:
+        parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
     if stage in CHECKS:
         parser.add_argument("--check", action="store_true", help="tell what it would do, write nothing")
     for option, key in OPTIONS.get(stage, {}).items():
@@ -59,9 +73,13 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     try:
         from lumrec.config import load
 
-        options = [(key, getattr(given, option)) for option, key in OPTIONS.get(stage, {}).items()]
-        config = load(given.config, [*given.words, *(f"{key}={value}" for key, value in options if value)])
-        result = importlib.import_module((CHECKS if checking else STAGES)[stage]).run(config)
+        run = importlib.import_module((CHECKS if checking else STAGES)[stage]).run
+        if stage in TABLES:
+            result = run(given.words, **{name: getattr(given, name) for name in TABLES[stage] if name in given})
+        else:
+            options = [(key, getattr(given, option)) for option, key in OPTIONS.get(stage, {}).items()]
+            words = [*given.words, *(f"{key}={value}" for key, value in options if value)]
+            result = run(load(given.config, words))
     except Interrupted as stop:
         if rank() == 0:
             print(f"lumrec: {stop}", file=sys.stderr, flush=True)

@@ -274,7 +274,7 @@ def _versions() -> dict[str, Any]:
         **installed,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "commit": _commit(),
+        "commit": commit(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -295,7 +295,7 @@ def _warn_of_other_versions(path: Path) -> None:
             logger.warning("%s began with %s: the rest may differ in its last digits", path, change)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, "-dirty" behind it where files differ; None where it is not run from its repository."""
     root = Path(__file__).resolve().parents[2]
 
@@ -305,7 +305,7 @@ def _commit() -> str | None:
     try:
         if git("ls-files", "--error-unmatch", "lumrec/train/run.py").returncode:
             return None
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+        head = git("rev-parse", "HEAD").stdout.strip()
+        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -49,7 +49,8 @@ class RankConfig:
 
     model: "din" or "dlrm" (Embedding + MLP with pooled history).
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
-    knowledge_dim: width to which direct features are projected. knowledge_dropout: share of rows that train without.
+    knowledge_attention: the answers pooled by their match with the target join the features of any of these modes.
+    knowledge_dim: width to which answers are projected. knowledge_dropout: share of rows that train without.
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
     statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The
     schema's dense features are read beside them.
@@ -61,6 +62,7 @@ class RankConfig:
 
     model: str = "din"
     knowledge: str = "none"
+    knowledge_attention: bool = False
     knowledge_dim: int = 32
     knowledge_dropout: float = 0.0
     tables: str = "fresh"
@@ -119,6 +121,7 @@ def build_ranker(
         knowledge.num_folds,
         config.knowledge_dim,
         has_log_z=knowledge.log_z is not None,
+        attention=config.knowledge_attention,
         dropout=config.knowledge_dropout,
     )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")

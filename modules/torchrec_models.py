@@ -61,7 +61,10 @@ class KnowledgeModel(nn.Module):
 
     def forward(self, dense_features: Tensor, sparse_features: Any, knowledge: KnowledgeBatch) -> Any:
         """What `model` gives for these rows. dense_features: [B, I]. sparse_features: its KeyedJaggedTensor."""
-        features_BF = self.fusion(*knowledge).to(dense_features.dtype)
+        # Field by field: torch.fx, with which TorchRec's pipelines find the tables' inputs, cannot unpack a batch.
+        features_BF = self.fusion(
+            knowledge.o_BND, knowledge.e_BD, knowledge.log_z_BN, knowledge.present_BN, knowledge.fold_B
+        ).to(dense_features.dtype)
         return self.model(torch.cat([dense_features, features_BF], dim=1), sparse_features)
 
 

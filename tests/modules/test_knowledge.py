@@ -128,7 +128,7 @@ def pool_by_loops(o_BND: Tensor, e_BD: Tensor, present_BN: Tensor) -> Tensor:
     rows = []
     for o_ND, e_D, present_N in zip(o_BND, e_BD, present_BN):
         kept_ND = o_ND[present_N]
-        rows.append((kept_ND @ e_D).softmax(dim=0) @ kept_ND if len(kept_ND) else o_ND.sum(dim=0) * 0)
+        rows.append((kept_ND @ e_D).softmax(dim=0) @ kept_ND if len(kept_ND) else (o_ND.sum(dim=0) + e_D) * 0)
     return torch.stack(rows)
 
 

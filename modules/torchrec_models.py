@@ -21,17 +21,17 @@ class KnowledgeModel(nn.Module):
         knowledge ─ fusion                                             ├── the model as it was ── logits
         sparse_features ───────────────────────────────────────────────┘
 
-    model: reads (dense_features, sparse_features) and hands the former, as they are, to its submodule `dense_arch`, whose
-        first layer is an nn.Linear: torchrec.models.dlrm's DLRM, DLRM_DCN and DLRM_Projection, torchrec.models.deepfm's
-        SimpleDeepFMNN (which ends with a sigmoid and so gives probabilities). It is taken over, not copied: that layer
-        is replaced by one that reads the new columns too.
+    model: reads (dense_features, sparse_features) and hands the former, as they are, to its submodule `dense_arch`,
+        whose first layer is an nn.Linear: torchrec.models.dlrm's DLRM, DLRM_DCN and DLRM_Projection,
+        torchrec.models.deepfm's SimpleDeepFMNN (which ends with a sigmoid and so gives probabilities). It is taken
+        over, not copied: that layer is replaced by one that reads the new columns too.
     fusion: makes the features.
     zero_start: the new columns' weights start at zero, so that before training the scores are those of `model`, to the
         bit. The fusion has no gradient in the first step, and then has. False draws them as nn.Linear would.
 
-    Every parameter of `model` keeps its shape and its name, with "model." in front: what a checkpoint of the production
-    model holds, `KnowledgeModel(...).model.load_state_dict(..., strict=False)` takes, and misses the one new
-    `added_weight` alone. TorchRec's planner, DistributedModelParallel and train pipelines see an nn.Module like another.
+    Every parameter of `model` keeps its shape and its name, with "model." in front: a production checkpoint fits
+    `KnowledgeModel(...).model.load_state_dict(..., strict=False)`, which misses the one new `added_weight` alone.
+    TorchRec's planner, DistributedModelParallel and train pipelines see an nn.Module like another.
 
     Raises ValueError where there is no such submodule, no nn.Linear in it, or knowledge in front of it already.
     """
@@ -49,9 +49,10 @@ class KnowledgeModel(nn.Module):
             )
         linears = [(name, m) for name, m in modules[dense_arch].named_modules() if isinstance(m, nn.Linear)]
         if not linears or isinstance(linears[0][1], WidenedLinear):
+            fault = "reads knowledge already" if linears else "has no nn.Linear"
             raise ValueError(
-                f"{dense_arch!r} of {type(model).__name__} {'reads knowledge already' if linears else 'has no nn.Linear'}"
-                "; expected one whose first layer is an nn.Linear that reads the dense features"
+                f"{dense_arch!r} of {type(model).__name__} {fault}; expected one whose first layer is an "
+                "nn.Linear that reads the dense features"
             )
         name, first = linears[0]
         path = ".".join(part for part in (dense_arch, name) if part)

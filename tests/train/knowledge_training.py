@@ -1,4 +1,4 @@
-"""TorchRec's own models with knowledge in front, trained under DistributedModelParallel: what test_torchrec_models.py runs.
+"""What test_torchrec_models.py runs: TorchRec's own models with knowledge, trained under DistributedModelParallel.
 
 A click is planted in the knowledge (is the first answer nearer to the target than the second?) and, weakly, in an id.
 Shapes: B rows, N answers, D width of the LUM, K LUMs.

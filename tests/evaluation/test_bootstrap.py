@@ -63,10 +63,17 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth = {
         name: value.value for name, value in intervals(*pick(simulated(99, users=20_000)), num_resamples=1).items()
     }
-    found = [intervals(*pick(simulated(seed)), num_resamples=200, seed=seed, level=0.9) for seed in range(100)]
+    # Seeds of their own: the same stream would tie what is resampled to what was drawn.
+    found = [intervals(*pick(simulated(s)), num_resamples=100, seed=10_000 + s, level=0.9) for s in range(200)]
     for name in METRICS:
         covered = np.mean([one[name].low <= truth[name] <= one[name].high for one in found])
-        assert 0.8 < covered < 0.97, f"{name}: {covered}"
+        assert 0.82 < covered < 0.96, f"{name}: {covered}"
+        # And a 90 % interval is 3.29 times as wide as the metric really scatters from one log to the next.
+        width, scatter = (
+            np.mean([one[name].high - one[name].low for one in found]),
+            np.std([x[name].value for x in found]),
+        )
+        assert width / 3.29 == pytest.approx(scatter, rel=0.15), name
 
 
 def pick(columns: list[np.ndarray]) -> list[np.ndarray]:
@@ -101,7 +108,7 @@ def test_a_model_and_itself_differ_by_nothing():
 def test_noise_alone_is_seldom_told_apart():
     told = 0
     for seed in range(60):
-        label_N, _, logit_N, user_N = simulated(seed)
+        label_N, _, logit_N, user_N = simulated(seed + 1000)
         noise = np.random.default_rng(seed + 500).normal(0, 0.5, (2, len(label_N)))
         difference = compare(label_N, *(logit_N + noise), user_N, num_resamples=200)["auc"].difference
         told += not difference.low <= 0 <= difference.high

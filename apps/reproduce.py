@@ -12,7 +12,7 @@ def reproduce(
 ) -> specs.AppDef:
     """The paper's tables of rankers on data that one can get, beside the paper's figures.
 
-    Writes a table (.md), its figures (.json) and a plot (.svg) into the folder `out`; what is finished is not run again.
+    Writes a table (.md), its figures (.json) and a plot (.svg) into `out`; what is finished is not run again.
     Example: torchx run apps/reproduce.py --table 4 --dataset ml-1m
 
     Args:

@@ -22,6 +22,7 @@ STAGES = {
     "query": "lumrec.query.stage",
     "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
+    "retrieve": "lumrec.train.retrieve",
     "pipeline": "lumrec.pipeline",
 }
 # Figures that a stage does not print by itself.
@@ -29,6 +30,7 @@ HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
     "query": ("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
+    "retrieve": ("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
 }
 # What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.
 CHECKS = {"prepare": "lumrec.data.check"}

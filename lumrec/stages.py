@@ -95,7 +95,7 @@ def start_logging() -> None:
         datefmt="%H:%M:%S",
         force=True,  # libraries that are imported by now may have put a handler of their own
     )
-    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3"):
+    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3", "faiss"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

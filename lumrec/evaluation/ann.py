@@ -71,6 +71,7 @@ def _make_index(dim: int, num_items: int, config: AnnConfig) -> Any:
     import faiss
 
     metric = faiss.METRIC_INNER_PRODUCT
+    index: Any
     if config.index == "hnsw":
         index = faiss.IndexHNSWFlat(dim, config.links, metric)
         index.hnsw.efConstruction, index.hnsw.efSearch = config.build_beam, config.beam

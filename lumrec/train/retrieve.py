@@ -240,7 +240,8 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
 
     A user without an answer is a miss: all similarities are 0, and ties count against us. Collective.
     """
-    answers, result = knowledge.for_rows(targets.row_B.numpy()), {}
+    answers = knowledge.for_rows(targets.row_B.numpy())
+    result: dict[str, float] = {}
     for place, condition in enumerate(knowledge.conditions):
         name = ",".join(f"{feature}={value}" for feature, value in condition.items()) or "no condition"
         sums: dict[str, float] = dict.fromkeys(metric_sums(torch.zeros(0, dtype=torch.int64), ks), 0.0)

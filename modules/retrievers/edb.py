@@ -8,6 +8,7 @@ LUM, K folds (LUMs), F features given to a tower, V width of the vectors, X rows
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ class TwoTower(nn.Module):
             self.item_scale = MaskedStandardise(num_folds * lum_dim)
             self.item_projection = nn.Linear(num_folds * lum_dim, knowledge_dim)
             user_dim, item_dim = user_dim + self.answers.num_features, item_dim + knowledge_dim
-        shape = {"activation": activation, "dropout": dropout, "out_dim": dim}
+        shape: dict[str, Any] = {"activation": activation, "dropout": dropout, "out_dim": dim}
         self.user_tower = make_mlp(user_dim, hidden_dims, **shape)
         self.item_tower = make_mlp(item_dim, hidden_dims, **shape)
 

@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +35,6 @@ from lumrec.train.retrieve import (
     user_vectors,
 )
 
-ROOT = Path(__file__).parents[2]
 WORDS = [
     "name=tiny",
     "data.source=simulator",
@@ -219,28 +215,23 @@ def test_catalogue_vectors_do_not_depend_on_the_block(data, monkeypatch):
     assert whole.shape == (data.num_items, 64)
 
 
-def test_two_ranks_train_as_one(words):
-    """The same rows in each step, whole catalogue against them: losses and metrics agree within rounding."""
-    more = [
-        "retrieve.negatives.full=true",
-        "retrieve.dropout=0",
-        "retrieve.positives=all",
-        "retrieve.select=",
-        "threads=1",
-    ]
-    one = load(None, [*words, *more, "run=one-rank"])
+def run_words(words: list[str]) -> None:
+    run(load(None, words))
+
+
+@pytest.mark.parametrize(
+    "negatives", [["full=true"], ["sampled=0", "across_ranks=true"]], ids=["full", "in_batch_across_ranks"]
+)
+def test_two_ranks_train_as_one(words, forks, negatives):
+    """The same rows in each step, the same items against them: losses and metrics agree within rounding."""
+    more = [*words, *(f"retrieve.negatives.{word}" for word in negatives), "retrieve.ann.index=", "threads=1"]
+    more += ["retrieve.dropout=0", "retrieve.positives=all", "retrieve.select=", "retrieve.train.max_steps=8"]
+    name = negatives[0].replace("=", "-")
+    one = load(None, [*more, f"run=one-rank-{name}"])
     result = run(one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(one.runs_dir) / "retrieve_on_two.py"
-    script.write_text(
-        "from lumrec.config import load; from lumrec.train.retrieve import run; import sys; "
-        "run(load(None, sys.argv[1:]))"
-    )
-    more += ["run=two-ranks", "retrieve.batch_size=64"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(script), *words, *more], env=environment, check=True)
-    two = Path(one.runs_dir) / "two-ranks"
-    assert losses_of(two) == pytest.approx(losses_of(folder_of(one)), rel=1e-4)
+    two = folder_of(one).with_name(f"two-ranks-{name}")
+    forks.run("test_retrieve:run_words", world_size=2, words=[*more, f"run={two.name}", "retrieve.batch_size=64"])
+    assert losses_of(two) == pytest.approx(losses_of(folder_of(one)), rel=1e-4) and len(losses_of(two)) == 8
     other = json.loads((two / "result.json").read_text())
     assert other["retrieval_users"] == result["retrieval_users"]
     assert other["hr@50"] == pytest.approx(result["hr@50"], abs=0.04)

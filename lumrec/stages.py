@@ -22,6 +22,7 @@ STAGES = {
     "query": "lumrec.query.stage",
     "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
+    "retrieve": "lumrec.train.retrieve",
     "pipeline": "lumrec.pipeline",
     "tune": "lumrec.tune",
     "reproduce": "lumrec.reproduce",
@@ -31,6 +32,7 @@ HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
     "query": ("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
+    "retrieve": ("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
 }
 # What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.
 CHECKS = {"prepare": "lumrec.data.check"}
@@ -112,7 +114,7 @@ def start_logging() -> None:
         datefmt="%H:%M:%S",
         force=True,  # libraries that are imported by now may have put a handler of their own
     )
-    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3"):
+    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3", "faiss"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

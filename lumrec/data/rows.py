@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N rows of a part, T history events of all rows behind each other, U unique tokens, E events.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import TRAIN
 from lumrec.data.statistics import Statistics
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
 from lumrec.query.store import Knowledge
+
+logger = logging.getLogger(__name__)
 
 
 class RowTokens(NamedTuple):
@@ -29,6 +33,20 @@ class RowTokens(NamedTuple):
     item_C: Tensor
     history_T: Tensor
     offsets_B1: Tensor
+
+
+def training_rows(data: PreparedData, knowledge: Knowledge | None) -> np.ndarray:
+    """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
+
+    Raises ValueError where that leaves none.
+    """
+    is_training = data.split == TRAIN
+    if knowledge is not None and knowledge.learnt_until is not None:
+        is_training &= data.timestamp > knowledge.learnt_until
+        logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
+        if not is_training.any():
+            raise ValueError("the LUM has learnt from all training rows: lower pretrain.time_share")
+    return np.flatnonzero(is_training)
 
 
 class RowBuilder:

@@ -16,9 +16,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
+from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
 from lumrec.data.schema import features_by_role
-from lumrec.data.splits import TEST, TRAIN, VALID
+from lumrec.data.splits import TEST, VALID
 from lumrec.data.statistics import Statistics, dense_inputs
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
@@ -302,7 +302,7 @@ def _train(
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank
     train, select, note = settings.train, settings.select, ""
-    rows = np.flatnonzero(builder.data.split == TRAIN)
+    rows = training_rows(builder.data, builder.knowledge)
     loader = RowLoader(
         builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
     )

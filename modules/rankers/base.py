@@ -38,9 +38,9 @@ class RankBatch:
     dense_BF: float32, statistics of what was before the row (F may be 0). label_B: float32, 0 or 1.
     row_B: int64, row of each in the prepared events. knowledge: what a LUM says of the rows, or None.
 
-    What only some rankers read (Ranker.reads), else None. item_U: int64, number of each token's item. category_U: int64,
-    category of it. age_T: float32, seconds from the event to the row. category_count_T: int64, how many earlier
-    events the user had, up to this one, of its category.
+    What only some rankers read (Ranker.reads), else None. item_U: int64, number of each token's item. category_U:
+    int64, category of it. age_T: float32, seconds from the event to the row. category_count_T: int64, how many events
+    of the event's category its user had before it.
     """
 
     tokens: KeyedJaggedTensor

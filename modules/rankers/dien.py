@@ -62,7 +62,7 @@ class Dien(Ranker):
         return Interest(torch.cat([last_BH, last_BH * looked.target_BI], dim=1), loss)
 
     def auxiliary_loss(self, state_TH: Tensor, token_UD: Tensor, batch: RankBatch) -> Tensor:
-        """Mean over pairs of -log sigmoid(h_t · e_{t+1}) - log(1 - sigmoid(h_t · e_negative)), equation 2; 0 of none."""
+        """Mean over pairs of -log σ(h_t · e_{t+1}) - log(1 - σ(h_t · e_negative)) (equation 2); 0 without pairs."""
         assert batch.item_U is not None
         history_T = batch.history_T
         has_next_T = torch.ones_like(history_T, dtype=torch.bool)

@@ -23,8 +23,8 @@ class Din(Ranker):
     1 instead (what the paper advises against). activation: of the activation unit and of the over-arch.
 
     Where we differ from the paper: a token of the history has the feedback it got, which a target has not;
-    regularisation by mini-batch is Ranker's `token_l2`; the activation unit sees h and t, their product and their difference (as the authors'
-    code does), where the paper's text has an outer product.
+    regularisation by mini-batch is Ranker's `token_l2`; the activation unit sees h and t, their product and their
+    difference (as the authors' code does), where the paper's text has an outer product.
     """
 
     def __init__(

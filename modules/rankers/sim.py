@@ -55,6 +55,10 @@ class Sim(Ranker):
             raise ValueError(f"the search is {search!r}; expected one of {', '.join(SEARCHES)}")
         if num_searched < 1 or num_recent < 0:
             raise ValueError(f"{num_searched} events searched and {num_recent} recent; expected at least 1 and 0")
+        if search == "soft" and auxiliary_weight <= 0:
+            raise ValueError(
+                f"auxiliary_weight is {auxiliary_weight}; expected more than 0: else a soft search learns nothing"
+            )
         self._search, self._num_searched, self._num_recent = search, num_searched, num_recent
         self._num_heads, self._head_dim, self._auxiliary_weight = num_heads, head_dim, auxiliary_weight
         self._unit_activation = activation
@@ -70,10 +74,9 @@ class Sim(Ranker):
         if self._search == "soft":
             self.search_query = nn.Linear(self.item_dim, self._head_dim, bias=False)
             self.search_key = nn.Linear(self.token_dim, self._head_dim, bias=False)
-            if self._auxiliary_weight:
-                self.search_task = nn.Sequential(
-                    nn.Linear(self.token_dim + self.item_dim, width), nn.ReLU(), nn.Linear(width, 1)
-                )
+            self.search_task = nn.Sequential(
+                nn.Linear(self.token_dim + self.item_dim, width), nn.ReLU(), nn.Linear(width, 1)
+            )
         return self.token_dim + self.item_dim + self._num_heads * (self.token_dim + GAP_DIM)
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
@@ -82,7 +85,7 @@ class Sim(Ranker):
         recent_BD = self.recent(token_UD, target_BI, *latest(batch.history_T, batch.offsets_B1, self._num_recent))
         long_BX = self.exact(looked, batch, self.search(looked, batch))
         loss = None
-        if self.training and self._search == "soft" and self._auxiliary_weight:
+        if self.training and self._search == "soft":
             loss = self._auxiliary_weight * self.search_loss(looked, batch)
         product_BI = recent_BD[:, : self.item_dim] * target_BI
         return Interest(torch.cat([recent_BD, product_BI, long_BX], dim=1), loss)

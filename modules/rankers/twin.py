@@ -47,7 +47,8 @@ class Twin(Ranker):
         self.value = nn.Linear(self.token_dim, width, bias=False)
         self.compress = nn.ModuleList(nn.Linear(dim, 1, bias=False) for dim in self.feedback_dims)
         # A bucket's embedding times its weight is a number, so that is what is learned.
-        self.age_N, self.count_N = nn.Parameter(torch.zeros(NUM_BUCKETS)), nn.Parameter(torch.zeros(NUM_BUCKETS))
+        self.age_N = nn.Parameter(torch.randn(NUM_BUCKETS) * 0.1)
+        self.count_N = nn.Parameter(torch.randn(NUM_BUCKETS) * 0.1)
         num_cross = len(self.feedback_dims) + 2
         self.beta_JH = nn.Parameter(torch.empty(num_cross, heads).uniform_(-(num_cross**-0.5), num_cross**-0.5))
         self.age_value_NV = nn.Parameter(torch.randn(NUM_BUCKETS, width) * 0.1)

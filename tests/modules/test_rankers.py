@@ -1,5 +1,7 @@
 """Rankers: DIN's fast path equals its twins, rows do not see each other, and planted signals are found in seconds."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -382,9 +384,10 @@ def category_liked(seed: int, *, length: int = 6, first: int = 0, last: int = 6)
     return make_batch(rows, num_statistics=0)
 
 
+@functools.cache  # three rankers read the same batches
 def far_back(seed: int) -> RankBatch:
-    """The same, where the one event is among the first 100 of 120, behind what a short-term interest reads."""
-    return category_liked(seed, length=120, first=0, last=100)
+    """The same, where the one event is among the first 14 of 30, behind what SIM's short-term interest reads."""
+    return category_liked(seed, length=30, first=0, last=14)
 
 
 def mood(seed: int) -> RankBatch:

@@ -36,7 +36,7 @@ class Sim(Ranker):
 
     Where we differ from the paper: the short-term interest is DIN's, not DIEN's; the search is exact, in the batch, not
     by an index; the soft search's task reads a window of num_searched events that begins anywhere in the history (the
-    paper samples too), their mean weighted by r, so that its scale does not depend on how many there are.
+    paper samples too).
     """
 
     def __init__(
@@ -136,6 +136,6 @@ class Sim(Ranker):
         event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
         key_BSK = F.embedding(index_BS, F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1)))
         score_BS1 = torch.bmm(key_BSK, self.search_query(looked.target_BI)[:, :, None])
-        mean_BD = (score_BS1 * event_BSD).sum(dim=1) / is_event_BS.sum(dim=1, keepdim=True).clamp(min=1)
-        logit_B = self.search_task(torch.cat([mean_BD, looked.target_BI], dim=1)).squeeze(1)
+        sum_BD = torch.bmm(score_BS1.transpose(1, 2), event_BSD).squeeze(1)
+        logit_B = self.search_task(torch.cat([sum_BD, looked.target_BI], dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logit_B, batch.label_B)

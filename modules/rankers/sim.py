@@ -36,7 +36,8 @@ class Sim(Ranker):
 
     Where we differ from the paper: the short-term interest is DIN's, not DIEN's; the search is exact, in the batch, not
     by an index; the soft search's task reads a window of num_searched events that begins anywhere in the history (the
-    paper samples too).
+    paper samples too). Projections of target and event begin equal over item features, so that what is found at first
+    is what shares features with the target: a random search finds next to nothing in a long history to learn from.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Sim(Ranker):
         self.recent = LocalActivation(self.token_dim, self.item_dim, activation=self._unit_activation)
         self.query = nn.Linear(self.item_dim, width, bias=False)
         self.key = nn.Linear(self.token_dim + GAP_DIM, width, bias=False)
+        _begin_alike(self.query, self.key)
         self.gap_NG = nn.Parameter(torch.randn(NUM_BUCKETS, GAP_DIM) * GAP_DIM**-0.5)
         if self._search == "soft":
             self.search_query = nn.Linear(self.item_dim, self._head_dim, bias=False)
             self.search_key = nn.Linear(self.token_dim, self._head_dim, bias=False)
+            _begin_alike(self.search_query, self.search_key)
             self.search_task = nn.Sequential(
                 nn.Linear(self.token_dim + self.item_dim, width), nn.ReLU(), nn.Linear(width, 1)
             )
@@ -139,3 +142,11 @@ class Sim(Ranker):
         sum_BD = torch.bmm(score_BS1.transpose(1, 2), event_BSD).squeeze(1)
         logit_B = self.search_task(torch.cat([sum_BD, looked.target_BI], dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logit_B, batch.label_B)
+
+
+@torch.no_grad()
+def _begin_alike(query: nn.Linear, key: nn.Linear) -> None:
+    """Gives both the same orthogonal projection of item features, and the key none of what a target lacks."""
+    nn.init.orthogonal_(query.weight)
+    key.weight.zero_()
+    key.weight[:, : query.in_features] = query.weight

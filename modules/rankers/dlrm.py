@@ -21,6 +21,8 @@ class Dlrm(Ranker):
     mean history, and the dense statistics through a linear layer (DLRM has an MLP there). 0: no cross features.
     """
 
+    pairs_P: Tensor
+
     def __init__(self, *args: object, cross_dim: int = 0, **kwargs: object) -> None:
         self._cross_dim = cross_dim
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]

@@ -335,6 +335,44 @@ def test_a_batch_moves_with_its_knowledge():
     assert moved.tokens.keys() == batch.tokens.keys() and len(moved) == 2
 
 
+# --- losses of their own ---
+
+
+def test_token_l2_by_hand():
+    """Token 5 stands in the batch twice (as a target), (1, 1) three times, (2, 2) once; row 0 of the tables is 0."""
+    ranker = make_ranker("din", token_l2=0.5)
+    batch = make_batch([Row(5, [(1, 1), (1, 1)]), Row(5, [(1, 1), (2, 2)])])
+    token_UD = ranker.look_up(batch).token_UD
+    counts = {(1, 1): 3, (2, 2): 1, (5, 0): 2}
+    expected = sum(token_UD[u].square().sum() / counts[pair] for u, pair in enumerate(sorted(counts)))
+    torch.testing.assert_close(ranker(batch, with_loss=True)[1], 0.25 * expected)
+
+
+def test_diens_auxiliary_loss_by_hand():
+    """Two pairs; with one item in all histories there is no negative."""
+    ranker = make_ranker("dien").train()
+    batch = make_batch([Row(5, [(1, 1), (1, 2), (1, 1)]), Row(5, [(1, 3)]), Row(5, [])])
+    looked, state_TH = ranker.look_up(batch), torch.randn(4, ranker.item_dim)
+    item_I = looked.token_UD[batch.history_T[0], : ranker.item_dim]
+    expected = F.softplus(-(state_TH[:2] @ item_I)).mean()
+    torch.testing.assert_close(ranker.auxiliary_loss(state_TH, looked.token_UD, batch), expected)
+    empty = make_batch([Row(5, [])])
+    logits, loss = ranker(empty, with_loss=True)
+    assert loss == 0 and logits.shape == (1,)
+    assert ranker.eval()(batch, with_loss=True)[1] == 0
+
+
+def test_options_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="auxiliary_weight is 0"):
+        Sim(None, auxiliary_weight=0)
+    with pytest.raises(ValueError, match="0 events searched"):
+        Twin(None, num_searched=0)
+    batch = make_batch(make_rows([2]))
+    batch.age_T = None
+    with pytest.raises(ValueError, match="reads age_T and the batch has none"):
+        make_ranker("sim")(batch)
+
+
 # --- planted signals ---
 
 

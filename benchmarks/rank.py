@@ -43,7 +43,11 @@ ITEM, FEEDBACK = ("item_id", "categories", "price_bucket"), ("clicked",)
 
 def simulated_log(runs: str, width: int, history: int) -> PreparedData:
     """A log whose tables all have the same width and whose rows mostly have a full history."""
-    words = ["data.source=simulator", "data.simulator.num_users=1000", f"data.simulator.events_per_user={4 * history}"]
+    words = [
+        "data.source=simulator",
+        f"data.simulator.num_users={min(1000, 100_000 // history)}",
+        f"data.simulator.events_per_user={4 * history}",
+    ]
     words += ["data.simulator.num_items=4000", f"name=w{width}", f"runs_dir={runs}"]
     with contextlib.redirect_stdout(io.StringIO()):
         data = open_or_prepare(load(None, words))

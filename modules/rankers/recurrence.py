@@ -62,7 +62,8 @@ class _Recurrence(torch.autograd.Function):
         state_TH = gate_XG.new_empty(num_events, width)
         weight_HG = weight_GH.t().contiguous()
         ctx.chunks = []
-        event_bytes = 4 * width * gate_XG.element_size()
+        # A step touches one event of each row: chunks bound the memory here, and with few rows steps cost their calls.
+        event_bytes = -(-4 * width * gate_XG.element_size() // 64)
         for rows, place_RL in row_chunks(offsets_B1, num_events=num_events, event_bytes=event_bytes):
             place_N, counts = _in_time_order(place_RL, num_events)
             gate_NG = F.embedding(index_T[place_N], gate_XG)

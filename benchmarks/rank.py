@@ -1,6 +1,9 @@
-"""Step 3's hot path: rows/s of training DIN and DLRM, beside plain padded PyTorch twins of the same width and depth.
+"""Step 3's hot path: rows/s of training each ranker; DIN and DLRM beside plain padded PyTorch twins of their size.
 
-    python benchmarks/rank.py [--widths 16,32] [--history 50] [--batch 4096] [--threads 2] [--repeats 7]
+    python benchmarks/rank.py [--models din,dlrm,dien,sim,twin] [--widths 16,32] [--history 50] [--batch 4096]
+                              [--threads 2] [--repeats 7]
+
+With --candidates: the time to score so many rows of one user instead, batch put together and scored, in milliseconds.
 
 A repeat is one batch: put together from the log, forward, backward, optimizer step. The twin is what one writes first:
 nn.Embedding for each feature, histories padded to the longest, [h; t; h*t; h-t] through nn.Linear, Adam for everything.
@@ -31,15 +34,20 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.statistics import Statistics, dense_inputs
 from lumrec.train.optimizers import build_optimizer
 from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.rank import RankConfig, build_ranker, build_rows, row_features, step
+from lumrec.train.rank import MODELS, RankConfig, build_ranker, build_rows, row_features, step
 
 WARM_UP = 3
+TWINS = ("din", "dlrm")
 ITEM, FEEDBACK = ("item_id", "categories", "price_bucket"), ("clicked",)
 
 
 def simulated_log(runs: str, width: int, history: int) -> PreparedData:
     """A log whose tables all have the same width and whose rows mostly have a full history."""
-    words = ["data.source=simulator", "data.simulator.num_users=1000", f"data.simulator.events_per_user={4 * history}"]
+    words = [
+        "data.source=simulator",
+        f"data.simulator.num_users={min(1000, 100_000 // history)}",
+        f"data.simulator.events_per_user={4 * history}",
+    ]
     words += ["data.simulator.num_items=4000", f"name=w{width}", f"runs_dir={runs}"]
     with contextlib.redirect_stdout(io.StringIO()):
         data = open_or_prepare(load(None, words))
@@ -165,12 +173,31 @@ def rows_per_s(runs: list[Callable[[np.ndarray], None]], batches: list[np.ndarra
     return [sorted(speed) for speed in speeds]
 
 
+def scoring_ms(
+    data: PreparedData, config: RankConfig, statistics: Statistics, candidates: int, repeats: int
+) -> list[float]:
+    """Sorted milliseconds of putting together and scoring rows of one user, whose histories are about equally long."""
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names)).eval()
+    builder = build_rows(ranker, data, config, statistics)
+    last = int(data.user_offsets[1:][np.argmax(np.diff(data.user_offsets))])
+    rows, times = np.resize(np.arange(max(0, last - candidates), last), candidates), []
+    with torch.no_grad():
+        for repeat in range(WARM_UP + repeats):
+            start = time.perf_counter()
+            ranker(builder.batch(rows))
+            if repeat >= WARM_UP:
+                times.append(1000 * (time.perf_counter() - start))
+    return sorted(times)
+
+
 def shown(speeds: list[float]) -> str:
     return f"{statistics.median(speeds):8,.0f} [{speeds[0]:,.0f} … {speeds[-1]:,.0f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--candidates", type=int, default=0)
     parser.add_argument("--widths", default="16,32")
     parser.add_argument("--history", type=int, default=50)
     parser.add_argument("--batch", type=int, default=4096)
@@ -180,9 +207,8 @@ def main() -> None:
     init_distributed("cpu", threads=args.threads)
     versions = f"torch {torch.__version__}, torchrec {torchrec.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}, float32")
-    print(
-        f"training, batch {args.batch}, history {args.history}; rows/s: median [least … most] of {args.repeats} repeats"
-    )
+    what = f"scoring {args.candidates} rows of one user" if args.candidates else f"training, batch {args.batch}, rows/s"
+    print(f"{what}, history {args.history}; median [least … most] of {args.repeats} repeats")
     print(f"{'model':5} {'width':>5}  {'lumrec':>28}  {'padded twin':>28}  ratio")
     with tempfile.TemporaryDirectory() as runs:
         for width in map(int, args.widths.split(",")):
@@ -190,13 +216,19 @@ def main() -> None:
             statistics_EF = dense_inputs(data)
             rows = np.random.default_rng(0).permutation(np.flatnonzero(data.split == 0))
             batches = [rows[i * args.batch : (i + 1) * args.batch] for i in range(5)]
-            for model in ("din", "dlrm"):
+            for model in args.models.split(","):
                 torch.manual_seed(0)
                 config = RankConfig(model=model, batch_size=args.batch, max_history=args.history)
-                ours, twin = make_ours(data, config, statistics_EF), make_twin(data, config, width, statistics_EF)
-                fast, plain = rows_per_s([ours, twin], batches, args.repeats)
-                ratio = statistics.median(fast) / statistics.median(plain)
-                print(f"{model:5} {width:>5}  {shown(fast):>28}  {shown(plain):>28}  {ratio:.2f}", flush=True)
+                if args.candidates:
+                    milliseconds = scoring_ms(data, config, statistics_EF, args.candidates, args.repeats)
+                    print(f"{model:5} {width:>5}  {shown(milliseconds):>28} ms", flush=True)
+                    continue
+                runs_of = [make_ours(data, config, statistics_EF)]
+                if model in TWINS:
+                    runs_of.append(make_twin(data, config, width, statistics_EF))
+                fast, *plain = rows_per_s(runs_of, batches, args.repeats)
+                beside = [f"{shown(p):>28}  {statistics.median(fast) / statistics.median(p):.2f}" for p in plain]
+                print(f"{model:5} {width:>5}  {shown(fast):>28}  {''.join(beside)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, make_activation
+from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, make_activation
+from lumrec.modules.rankers.jagged import segment_softmax
 
 CHUNK_BYTES = 1 << 20  # of gathered histories for each thread, so that a chunk's arrays stay in a CPU core's cache
 
@@ -21,9 +22,9 @@ class Din(Ranker):
     activation_dim: hidden units of the local activation unit (36 in the paper's figure 2). softmax: weights that sum to
     1 instead (what the paper advises against). activation: of the activation unit and of the over-arch.
 
-    Where we differ from the paper: a token of the history has the feedback it got, which a target has not; no
-    regularisation by mini-batch; the activation unit sees h and t, their product and their difference (as the authors'
-    code does), where the paper's text has an outer product.
+    Where we differ from the paper: a token of the history has the feedback it got, which a target has not;
+    regularisation by mini-batch is Ranker's `token_l2`; the activation unit sees h and t, their product and their
+    difference (as the authors' code does), where the paper's text has an outer product.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class Din(Ranker):
         self.local_activation = LocalActivation(self.token_dim, self.item_dim, **self._unit)
         return self.token_dim + self.item_dim
 
-    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
+    def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The weighted sum of the history, and its product with the target: [B, D + I]."""
         interest_BD = self.local_activation(looked.token_UD, looked.target_BI, batch.history_T, batch.offsets_B1)
-        return torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1)
+        return Interest(torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1))
 
 
 class LocalActivation(nn.Module):
@@ -101,13 +102,6 @@ class LocalActivation(nn.Module):
         return F.embedding_bag(
             history_T, token_UD, offsets_B1, mode="sum", per_sample_weights=weight_T, include_last_offset=True
         )
-
-
-def segment_softmax(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
-    """Softmax of x within each segment, [T]; segment_T: int64, in any order, segments may be empty."""
-    highest = x_T.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_T, x_T.detach(), "amax")
-    exp_T = (x_T - highest[segment_T]).exp()
-    return exp_T / x_T.new_zeros(num_segments).index_add(0, segment_T, exp_T)[segment_T]
 
 
 class _ChunkedActivation(torch.autograd.Function):

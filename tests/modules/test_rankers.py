@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lumrec.evaluation.metrics import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.rankers import din
+from lumrec.modules.rankers import jagged
 from lumrec.modules.rankers.base import Dice, RankBatch, Ranker
 from lumrec.modules.rankers.dien import Dien
 from lumrec.modules.rankers.din import Din, LocalActivation
@@ -148,11 +148,11 @@ def gradients(unit: LocalActivation, function, inputs: tuple[Tensor, ...]) -> li
 )
 def test_chunks_equal_the_plain_twin_forward_and_backward(lengths, chunk_bytes, activation):
     inputs, unit = unit_inputs(lengths), make_unit(activation)
-    before, din.CHUNK_BYTES = din.CHUNK_BYTES, chunk_bytes
+    before, jagged.CHUNK_BYTES = jagged.CHUNK_BYTES, chunk_bytes
     try:
         got = gradients(unit, unit, inputs)
     finally:
-        din.CHUNK_BYTES = before
+        jagged.CHUNK_BYTES = before
     for x, y in zip(got, gradients(unit, unit.plain, inputs), strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 

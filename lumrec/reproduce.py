@@ -11,6 +11,7 @@ with the same settings is not run again, and what other settings touch is made a
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +109,8 @@ def run(
         for case in of_variant:
             result |= _figures(case, figures)
     result |= gains(cases, result)
-    command = f"torchx run apps/reproduce.py --table {table} --dataset {dataset}"
-    command += "".join(f" {word}" for word in [*([f"--rows {rows}"] if rows else []), *words])
+    options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
+    command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
     result |= {"protocol": protocol(config), "command": command, "commit": commit() or "unknown"}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,9 @@ def _open_dcp(folder: Path) -> Source:
         for chunk in entry.chunks:
             place = places.get((name, tuple(chunk.offsets)))
             if place is None:
-                raise ValueError(f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again")
+                raise ValueError(
+                    f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again"
+                )
             pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), place))
         tensors[name] = Stored(tuple(entry.size), entry.properties.dtype, tuple(pieces))
     return Source(folder, "dcp", tensors, tuple(others))
@@ -222,7 +224,9 @@ def _headers(path: Path, file: BinaryIO | Path) -> Any:
         with FakeTensorMode():
             return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error))
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error)
+        )
         raise ValueError(
             f"{path} holds more than tensors and plain values, and reading that could run code which it brings "
             f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); of a sharded model by DCP"
@@ -243,7 +247,9 @@ def _open_torch_save(path: Path) -> Source:
             )
     content = _headers(path, path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected a state dict: {{name: tensor}}, nested or not")
+        raise ValueError(
+            f"{path} holds {type(content).__name__}; expected a state dict: {{name: tensor}}, nested or not"
+        )
     tensors, others = {}, []
     for name, value in _leaves(content):
         if not isinstance(value, Tensor):

@@ -1,8 +1,8 @@
 """A production job as others have it: TorchRec's DLRM under DMP, trained a little and saved. It knows nothing of lumrec.
 
-    torchrun --nproc-per-node 2 production_dlrm.py FOLDER [rowwise_adagrad|adagrad]
+    torchrun --nproc-per-node 2 production_dlrm.py FOLDER
 
-FOLDER gets dcp/ (model and optimizer, torch.distributed.checkpoint), model.pt (torch.save), batch.pt (a batch and the
+FOLDER/rowwise_adagrad and FOLDER/adagrad get dcp/ (model and optimizer, torch.distributed.checkpoint), model.pt (torch.save), batch.pt (a batch and the
 scores that production gives it) and item.csv, user.csv (raw id → row).
 """
 
@@ -45,8 +45,7 @@ def make_batch(seed: int, size: int = 16) -> tuple[torch.Tensor, KeyedJaggedTens
     return dense, kjt, (rows[0] % 2 == rows[1] % 2).float()
 
 
-def main(folder: Path, table_optimizer: str = "rowwise_adagrad") -> None:
-    dist.init_process_group("gloo")
+def train(folder: Path, table_optimizer: str) -> None:
     torch.manual_seed(0)
     model = make_model()
     ebc = model.sparse_arch.embedding_bag_collection
@@ -86,8 +85,11 @@ def main(folder: Path, table_optimizer: str = "rowwise_adagrad") -> None:
         for table, rows in ROWS.items():
             with open(folder / f"{table}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([("key", "row"), *((f"{table}-{row:03d}", row) for row in range(rows))])
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    dist.init_process_group("gloo")
+    for kind in ("rowwise_adagrad", "adagrad"):
+        (Path(sys.argv[1]) / kind).mkdir(exist_ok=True)
+        train(Path(sys.argv[1]) / kind, kind)
+    dist.destroy_process_group()

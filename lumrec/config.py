@@ -28,6 +28,7 @@ from lumrec.query.stage import QueryConfig
 from lumrec.train.lum import ModelConfig
 from lumrec.train.pretrain import PretrainConfig
 from lumrec.train.rank import RankConfig
+from lumrec.train.retrieve import RetrieveConfig
 from lumrec.tune import TuneConfig
 
 
@@ -68,6 +69,7 @@ class Config:
     query: QueryConfig = field(default_factory=QueryConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     rank: RankConfig = field(default_factory=RankConfig)
+    retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
 

@@ -22,19 +22,31 @@ STAGES = {
     "query": "lumrec.query.stage",
     "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
+    "retrieve": "lumrec.train.retrieve",
     "pipeline": "lumrec.pipeline",
     "tune": "lumrec.tune",
+    "reproduce": "lumrec.reproduce",
 }
 # Figures that a stage does not print by itself.
 HEADLINES = {
     "pretrain": ("loss", "hr", "ndcg", "events_per_s", "wall_s"),
     "query": ("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
     "rank": ("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
+    "retrieve": ("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
 }
 # What `--check` runs in place of the stage: it tells what the stage would do, and writes nothing.
 CHECKS = {"prepare": "lumrec.data.check"}
 # An option of an app that stands for a key: --user 42 is inspect.user=42.
 OPTIONS = {"inspect": {"user": "inspect.user"}}
+# Apps that choose among several configs by options of their own, and take words over all of them.
+TABLES = {
+    "reproduce": {
+        "table": "4 or 5 of the paper (default 4)",
+        "dataset": "ml-1m, kuairand or simulator (default ml-1m)",
+        "rows": "of table 5: some of scratch, utilization, tokenization, with commas",
+        "out": "folder of the files (default docs/results)",
+    }
+}
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -46,7 +58,11 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     parser = argparse.ArgumentParser(
         prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
+    if stage in TABLES:
+        for option, says in TABLES[stage].items():
+            parser.add_argument(f"--{option}", default=argparse.SUPPRESS, help=says)
+    else:
+        parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
     if stage in CHECKS:
         parser.add_argument("--check", action="store_true", help="tell what it would do, write nothing")
     for option, key in OPTIONS.get(stage, {}).items():
@@ -59,9 +75,13 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     try:
         from lumrec.config import load
 
-        options = [(key, getattr(given, option)) for option, key in OPTIONS.get(stage, {}).items()]
-        config = load(given.config, [*given.words, *(f"{key}={value}" for key, value in options if value)])
-        result = importlib.import_module((CHECKS if checking else STAGES)[stage]).run(config)
+        run = importlib.import_module((CHECKS if checking else STAGES)[stage]).run
+        if stage in TABLES:
+            result = run(given.words, **{name: getattr(given, name) for name in TABLES[stage] if name in given})
+        else:
+            options = [(key, getattr(given, option)) for option, key in OPTIONS.get(stage, {}).items()]
+            words = [*given.words, *(f"{key}={value}" for key, value in options if value)]
+            result = run(load(given.config, words))
     except Interrupted as stop:
         if rank() == 0:
             print(f"lumrec: {stop}", file=sys.stderr, flush=True)
@@ -94,7 +114,7 @@ def start_logging() -> None:
         datefmt="%H:%M:%S",
         force=True,  # libraries that are imported by now may have put a handler of their own
     )
-    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3"):
+    for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3", "faiss"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

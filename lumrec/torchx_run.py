@@ -8,7 +8,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Optional, Sequence
 
 import torchx.specs as specs
 from torchx.cli.cmd_run import CmdRun
@@ -96,9 +96,15 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches
     return app
 
 
-def single_app(stage: str, words: Sequence[str], *, config: str) -> specs.AppDef:
-    """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own."""
-    arguments, script = _arguments(stage, words, config)
+def single_app(
+    stage: str, words: Sequence[str], *, config: str = "", options: Optional[Mapping[str, str]] = None
+) -> specs.AppDef:
+    """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own.
+
+    options: of the app, by name without dashes; those with an empty value are left out.
+    """
+    given = [text for name, value in (options or {}).items() if value for text in (f"--{name}", value)]
+    arguments, script = _arguments(stage, words, config, given)
     print(SAME_WITHOUT + shlex.join(["python", script, *arguments]), file=sys.stderr)
     role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=[script, *arguments])
     return specs.AppDef(name=stage, roles=[role])

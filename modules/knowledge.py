@@ -1,4 +1,4 @@
-"""What a ranker makes of a LUM's answers: direct features and interest matching (LUM section 4.3, figure 3c).
+"""What a ranker makes of a LUM's answers: direct features, interest matching (LUM section 4.3, figure 3c), attention.
 
 Shape suffixes: B rows, N conditions asked, D width of the LUM, K folds (LUMs), F features given to the ranker.
 """
@@ -40,6 +40,8 @@ class KnowledgeFusion(nn.Module):
         its log-probability o·e - log z, and how far each of the two is from its mean over the row's answers: what tells
         "an item that this user will like" from "one that this user will not".
     both: the two behind each other. In every mode a column says of each answer whether it is there.
+    attention=True adds, to any mode, the answers pooled by how well each matches the target, Σ_n softmax_n(o_n·e) o_n
+        over the answers that are there, projected by fold: one vector however many conditions are asked.
 
     Columns are standardised by running moments over the answers that are there (BatchNorm that knows absence), since a
     LUM's scale is its own. An absent answer is 0 in every column: the mean of the rows that have one. ::
@@ -47,6 +49,7 @@ class KnowledgeFusion(nn.Module):
         o_BND ──┬── project by fold ──────────────┐
         e_BD ───┼── o·e ── standardise ───────────┼── [B, num_features]
         log_z ──┘  o·e - log z, contrasts         │
+        o, e ───── attention, project by fold ────┤
         present ──────────────────────────────────┘
 
     dropout: share of rows whose answers are withheld while training. A ranker that can lean on the answers from its
@@ -69,6 +72,7 @@ class KnowledgeFusion(nn.Module):
         out_dim: int,
         *,
         has_log_z: bool = True,
+        attention: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -82,14 +86,19 @@ class KnowledgeFusion(nn.Module):
         if mode != "matching":
             in_dim = (num_conditions + 1) * knowledge_dim
             self.direct_scale = MaskedStandardise(in_dim)
-            bound = in_dim**-0.5
-            self.direct_weight_KIF = nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
+            self.direct_weight_KIF = fold_weights(num_folds, in_dim, out_dim)
             self.direct_bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
             self.num_features += out_dim
         if mode != "direct":
             kinds = (2 if has_log_z else 1) * (2 if num_conditions > 1 else 1)
             self.matching_scale = MaskedStandardise(kinds * num_conditions)
             self.num_features += kinds * num_conditions
+        self.attention = attention
+        if attention:
+            self.pooled_scale = MaskedStandardise(knowledge_dim)
+            self.pooled_weight_KIF = fold_weights(num_folds, knowledge_dim, out_dim)
+            self.pooled_bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
+            self.num_features += out_dim
 
     def forward(
         self, o_BND: Tensor, e_BD: Tensor, log_z_BN: Tensor | None, present_BN: Tensor, fold_B: Tensor
@@ -105,6 +114,10 @@ class KnowledgeFusion(nn.Module):
             features.append(self._direct(o_BND, e_BD, present_BN, fold_B))
         if self.mode != "direct":
             features.append(self._matching(o_BND, e_BD, log_z_BN, present_BN))
+        if self.attention:
+            has_item_B1 = present_BN.any(dim=1, keepdim=True)
+            x_BD = self.pooled_scale(pool_answers(o_BND, e_BD, present_BN), has_item_B1.expand_as(e_BD))
+            features.append(project_by_fold(x_BD, self.pooled_weight_KIF, self.pooled_bias_KF, fold_B) * has_item_B1)
         return torch.cat(features, dim=1)
 
     def _direct(self, o_BND: Tensor, e_BD: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
@@ -115,11 +128,7 @@ class KnowledgeFusion(nn.Module):
             [present_BN.repeat_interleave(o_BND.shape[2], dim=1), has_item_B1.expand(-1, e_BD.shape[1])], dim=1
         )
         x_BI = self.direct_scale(x_BI, present_BI)
-        # All folds' projections of all rows, then each row's own: K is small, and one batched product beats K gathers.
-        x_KBF = torch.baddbmm(
-            self.direct_bias_KF[:, None], x_BI.expand(len(self.direct_bias_KF), -1, -1), self.direct_weight_KIF
-        )
-        return x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)] * has_item_B1
+        return project_by_fold(x_BI, self.direct_weight_KIF, self.direct_bias_KF, fold_B) * has_item_B1
 
     def _matching(self, o_BND: Tensor, e_BD: Tensor, log_z_BN: Tensor | None, present_BN: Tensor) -> Tensor:
         if (log_z_BN is not None) != self.has_log_z:
@@ -136,6 +145,31 @@ class KnowledgeFusion(nn.Module):
                 mean_B1 = (x_BN * present_BN).sum(dim=1, keepdim=True) / count_B1
                 kinds.append(x_BN - mean_B1)
         return self.matching_scale(torch.cat(kinds, dim=1), present_BN.repeat(1, len(kinds)))
+
+
+def pool_answers(o_BND: Tensor, e_BD: Tensor, present_BN: Tensor) -> Tensor:
+    """Answers weighted by softmax(o·e) over those present, [B, D]; 0 where none is. Absent ones must be finite.
+
+    The softmax has no temperature of its own: o·e is the LUM's logit already.
+    """
+    similarity_BN = torch.einsum("bnd,bd->bn", o_BND, e_BD)
+    # The lowest number, not -inf: a row without any answer would be nan, in the backward pass too.
+    lowest = torch.finfo(similarity_BN.dtype).min
+    weight_BN = similarity_BN.masked_fill(~present_BN, lowest).softmax(dim=1) * present_BN
+    return torch.einsum("bn,bnd->bd", weight_BN, o_BND)
+
+
+def fold_weights(num_folds: int, in_dim: int, out_dim: int) -> nn.Parameter:
+    """Weights of one projection for each fold, [K, I, F], drawn as nn.Linear draws its own."""
+    bound = in_dim**-0.5
+    return nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
+
+
+def project_by_fold(x_BI: Tensor, weight_KIF: Tensor, bias_KF: Tensor, fold_B: Tensor) -> Tensor:
+    """Each row by the projection of its own fold, [B, F]."""
+    # All folds' projections of all rows, then each row's own: K is small, and one batched product beats K gathers.
+    x_KBF = torch.baddbmm(bias_KF[:, None], x_BI.expand(len(bias_KF), -1, -1), weight_KIF)
+    return x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)]
 
 
 class MaskedStandardise(nn.Module):

@@ -5,10 +5,12 @@ Shape suffixes: B rows, N rows of a part, T history events of all rows behind ea
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
@@ -17,6 +19,16 @@ from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
 from lumrec.query.store import Knowledge
+
+
+class RowTokens(NamedTuple):
+    """kjt: stride U + B (see RankBatch). item_C, history_T: int64, tokens of the items and of the rows' histories."""
+
+    kjt: KeyedJaggedTensor
+    num_tokens: int
+    item_C: Tensor
+    history_T: Tensor
+    offsets_B1: Tensor
 
 
 class RowBuilder:
@@ -56,14 +68,8 @@ class RowBuilder:
 
     def batch(self, rows: np.ndarray) -> RankBatch:
         """The batch of the event rows `rows` (int64, any order, repeats allowed, at least one)."""
-        data, num_pairs = self.data, len(self.event_of_pair)
-        begin_B = np.maximum(self.first_E[rows], rows - self.max_history)
-        offsets_B1 = np.concatenate([[0], np.cumsum(rows - begin_B)])
-        history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(rows - begin_B)).numpy()
-        target_items_B = data.item[rows]
-        ids = np.concatenate([self.token_E[history_events_T], num_pairs + target_items_B])
-        token_U, place = self._unique(ids)
-        tokens = make_kjt(self.features, self._columns(token_U, rows), stride=len(token_U) + len(rows))
+        data, target_items_B = self.data, self.data.item[rows]
+        tokens = self.tokens(rows, target_items_B)
         knowledge = None
         if self.knowledge is not None:
             answers = self.knowledge.for_rows(rows)
@@ -75,15 +81,30 @@ class RowBuilder:
                 fold_B=answers.fold_B,
             )
         return RankBatch(
-            tokens=tokens,
-            num_tokens=len(token_U),
-            target_B=torch.from_numpy(place[len(history_events_T) :]),
-            history_T=torch.from_numpy(place[: len(history_events_T)]),
-            offsets_B1=torch.from_numpy(offsets_B1),
+            tokens=tokens.kjt,
+            num_tokens=tokens.num_tokens,
+            target_B=tokens.item_C,
+            history_T=tokens.history_T,
+            offsets_B1=tokens.offsets_B1,
             dense_BF=torch.from_numpy(self.dense_EF[rows]),
             label_B=torch.from_numpy(data.label[rows]),
             row_B=torch.from_numpy(rows),
             knowledge=knowledge,
+        )
+
+    def tokens(self, rows: np.ndarray, items_C: np.ndarray) -> RowTokens:
+        """Tokens of the rows' histories and of some catalogue items (int64 [C]), each once, and the rows' own bags."""
+        begin_B = np.maximum(self.first_E[rows], rows - self.max_history)
+        offsets_B1 = np.concatenate([[0], np.cumsum(rows - begin_B)])
+        history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(rows - begin_B)).numpy()
+        ids = np.concatenate([self.token_E[history_events_T], len(self.event_of_pair) + items_C])
+        token_U, place = self._unique(ids)
+        return RowTokens(
+            kjt=make_kjt(self.features, self._columns(token_U, rows), stride=len(token_U) + len(rows)),
+            num_tokens=len(token_U),
+            item_C=torch.from_numpy(place[len(history_events_T) :]),
+            history_T=torch.from_numpy(place[: len(history_events_T)]),
+            offsets_B1=torch.from_numpy(offsets_B1),
         )
 
     def _columns(self, token_U: np.ndarray, rows: np.ndarray) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -173,14 +194,20 @@ class RowLoader:
         num_rows = len(self.rows)
         return min(-(-num_rows // (self.batch_size * self.world_size)), num_rows // self.world_size)
 
-    def __iter__(self) -> Iterator[RankBatch]:
+    def __iter__(self) -> Iterator[Any]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
         bounds = self._bounds(self.world_size)
         for step in range(self.done, (len(bounds) - 1) // self.world_size):
             number = step * self.world_size + self.rank
             self.done = step + 1
-            yield self.builder.batch(order[bounds[number] : bounds[number + 1]])
+            first_of_step = step * self.world_size
+            num_rows = int(bounds[first_of_step + self.world_size] - bounds[first_of_step])
+            yield self.make_batch(order[bounds[number] : bounds[number + 1]], number=number, num_rows=num_rows)
         self.epoch, self.first, self.done = self.epoch + 1, 0, 0
+
+    def make_batch(self, rows: np.ndarray, *, number: int, num_rows: int) -> Any:
+        """The batch of these rows, the `number`-th of the epoch since row `first`; the ranks' step has `num_rows`."""
+        return self.builder.batch(rows)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "first": self.first, "done": self.done, "world_size": self.world_size}

@@ -25,7 +25,7 @@ def auc(label_N: ArrayLike, score_N: ArrayLike) -> float:
     >>> auc([1, 1], [0.2, 0.3])
     nan
     """
-    label_N, score_N = _checked(label_N, score_N)
+    label_N, score_N = checked_rows(label_N, score_N)
     return grouped_auc(label_N, score_N, np.zeros(len(label_N), dtype=np.int64)).value
 
 
@@ -48,13 +48,21 @@ def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> G
     >>> grouped_auc([0, 0, 1, 0, 1, 1], [0.1, 0.2, 0.3, 0.9, 0.2, 0.5], [7, 7, 7, 8, 8, 9])
     GroupedAuc(value=0.6, num_groups=3, num_skipped=1)
     """
-    label_N, score_N = _checked(label_N, score_N)
+    label_N, score_N = checked_rows(label_N, score_N)
     group_N = np.asarray(group_N)
     if group_N.shape != label_N.shape:
         raise ValueError(f"got {group_N.size} groups for {label_N.size} labels; expected one group for each row")
-    if not len(label_N):
-        return GroupedAuc(float("nan"), 0, 0)
     _, group_N = np.unique(group_N, return_inverse=True)
+    auc_G, rows_G = auc_by_group(label_N, score_N, group_N), np.bincount(group_N)
+    usable_G = np.isfinite(auc_G)
+    num_groups, num_skipped = len(auc_G), int((~usable_G).sum())
+    if num_skipped == num_groups:
+        return GroupedAuc(float("nan"), num_groups, num_skipped)
+    return GroupedAuc(float(np.average(auc_G[usable_G], weights=rows_G[usable_G])), num_groups, num_skipped)
+
+
+def auc_by_group(label_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
+    """AUC within each group, [G], `nan` where a group has one class only. group_N: int64, 0 … G-1, none left out."""
     order_N = np.lexsort((score_N, group_N))
     label_N, score_N, group_N = label_N[order_N], score_N[order_N], group_N[order_N]
     rows_G = np.bincount(group_N)
@@ -65,12 +73,7 @@ def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> G
     pairs_G = positives_G * negatives_G
     # Mann-Whitney: the positives' ranks, less what they would be if all positives came first.
     wins_G = np.bincount(group_N, weights=rank_N * label_N) - positives_G * (positives_G + 1) / 2
-    usable_G = pairs_G > 0
-    num_groups, num_skipped = len(rows_G), int(len(rows_G) - usable_G.sum())
-    if num_skipped == num_groups:
-        return GroupedAuc(float("nan"), num_groups, num_skipped)
-    value = np.average(wins_G[usable_G] / pairs_G[usable_G], weights=rows_G[usable_G])
-    return GroupedAuc(float(value), num_groups, num_skipped)
+    return np.divide(wins_G, pairs_G, out=np.full(len(rows_G), np.nan), where=pairs_G > 0)
 
 
 def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
@@ -82,13 +85,21 @@ def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     >>> log_loss([1, 0], [0.5, 0.5])  # log 2
     0.6931471805599453
     """
-    label_N, probability_N = _checked(label_N, probability_N)
+    label_N, probability_N = checked_rows(label_N, probability_N)
     _check_probabilities(probability_N)
-    if not len(label_N):
-        return float("nan")
+    return float(row_losses(label_N, probability_N).mean()) if len(label_N) else float("nan")
+
+
+def row_losses(label_N: np.ndarray, probability_N: np.ndarray) -> np.ndarray:
+    """What each row adds to the log loss, [N]."""
     eps = np.finfo(np.float64).eps
-    right_N = np.where(np.equal(label_N, 1.0), probability_N, np.subtract(1.0, probability_N))
-    return float(-np.mean(np.log(np.clip(right_N, eps, 1 - eps))))
+    right_N = np.where(label_N == 1.0, probability_N, 1.0 - probability_N)
+    return -np.log(np.clip(right_N, eps, 1 - eps))
+
+
+def sigmoid(logit_N: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), written so that it does not overflow for large negative x."""
+    return np.exp(-np.logaddexp(0.0, -logit_N))
 
 
 def normalized_entropy(label_N: ArrayLike, probability_N: ArrayLike) -> float:
@@ -99,7 +110,7 @@ def normalized_entropy(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     >>> round(normalized_entropy([1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]), 12)
     1.0
     """
-    label_N, probability_N = _checked(label_N, probability_N)
+    label_N, probability_N = checked_rows(label_N, probability_N)
     rate = label_N.mean() if len(label_N) else 0.0
     if rate in (0.0, 1.0):
         return float("nan")
@@ -113,7 +124,7 @@ def calibration_ratio(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     >>> calibration_ratio([1, 0, 0, 1], [0.5, 0.5, 0.5, 1.0])
     1.25
     """
-    label_N, probability_N = _checked(label_N, probability_N)
+    label_N, probability_N = checked_rows(label_N, probability_N)
     _check_probabilities(probability_N)
     return float(probability_N.sum() / label_N.sum()) if label_N.any() else float("nan")
 
@@ -128,7 +139,7 @@ def expected_calibration_error(label_N: ArrayLike, probability_N: ArrayLike, *, 
     >>> round(expected_calibration_error([0, 0, 1, 0], [0.2, 0.2, 0.8, 0.8], num_bins=2), 12)
     0.25
     """
-    label_N, probability_N = _checked(label_N, probability_N)
+    label_N, probability_N = checked_rows(label_N, probability_N)
     _check_probabilities(probability_N)
     if num_bins < 1:
         raise ValueError(f"got num_bins={num_bins}; expected at least 1")
@@ -145,9 +156,8 @@ def ranking_metrics(label_N: ArrayLike, logit_N: ArrayLike, user_N: ArrayLike) -
     Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped; and, only where some of
     them are `nan`, a sentence `undefined`. logit_N: scores before the sigmoid.
     """
-    label_N, logit_N = _checked(label_N, logit_N)
-    # 1 / (1 + exp(-x)) written so that it does not overflow for large negative x.
-    probability_N = np.exp(-np.logaddexp(0.0, np.negative(logit_N)))
+    label_N, logit_N = checked_rows(label_N, logit_N)
+    probability_N = sigmoid(logit_N)
     by_user = grouped_auc(label_N, logit_N, user_N)
     result: dict[str, float | str] = {
         "auc": auc(label_N, logit_N),
@@ -178,7 +188,8 @@ def _tie_averaged_rank(score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
     return np.repeat(first_of_run + (length_of_run + 1) / 2, length_of_run)
 
 
-def _checked(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def checked_rows(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 vectors. Raises ValueError for labels but 0 and 1, lengths that differ, and nan."""
     label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
         raise ValueError(

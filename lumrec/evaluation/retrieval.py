@@ -90,23 +90,35 @@ def evaluate_retrieval(
         for mine in _shares(targets, max_events=max_events, tokens_per_pack=config.tokens_per_pack):
             o_BND = _ask(model, builder, mine, fixed, config=config, max_events=max_events)
             for place, name in enumerate(names):
-                ranks[name].append(_rank_targets(o_BND[:, place], e_ID, data, mine))
+                ranks[name].append(rank_targets(o_BND[:, place], e_ID, data, mine))
     finally:
         model.train(training)
     result: dict[str, float] = {}
     for name in names:
         sums = metric_sums(torch.cat(ranks[name]), config.ks)
-        result |= {name + metric: value / len(targets.row_B) for metric, value in _over_ranks(sums).items()}
+        result |= {name + metric: value / len(targets.row_B) for metric, value in sum_over_ranks(sums).items()}
     return result | {"retrieval_users": float(len(targets.row_B))}
 
 
-def last_events(data: PreparedData, part: str, *, users: np.ndarray | None = None, max_users: int = 0) -> Targets:
-    """The last event of each of `users` (bool [U]) that has one in `part`; with `max_users`, of a fixed sample."""
+def last_events(
+    data: PreparedData,
+    part: str,
+    *,
+    users: np.ndarray | None = None,
+    among: np.ndarray | None = None,
+    max_users: int = 0,
+) -> Targets:
+    """The last event of each of `users` (bool [U]) that has one in `part`; with `max_users`, of a fixed sample.
+
+    among: bool [E], the events that may be a target; None = all.
+    """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; expected one of {PARTS}")
     is_asked = data.split == PARTS.index(part)
     if users is not None:
         is_asked &= users[data.user]
+    if among is not None:
+        is_asked &= among
     rows = np.flatnonzero(is_asked)
     if len(rows) == 0:
         raise ValueError(f"no event of these users is in the part {part!r} of {data.path}: choose another data.split")
@@ -206,7 +218,8 @@ def _in_turn(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tup
     return both.take(torch.arange(len(lengths)).view(2, -1).T.flatten())
 
 
-def _rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targets) -> Tensor:
+def rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targets) -> Tensor:
+    """Rank of each target (int64 [B]) among all items with a training event but those in the history before it."""
     item_E = torch.from_numpy(data.item)
     is_candidate_I = torch.from_numpy(data.item_counts > 0)
     users = max(1, SCORE_BUDGET // len(e_ID))
@@ -227,7 +240,8 @@ def _rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targe
     return torch.cat(ranks)
 
 
-def _over_ranks(sums: dict[str, float]) -> dict[str, float]:
+def sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    """The figures of all ranks, added up, on every rank. Collective."""
     if world_size() == 1:
         return sums
     # Ranks hold different users; every process group of ours has a CPU backend.

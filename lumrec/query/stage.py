@@ -120,7 +120,7 @@ def run(config: Config) -> dict[str, float | str]:
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     identity = _identity(config, data, lums)
-    run_folder = RunFolder.create(config, "query")
+    run_folder = RunFolder.create(config, "query", told=False)
     if run_folder.finished and on_rank_zero(lambda: _is_published(run_folder.path, identity)):
         run_folder.close()
         return run_folder.result()
@@ -251,6 +251,7 @@ def _is_published(path: Path, identity: dict[str, Any]) -> bool:
         logger.info("%s was made from other inputs or settings; building the next version beside it", path)
         return False
     check_files(path / manifest["folder"], manifest["files"], checksums=False)
+    logger.info("%s holds this very knowledge: it stands (overwrite=true makes it anew)", path)
     return True
 
 
@@ -367,9 +368,10 @@ class _Job:
         answered, taken = int(self.answered_U.sum()), int((self.earlier_U >= 0).sum())
         counts: dict[str, int] = {"users_asked": answered - taken, "users_taken_over": taken}
         if self.earlier:
-            still_there = self.earlier.places(self.index_U["key"][self.answered_U]) >= 0
-            before = (self.earlier.index_U["num_events"] > 0) & (self.earlier.index_U["key"] != b"")
-            counts["users_removed"] = int(before.sum() - still_there.sum())
+            gone_U = (self.earlier.index_U["num_events"] > 0) & (self.earlier.index_U["key"] != b"")
+            place_U = self.earlier.places(self.index_U["key"][self.answered_U])
+            gone_U[place_U[place_U >= 0]] = False
+            counts["users_removed"] = int(gone_U.sum())
         if self.identity["rows"]:
             # A user's first event has no history: the LUM was not asked, as it would not have been at that time.
             rows = int(self.length_U[self.answered_U].sum()) - answered

@@ -109,6 +109,32 @@ def comparison_plot(rows: Sequence[Row]) -> str:
     return _svg(figure)
 
 
+def result_plot(rows: Sequence[tuple[str, str]], result: Mapping[str, float | str]) -> str:
+    """AUC of each row (label, key) of a flat result as dots with ± one standard deviation; its own SVG file's text.
+
+    Rows of one model (the key's first part) have a colour; the paper's AUC, where it has one, is a hollow square.
+    """
+    figure = Figure(figsize=(7.5, 1.0 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    families = list(dict.fromkeys(key.partition("/")[0] for _, key in rows))
+    for place, (_, key) in zip(range(len(rows))[::-1], rows):
+        colour = COLOURS[families.index(key.partition("/")[0]) % len(COLOURS)]
+        value, sd, paper = (result.get(f"{key}/{name}") for name in ("auc", "auc_sd", "paper_auc"))
+        if isinstance(value, float):
+            xerr = [sd if isinstance(sd, float) else 0.0]
+            axes.errorbar([value], [place], xerr=xerr, fmt="o", color=colour, markersize=6, capsize=3)
+        if isinstance(paper, float):
+            axes.plot([paper], [place], "s", color=colour, markersize=6, markerfacecolor="none")
+    axes.set_yticks(range(len(rows))[::-1], [label for label, _ in rows], **STYLE)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.tick_params(axis="y", left=False)
+    has_paper = any(f"{key}/paper_auc" in result for _, key in rows)
+    _plain(axes, "AUC of the test part" + ("; hollow squares: the paper's, on its own split" if has_paper else ""))
+    axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return _svg(figure)
+
+
 def _plain(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(labelsize=8)

@@ -20,6 +20,8 @@ from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TEST, TRAIN, VALID
 from lumrec.data.statistics import Statistics, dense_inputs
+from lumrec.evaluation.bootstrap import intervals
+from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
 from lumrec.modules.knowledge import MODES, KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
@@ -49,7 +51,8 @@ class RankConfig:
 
     model: "din" or "dlrm" (Embedding + MLP with pooled history).
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
-    knowledge_dim: width to which direct features are projected. knowledge_dropout: share of rows that train without.
+    knowledge_attention: the answers pooled by their match with the target join the features of any of these modes.
+    knowledge_dim: width to which answers are projected. knowledge_dropout: share of rows that train without.
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
     statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The
     schema's dense features are read beside them.
@@ -62,6 +65,7 @@ class RankConfig:
 
     model: str = "din"
     knowledge: str = "none"
+    knowledge_attention: bool = False
     knowledge_dim: int = 32
     knowledge_dropout: float = 0.0
     tables: str = "fresh"
@@ -121,6 +125,7 @@ def build_ranker(
         knowledge.num_folds,
         config.knowledge_dim,
         has_log_z=knowledge.log_z is not None,
+        attention=config.knowledge_attention,
         dropout=config.knowledge_dropout,
     )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
@@ -227,10 +232,11 @@ def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParal
 def run(config: "Config") -> dict[str, float | str]:
     """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, once, and returns result.json.
 
-    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped of the test part (none of
-    them with rank.test=false); valid/… of the kept weights; rows_per_s of training, wall_s, best_step, …; and as text
-    model, knowledge, knowledge_hazard, tables_from_lum, and `note` and `undefined` where a part is empty or has one
-    class only.
+    Keys, of the test part and not with rank.test=false: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
+    num_users_skipped; auc_low, auc_high, … of the first three (95 % intervals over users). Always: valid/… of the kept
+    weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
+    tables_from_lum, and `note` and `undefined` where a part is empty or has one class only. The test rows' scores are
+    kept for lumrec.evaluation.compare.
     Raises FileNotFoundError for a missing input, with the command that makes it.
     """
     settings, started = config.rank, time.perf_counter()
@@ -264,20 +270,30 @@ def run(config: "Config") -> dict[str, float | str]:
     model = repr(dataclasses.replace(settings, train=TrainConfig()))
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})
     if settings.test:
-        result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size)
+        result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size, keep_in=run_folder.path)
     result["wall_s"] = time.perf_counter() - started
     run_folder.finish(result)
     return result
 
 
 def evaluate(
-    dmp: DistributedModelParallel, builder: RowBuilder, part: int, *, batch_size: int
+    dmp: DistributedModelParallel, builder: RowBuilder, part: int, *, batch_size: int, keep_in: Path | None = None
 ) -> dict[str, float | str]:
-    """`ranking_metrics` of the rows of a part (TRAIN, VALID or TEST), on every rank. Collective."""
+    """`ranking_metrics` of the rows of a part (TRAIN, VALID or TEST), on every rank. Collective.
+
+    keep_in: a run folder, where the scores are kept to be compared with another run's; intervals join the metrics.
+    """
     data = builder.data
     rows = np.flatnonzero(data.split == part)
     logit_N = score(dmp, builder, rows, batch_size=batch_size)
-    return ranking_metrics(data.label[rows], logit_N, data.user[rows])
+    label_N, user_N = data.label[rows], data.user[rows]
+    metrics = ranking_metrics(label_N, logit_N, user_N)
+    if keep_in is not None:
+        for name, interval in intervals(label_N, logit_N, user_N).items():
+            metrics |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        if rank() == 0:
+            write_scores(keep_in, Scores(rows, label_N.astype(np.int8), user_N.astype(np.int64), logit_N))
+    return metrics
 
 
 def _train(

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 # Sections of the root config that belong to one stage: a stage's run does not depend on the settings of the others.
-STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "pipeline", "tune")
+STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "retrieve", "pipeline", "tune")
 # Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
@@ -57,12 +57,15 @@ class RunFolder:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None) -> "RunFolder":
+    def create(
+        cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None, told: bool = True
+    ) -> "RunFolder":
         """The folder of the run that `config` describes, made by rank 0 where it is new.
 
         `config` is a dataclass with the fields run, name, runs_dir, fold and overwrite; the folder is named
         `config.run` or "<name>-<stage>" (with a fold k/K: "<name>-<stage>-kofK"). `inputs` are fingerprints of what the
-        run reads (name → text); other inputs count as another config. An existing folder:
+        run reads (name → text); other inputs count as another config. told: log that a finished run stands. An
+        existing folder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
         - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
@@ -73,7 +76,7 @@ class RunFolder:
         after `init_distributed`; an error of rank 0 is raised on all.
         """
         run = cls(Path(config.runs_dir) / run_name(config, stage))
-        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {})))
+        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {}), told=told))
         return run
 
     @classmethod
@@ -83,7 +86,7 @@ class RunFolder:
         run._take_lock()
         return run
 
-    def _open(self, config: Any, stage: str, inputs: dict[str, str]) -> tuple[bool, bool]:
+    def _open(self, config: Any, stage: str, inputs: dict[str, str], *, told: bool) -> tuple[bool, bool]:
         """Makes or checks the folder; whether it is finished and whether it is resumed."""
         path, config_path = self.path, self.path / "config.yaml"
         others = {entry.name for entry in path.iterdir()} - _FIRST_FILES if path.exists() else set()
@@ -107,7 +110,10 @@ class RunFolder:
                 self._take_lock()
                 resumed = finished = False
         if finished:
-            logger.info("%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path)
+            if told:
+                logger.info(
+                    "%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path
+                )
         elif resumed:
             logger.info("%s: continuing the unfinished run", path)
             _warn_of_other_versions(path)
@@ -268,7 +274,7 @@ def _versions() -> dict[str, Any]:
         **installed,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "commit": _commit(),
+        "commit": commit(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -289,7 +295,7 @@ def _warn_of_other_versions(path: Path) -> None:
             logger.warning("%s began with %s: the rest may differ in its last digits", path, change)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, "-dirty" behind it where files differ; None where it is not run from its repository."""
     root = Path(__file__).resolve().parents[2]
 
@@ -299,7 +305,7 @@ def _commit() -> str | None:
     try:
         if git("ls-files", "--error-unmatch", "lumrec/train/run.py").returncode:
             return None
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+        head = git("rev-parse", "HEAD").stdout.strip()
+        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -152,15 +152,17 @@ def mean_history(token_UD: Tensor, batch: RankBatch) -> Tensor:
     )
 
 
-def make_mlp(in_dim: int, hidden_dims: Sequence[int], *, activation: str, dropout: float) -> nn.Sequential:
-    """Linear layers with an activation behind each but the last, which gives one logit."""
+def make_mlp(
+    in_dim: int, hidden_dims: Sequence[int], *, activation: str, dropout: float, out_dim: int = 1
+) -> nn.Sequential:
+    """Linear layers with an activation behind each but the last, which gives `out_dim` numbers (one logit)."""
     layers: list[nn.Module] = []
     for hidden_dim in hidden_dims:
         layers += [nn.Linear(in_dim, hidden_dim), make_activation(activation, hidden_dim)]
         if dropout:
             layers.append(nn.Dropout(dropout))
         in_dim = hidden_dim
-    return nn.Sequential(*layers, nn.Linear(in_dim, 1))
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
 
 
 def make_activation(name: str, dim: int) -> nn.Module:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
 
 from lumrec.evaluation.metrics import (
     auc,
@@ -81,6 +82,22 @@ def test_agrees_with_scikit_learn_and_a_loop_over_users(rows):
     if len(label):
         probability = score / 6
         assert log_loss(label, probability) == pytest.approx(sk.log_loss(label, probability, labels=[0, 1]), abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 7, 1000])
+def test_normalized_entropy_and_calibration_error_agree_with_scikit_learn(rows):
+    generator = np.random.default_rng(rows)
+    probability, label = generator.random(rows), generator.integers(2, size=rows)
+    label[:2] = 0, 1
+    constant = np.full(rows, label.mean())
+    expected = sk.log_loss(label, probability) / sk.log_loss(label, constant)
+    assert normalized_entropy(label, probability) == pytest.approx(expected, abs=1e-12)
+    for num_bins in (1, 5, 20):
+        actual, predicted = calibration_curve(label, probability, n_bins=num_bins)
+        in_bin = np.histogram(probability, num_bins, (0, 1))[0]
+        expected = np.average(np.abs(actual - predicted), weights=in_bin[in_bin > 0])
+        got = expected_calibration_error(label, probability, num_bins=num_bins)
+        assert got == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=50)

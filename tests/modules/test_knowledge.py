@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.models.dlrm import OverArch
 
-from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion, MaskedStandardise
+from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion, MaskedStandardise, pool_answers
 
 B, N, D, K = 12, 3, 4, 2
 
@@ -69,9 +71,10 @@ def test_direct_features_have_a_projection_of_their_own_for_each_fold():
     assert fusion.direct_weight_KIF.grad[1].abs().sum() == 0 < fusion.direct_weight_KIF.grad[0].abs().sum()
 
 
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("mode", ["direct", "matching", "both"])
-def test_what_stands_where_no_answer_is_has_no_effect(mode):
-    fusion = make_fusion(mode)
+def test_what_stands_where_no_answer_is_has_no_effect(mode, attention):
+    fusion = make_fusion(mode, attention=attention)
     batch = make_batch()
     absent_BN = ~batch.present_BN
     assert absent_BN.any() and not absent_BN.all(dim=1).any()
@@ -82,24 +85,27 @@ def test_what_stands_where_no_answer_is_has_no_effect(mode):
         assert torch.equal(fusion(*batch), fusion(*batch._replace(o_BND=o_BND, log_z_BN=log_z_BN)))
 
 
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("mode", ["direct", "matching", "both"])
-def test_a_row_without_any_answer_is_all_zeros_and_leaves_the_others_as_they_are(mode):
-    fusion = make_fusion(mode)
+def test_a_row_without_any_answer_is_all_zeros_and_leaves_the_others_as_they_are(mode, attention):
+    fusion = make_fusion(mode, attention=attention)
     with torch.no_grad():
         fusion(*make_batch(seed=5))
         if mode != "matching":
             fusion.direct_bias_KF.normal_()
+        if attention:
+            fusion.pooled_bias_KF.normal_()
     batch = make_batch()
     present_BN = batch.present_BN.clone()
     present_BN[4] = False
     got = fusion(*batch._replace(present_BN=present_BN))
     assert got[4].abs().max() == 0
     without = [x[torch.arange(B) != 4] for x in batch]
-    torch.testing.assert_close(make_like(fusion, mode)(*without), got[torch.arange(B) != 4], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(make_like(fusion)(*without), got[torch.arange(B) != 4], atol=2e-5, rtol=2e-5)
 
 
-def make_like(fusion: KnowledgeFusion, mode: str) -> KnowledgeFusion:
-    twin = make_fusion(mode)
+def make_like(fusion: KnowledgeFusion) -> KnowledgeFusion:
+    twin = make_fusion(fusion.mode, attention=fusion.attention)
     twin.load_state_dict(fusion.state_dict())
     return twin
 
@@ -115,6 +121,47 @@ def test_no_gradient_flows_into_knowledge_and_modes_add_up():
     assert fusion.num_features == got.shape[1] == direct.num_features + matching.num_features - N
     torch.testing.assert_close(got[:, : N + 5], direct(*batch))
     torch.testing.assert_close(got[:, N + 5 :], matching(*batch)[:, N:])
+
+
+def pool_by_loops(o_BND: Tensor, e_BD: Tensor, present_BN: Tensor) -> Tensor:
+    """The plain twin: row by row, over the answers that are there and no other."""
+    rows = []
+    for o_ND, e_D, present_N in zip(o_BND, e_BD, present_BN):
+        kept_ND = o_ND[present_N]
+        rows.append((kept_ND @ e_D).softmax(dim=0) @ kept_ND if len(kept_ND) else (o_ND.sum(dim=0) + e_D) * 0)
+    return torch.stack(rows)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(0, 99))
+def test_pooled_answers_and_their_gradients_are_those_of_the_plain_twin(counts, seed):
+    batch = make_batch(seed, rows=len(counts), conditions=5)
+    present_BN = torch.stack([torch.randperm(5) < count for count in counts])  # 0, 1 and all five among them
+    results = []
+    for pool in (pool_answers, pool_by_loops):
+        o_BND, e_BD = batch.o_BND.double().requires_grad_(), (batch.e_BD * 4).double().requires_grad_()
+        pooled_BD = pool(o_BND, e_BD, present_BN)
+        (pooled_BD * torch.arange(1.0, D + 1)).sum().backward()
+        results.append((pooled_BD, o_BND.grad, e_BD.grad))
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected)
+    assert (results[0][0][present_BN.sum(dim=1) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["direct", "matching", "both"])
+def test_attention_joins_the_features_of_every_mode(mode):
+    batch, fusion = make_batch(), make_fusion(mode, attention=True)
+    with torch.no_grad():
+        fusion.pooled_bias_KF.normal_()
+    plain = make_fusion(mode)
+    assert fusion.num_features == plain.num_features + 5
+    plain.load_state_dict({name: x for name, x in fusion.state_dict().items() if not name.startswith("pooled")})
+    got, has_item_B1 = fusion(*batch), batch.present_BN.any(dim=1, keepdim=True)
+    torch.testing.assert_close(got[:, :-5], plain(*batch))
+    pooled_BD = masked_moments(pool_by_loops(*batch[:2], batch.present_BN), has_item_B1.expand(-1, D))
+    weight_BDF, bias_BF = fusion.pooled_weight_KIF[batch.fold_B], fusion.pooled_bias_KF[batch.fold_B]
+    expected = (torch.einsum("bd,bdf->bf", pooled_BD, weight_BDF) + bias_BF) * has_item_B1
+    torch.testing.assert_close(got[:, -5:], expected, atol=2e-5, rtol=2e-5)
 
 
 def test_without_log_z_and_with_one_condition():

@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
-from shop_log import SHOP_USERS
+from shop_log import DAY, SHOP_USERS, START, shop_log
 
+from lumrec.data import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.query import stage
 from lumrec.query.history import history_digests, user_index
@@ -54,6 +56,22 @@ def test_a_refreshed_store_equals_a_fresh_one(shop, dtype):
     torch.testing.assert_close(mine.log_z_BN, theirs.log_z_BN, **close)
     for name in ("items_e.npy", "user_fold.npy", "users.npy", "items.parquet", "rows_present.npy"):
         assert (kept.path / name).read_bytes() == (anew.path / name).read_bytes(), name
+
+
+def test_a_user_who_was_listed_without_events_is_not_counted_as_removed(shop, tmp_path):
+    users = pl.DataFrame({"user_id": [*SHOP_USERS, "gone", "late"]})
+    users.write_csv(tmp_path / "users.csv")
+    log = shop_log(tuesday=False)
+    behind_training = pl.col("timestamp") > START + 6 * DAY
+    late = log.filter((pl.col("user_id") == "3") & behind_training).with_columns(user_id=pl.lit("late"))
+    for name, events in (("before", log), ("after", pl.concat([log, late]))):
+        events.write_csv(tmp_path / f"{name}.csv")
+        log_words = [f"data.log.events={tmp_path}/{name}.csv", f"data.log.users={tmp_path}/users.csv"]
+        prepare.run(shop(*log_words, f"run={name}"))
+    first = stage.run(shop("run=k", "inputs.prepared=before"))
+    assert (first["users"], first["users_absent"]) == (41, 1)
+    second = stage.run(shop("run=l", "inputs.prepared=after", "query.refresh_from=k"))
+    assert (second["users_asked"], second["users_taken_over"], second["users_removed"]) == (1, 41, 0)
 
 
 def test_answers_are_taken_over_from_another_run(shop):

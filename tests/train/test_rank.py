@@ -18,6 +18,9 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, RowLoader
 from lumrec.data.splits import TEST, TRAIN
 from lumrec.data.statistics import dense_inputs
+from lumrec.evaluation.bootstrap import intervals
+from lumrec.evaluation.compare import compare_runs
+from lumrec.modules.rankers.base import Ranker
 from lumrec.query import stage as query
 from lumrec.query.store import Knowledge
 from lumrec.train import pretrain
@@ -79,6 +82,27 @@ def folder_of(config: Config) -> Path:
 
 def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
     return build_rows(ranker, data, RankConfig(), dense_inputs(data), knowledge)
+
+
+def test_the_scores_are_kept_and_intervals_are_those_of_their_rows(words, data):
+    config = config_of(words, "run=attending", "rank.knowledge=both", "rank.knowledge_attention=true")
+    result, other = run(config), config_of(words, "run=plain", "rank.model=dlrm")
+    run(other)
+    scores, found = compare_runs(folder_of(config), folder_of(other), num_resamples=50)
+    assert np.array_equal(scores.row_N, np.flatnonzero(data.split == TEST))
+    assert np.array_equal(scores.label_N, data.label[scores.row_N])
+    assert np.array_equal(scores.user_N, data.user[scores.row_N])
+    for name, expected in intervals(scores.label_N, scores.logit_N, scores.user_N).items():
+        got = tuple(result[key] for key in (name, f"{name}_low", f"{name}_high"))
+        assert got == pytest.approx(expected, abs=1e-12) and got[1] <= got[0] <= got[2]
+        assert found[name].a.value == pytest.approx(result[name], abs=1e-12)
+    weights = dict(build(config, data).named_parameters())
+    assert weights["knowledge.pooled_weight_KIF"].shape == (2, 16, config.rank.knowledge_dim)
+
+
+def build(config: Config, data: PreparedData) -> Ranker:
+    knowledge = Knowledge.open(Path(config.runs_dir) / "tiny-query", data)
+    return build_ranker(config.rank, data, num_statistics=0, knowledge=knowledge)
 
 
 @pytest.mark.parametrize("model", ["din", "dlrm"])

@@ -1,0 +1,38 @@
+"""The paper's tables of rankers on data that one can get, beside the paper's figures.
+
+torchx run apps/reproduce.py --table 4 --dataset ml-1m
+torchx run apps/reproduce.py --table 5 --dataset ml-1m --rows utilization
+"""
+
+import torchx.specs as specs
+
+
+def reproduce(
+    *words: str, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
+) -> specs.AppDef:
+    """The paper's tables of rankers on data that one can get, beside the paper's figures.
+
+    Writes a table (.md), its figures (.json) and a plot (.svg) into `out`; what is finished is not run again.
+    Example: torchx run apps/reproduce.py --table 4 --dataset ml-1m
+
+    Args:
+        words: settings over configs/reproduce/<dataset>*.yaml, key=value each, after all options
+        table: 4 (every ranker) or 5 (what of the LUM it is that helps)
+        dataset: ml-1m, kuairand or simulator
+        rows: of table 5, some of scratch, utilization, tokenization, with commas between; all of them by default
+        out: folder that the files are written into
+    """
+    from lumrec.torchx_run import single_app
+
+    options = {"table": table, "dataset": dataset, "rows": rows, "out": out}
+    return single_app("reproduce", words, options=options)
+
+
+def main() -> None:
+    from lumrec.stages import run_stage
+
+    run_stage("reproduce", __doc__)
+
+
+if __name__ == "__main__":
+    main()

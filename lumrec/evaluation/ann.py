@@ -1,0 +1,149 @@
+"""Approximate nearest neighbours with FAISS: what an index of item vectors finds of the exact answer, and how fast.
+
+The index holds the candidates alone (items with a training event) and searches by inner product, which is what both
+similarities come down to. Seen items are left out behind the search, which therefore asks for as many more.
+
+Shape suffixes: B users, I catalogue items, K results of a search, V width of vectors, P pairs of user and seen item.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumrec.data.columns import expand_ranges
+from lumrec.data.prepared import PreparedData
+from lumrec.evaluation.retrieval import Targets, metric_sums
+
+INDEXES = ("flat", "hnsw", "ivf")
+# Users × items of the marks of seen items held at once (elements).
+SEEN_BUDGET = 1 << 25
+
+
+@dataclass(frozen=True)
+class AnnConfig:
+    """The FAISS index. index: flat (exact), hnsw or ivf; "" = none is built.
+
+    k: how many are asked for where the index's recall and time are measured.
+    links, build_beam, beam: HNSW's M, efConstruction, efSearch. lists: of IVF, 0 = 4·sqrt(items); probes: lists read.
+    """
+
+    index: str = "hnsw"
+    k: int = 50
+    links: int = 32
+    build_beam: int = 200
+    beam: int = 128
+    lists: int = 0
+    probes: int = 16
+
+
+class ItemIndex:
+    """Catalogue items (int64) nearest to a user by inner product, out of those that `is_candidate_I` (bool [I]) marks.
+
+    Raises ValueError for an unknown kind of index.
+    """
+
+    def __init__(self, e_IV: Tensor, is_candidate_I: np.ndarray, config: AnnConfig) -> None:
+        if config.index not in INDEXES:
+            raise ValueError(f"ann.index is {config.index!r}; expected one of {', '.join(INDEXES)}")
+        import faiss  # not at the top: every app loads this module with its config, and few have an index
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        self.items = np.flatnonzero(is_candidate_I)
+        e = np.ascontiguousarray(e_IV.float().numpy()[self.items])
+        self.index: Any = _make_index(e.shape[1], len(e), config)
+        if not self.index.is_trained:
+            self.index.train(e)
+        self.index.add(e)
+
+    def search(self, o_BV: Tensor, k: int) -> Tensor:
+        """The k nearest items of each user, nearest first, int64 [B, min(k, candidates)]; -1 where fewer were found."""
+        _, place_BK = self.index.search(np.ascontiguousarray(o_BV.float().numpy()), min(k, len(self.items)))
+        return torch.from_numpy(np.where(place_BK >= 0, self.items[place_BK], -1))
+
+
+def _make_index(dim: int, num_items: int, config: AnnConfig) -> Any:
+    import faiss
+
+    metric = faiss.METRIC_INNER_PRODUCT
+    index: Any
+    if config.index == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, config.links, metric)
+        index.hnsw.efConstruction, index.hnsw.efSearch = config.build_beam, config.beam
+        return index
+    if config.index == "ivf":
+        lists = min(num_items, config.lists or max(1, round(4 * num_items**0.5)))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, metric)
+        index.nprobe = config.probes
+        return index
+    return faiss.IndexFlatIP(dim)
+
+
+def ann_metrics(
+    o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets, *, config: AnnConfig, ks: Sequence[int]
+) -> dict[str, float]:
+    """{"ann/hr@10": …, "ann/ndcg@10": …, "ann/recall@50": …, "ann/ms_per_user": …, …} of these users' targets.
+
+    hr, ndcg: as exact evaluation has them, out of what the index finds. recall@k: share of the exact k nearest items
+    that the index gives, seen items included. ms_per_user, exact_ms_per_user: of these searches, by the index and by a
+    full product and top-k, on torch.get_num_threads() threads. build_s: of making the index.
+    """
+    start = time.perf_counter()
+    is_candidate_I = data.item_counts > 0
+    index = ItemIndex(e_IV, is_candidate_I, config)
+    built = time.perf_counter()
+    found_BK = index.search(o_BV, config.k)
+    searched = time.perf_counter()
+    exact_BK = exact_nearest(o_BV, e_IV, is_candidate_I, config.k)
+    exact = time.perf_counter()
+    num_users = len(o_BV)
+    common = sum(
+        (one_BK[:, :, None] == other_BK[:, None, :]).any(2).sum().item()
+        for one_BK, other_BK in zip(exact_BK.split(1024), found_BK.split(1024), strict=True)
+    )
+    sums = metric_sums(found_ranks(index, o_BV, data, targets, k=max(ks)), ks)
+    return {
+        **{f"ann/{name}": value / num_users for name, value in sums.items()},
+        f"ann/recall@{config.k}": common / max(1, exact_BK.numel()),
+        "ann/ms_per_user": 1e3 * (searched - built) / num_users,
+        "ann/exact_ms_per_user": 1e3 * (exact - searched) / num_users,
+        "ann/build_s": built - start,
+    }
+
+
+def exact_nearest(o_BV: Tensor, e_IV: Tensor, is_candidate_I: np.ndarray, k: int) -> Tensor:
+    """The k candidates with the highest inner product, int64 [B, min(k, candidates)]: what an index stands for."""
+    items = torch.from_numpy(np.flatnonzero(is_candidate_I))
+    e = e_IV[items]
+    block = max(1, SEEN_BUDGET // (4 * max(1, len(e))))
+    return torch.cat([items[(o @ e.T).topk(min(k, len(e)), dim=1).indices] for o in o_BV.split(block)])
+
+
+def found_ranks(index: ItemIndex, o_BV: Tensor, data: PreparedData, targets: Targets, *, k: int) -> Tensor:
+    """Rank of each target in what the index finds without seen items, from 1 (int64 [B]); items + 1 behind the first k.
+
+    Each search asks for k items and as many more as the user with the most seen ones of its block has; users with like
+    many are asked together.
+    """
+    seen_B = targets.row_B - targets.first_B
+    order = torch.argsort(seen_B, stable=True)
+    item_E = torch.from_numpy(data.item)
+    rank_B = torch.full((len(order),), data.num_items + 1)
+    for block in order.split(max(1, min(512, SEEN_BUDGET // data.num_items))):
+        row_B, first_B, num_seen_B = targets.row_B[block], targets.first_B[block], seen_B[block]
+        found_BK = index.search(o_BV[block], k + int(num_seen_B.max()))
+        is_seen_BI = torch.zeros(len(block), data.num_items, dtype=torch.bool)
+        user_P = torch.repeat_interleave(torch.arange(len(block)), num_seen_B)
+        is_seen_BI[user_P, item_E[expand_ranges(first_B, num_seen_B)]] = True
+        is_seen_BI.scatter_(1, item_E[row_B][:, None], False)  # a target is never left out
+        is_left_BK = (found_BK >= 0) & ~is_seen_BI.gather(1, found_BK.clamp(min=0))
+        place_BK = is_left_BK.cumsum(1)
+        is_target_BK = is_left_BK & (found_BK == item_E[row_B][:, None]) & (place_BK <= k)
+        found, at = is_target_BK.any(1), is_target_BK.long().argmax(1)
+        rank_B[block[found]] = place_BK.gather(1, at[:, None]).squeeze(1)[found]
+    return rank_B

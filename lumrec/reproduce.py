@@ -1,0 +1,209 @@
+"""The paper's tables of rankers on data that one can get, written to files beside the paper's own figures.
+
+    table 4   every ranker: Base, on the LUM's tables, with LUM knowledge; what it gains
+    table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several)
+
+A table is rows of pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*: what is finished
+with the same settings is not run again, and what other settings touch is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lumrec import pipeline
+from lumrec.config import Config, load, with_words
+from lumrec.pipeline import say, write_json
+from lumrec.report.plots import result_plot
+from lumrec.report.table import RANKER_NAMES
+from lumrec.train.files import write_atomically
+from lumrec.train.run import commit
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
+METRICS = ("auc", "gauc", "log_loss")
+# LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
+PAPER_4 = {
+    "ml-1m": {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
+}
+
+
+class Case(NamedTuple):
+    """One row: its name in the JSON, its label, the pipeline it is of, and the paper's AUC where it has one."""
+
+    key: str
+    label: str
+    variant: str
+    ranker: str
+    knowledge: str
+    paper: float | None = None
+
+
+def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
+    """Base, the control on the LUM's tables, and Base + LUM of each ranker."""
+    cases = []
+    for ranker in rankers:
+        name = RANKER_NAMES[ranker]
+        base, lum = PAPER_4.get(dataset, {}).get(ranker, (None, None))
+        cases.append(Case(f"{ranker}/base", f"{name} base", "", ranker, "none", base))
+        cases.append(Case(f"{ranker}/tables", f"{name} on the LUM's tables", "", ranker, "tables"))
+        cases.append(Case(f"{ranker}/lum", f"{name} + LUM", "", ranker, "both", lum))
+    return cases
+
+
+# LUM table 5, industrial data: the model behind step 3 is the online DLRM (Embedding + MLP).
+TABLE_5 = {
+    "scratch": [
+        Case("dlrm/scratch", "DLRM", "", "dlrm", "none", 0.7338),
+        Case("lum/scratch", "LUM", "", "dlrm", "both", 0.7514),
+    ],
+    "utilization": [
+        Case("lum/direct", "LUM (direct feature)", "", "dlrm", "direct", 0.7402),
+        Case("lum/both", "LUM (direct feature + interest matching)", "", "dlrm", "both", 0.7514),
+    ],
+    "tokenization": [
+        Case("lum/no_condition", "LUM (w/o condition token)", "-no-condition", "dlrm", "both", 0.7416),
+        Case("lum/multi_conditions", "LUM (multi-conditions)", "-multi-conditions", "dlrm", "both", 0.7545),
+    ],
+}
+
+
+def run(
+    words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
+) -> dict[str, float | str]:
+    """Runs what is missing, and writes <out>/table<table>-<dataset>.json, .md and .svg; gives what the JSON holds.
+
+    words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
+    with commas; "" = all. The JSON is flat: "<row>/auc", its "_sd" over the seeds, "…/paper_auc", and as text
+    `protocol`, `dataset`, `command` and `commit`; table 4 also has "<ranker>/gain/auc" and "average/gain/auc".
+    Raises ValueError for a table, rows or data set that is not known, and as the pipeline does.
+    """
+    config = read_config(dataset, "", words)
+    cases = choose(table, dataset, rows, config)
+    by_variant: dict[str, list[Case]] = {}
+    for case in cases:
+        by_variant.setdefault(case.variant, []).append(case)
+    result: dict[str, float | str] = {}
+    for variant, of_variant in by_variant.items():
+        settings = only(read_config(dataset, variant, words), of_variant)
+        figures = pipeline.run(settings)
+        result |= {"dataset": figures["dataset"]}
+        for case in of_variant:
+            result |= _figures(case, figures)
+    result |= gains(cases, result)
+    command = f"torchx run apps/reproduce.py --table {table} --dataset {dataset}"
+    command += "".join(f" {word}" for word in [*([f"--rows {rows}"] if rows else []), *words])
+    result |= {"protocol": protocol(config), "command": command, "commit": commit() or "unknown"}
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"table{table}-{dataset}"
+    write_json(stem.with_suffix(".json"), result)
+    write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name))
+    write_atomically(stem.with_suffix(".svg"), result_plot([(case.label, case.key) for case in cases], result))
+    say(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json, .md, .svg")
+    return result
+
+
+def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
+    """The rows that are asked for. Raises ValueError for what is not known."""
+    if table == "4":
+        if rows:
+            raise ValueError(f"--rows {rows}: the rows of table 4 are pipeline.rankers; --rows is for table 5")
+        return table_4(dataset, config.pipeline.rankers)
+    if table != "5":
+        raise ValueError(f"--table {table}: expected 4 or 5")
+    chosen = rows.split(",") if rows else list(TABLE_5)
+    unknown = [row for row in chosen if row not in TABLE_5]
+    if unknown:
+        raise ValueError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}")
+    return [case for row in chosen for case in TABLE_5[row]]
+
+
+def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:
+    """The config of a pipeline of the table, in a run folder of its own. Raises ValueError where there is none."""
+    path = CONFIGS / f"{dataset}{variant}.yaml"
+    if not path.is_file():
+        known = sorted({file.stem for file in CONFIGS.glob("*.yaml") if "-no-" not in file.stem})
+        raise ValueError(f"no config {path}; data sets and variants that there are: {', '.join(known)}")
+    return with_words(load(path), [f"run=reproduce-{dataset}{variant}", "overwrite=true", *words], origin="the words")
+
+
+def only(config: Config, cases: Sequence[Case]) -> Config:
+    """The config with the rankers and kinds of knowledge that the rows need."""
+    rankers = list(dict.fromkeys(case.ranker for case in cases))
+    kinds = [kind for kind in pipeline.KNOWLEDGE if any(case.knowledge == kind for case in cases)]
+    words = [f"pipeline.rankers={json.dumps(rankers)}", f"pipeline.knowledge={json.dumps(kinds)}"]
+    return with_words(config, words, origin="the rows of the table")
+
+
+def gains(cases: Sequence[Case], result: Mapping[str, float | str]) -> dict[str, float]:
+    """What LUM knowledge adds to the AUC of each ranker and on average, ours and the paper's."""
+    gained: dict[str, float] = {}
+    for name in ("auc", "paper_auc"):
+        found = []
+        for ranker in dict.fromkeys(case.ranker for case in cases):
+            base, lum = result.get(f"{ranker}/base/{name}"), result.get(f"{ranker}/lum/{name}")
+            if isinstance(base, float) and isinstance(lum, float):
+                found.append(lum - base)
+                gained[f"{ranker}/gain/{name}"] = lum - base
+        if found:
+            gained[f"average/gain/{name}"] = sum(found) / len(found)
+    return gained
+
+
+def protocol(config: Config) -> str:
+    """How the figures came about, in a sentence."""
+    settings = config.pipeline
+    folds = f"cross-fitted over {settings.folds} folds of users" if settings.folds > 1 else "in-sample"
+    contrast = config.pretrain.contrast.feature
+    extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
+    return (
+        f"{config.data.split.kind} split, test part, mean over the ranker seeds {settings.seeds}, LUM seed "
+        f"{config.seed}, knowledge {folds}{extension}"
+    )
+
+
+def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str], title: str) -> str:
+    """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
+    lines = [
+        f"# Table {table} of the LUM paper: {result['dataset']}",
+        "",
+        f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}. Commit {result['commit']}:",
+        "",
+        f"    {result['command']}",
+        "",
+        "| | AUC | gAUC | log loss | the paper's AUC |",
+        "|---|---|---|---|---|",
+    ]
+    for case in cases:
+        ours = " | ".join(_spoken(result, case.key, metric) for metric in METRICS)
+        paper = result.get(f"{case.key}/paper_auc")
+        lines.append(f"| {case.label} | {ours} | {f'{paper:.4f}' if isinstance(paper, float) else ''} |")
+        if case.key.endswith("/lum") and f"{case.ranker}/gain/auc" in result:
+            gain = result.get(f"{case.ranker}/gain/paper_auc")
+            said = f"{gain:+.4f}" if isinstance(gain, float) else ""
+            lines.append(f"| Imp. | {result[f'{case.ranker}/gain/auc']:+.4f} | | | {said} |")
+    if "average/gain/auc" in result:
+        gain = result.get("average/gain/paper_auc")
+        said = f"{gain:+.4f}" if isinstance(gain, float) else ""
+        lines.append(f"| average Imp. | {result['average/gain/auc']:+.4f} | | | {said} |")
+    return "\n".join([*lines, "", f"![]({title}.svg)", ""])
+
+
+def _figures(case: Case, figures: Mapping[str, float | str]) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for metric in METRICS:
+        for name in (metric, f"{metric}_sd"):
+            value = figures.get(f"rank/{case.ranker}/{case.knowledge}/{name}")
+            if value is not None:
+                found[f"{case.key}/{name}"] = value
+    return found | ({} if case.paper is None else {f"{case.key}/paper_auc": case.paper})
+
+
+def _spoken(result: Mapping[str, float | str], key: str, metric: str) -> str:
+    value, sd = result.get(f"{key}/{metric}"), result.get(f"{key}/{metric}_sd")
+    if not isinstance(value, float):
+        return "–"
+    return f"{value:.4f}" + (f" ± {sd:.4f}" if isinstance(sd, float) else "")

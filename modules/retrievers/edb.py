@@ -1,0 +1,216 @@
+"""Embedding-based retrieval with two towers (EDB: Huang et al., 2006.11632), without or with a LUM's knowledge.
+
+Shape suffixes: B users (rows), C candidate items, T history events of all rows behind each other, U unique tokens,
+D width of a token (its item and feedback features), I width of its item features, N conditions asked, W width of the
+LUM, K folds (LUMs), F features given to a tower, V width of the vectors, X rows of anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from lumrec.modules.knowledge import MaskedStandardise
+from lumrec.modules.lum import SIMILARITIES
+from lumrec.modules.rankers.base import make_mlp
+from lumrec.modules.rankers.din import segment_softmax
+from lumrec.modules.tokens import feature_order
+
+POOLINGS = ("mean", "attention")
+
+
+@dataclass
+class TowerBatch:
+    """B users at a moment, C candidate items, and which of them is right for each user; either may be missing.
+
+    Tokens are looked up as for a ranker (RankBatch): each that occurs in the batch is one bag of the tables, history
+    and candidates are indices into them, and the rows' own features stand behind::
+
+        bag       0 … U-1                     U … U+B-1
+        is        unique token                row
+        features  item (+ feedback)           user, context, conditions of the request
+
+    candidate_C, history_T: int64. offsets_B1: int64 [B + 1]. candidate_item_C: int64, catalogue items.
+    positive_B: int64, place of each row's item in candidate_C. log_weight_C, log_positive_weight_B: see info_nce.
+    o_BNW, present_BN, fold_B: a LUM's answers with the history before each row, as in KnowledgeBatch.
+    e_CKW: the candidates as each of the K LUMs sees them. All four are None without knowledge.
+    """
+
+    tokens: KeyedJaggedTensor
+    num_tokens: int
+    history_T: Tensor
+    offsets_B1: Tensor
+    candidate_C: Tensor
+    candidate_item_C: Tensor
+    positive_B: Tensor
+    log_weight_C: Tensor
+    log_positive_weight_B: Tensor
+    o_BNW: Tensor | None = None
+    present_BN: Tensor | None = None
+    fold_B: Tensor | None = None
+    e_CKW: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets_B1) - 1
+
+    def to(self, device: torch.device | str) -> "TowerBatch":
+        """The same batch on `device`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: v.to(device) for k, v in values.items() if hasattr(v, "to")})
+
+
+class TwoTower(nn.Module):
+    """e_us = MLP(user, context, request; pooled history; answers o),  e_i = MLP(item; e): LUM sections 3 and 4.3. ::
+
+        user, context, request ──┐
+        history ── pooling ──────┼── MLP ── o_BV ─┐
+        LUM: o_BNW ── by fold ───┘                ├── o · e
+        item features ───────────┬── MLP ── e_CV ─┘
+        LUM: e_CKW ── all folds ─┘
+
+    An item's vector depends on the item alone, so that the catalogue can stand in an index. Both sides come out scaled:
+    their dot product is the similarity, "cosine" (over temperature) or "dot".
+
+    pooling: "mean", or "attention": weights a(token) + b(distance from the row), softmax over the history, both
+    learned. max_history: the longest history, for b. hidden_dims: of both towers.
+    knowledge: None, or (num_conditions, width of the LUM, num_folds); knowledge_dim: to which answers are projected.
+    knowledge_dropout: share of rows whose answers are withheld while training, as in KnowledgeFusion.
+
+    Raises ValueError for an unknown similarity or pooling, and a temperature that is not above 0.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingBagCollection,
+        *,
+        item_features: Sequence[str],
+        feedback_features: Sequence[str],
+        row_features: Sequence[str],
+        dim: int,
+        hidden_dims: Sequence[int],
+        max_history: int,
+        pooling: str = "attention",
+        similarity: str = "cosine",
+        temperature: float = 0.05,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        knowledge: tuple[int, int, int] | None = None,
+        knowledge_dim: int = 32,
+        knowledge_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity is {similarity!r}; expected one of {SIMILARITIES}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; expected one of {POOLINGS}")
+        if not temperature > 0:
+            raise ValueError(f"the temperature is {temperature}; expected a positive number")
+        self.tables = tables
+        self.features = feature_order(tables)
+        self.token_features, self.row_features = [*item_features, *feedback_features], list(row_features)
+        self.similarity, self.temperature, self.pooling = similarity, temperature, pooling
+        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        self.item_dim = sum(width[f] for f in item_features)
+        token_dim = sum(width[f] for f in self.token_features)
+        if pooling == "attention":
+            self.attention = nn.Linear(token_dim, 1, bias=False)
+            self.distance_bias_L = nn.Parameter(torch.zeros(max(1, max_history)))
+        user_dim, item_dim = sum(width[f] for f in row_features) + token_dim, self.item_dim
+        self.has_knowledge = knowledge is not None
+        if knowledge is not None:
+            num_conditions, lum_dim, num_folds = knowledge
+            self.answers = AnswerProjection(
+                num_conditions, lum_dim, num_folds, knowledge_dim, dropout=knowledge_dropout
+            )
+            self.item_scale = MaskedStandardise(num_folds * lum_dim)
+            self.item_projection = nn.Linear(num_folds * lum_dim, knowledge_dim)
+            user_dim, item_dim = user_dim + self.answers.num_features, item_dim + knowledge_dim
+        shape: dict[str, Any] = {"activation": activation, "dropout": dropout, "out_dim": dim}
+        self.user_tower = make_mlp(user_dim, hidden_dims, **shape)
+        self.item_tower = make_mlp(item_dim, hidden_dims, **shape)
+
+    def forward(self, batch: TowerBatch) -> tuple[Tensor, Tensor]:
+        """Vectors of the users, o_BV, and of the candidate items, e_CV, float32; one call of the tables for both.
+
+        Raises ValueError for a batch made for other features, or without the knowledge that the towers read.
+        """
+        if batch.tokens.keys() != self.features:
+            raise ValueError(
+                f"the batch has the keys {batch.tokens.keys()}; these tables are called with {self.features}"
+            )
+        if self.has_knowledge and (batch.o_BNW is None or batch.e_CKW is None):
+            raise ValueError("these towers read a LUM's knowledge and the batch has none: give it to the builder")
+        embedded = self.tables(batch.tokens).to_dict()
+        token_UD = torch.cat([embedded[f][: batch.num_tokens] for f in self.token_features], dim=1)
+        user = [embedded[f][batch.num_tokens :] for f in self.row_features] + [self._pool(token_UD, batch)]
+        item = [F.embedding(batch.candidate_C, token_UD[:, : self.item_dim])]
+        if self.has_knowledge:
+            assert batch.o_BNW is not None and batch.present_BN is not None and batch.fold_B is not None
+            assert batch.e_CKW is not None
+            user.append(self.answers(batch.o_BNW, batch.present_BN, batch.fold_B))
+            e_CX = batch.e_CKW.detach().float().flatten(1)
+            item.append(self.item_projection(self.item_scale(e_CX, torch.ones_like(e_CX, dtype=torch.bool))))
+        return (
+            self._scaled(self.user_tower(torch.cat(user, dim=1))),
+            self._scaled(self.item_tower(torch.cat(item, dim=1))),
+        )
+
+    def _pool(self, token_UD: Tensor, batch: TowerBatch) -> Tensor:
+        """Each row's history as one vector, [B, D]; 0 for an empty one."""
+        weight_T = None
+        if self.pooling == "attention":
+            length_B = batch.offsets_B1.diff()
+            row_T = torch.repeat_interleave(length_B, output_size=len(batch.history_T))
+            distance_T = batch.offsets_B1[1:][row_T] - 1 - torch.arange(len(row_T), device=row_T.device)
+            logit_T = self.attention(token_UD).squeeze(1)[batch.history_T] + self.distance_bias_L[distance_T]
+            weight_T = segment_softmax(logit_T, row_T, len(batch))
+        return F.embedding_bag(
+            batch.history_T,
+            token_UD,
+            batch.offsets_B1,
+            mode="mean" if weight_T is None else "sum",
+            per_sample_weights=weight_T,
+            include_last_offset=True,
+        )
+
+    def _scaled(self, x_XV: Tensor) -> Tensor:
+        return x_XV if self.similarity == "dot" else F.normalize(x_XV, dim=-1) * self.temperature**-0.5
+
+
+class AnswerProjection(nn.Module):
+    """A LUM's answers to N conditions as features of a user tower: what KnowledgeFusion's direct part makes of o.
+
+    Columns are standardised over the answers that are there and projected, by one matrix for each of the K cross-fitted
+    LUMs. An absent answer is 0 in every column, and a row without any gets zeros; N further columns say what is there.
+    """
+
+    def __init__(
+        self, num_conditions: int, knowledge_dim: int, num_folds: int, out_dim: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"the knowledge dropout is {dropout}; expected 0 or more and less than 1")
+        self.dropout, self.num_features = dropout, num_conditions + out_dim
+        in_dim = num_conditions * knowledge_dim
+        self.scale = MaskedStandardise(in_dim)
+        bound = in_dim**-0.5
+        self.weight_KXF = nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
+
+    def forward(self, o_BNW: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
+        """Features [B, N + F], float32 (meaning of the inputs: KnowledgeBatch)."""
+        if self.training and self.dropout:
+            present_BN = present_BN & (torch.rand(len(present_BN), 1, device=present_BN.device) >= self.dropout)
+        # What stands in the place of an absent answer may be anything, nan included.
+        x_BX = o_BNW.detach().float().masked_fill(~present_BN[:, :, None], 0.0).flatten(1)
+        x_BX = self.scale(x_BX, present_BN.repeat_interleave(o_BNW.shape[2], dim=1))
+        # All folds' projections of all rows, then each row's own, as in KnowledgeFusion.
+        x_KBF = torch.baddbmm(self.bias_KF[:, None], x_BX.expand(len(self.bias_KF), -1, -1), self.weight_KXF)
+        x_BF = x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)]
+        return torch.cat([present_BN.float(), x_BF * present_BN.any(dim=1, keepdim=True)], dim=1)

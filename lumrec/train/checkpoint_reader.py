@@ -37,7 +37,9 @@ def metadata_of(folder: Path) -> Metadata:
         try:
             metadata = _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-            raise ValueError(f"{folder}/.metadata was not written by lumrec or by DCP of this version: {error}") from error
+            raise ValueError(
+                f"{folder}/.metadata was not written by lumrec or by DCP of this version: {error}"
+            ) from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{folder}/.metadata holds {type(metadata).__name__}; expected DCP's Metadata")
     return metadata

@@ -7,6 +7,7 @@ import torch
 from conftest import digests
 from safetensors.torch import save_file
 from takeover import FIRST, ROWS, TABLES, dlrm, rules, scores
+from torchrec import KeyedJaggedTensor
 
 from lumrec.warm_start import open_source, warm_start
 
@@ -40,6 +41,28 @@ def test_scores_are_productions_before_any_training(production, source, num_new)
     assert (first.columns_taken, first.columns_new) == (5, num_new)
 
 
+def test_a_lum_in_front_of_productions_model_changes_no_score(production):
+    """TorchRec's DLRM that reads knowledge: its own parameters are production's, the fusion is new."""
+    from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
+    from lumrec.modules.torchrec_models import KnowledgeModel
+
+    batch = torch.load(production / "rowwise_adagrad" / "batch.pt")
+    model = KnowledgeModel(dlrm(), KnowledgeFusion("both", 2, 4, num_folds=1, out_dim=3, has_log_z=False))
+    everything = {"source": "", "match": "prefix", "target": "model.", "exclude": []}
+    given = {**rules(), "rules": [everything], "fresh": ["fusion.*", "*.added_weight"]}
+    audit = warm_start(model, production / "rowwise_adagrad" / "dcp", given)
+    assert any(name.endswith("added_weight") for name in audit.fresh)
+    o_BND, e_BD = torch.randn(16, 2, 4), torch.randn(16, 4)
+    known = KnowledgeBatch(
+        o_BND, e_BD, None, torch.ones(16, 2, dtype=torch.bool), torch.zeros(16, dtype=torch.int64)
+    )
+    kjt = KeyedJaggedTensor(list(ROWS), batch["values"], lengths=batch["lengths"])
+    model.eval()
+    with torch.no_grad():
+        found = model(batch["dense"], kjt, known).squeeze(1)
+    torch.testing.assert_close(found, batch["scores"], rtol=0, atol=1e-6)
+
+
 def test_every_source_reads_alike_whatever_the_block(production, source):
     plain = torch.load(production / "rowwise_adagrad" / "model.pt", weights_only=True)["model"]
     opened = open_source(source)
@@ -53,8 +76,6 @@ def test_new_inputs_learn(production):
     """Zero columns get gradients like any others."""
     batch, model = torch.load(production / "rowwise_adagrad" / "batch.pt"), dlrm(num_dense=8)
     warm_start(model, production / "rowwise_adagrad" / "dcp", rules(num_new=3))
-    from torchrec import KeyedJaggedTensor
-
     kjt = KeyedJaggedTensor(list(ROWS), batch["values"], lengths=batch["lengths"])
     model(torch.cat([batch["dense"], torch.ones(16, 3)], dim=1), kjt).sum().backward()
     assert model.get_parameter(FIRST).grad[:, 5:].abs().sum() > 0

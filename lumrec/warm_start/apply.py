@@ -21,7 +21,7 @@ from lumrec.warm_start.rows import NEW
 from lumrec.warm_start.rules import Rules, read_rules
 from lumrec.warm_start.sources import Source, open_source
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 def warm_start(

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lumrec.train.parallel import world_size
+from lumrec.train.run import on_rank_zero
 from lumrec.warm_start.audit import Audit, AuditRow
 from lumrec.warm_start.rows import RowMap, map_rows
 from lumrec.warm_start.rules import Rule, Rules, nearest
@@ -229,8 +230,11 @@ def _add(
             f"{target!r} is {list(value.size())}, {name!r} {list(stored.size)}: only two dimensions may differ"
         )
     parts = _parts(rule, name, source_columns, target, target_columns)
-    row_map = map_rows(
-        rule, source_rows=source_rows, target_rows=target_rows, folder=Path(rules.folder), what=repr(target)
+    # The vocabularies need more memory than the rows' numbers: one rank has them.
+    row_map = on_rank_zero(
+        lambda: map_rows(
+            rule, source_rows=source_rows, target_rows=target_rows, folder=Path(rules.folder), what=repr(target)
+        )
     )
     fresh = rule.columns == "pad_fresh"
     plan.copies.append(Copy(target, full, row_map, parts, rule.new_rows, fresh))

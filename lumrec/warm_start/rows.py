@@ -57,7 +57,7 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
     target = read_vocabulary(folder / rule.target_vocabulary, rule.target_columns, target_rows, what)
     if rule.rows == "remap":
         source = read_vocabulary(folder / rule.source_vocabulary, rule.source_columns, source_rows, repr(rule.source))
-        pairs = target.join(source.rename({"row": "source_row"}), on="key", how="inner")
+        pairs = _join(target, source.rename({"row": "source_row"}))
     else:
         hash_N = torch.from_numpy(hash_rows(target["key"], rule.hash, source_rows, what))
         pairs = target.with_columns(pl.Series("source_row", hash_N.numpy()))
@@ -77,6 +77,13 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
     return _stated(rule, row_map, what)
 
 
+def _join(target: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+    """Both by key; as text where one side has numbers and the other text."""
+    if target["key"].dtype != other["key"].dtype:
+        target, other = (frame.with_columns(pl.col("key").cast(pl.String)) for frame in (target, other))
+    return target.join(other, on="key", how="inner")
+
+
 def _stated(rule: Rule, row_map: RowMap, what: str) -> RowMap:
     if rule.new_rows == "unknown" and row_map.source_row_R[0] == NEW:
         raise ValueError(f"{what}: new_rows=unknown copies row 0, which has no source itself: say keep_rows: [0]")
@@ -91,13 +98,14 @@ def _stated(rule: Rule, row_map: RowMap, what: str) -> RowMap:
 
 
 def read_vocabulary(path: Path, columns: Sequence[str], rows: int, what: str) -> pl.DataFrame:
-    """key (str), row (i64) of a Parquet or CSV file, in its order.
+    """key (str, or i64 where Parquet has whole numbers), row (i64) of a Parquet or CSV file, in its order.
 
     Raises FileNotFoundError, or ValueError for missing columns and values, an id or a row that stands twice, and a row
     that a table of `rows` rows has not.
     """
     key, row = columns
-    frame = _read(path, [key, row]).select(pl.col(key).cast(pl.String).alias("key"), pl.col(row).alias("row"))
+    frame = _read(path, [key, row]).select(pl.col(key).alias("key"), pl.col(row).alias("row"))
+    frame = frame.with_columns(pl.col("key").cast(pl.Int64 if frame["key"].dtype.is_integer() else pl.String))
     try:
         frame = frame.with_columns(pl.col("row").cast(pl.Int64))
     except pl.exceptions.InvalidOperationError:
@@ -145,7 +153,7 @@ def _categories(path: Path, target: pl.DataFrame, target_rows: int, what: str) -
     twice = frame.filter(pl.col("key").is_duplicated())
     if len(twice):
         raise ValueError(f"{path}: key {twice['key'][0]!r} has several categories; expected one for each")
-    known = target.join(frame.drop_nulls(), on="key", how="inner")
+    known = _join(target, frame.drop_nulls())
     if not len(known):
         raise ValueError(f"{path} has no raw id of {what}: are its keys of another table?")
     codes = known["category"].rank("dense").cast(pl.Int64) - 1
@@ -177,7 +185,7 @@ def hash_rows(keys: pl.Series, function: str, rows: int, what: str = "a table") 
 
 
 def _fnv1a64(keys: pl.Series) -> np.ndarray:
-    text = keys.to_arrow().cast(pa.large_string()).cast(pa.large_binary())
+    text = keys.cast(pl.String).to_arrow().cast(pa.large_string()).cast(pa.large_binary())
     _, offset_buffer, byte_buffer = text.buffers()
     offset = np.frombuffer(offset_buffer, np.int64)[text.offset : text.offset + len(text) + 1]
     byte = np.frombuffer(byte_buffer, np.uint8) if byte_buffer is not None else np.zeros(0, np.uint8)

@@ -99,27 +99,38 @@ class Source:
             start, stop = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
             if start >= stop or not math.prod(sizes):
                 continue
-            columns = tuple(slice(offset, offset + length) for offset, length in zip(offsets[1:], sizes[1:]))
-            block = _read_block(
-                piece.place(), stored.dtype, (stop - start, *sizes[1:]), start - offsets[0], f"{self.path}: {name!r}"
-            )
-            rows[(slice(start - first, stop - first), *columns)] = block
+            what, block = f"{self.path}: {name!r}", rows[start - first : stop - first]
+            if sizes[1:] == size[1:] and _is_contiguous(sizes, piece.place().strides):
+                _read_into(block, piece.place(), start - offsets[0], what)
+            else:
+                columns = tuple(slice(offset, offset + length) for offset, length in zip(offsets[1:], sizes[1:]))
+                numbers = _numbers((stop - start, *sizes[1:]), piece.place().strides)
+                flat = torch.empty(numbers, dtype=stored.dtype)
+                _read_into(flat, piece.place(), start - offsets[0], what)
+                block[(slice(None), *columns)] = flat.as_strided((stop - start, *sizes[1:]), piece.place().strides)
         return rows
 
 
-def _read_block(place: Place, dtype: torch.dtype, size: tuple[int, ...], first_row: int, what: str) -> Tensor:
-    strides = place.strides or (1,)
-    numbers = sum((length - 1) * stride for length, stride in zip(size, strides)) + 1
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    raw = torch.empty(numbers * itemsize, dtype=torch.uint8)
+def _is_contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(
+        stride == math.prod(sizes[axis + 1 :]) for axis, stride in enumerate(strides) if sizes[axis] > 1 or axis == 0
+    )
+
+
+def _numbers(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many numbers lie from the first to the last of a block."""
+    return sum((length - 1) * stride for length, stride in zip(sizes, strides)) + 1
+
+
+def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
+    """Fills a contiguous tensor with the bytes from a row of a piece on."""
+    view, got = memoryview(block.view(-1).view(torch.uint8).numpy()), 0
     with open(place.file, "rb", buffering=0) as file:
-        file.seek(place.byte + first_row * strides[0] * itemsize)
-        view, got = memoryview(raw.numpy()), 0
+        file.seek(place.byte + first_row * (place.strides[0] if place.strides else 0) * block.element_size())
         while got < len(view) and (more := file.readinto(view[got:])):
             got += more
-    if got < len(raw):
-        raise ValueError(f"{what} is cut off: {place.file} ends {len(raw) - got:,} bytes too early; copy it again")
-    return raw.view(dtype).as_strided(size, strides)
+    if got < len(view):
+        raise ValueError(f"{what} is cut off: {place.file} ends {len(view) - got:,} bytes too early; copy it again")
 
 
 def open_source(path: str | Path) -> Source:

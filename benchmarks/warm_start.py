@@ -2,16 +2,16 @@
 
     python benchmarks/warm_start.py [--rows 400000] [--width 64] [--block_mib 4]
 
-One table of `rows` rows, saved whole (as a table_wise production job leaves it), goes into a table that is row_wise over
-two ranks, each half of it:
+One table of `rows` rows, saved whole (as a table_wise production job leaves it), goes into a table that is row_wise
+over two ranks, each half of it:
 
-    lumrec        lumrec.warm_start in blocks of rows: the rows as they are, or (remap) by raw id through two vocabularies
-                  in another order
+    lumrec        lumrec.warm_start in blocks of rows: the rows as they are, or (remap) by raw id through two
+                  vocabularies in another order
     dcp.load      torch.distributed.checkpoint in place, which reads a whole saved shard at a time
     torch.load    the whole file on each rank, of which it copies its half: what one writes first
 
-Each runs in two processes of its own. Memory is what a rank takes at its highest beyond what it had before, when its half
-of the table stood there already; a vocabulary's ids are part of it.
+Each runs in two processes of its own. Memory is what a rank takes at its highest beyond what it had before, when its
+half of the table stood there already; a vocabulary's ids are part of it.
 """
 
 import argparse

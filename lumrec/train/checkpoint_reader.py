@@ -20,8 +20,7 @@ class Reader(dcp.FileSystemReader):
         ]
         if others:
             raise ValueError(f"{self.path} holds {others[0]!r}, which is no tensor: it was not written by lumrec")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -239,8 +239,8 @@ def run(config: "Config") -> dict[str, float | str]:
     Keys, of the test part and not with rank.test=false: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
     num_users_skipped; auc_low, auc_high, … of the first three (95 % intervals over users). Always: valid/… of the kept
     weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
-    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only. The test rows' scores are
-    kept for lumrec.evaluation.compare.
+    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only.
+    The test rows' scores are kept for lumrec.evaluation.compare.
     Raises FileNotFoundError for a missing input, with the command that makes it.
     """
     settings, started = config.rank, time.perf_counter()

@@ -29,9 +29,11 @@ class AuditRow:
 
 @dataclass
 class Audit:
-    """rows: of parameters that have a source. fresh: those that stay as initialised. unused: the source's that are left.
+    """rows: of parameters that have a source. fresh: those that stay as initialised. unused: the source's that are
+    left.
 
-    others: what the source holds beside tensors, never read. applied: whether the model was filled, or this is a dry run.
+    others: what the source holds beside tensors, never read. applied: whether the model was filled, or this is a dry
+    run.
     """
 
     source: str

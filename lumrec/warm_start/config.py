@@ -15,9 +15,8 @@ class WarmStartConfig:
     def open(self) -> Source:
         """The source. Collective. Raises ValueError where one of the two is not given, and as `open_source` does."""
         if not self.source or not self.rules:
-            missing, given = ("source", "rules") if not self.source else ("rules", "source")
             raise ValueError(
-                f"rank.warm_start.{missing} is not given{f', beside rank.warm_start.{given}' if self.source or self.rules else ''}: "
-                "a warm start needs a checkpoint and rules for its names, see docs/how-to/warm-start.md"
+                f"rank.warm_start.source is {self.source!r} and rank.warm_start.rules {self.rules!r}: a warm start "
+                "needs both, a checkpoint and rules for its names, see docs/how-to/warm-start.md"
             )
         return open_source(self.source)

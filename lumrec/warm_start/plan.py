@@ -48,9 +48,9 @@ class Shard(NamedTuple):
 class Copy(NamedTuple):
     """One tensor of the source into one of the target.
 
-    parts: (source column, number, target column). average: all columns of the source become one, their mean. spread: the
-    one column of the source goes to every column that has a source. fill: what new rows get; fresh_columns: new columns
-    stay as they are, and are zero otherwise.
+    parts: (source column, number, target column). average: all columns of the source become one, their mean. spread:
+    the one column of the source goes to every column that has a source. fill: what new rows get; fresh_columns: new
+    columns stay as they are, and are zero otherwise.
     """
 
     name: str
@@ -139,9 +139,8 @@ def _match(
         if not (rules.optimizer_prefix and full.startswith(rules.optimizer_prefix)):
             theirs[full.removeprefix(rules.source_prefix)] = full
     if rules.source_prefix and not any(full.startswith(rules.source_prefix) for full in source.tensors):
-        problems.append(
-            f"source_prefix {rules.source_prefix!r} begins no name of the source{nearest(rules.source_prefix, source.tensors)}"
-        )
+        near = nearest(rules.source_prefix, source.tensors)
+        problems.append(f"source_prefix {rules.source_prefix!r} begins no name of the source{near}")
     unused = _listed("unused", rules.unused, theirs, problems)
     fresh = _listed("fresh", rules.fresh, targets, problems)
     pairs: dict[str, tuple[str, str, Rule]] = {}
@@ -242,7 +241,7 @@ def _add(
     note = "dropped, as the rule says"
     if rule.optimizer != "drop":
         note = _add_states(plan, source, f"{rules.optimizer_prefix}{name}.", rules, plan.copies[-1], value, states)
-        if note.startswith("dropped") and rule.optimizer == "keep":
+        if not note.startswith("kept") and rule.optimizer == "keep":
             raise ValueError(
                 f"the optimizer state of {target!r} is to be kept, but would be {note}; say optimizer=drop"
             )
@@ -307,7 +306,8 @@ def _parts(rule: Rule, name: str, source_C: int, target: str, target_C: int) -> 
 
 
 def _states(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """Parameter → entry → (size, tensor or None where another rank holds it), equal in order on all ranks. Collective."""
+    """Parameter → entry → (size, tensor or None where another rank holds it), equal in order on all ranks.
+    Collective."""
     if optimizer is None:
         optimizer = getattr(model, "fused_optimizer", None)
     if optimizer is None:

@@ -43,8 +43,8 @@ class RowMap:
 def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, what: str) -> RowMap:
     """The RowMap that a rule asks for. `what`: the parameter, for errors.
 
-    Raises ValueError for tables of other sizes than the rule allows, a vocabulary with an id or a row twice or a row that
-    its table has not, ids that share a row of the source without leave, and new rows about which nothing is said.
+    Raises ValueError for tables of other sizes than the rule allows, a vocabulary with an id or a row twice or a row
+    that its table has not, ids that share a row of the source without leave, and new rows about which nothing is said.
     """
     if rule.rows in ("error", "grow"):
         if source_rows != target_rows and (rule.rows == "error" or source_rows > target_rows):
@@ -122,8 +122,8 @@ def read_vocabulary(path: Path, columns: Sequence[str], rows: int, what: str) ->
     beyond = frame.filter((pl.col("row") < 0) | (pl.col("row") >= rows))
     if len(beyond):
         raise ValueError(
-            f"{path}: {beyond['key'][0]!r} has row {beyond['row'][0]:,} ({len(beyond):,} such entries), but the table of "
-            f"{what} has {rows:,} rows: it is shorter than the vocabulary says, or the vocabulary is another table's"
+            f"{path}: {beyond['key'][0]!r} has row {beyond['row'][0]:,} ({len(beyond):,} such entries), but the table "
+            f"of {what} has {rows:,} rows: it is shorter than the vocabulary says, or the vocabulary is another table's"
         )
     return frame
 
@@ -166,7 +166,8 @@ def hash_rows(keys: pl.Series, function: str, rows: int, what: str = "a table") 
     """Row (int64 [N]) of each raw id under a hash rule: hash(id) modulo `rows`.
 
     "modulo": the id, a whole number (a negative one counts from the end, as in Python). "splitmix64": the finalizer of
-    SplitMix64 (Steele et al., OOPSLA 2014) of the id as an unsigned 64-bit number. "fnv1a64": FNV-1a of its UTF-8 bytes.
+    SplitMix64 (Steele et al., OOPSLA 2014) of the id as an unsigned 64-bit number. "fnv1a64": FNV-1a of its UTF-8
+    bytes.
     """
     if function == "fnv1a64":
         return (_fnv1a64(keys) % np.uint64(rows)).astype(np.int64)
@@ -199,10 +200,11 @@ def _fnv1a64(keys: pl.Series) -> np.ndarray:
 def _check_collisions(rule: Rule, pairs: pl.DataFrame, source_rows: int, what: str) -> None:
     shared = pairs.filter(pl.col("source_row").is_duplicated()).sort("source_row")
     if len(shared) and rule.collisions == "error":
+        (one, two), row = shared["key"][:2], shared["source_row"][0]
         raise ValueError(
-            f"{what}: {len(shared):,} of {len(pairs):,} raw ids share a row of the source under hash={rule.hash} modulo "
-            f"{source_rows:,}, such as {shared['key'][0]!r} and {shared['key'][1]!r} (row {shared['source_row'][0]:,}): say "
-            "collisions=share to begin each with that row, as production answered them"
+            f"{what}: {len(shared):,} of {len(pairs):,} raw ids share a row of the source under hash={rule.hash} "
+            f"modulo {source_rows:,}, such as {one!r} and {two!r} (row {row:,}): "
+            "say collisions=share to begin each with that row, as production answered them"
         )
 
 

@@ -39,19 +39,20 @@ class Rule:
     that `source` matches as a whole, `target` with \\1 or \\g<name>. target: null = the source's name. exclude: glob
     patterns of source names that this rule leaves to others.
 
-    rows: "error" (the same number, the same order), "grow" (the source's rows come first), "remap" (by raw id through both
-    vocabularies), "hash" (the source's row of a raw id is a hash of it). A vocabulary is a Parquet or CSV file with a
-    column of raw ids and one of rows (source_columns, target_columns); relative to the rules file. keep_rows: rows without a raw id
-    that keep their number, such as 0 for "unknown". hash: "modulo" (whole numbers), "splitmix64" (whole numbers) or
-    "fnv1a64" (text), of the id, modulo the source's rows. collisions: "error", or "share": ids that had one row in the
-    source begin with equal rows. new_rows: what rows without a source begin with, to be stated where there are any:
-    "mean" of the rows taken, "category_mean" of those of the same category (categories: file of key, category; "mean"
-    where a category has none), "unknown" (as row 0), "zero", or "random" (as the model was initialised).
+    rows: "error" (the same number, the same order), "grow" (the source's rows come first), "remap" (by raw id through
+    both vocabularies), "hash" (the source's row of a raw id is a hash of it). A vocabulary is a Parquet or CSV file
+    with a column of raw ids and one of rows (source_columns, target_columns); relative to the rules file. keep_rows:
+    rows without a raw id that keep their number, such as 0 for "unknown". hash: "modulo" (whole numbers), "splitmix64"
+    (whole numbers) or "fnv1a64" (text), of the id, modulo the source's rows. collisions: "error", or "share": ids that
+    had one row in the source begin with equal rows. new_rows: what rows without a source begin with, to be stated where
+    there are any: "mean" of the rows taken, "category_mean" of those of the same category (categories: file of key,
+    category; "mean" where a category has none), "unknown" (as row 0), "zero", or "random" (as the model was
+    initialised).
 
-    columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones are
-    zero, or as initialised). parts: [[source column, number, target column], …] where old columns are not the first.
-    dtype: "up" (no number may lose precision) or "cast". optimizer: "auto" keeps the state, converted where it has to be,
-    and drops it with a word where it cannot; "keep" refuses then; "drop".
+    columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones
+    are zero, or as initialised). parts: [[source column, number, target column], …] where old columns are not the
+    first. dtype: "up" (no number may lose precision) or "cast". optimizer: "auto" keeps the state, converted where it
+    has to be, and drops it with a word where it cannot; "keep" refuses then; "drop".
     """
 
     source: str

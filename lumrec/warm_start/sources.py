@@ -1,19 +1,21 @@
 """Checkpoints to start from, read slice by slice: DCP folders, torch.save files, safetensors. Nothing is unpickled.
 
 All three keep a tensor's numbers as plain bytes in a file, whole or in pieces. A source is the list of these pieces, so
-that a rank reads the rows that it needs and no more, whatever wrote the file and however it was sharded. Files are opened
-for reading only.
+that a rank reads the rows that it needs and no more, whatever wrote the file and however it was sharded. Files are
+opened for reading only.
 """
 
+import functools
 import hashlib
 import json
 import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,15 +101,17 @@ class Source:
             start, stop = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
             if start >= stop or not math.prod(sizes):
                 continue
-            what, block = f"{self.path}: {name!r}", rows[start - first : stop - first]
-            if sizes[1:] == size[1:] and _is_contiguous(sizes, piece.place().strides):
-                _read_into(block, piece.place(), start - offsets[0], what)
+            place, what, block = piece.place(), f"{self.path}: {name!r}", rows[start - first : stop - first]
+            strides, sizes = place.strides or (1,), (stop - start, *sizes[1:])
+            if sizes[1:] == size[1:] and _is_contiguous(sizes, strides):
+                _read_into(block, place, start - offsets[0], what)
             else:
-                columns = tuple(slice(offset, offset + length) for offset, length in zip(offsets[1:], sizes[1:]))
-                numbers = _numbers((stop - start, *sizes[1:]), piece.place().strides)
-                flat = torch.empty(numbers, dtype=stored.dtype)
-                _read_into(flat, piece.place(), start - offsets[0], what)
-                block[(slice(None), *columns)] = flat.as_strided((stop - start, *sizes[1:]), piece.place().strides)
+                # What lies between the block's first and last number is read too.
+                flat = torch.empty(sum((n - 1) * step for n, step in zip(sizes, strides)) + 1, dtype=stored.dtype)
+                _read_into(flat, place, start - offsets[0], what)
+                for axis, (offset, length) in enumerate(zip(offsets[1:], sizes[1:]), start=1):
+                    block = block.narrow(axis, offset, length)
+                block.copy_(flat.as_strided(sizes, strides))
         return rows
 
 
@@ -117,14 +121,9 @@ def _is_contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
-def _numbers(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many numbers lie from the first to the last of a block."""
-    return sum((length - 1) * stride for length, stride in zip(sizes, strides)) + 1
-
-
 def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
     """Fills a contiguous tensor with the bytes from a row of a piece on."""
-    view, got = memoryview(block.view(-1).view(torch.uint8).numpy()), 0
+    view, got = memoryview(block.view(-1).view(torch.uint8).numpy()), 0  # type: ignore[arg-type]
     with open(place.file, "rb", buffering=0) as file:
         file.seek(place.byte + first_row * (place.strides[0] if place.strides else 0) * block.element_size())
         while got < len(view) and (more := file.readinto(view[got:])):
@@ -136,9 +135,9 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
 def open_source(path: str | Path) -> Source:
     """The checkpoint in `path`: a DCP folder, a safetensors file, or a torch.save file. Collective.
 
-    Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by its
-    checksums too. Raises FileNotFoundError where there is none; ValueError, which says what was got and how to mend it,
-    for a file that is cut off, of an unknown version, or that could be read only by running code that it holds.
+    Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
+    its checksums too. Raises FileNotFoundError where there is none; ValueError, which says what was got and how to mend
+    it, for a file that is cut off, of an unknown version, or that could be read only by running code that it holds.
     """
     path = Path(path)
     if not path.exists():
@@ -186,26 +185,27 @@ def _open_dcp(folder: Path) -> Source:
     if version is not None and version not in DCP_VERSIONS:
         raise ValueError(f"{folder} is a DCP checkpoint of version {version!r}; this lumrec reads {DCP_VERSIONS[0]}")
     places = {}
-    sizes: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for index, info in (metadata.storage_data or {}).items():
         entry = metadata.state_dict_metadata.get(index.fqn)
         if not isinstance(entry, TensorStorageMetadata):
             continue
         if getattr(info, "transform_descriptors", None):
             raise ValueError(
-                f"{folder}: {index.fqn!r} was written through an extension ({info.transform_descriptors[0]!r}); save it "
-                "without extensions"
+                f"{folder}: {index.fqn!r} was written through an extension ({info.transform_descriptors[0]!r}); save "
+                "it without extensions"
             )
         file = folder / info.relative_path
-        if info.relative_path not in sizes:
-            sizes[info.relative_path] = file.stat().st_size if file.is_file() else -1
-        if sizes[info.relative_path] < info.offset + info.length:
-            there = f"has {sizes[info.relative_path]:,} bytes" if file.is_file() else "is missing"
+        if info.relative_path not in lengths:
+            lengths[info.relative_path] = file.stat().st_size if file.is_file() else -1
+        if lengths[info.relative_path] < info.offset + info.length:
+            there = f"has {lengths[info.relative_path]:,} bytes" if file.is_file() else "is missing"
             raise ValueError(
                 f"{folder} is cut off: {file.name} {there}, but {index.fqn!r} ends at byte "
                 f"{info.offset + info.length:,}; copy the checkpoint again"
             )
-        places[index.fqn, tuple(index.offset or ())] = _lazy_place(file, info.offset, info.length)
+        places[index.fqn, tuple(index.offset or ())] = (file, info.offset, info.length)
+    place_in = functools.cache(_place_in)  # for this source: another one may come to lie at the same path
     tensors, others = {}, []
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
@@ -218,43 +218,48 @@ def _open_dcp(folder: Path) -> Source:
                 raise ValueError(
                     f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again"
                 )
-            pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), place))
+            sizes, dtype = tuple(chunk.sizes), entry.properties.dtype
+            pieces.append(Piece(tuple(chunk.offsets), sizes, functools.partial(place_in, *place, sizes, dtype)))
         tensors[name] = Stored(tuple(entry.size), entry.properties.dtype, tuple(pieces))
     return Source(folder, "dcp", tensors, tuple(others))
 
 
-def _lazy_place(file: Path, offset: int, length: int) -> Callable[[], Place]:
-    known: list[Place] = []
-
-    def place() -> Place:
-        if not known:
-            with open(file, "rb") as opened:
-                tensor = _headers(file, _create_file_view(opened, offset, length))
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{file} holds {type(tensor).__name__} at byte {offset:,}; expected a tensor")
-            known.append(_place_of(file, tensor, offset))
-        return known[0]
-
-    return place
+def _place_in(file: Path, offset: int, length: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Place:
+    """Where a DCP file has the tensor that was saved at byte `offset`. Raises ValueError where that is another one."""
+    with open(file, "rb") as opened:
+        tensor = _headers(file, _create_file_view(opened, offset, length))
+    found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+    if found != (sizes, dtype):
+        raise ValueError(
+            f"{file} holds {found} at byte {offset:,}, but its .metadata says {(sizes, dtype)}: it is damaged"
+        )
+    return _place_of(file, tensor, offset)
 
 
 def _place_of(file: Path, tensor: Tensor, offset: int = 0) -> Place:
-    byte = offset + tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    start = tensor.untyped_storage()._checkpoint_offset  # set by torch.load in a FakeTensorMode
+    assert start is not None
+    byte = offset + start + int(tensor.storage_offset()) * tensor.element_size()
     return Place(file, byte, tuple(tensor.stride()))
 
 
-def _headers(path: Path, file: BinaryIO | Path) -> Any:
+def _same(place: Place) -> Place:
+    return place
+
+
+def _headers(path: Path, file: IOBase | Path) -> Any:
     """What torch.save wrote, its tensors without their numbers: they know the byte at which these begin."""
     try:
         with FakeTensorMode():
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except UnpicklingError as error:
         reason = next(
             (line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error)
         )
         raise ValueError(
             f"{path} holds more than tensors and plain values, and reading that could run code which it brings "
-            f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); of a sharded model by DCP"
+            f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); a "
+            "sharded model by DCP"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(
@@ -267,8 +272,8 @@ def _open_torch_save(path: Path) -> Source:
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             raise ValueError(
-                f"{path} is no archive of torch.save (zip), nor named .safetensors: it is of another kind, cut off at its "
-                "start, or from before torch 1.6; load it where it was made and save it again"
+                f"{path} is no archive of torch.save (zip), nor named .safetensors: it is of another kind, cut off at "
+                "its start, or from before torch 1.6; load it where it was made and save it again"
             )
     content = _headers(path, path)
     if not isinstance(content, Mapping):
@@ -284,7 +289,9 @@ def _open_torch_save(path: Path) -> Source:
             raise ValueError(f"{path}: {name!r} is a {value.layout} or quantized tensor; save it as a plain one")
         place = _place_of(path, value)
         tensors[name] = Stored(
-            tuple(value.shape), value.dtype, (Piece((0,) * value.dim(), tuple(value.shape), lambda place=place: place),)
+            tuple(value.shape),
+            value.dtype,
+            (Piece((0,) * value.dim(), tuple(value.shape), functools.partial(_same, place)),),
         )
     return Source(path, "torch.save", tensors, tuple(others))
 
@@ -324,10 +331,10 @@ def _open_safetensors(path: Path) -> Source:
             raise ValueError(f"{path} is cut off: it has {length:,} bytes, and {name!r} ends at byte {end:,}")
         if end - begin != math.prod(size) * torch.empty(0, dtype=dtype).element_size():
             raise ValueError(
-                f"{path}: {name!r} is said to be {list(size)} of {entry['dtype']}, but {end - begin:,} bytes hold it: the "
-                "table is narrower or shorter than said; save it again"
+                f"{path}: {name!r} is said to be {list(size)} of {entry['dtype']}, but {end - begin:,} bytes hold it: "
+                "the table is narrower or shorter than said; save it again"
             )
         strides = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
         place = Place(path, begin, strides)
-        tensors[name] = Stored(size, dtype, (Piece((0,) * len(size), size, lambda place=place: place),))
+        tensors[name] = Stored(size, dtype, (Piece((0,) * len(size), size, functools.partial(_same, place)),))
     return Source(path, "safetensors", tensors)

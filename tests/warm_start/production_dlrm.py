@@ -1,9 +1,9 @@
-"""A production job as others have it: TorchRec's DLRM under DMP, trained a little and saved. It knows nothing of lumrec.
+"""A production job as others have it: TorchRec's DLRM under DMP, trained a little and saved, without any lumrec.
 
     torchrun --nproc-per-node 2 production_dlrm.py FOLDER
 
-FOLDER/rowwise_adagrad and FOLDER/adagrad get dcp/ (model and optimizer, torch.distributed.checkpoint), model.pt (torch.save), batch.pt (a batch and the
-scores that production gives it) and item.csv, user.csv (raw id → row).
+FOLDER/rowwise_adagrad and FOLDER/adagrad get dcp/ (model and optimizer, torch.distributed.checkpoint), model.pt
+(torch.save), batch.pt (a batch and the scores that production gives it) and item.csv, user.csv (raw id → row).
 """
 
 import csv

@@ -83,7 +83,7 @@ def take_over(
 
 
 def whole_sums(state: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The tables' sums of squares, put together from the shards of all ranks, which need not know the same. Collective."""
+    """The tables' sums of squares, put together from the shards of all ranks. Collective."""
     shards = [
         (name, tuple(value.size()), shard.first_row, shard.first_column, shard.values)
         for entries in state.values()
@@ -94,7 +94,7 @@ def whole_sums(state: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
     everywhere: list[Any] = [[]] * world_size()
     dist.all_gather_object(everywhere, shards)
     sums: dict[str, torch.Tensor] = {}
-    for name, size, row, column, values in (shard for part in everywhere for shard in part):
+    for name, size, row, column, values in (found for part in everywhere for found in part):
         whole = sums.setdefault(name, torch.full(size, torch.nan)).view(size[0], -1)
         whole[row : row + values.shape[0], column : column + values.shape[1]] = values
     return sums

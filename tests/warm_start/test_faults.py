@@ -1,4 +1,4 @@
-"""What a checkpoint or a vocabulary can have wrong: each is told in a sentence, and neither it nor the model is changed."""
+"""What a checkpoint or a vocabulary can have wrong: told in a sentence; neither it nor the model is changed."""
 
 import json
 import pickle

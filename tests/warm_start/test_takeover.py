@@ -53,9 +53,7 @@ def test_a_lum_in_front_of_productions_model_changes_no_score(production):
     audit = warm_start(model, production / "rowwise_adagrad" / "dcp", given)
     assert any(name.endswith("added_weight") for name in audit.fresh)
     o_BND, e_BD = torch.randn(16, 2, 4), torch.randn(16, 4)
-    known = KnowledgeBatch(
-        o_BND, e_BD, None, torch.ones(16, 2, dtype=torch.bool), torch.zeros(16, dtype=torch.int64)
-    )
+    known = KnowledgeBatch(o_BND, e_BD, None, torch.ones(16, 2, dtype=torch.bool), torch.zeros(16, dtype=torch.int64))
     kjt = KeyedJaggedTensor(list(ROWS), batch["values"], lengths=batch["lengths"])
     model.eval()
     with torch.no_grad():

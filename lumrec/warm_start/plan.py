@@ -229,12 +229,13 @@ def _add(
             f"{target!r} is {list(value.size())}, {name!r} {list(stored.size)}: only two dimensions may differ"
         )
     parts = _parts(rule, name, source_columns, target, target_columns)
-    # The vocabularies need more memory than the rows' numbers: one rank has them.
-    row_map = on_rank_zero(
-        lambda: map_rows(
-            rule, source_rows=source_rows, target_rows=target_rows, folder=Path(rules.folder), what=repr(target)
-        )
-    )
+
+    def row_map_of() -> RowMap:
+        folder = Path(rules.folder)
+        return map_rows(rule, source_rows=source_rows, target_rows=target_rows, folder=folder, what=repr(target))
+
+    # Vocabularies need more memory than the rows' numbers: one rank has them.
+    row_map = on_rank_zero(row_map_of) if rule.target_vocabulary else row_map_of()
     fresh = rule.columns == "pad_fresh"
     plan.copies.append(Copy(target, full, row_map, parts, rule.new_rows, fresh))
     plan.targets[target] = value

@@ -17,7 +17,7 @@ from takeover import ROWS, TABLES, dlrm, rules
 from torch import nn
 
 from lumrec.train.checkpoint_reader import metadata_of
-from lumrec.warm_start import warm_start
+from lumrec.warm_start import open_source, warm_start
 
 ITEM = f"model.{TABLES}.item.weight"
 
@@ -172,3 +172,34 @@ def test_vocabularies_that_are_wrong(copied, refused, tmp_path, frame, said, suf
     item |= {"source_vocabulary": str(broken), "target_vocabulary": str(good)}
     given = rules(exclude=["*item.weight"])
     refused(copied / "dcp", said, {**given, "rules": [*given["rules"], item]}, dlrm(rows={**ROWS, "item": 60}))
+
+
+def test_a_dcp_file_that_holds_another_tensor(copied, refused):
+    """Two tensors' places in the metadata are exchanged."""
+    metadata = metadata_of(copied / "dcp")
+    user = f"model.{TABLES}.user.weight"
+    places = {index.fqn: index for index in metadata.storage_data}
+    one, two = places[ITEM], places[user]
+    data = metadata.storage_data
+    data[one], data[two] = data[two], data[one]
+    (copied / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(copied / "dcp", r"holds \(\(40, 8\), torch.float32\) .* its .metadata says \(\(50, 8\)", rules())
+
+
+def test_strided_tensors_are_read_right(tmp_path):
+    """torch.save keeps a view's strides and its whole storage."""
+    whole = torch.randn(6, 10)
+    saved = {
+        "t": whole.t(),
+        "part": whole[1:5, 2:7],
+        "row": whole[3],
+        "step": torch.tensor(7),
+        "none": torch.empty(0, 3),
+    }
+    torch.save(saved, tmp_path / "views.pt")
+    source = open_source(tmp_path / "views.pt")
+    for name, value in saved.items():
+        expected = value.reshape(1) if not value.dim() else value
+        for first in range(len(expected)):
+            for last in range(first, len(expected) + 1):
+                assert torch.equal(source.read(name, first, last), expected[first:last]), (name, first, last)

@@ -1,7 +1,6 @@
 """Reads a checkpoint's tensors through torch.distributed.checkpoint (DCP) without running any code that it may hold."""
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +69,3 @@ class _MetadataUnpickler(pickle.Unpickler):
         ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-class OverlapPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner without its check that sizes agree: what it reads are intersections of the two tensors' shards."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        assert metadata is not None
-        entries = dict(metadata.state_dict_metadata)
-        for name, tensor in state_dict.items():
-            entry = entries[name]
-            assert isinstance(entry, TensorStorageMetadata)
-            entries[name] = replace(entry, size=tensor.size())
-        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator)

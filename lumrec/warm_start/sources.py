@@ -132,18 +132,19 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
         raise ValueError(f"{what} is cut off: {place.file} ends {len(view) - got:,} bytes too early; copy it again")
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, verify: bool = True) -> Source:
     """The checkpoint in `path`: a DCP folder, a safetensors file, or a torch.save file. Collective.
 
     Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
-    its checksums too. Raises FileNotFoundError where there is none; ValueError, which says what was got and how to mend
-    it, for a file that is cut off, of an unknown version, or that could be read only by running code that it holds.
+    its checksums too (not with verify=False). Raises FileNotFoundError where there is none; ValueError, which says what
+    was got and how to mend it, for a file that is cut off, of an unknown version, or that could be read only by running
+    code that it holds.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
     if path.is_dir():
-        source = _open_dcp(path)
+        source = _open_dcp(path, verify)
     elif path.suffix == ".safetensors":
         source = _open_safetensors(path)
     else:
@@ -173,8 +174,10 @@ def _check_pieces(what: str, stored: Stored) -> None:
         )
 
 
-def _open_dcp(folder: Path) -> Source:
-    if (folder / "meta.json").exists() or (folder / "COMPLETE").exists():  # lumrec's own: checksums and format
+def _open_dcp(folder: Path, verify: bool) -> Source:
+    if verify and (
+        (folder / "meta.json").exists() or (folder / "COMPLETE").exists()
+    ):  # lumrec's own: checksums and format
         verified_meta(folder)
     if not (folder / ".metadata").is_file():
         raise FileNotFoundError(

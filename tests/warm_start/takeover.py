@@ -100,6 +100,33 @@ def whole_sums(state: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
     return sums
 
 
+def remap(folder: str, rules_folder: str, new_rows: str) -> None:
+    """Tables of other rows and width, sharded in every way, equal the plain ones; new rows and columns too."""
+    init_distributed("cpu", threads=1)
+    rule: dict[str, Any] = {
+        "rows": "remap",
+        "new_rows": new_rows,
+        "columns": "pad_zero",
+        "parts": [[0, 5, 7], [5, 3, 0]],
+    }
+    rule |= {"source_vocabulary": f"{folder}/item.csv", "target_vocabulary": "ours.csv"}
+    rule |= {"categories": "categories.csv"} if new_rows == "category_mean" else {}
+    others = ["dense_arch.*", "over_arch.*", "*.user.weight"]
+    name = f"{TABLES}.item.weight"
+    given = {"source_prefix": "model.", "optimizer_prefix": "optim.state.", "folder": rules_folder}
+    given |= {"rules": [{"source": name, **rule}], "unused": others, "fresh": others}
+    plain = dlrm(rows={**ROWS, "item": 23}, width=16)
+    warm_start(plain, Path(folder) / "dcp", given)
+    for sharding in ("row_wise", "column_wise", "table_wise", "data_parallel"):
+        model = shard(dlrm(rows={**ROWS, "item": 23}, width=16), device="cpu", sharding=sharding)
+        warm_start(model, Path(folder) / "dcp", given, block_bytes=100)
+        whole = plain.state_dict()[name]
+        for part in shards_of(model.state_dict()[name]):
+            rows = slice(part.first_row, part.first_row + part.values.shape[0])
+            columns = slice(part.first_column, part.first_column + part.values.shape[1])
+            torch.testing.assert_close(part.values, whole[rows, columns])
+
+
 def be_killed(folder: str, out: str, after_reads: int) -> None:
     """Like `take_over` on one process, but killed while it reads."""
     init_distributed("cpu", threads=1)

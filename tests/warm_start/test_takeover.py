@@ -115,6 +115,16 @@ def test_any_plan_to_any_plan_with_the_optimizers_state(
     assert audit[f"{TABLES}.item.weight"]["optimizer"].startswith("kept")
 
 
+@pytest.mark.parametrize("new_rows", ["mean", "category_mean", "unknown"])
+def test_rows_by_raw_id_on_two_ranks_equal_those_on_one(production, warm_forks, tmp_path, new_rows):
+    keys = ["item-007", *(f"new-{row}" for row in range(10)), *(f"item-{row:03d}" for row in range(49, 37, -1))]
+    (tmp_path / "ours.csv").write_text("key,row\n" + "".join(f"{key},{row}\n" for row, key in enumerate(keys)))
+    categories = "".join(f"{key},{row % 3}\n" for row, key in enumerate(keys[:-1]))
+    (tmp_path / "categories.csv").write_text("key,category\n" + categories)
+    folder = str(production / "adagrad")
+    warm_forks.run(f"{THIS}:remap", world_size=2, folder=folder, rules_folder=str(tmp_path), new_rows=new_rows)
+
+
 def test_state_that_cannot_be_converted_is_refused_or_dropped_with_a_word(production, warm_forks, tmp_path):
     """Row-wise sums of a column_wise table: one per row and shard."""
     folder = production / "rowwise_adagrad"

@@ -117,6 +117,10 @@ def remap(folder: str, rules_folder: str, new_rows: str) -> None:
     given |= {"rules": [{"source": name, **rule}], "unused": others, "fresh": others}
     plain = dlrm(rows={**ROWS, "item": 23}, width=16)
     warm_start(plain, Path(folder) / "dcp", given)
+    state = torch.load(Path(folder) / "model.pt", weights_only=True)["optim"]["state"]
+    theirs_S = state[name]["item.momentum1"].mean(1)
+    keys = [line.split(",")[0] for line in (Path(rules_folder) / "ours.csv").read_text().split()[1:]]
+    expected_sums = torch.stack([theirs_S[int(k[5:])] if k.startswith("item") else torch.zeros(()) for k in keys])
     for sharding in ("row_wise", "column_wise", "table_wise", "data_parallel"):
         model = shard(dlrm(rows={**ROWS, "item": 23}, width=16), device="cpu", sharding=sharding)
         warm_start(model, Path(folder) / "dcp", given, block_bytes=100)
@@ -125,6 +129,9 @@ def remap(folder: str, rules_folder: str, new_rows: str) -> None:
             rows = slice(part.first_row, part.first_row + part.values.shape[0])
             columns = slice(part.first_column, part.first_column + part.values.shape[1])
             torch.testing.assert_close(part.values, whole[rows, columns])
+        if sharding in ("row_wise", "table_wise"):  # elsewhere there is no fused sum, or one for each shard
+            found = whole_sums(model.fused_optimizer.state_dict()["state"])["item.momentum1"]
+            torch.testing.assert_close(found, expected_sums)
 
 
 def be_killed(folder: str, out: str, after_reads: int) -> None:

@@ -1,26 +1,32 @@
-"""Step 3's hot path: rows/s of training DIN and DLRM, beside plain padded PyTorch twins of the same width and depth.
+"""Step 3's hot path: rows/s of training each ranker, without and with a LUM's knowledge (both kinds); DIN and DLRM
+beside plain padded PyTorch twins of their size.
 
-    python benchmarks/rank.py [--widths 16,32] [--history 50] [--batch 4096] [--threads 2] [--repeats 7]
+    python benchmarks/rank.py [--models din,dlrm,dien,sim,twin] [--widths 16,32] [--history 50] [--batch 4096]
+                              [--threads 1] [--repeats 5]
+
+With --candidates: the time to score so many rows of one user instead, batch put together and scored, in milliseconds.
 
 A repeat is one batch: put together from the log, forward, backward, optimizer step. The twin is what one writes first:
 nn.Embedding for each feature, histories padded to the longest, [h; t; h*t; h-t] through nn.Linear, Adam for everything.
-Both read the same rows of a simulated log (three item features, one of them a list, and the feedback given; 6 features
-of the row), in turn, so that both feel the same machine. The ratio within one run is what counts; machines differ.
+All read the same rows of a simulated log (three item features, one of them a list, and the feedback given; 6 features
+of the row), in turn, so that all feel the same machine. "+ knowledge" is the median over the repeats of a step with
+knowledge by one without.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
-import os
-import platform
+import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-import torchrec
+from _measure import in_turn, parser_of, print_machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,17 +35,22 @@ from lumrec.data.columns import Column
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.statistics import Statistics, dense_inputs
+from lumrec.query.store import Knowledge
 from lumrec.train.optimizers import build_optimizer
 from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.rank import RankConfig, build_ranker, build_rows, row_features, step
+from lumrec.train.rank import MODELS, RankConfig, build_ranker, build_rows, row_features, step
 
-WARM_UP = 3
+TWINS = ("din", "dlrm")
 ITEM, FEEDBACK = ("item_id", "categories", "price_bucket"), ("clicked",)
 
 
 def simulated_log(runs: str, width: int, history: int) -> PreparedData:
     """A log whose tables all have the same width and whose rows mostly have a full history."""
-    words = ["data.source=simulator", "data.simulator.num_users=1000", f"data.simulator.events_per_user={4 * history}"]
+    words = [
+        "data.source=simulator",
+        f"data.simulator.num_users={min(1000, 100_000 // history)}",
+        f"data.simulator.events_per_user={4 * history}",
+    ]
     words += ["data.simulator.num_items=4000", f"name=w{width}", f"runs_dir={runs}"]
     with contextlib.redirect_stdout(io.StringIO()):
         data = open_or_prepare(load(None, words))
@@ -120,9 +131,11 @@ class PaddedTwin(nn.Module):
         return ((self.unit(x).squeeze(2) * mask_BL)[:, :, None] * history_BLD).sum(1)
 
 
-def make_ours(data: PreparedData, config: RankConfig, statistics: Statistics) -> Callable[[np.ndarray], None]:
-    ranker = build_ranker(config, data, num_statistics=len(statistics.names))
-    builder = build_rows(ranker, data, config, statistics)
+def make_ours(
+    data: PreparedData, config: RankConfig, statistics: Statistics, knowledge: Knowledge | None = None
+) -> Callable[[np.ndarray], None]:
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge)
+    builder = build_rows(ranker, data, config, statistics, knowledge)
     dmp = shard(ranker, optimizer=config.train.optimizer, device="cpu")
     optimizer = build_optimizer(dmp, config.train.optimizer)
 
@@ -152,51 +165,98 @@ def make_twin(
     return one
 
 
-def rows_per_s(runs: list[Callable[[np.ndarray], None]], batches: list[np.ndarray], repeats: int) -> list[list[float]]:
-    """Sorted rows/s of each of the `runs`, which take turns at the same batches."""
-    speeds: list[list[float]] = [[] for _ in runs]
-    for repeat in range(WARM_UP + repeats):
-        rows = batches[repeat % len(batches)]
-        for one, speed in zip(runs, speeds, strict=True):
-            start = time.perf_counter()
-            one(rows)
-            if repeat >= WARM_UP:
-                speed.append(len(rows) / (time.perf_counter() - start))
-    return [sorted(speed) for speed in speeds]
+def random_knowledge(folder: Path, data: PreparedData) -> Knowledge:
+    """Random answers of two LUMs to two conditions, width 64, read from files as those of a query stage are."""
+    rng, shape = np.random.default_rng(0), (data.num_events, 2, 64)
+    folder.mkdir()
+    np.save(folder / "items_e.npy", rng.standard_normal((2, data.num_items, 64), np.float32))
+    np.save(folder / "user_fold.npy", rng.integers(0, 2, data.num_users).astype(np.int8))
+    np.save(folder / "rows_o.npy", rng.standard_normal(shape, np.float32).astype(np.float16))
+    np.save(folder / "rows_log_z.npy", rng.standard_normal(shape[:2], np.float32))
+    np.save(folder / "rows_present.npy", rng.random(data.num_events) < 0.95)
+    files = {path.name: {} for path in folder.iterdir()}
+    manifest = {
+        "conditions": [{"wish": "like"}, {"wish": "dislike"}],
+        "hazard": "cross_fit",
+        "dim": 64,
+        "lums": [{}, {}],
+    }
+    return Knowledge(folder, {**manifest, "files": files}, data)
 
 
-def shown(speeds: list[float]) -> str:
-    return f"{statistics.median(speeds):8,.0f} [{speeds[0]:,.0f} … {speeds[-1]:,.0f}]"
+def make_scoring(
+    data: PreparedData, config: RankConfig, statistics: Statistics, candidates: int
+) -> Callable[[], object]:
+    """Puts together and scores rows of one user, whose histories are about equally long."""
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names)).eval()
+    builder = build_rows(ranker, data, config, statistics)
+    last = int(data.user_offsets[1:][np.argmax(np.diff(data.user_offsets))])
+    rows = np.resize(np.arange(max(0, last - candidates), last), candidates)
+    return torch.no_grad()(lambda: ranker(builder.batch(rows)))
+
+
+def training(args: argparse.Namespace, data: PreparedData, width: int, knowledge: Knowledge) -> None:
+    """A line for each model: rows/s, of the padded twin too, and what knowledge costs."""
+    facts, rows = dense_inputs(data), np.random.default_rng(0).permutation(np.flatnonzero(data.split == 0))
+    for model in args.models.split(","):
+        torch.manual_seed(0)
+        config = RankConfig(model=model, batch_size=args.batch, max_history=args.history)
+        steps = {
+            "base": make_ours(data, config, facts),
+            "knowledge": make_ours(data, dataclasses.replace(config, knowledge="both"), facts, knowledge),
+        }
+        if model in TWINS:
+            steps["twin"] = make_twin(data, config, width, facts)
+        batches = {
+            name: itertools.cycle(rows[i * args.batch : (i + 1) * args.batch] for i in range(5)) for name in steps
+        }
+        turns = {
+            name: partial(lambda step, cycle: step(next(cycle)), step, batches[name]) for name, step in steps.items()
+        }
+        times = in_turn(turns, repeats=args.repeats, warm_up=3)
+        base, twin = times["base"], times.get("twin")
+        beside = f"{args.batch / twin.cpu:8,.0f}  {twin.cpu / base.cpu:5.2f}" if twin else f"{'':15}"
+        costs = statistics.median(k / b for k, b in zip(times["knowledge"].cpu_s, base.cpu_s))
+        print(
+            f"{model:5} {width:>5}  {args.batch / base.cpu:8,.0f}  {beside}  {costs:11.3f}  {base.shown()}", flush=True
+        )
+
+
+def scoring(args: argparse.Namespace, data: PreparedData, width: int) -> None:
+    """A line for each model: milliseconds of scoring the candidates."""
+    facts = dense_inputs(data)
+    for model in args.models.split(","):
+        torch.manual_seed(0)
+        score = make_scoring(data, RankConfig(model=model, max_history=args.history), facts, args.candidates)
+        times = in_turn({"": score}, repeats=args.repeats, warm_up=3)[""]
+        print(
+            f"{model:5} {width:>5}  {1000 * times.cpu:8.2f} ms of a processor, {1000 * times.wall:.2f} on the wall",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--candidates", type=int, default=0, help="score so many rows of one user instead of training")
     parser.add_argument("--widths", default="16,32")
     parser.add_argument("--history", type=int, default=50)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     init_distributed("cpu", threads=args.threads)
-    versions = f"torch {torch.__version__}, torchrec {torchrec.__version__}"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}, float32")
-    print(
-        f"training, batch {args.batch}, history {args.history}; rows/s: median [least … most] of {args.repeats} repeats"
-    )
-    print(f"{'model':5} {'width':>5}  {'lumrec':>28}  {'padded twin':>28}  ratio")
+    print_machine(args)
+    if args.candidates:
+        print(f"scoring {args.candidates} rows of one user, history {args.history}")
+    else:
+        print(f"training, batch {args.batch}, history {args.history}; rows/s by processor time")
+        print(f"{'model':5} {'width':>5}  {'rows/s':>8}  {'twin':>8}  ratio  + knowledge  seconds a step")
     with tempfile.TemporaryDirectory() as runs:
         for width in map(int, args.widths.split(",")):
             data = simulated_log(runs, width, args.history)
-            statistics_EF = dense_inputs(data)
-            rows = np.random.default_rng(0).permutation(np.flatnonzero(data.split == 0))
-            batches = [rows[i * args.batch : (i + 1) * args.batch] for i in range(5)]
-            for model in ("din", "dlrm"):
-                torch.manual_seed(0)
-                config = RankConfig(model=model, batch_size=args.batch, max_history=args.history)
-                ours, twin = make_ours(data, config, statistics_EF), make_twin(data, config, width, statistics_EF)
-                fast, plain = rows_per_s([ours, twin], batches, args.repeats)
-                ratio = statistics.median(fast) / statistics.median(plain)
-                print(f"{model:5} {width:>5}  {shown(fast):>28}  {shown(plain):>28}  {ratio:.2f}", flush=True)
+            if args.candidates:
+                scoring(args, data, width)
+            else:
+                training(args, data, width, random_knowledge(Path(runs) / f"knowledge-{width}", data))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
 KNOWLEDGE = ("none", "tables", "direct", "matching", "both")
-RANKERS = ("din", "dlrm")
+RANKERS = ("din", "dlrm", "dien", "sim", "twin")
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
 

@@ -1,6 +1,7 @@
 """The paper's tables of rankers on data that one can get, written to files beside the paper's own figures.
 
     table 4   every ranker: Base, on the LUM's tables, with LUM knowledge; what it gains
+    hazard    each ranker with knowledge that is in-sample, cross-fitted over users, or split in time (ours)
     table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several)
 
 A table is rows of pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*: what is finished
@@ -24,6 +25,11 @@ from lumrec.train.run import commit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
 METRICS = ("auc", "gauc", "log_loss")
+TITLES = {
+    "4": "Table 4 of the LUM paper",
+    "5": "Table 5 of the LUM paper",
+    "hazard": "Knowledge kept from the rows that rankers train on",
+}
 # LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
 PAPER_4 = {
     "ml-1m": {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
@@ -69,11 +75,20 @@ TABLE_5 = {
     ],
 }
 
+# Ours: how the LUM is kept from the rows that the ranker trains on, and the base, which trains on all of them.
+HAZARD = [
+    Case("base", "base", "", "", "none"),
+    Case("cross_fit", "LUM, cross-fitted over users", "", "", "both"),
+    Case("in_sample", "LUM, in-sample", "-in-sample", "", "both"),
+    Case("time_split", "LUM, split in time", "-time-split", "", "both"),
+]
+
 
 def run(
     words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
 ) -> dict[str, float | str]:
-    """Runs what is missing, and writes <out>/table<table>-<dataset>.json, .md and .svg; gives what the JSON holds.
+    """Runs what is missing, writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…), and gives what
+    the JSON holds.
 
     words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
     with commas; "" = all. The JSON is flat: "<row>/auc", its "_sd" over the seeds, "…/paper_auc", and as text
@@ -98,7 +113,7 @@ def run(
     result |= {"protocol": protocol(config), "command": command, "commit": commit() or "unknown"}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"table{table}-{dataset}"
+    stem = folder / f"{'table' if table.isdecimal() else ''}{table}-{dataset}"
     write_json(stem.with_suffix(".json"), result)
     write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name))
     write_atomically(stem.with_suffix(".svg"), result_plot([(case.label, case.key) for case in cases], result))
@@ -108,12 +123,18 @@ def run(
 
 def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
     """The rows that are asked for. Raises ValueError for what is not known."""
+    if rows and table != "5":
+        raise ValueError(f"--rows {rows}: the rows of table {table} are pipeline.rankers; --rows is for table 5")
     if table == "4":
-        if rows:
-            raise ValueError(f"--rows {rows}: the rows of table 4 are pipeline.rankers; --rows is for table 5")
         return table_4(dataset, config.pipeline.rankers)
+    if table == "hazard":
+        return [
+            case._replace(key=f"{ranker}/{case.key}", label=f"{RANKER_NAMES[ranker]} {case.label}", ranker=ranker)
+            for ranker in config.pipeline.rankers
+            for case in HAZARD
+        ]
     if table != "5":
-        raise ValueError(f"--table {table}: expected 4 or 5")
+        raise ValueError(f"--table {table}: expected 4, 5 or hazard")
     chosen = rows.split(",") if rows else list(TABLE_5)
     unknown = [row for row in chosen if row not in TABLE_5]
     if unknown:
@@ -168,7 +189,7 @@ def protocol(config: Config) -> str:
 def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str], title: str) -> str:
     """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
     lines = [
-        f"# Table {table} of the LUM paper: {result['dataset']}",
+        f"# {TITLES[table]}: {result['dataset']}",
         "",
         f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}. Commit {result['commit']}:",
         "",

@@ -42,7 +42,7 @@ OPTIONS = {"inspect": {"user": "inspect.user"}}
 # Apps that choose among several configs by options of their own, and take words over all of them.
 TABLES = {
     "reproduce": {
-        "table": "4 or 5 of the paper (default 4)",
+        "table": "4 or 5 of the paper (default 4), or hazard (in-sample, cross-fitted, time split)",
         "dataset": "ml-1m, kuairand or simulator (default ml-1m)",
         "rows": "of table 5: some of scratch, utilization, tokenization, with commas",
         "out": "folder of the files (default docs/results)",

@@ -192,22 +192,20 @@ class MaskedStandardise(nn.Module):
 
     def forward(self, x_BF: Tensor, present_BF: Tensor) -> Tensor:
         """x_BF standardised, float32 [B, F]. present_BF: bool."""
-        if self.training:
-            mean_F, var_F = self._observe(x_BF, present_BF)
-        else:
-            mean_F, var_F = self.mean_F, self.var_F
-        return ((x_BF - mean_F) * (var_F + self.eps).rsqrt()).masked_fill(~present_BF, 0.0)
-
-    def _observe(self, x_BF: Tensor, present_BF: Tensor) -> tuple[Tensor, Tensor]:
-        count_F = present_BF.sum(dim=0)
+        x_BF, weight_BF = x_BF.masked_fill(~present_BF, 0.0), present_BF.to(x_BF.dtype)
+        if not self.training:
+            return torch.addcmul(x_BF, weight_BF, self.mean_F, value=-1) * (self.var_F + self.eps).rsqrt()
+        count_F = weight_BF.sum(dim=0)
         safe_F = count_F.clamp(min=1)
-        kept_BF = x_BF.masked_fill(~present_BF, 0.0)
-        mean_F = kept_BF.sum(dim=0) / safe_F
-        var_F = ((kept_BF - mean_F).square() * present_BF).sum(dim=0) / safe_F
-        with torch.no_grad():
-            # The first batch sets the moments, so that a short training does not evaluate with those of the start.
-            step_F = torch.where(self.is_started_F > 0, self.momentum, 1.0) * (count_F > 1)
-            self.mean_F.lerp_(mean_F, step_F)
-            self.var_F.lerp_(var_F, step_F)
-            self.is_started_F.copy_(torch.maximum(self.is_started_F, (count_F > 1).float()))
-        return mean_F, var_F
+        mean_F = x_BF.sum(dim=0) / safe_F
+        deviation_BF = torch.addcmul(x_BF, weight_BF, mean_F, value=-1)  # 0 where absent
+        var_F = deviation_BF.square().sum(dim=0) / safe_F
+        self._observe(mean_F.detach(), var_F.detach(), count_F)
+        return deviation_BF * (var_F + self.eps).rsqrt()
+
+    def _observe(self, mean_F: Tensor, var_F: Tensor, count_F: Tensor) -> None:
+        # The first batch sets the moments, so that a short training does not evaluate with those of the start.
+        step_F = torch.where(self.is_started_F > 0, self.momentum, 1.0) * (count_F > 1)
+        self.mean_F.lerp_(mean_F, step_F)
+        self.var_F.lerp_(var_F, step_F)
+        self.is_started_F.copy_(torch.maximum(self.is_started_F, (count_F > 1).float()))

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N rows of a part, T history events of all rows behind each other, U unique tokens, E events.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,21 +15,40 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import TRAIN
 from lumrec.data.statistics import Statistics
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
 from lumrec.query.store import Knowledge
 
+logger = logging.getLogger(__name__)
+
 
 class RowTokens(NamedTuple):
-    """kjt: stride U + B (see RankBatch). item_C, history_T: int64, tokens of the items and of the rows' histories."""
+    """kjt: stride U + B (see RankBatch). item_C, history_T: int64, tokens of the items and of the rows' histories.
+    extras: what RankBatch has for some rankers alone."""
 
     kjt: KeyedJaggedTensor
     num_tokens: int
     item_C: Tensor
     history_T: Tensor
     offsets_B1: Tensor
+    extras: dict[str, Tensor]
+
+
+def training_rows(data: PreparedData, knowledge: Knowledge | None) -> np.ndarray:
+    """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
+
+    Raises ValueError where that leaves none.
+    """
+    is_training = data.split == TRAIN
+    if knowledge is not None and knowledge.learnt_until is not None:
+        is_training &= data.timestamp > knowledge.learnt_until
+        logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
+        if not is_training.any():
+            raise ValueError("the LUM has learnt from all training rows: lower pretrain.time_share")
+    return np.flatnonzero(is_training)
 
 
 class RowBuilder:
@@ -36,7 +56,8 @@ class RowBuilder:
 
     features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
     row_features: of the user, or of the event itself (context). max_history: events before the row at most; 0 = none.
-    statistics, knowledge: by event row, each may be left out.
+    statistics, knowledge: by event row, each may be left out. reads: what RankBatch has for some rankers alone
+    (Ranker.reads). category: the item feature whose first value is an item's category; "" = the first multi-valued one.
 
     A batch is put together without a loop over rows, and each token (an item with its feedback) that occurs in it is
     looked up once: 4096 rows with 50 events each hold 200,000 tokens, but far fewer different ones.
@@ -53,6 +74,8 @@ class RowBuilder:
         max_history: int,
         statistics: Statistics | None = None,
         knowledge: Knowledge | None = None,
+        reads: Sequence[str] = (),
+        category: str = "",
     ) -> None:
         if max_history < 0:
             raise ValueError(f"max_history is {max_history}; expected 0 or more events")
@@ -64,6 +87,11 @@ class RowBuilder:
         # Token ids: first every pair (item, feedback) of the log, by number, then every item as a target.
         pair_E = _pair(data.item, [data.event_columns[name] for name in feedback_features])
         _, self.event_of_pair, self.token_E = np.unique(pair_E, return_index=True, return_inverse=True)
+        self.reads = frozenset(reads)
+        if self.reads & {"category_U", "category_count_T"}:
+            self.category_I = _categories(data, category)
+        if "category_count_T" in self.reads:
+            self.category_count_E = _earlier_of_category(data.user, self.category_I[data.item])
         self._scratch = threading.local()
 
     def batch(self, rows: np.ndarray) -> RankBatch:
@@ -90,6 +118,7 @@ class RowBuilder:
             label_B=torch.from_numpy(data.label[rows]),
             row_B=torch.from_numpy(rows),
             knowledge=knowledge,
+            **tokens.extras,
         )
 
     def tokens(self, rows: np.ndarray, items_C: np.ndarray) -> RowTokens:
@@ -105,15 +134,39 @@ class RowBuilder:
             item_C=torch.from_numpy(place[len(history_events_T) :]),
             history_T=torch.from_numpy(place[: len(history_events_T)]),
             offsets_B1=torch.from_numpy(offsets_B1),
+            extras=self._extras(token_U, rows, history_events_T, offsets_B1),
         )
+
+    def _extras(
+        self, token_U: np.ndarray, rows: np.ndarray, history_events_T: np.ndarray, offsets_B1: np.ndarray
+    ) -> dict[str, Tensor]:
+        """What this builder's ranker reads beside the tables."""
+        data, extras = self.data, {}
+        if self.reads & {"item_U", "category_U"}:
+            item_U = self._items(token_U)
+            if "item_U" in self.reads:
+                extras["item_U"] = torch.from_numpy(item_U)
+            if "category_U" in self.reads:
+                extras["category_U"] = torch.from_numpy(self.category_I[item_U])
+        if "age_T" in self.reads:
+            age_T = np.repeat(data.timestamp[rows], np.diff(offsets_B1)) - data.timestamp[history_events_T]
+            extras["age_T"] = torch.from_numpy(age_T.astype(np.float32))
+        if "category_count_T" in self.reads:
+            extras["category_count_T"] = torch.from_numpy(self.category_count_E[history_events_T])
+        return extras
+
+    def _items(self, token_U: np.ndarray) -> np.ndarray:
+        """The item of each token, int64 [U]."""
+        item_U = token_U - len(self.event_of_pair)
+        is_pair_U = item_U < 0
+        item_U[is_pair_U] = self.data.item[self.event_of_pair[token_U[is_pair_U]]]
+        return item_U
 
     def _columns(self, token_U: np.ndarray, rows: np.ndarray) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Values and lengths of every feature over U token bags and B row bags (see RankBatch)."""
         data, num_tokens, num_pairs = self.data, len(token_U), len(self.event_of_pair)
         is_pair_U = token_U < num_pairs
-        event_P = self.event_of_pair[token_U[is_pair_U]]
-        item_U = token_U - num_pairs
-        item_U[is_pair_U] = data.item[event_P]
+        event_P, item_U = self.event_of_pair[token_U[is_pair_U]], self._items(token_U)
         index_U, index_P, index_B = (torch.from_numpy(x) for x in (item_U, event_P, rows))
         bag_U, bag_B = torch.arange(num_tokens), torch.arange(num_tokens, num_tokens + len(rows))
         bag_P = torch.from_numpy(np.flatnonzero(is_pair_U))
@@ -255,3 +308,30 @@ def _codes(column: Column) -> np.ndarray:
     padded = np.full((len(lengths), longest), -1, np.int64)
     padded[np.arange(longest) < lengths[:, None]] = column.values.numpy()
     return np.unique(padded, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _categories(data: PreparedData, name: str) -> np.ndarray:
+    """Category of each item, int64 [I]: the first value of an item feature, 0 ("unknown") where it has none."""
+    multi = [feature for feature, column in data.item_columns.items() if column.offsets is not None]
+    if not (name or multi) or (name and name not in data.item_columns):
+        raise ValueError(
+            f"rank.category is {name!r}; expected an item feature (a multi-valued one is found by itself): "
+            f"{', '.join(data.item_columns)}"
+        )
+    column = data.item_columns[name or multi[0]]
+    if column.offsets is None:
+        return column.values.numpy()
+    first_I, end_I = column.offsets[:-1].numpy(), column.offsets[1:].numpy()
+    with_padding = np.append(column.values.numpy(), 0)
+    return with_padding[np.where(first_I < end_I, first_I, len(with_padding) - 1)]
+
+
+def _earlier_of_category(user_E: np.ndarray, category_E: np.ndarray) -> np.ndarray:
+    """How many events of its category each event's user had before it, int64 [E]; events are sorted by user, time."""
+    order_E = np.lexsort([category_E, user_E])  # stable: by time within a user's category
+    is_first_E = np.ones(len(order_E), bool)
+    is_first_E[1:] = (np.diff(user_E[order_E]) != 0) | (np.diff(category_E[order_E]) != 0)
+    first_E = np.maximum.accumulate(np.where(is_first_E, np.arange(len(order_E)), 0))
+    count_E = np.empty(len(order_E), np.int64)
+    count_E[order_E] = np.arange(len(order_E)) - first_E
+    return count_E

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 
 TRAIN, VALID, TEST = 0, 1, 2
+LATER = 3  # training events that a LUM leaves out, see `leave_out_later`
 PARTS = ("train", "valid", "test")
 DEFAULT_FRACTIONS = {
     "temporal": [0.8, 0.1, 0.1],
@@ -157,6 +158,22 @@ def assign(
     return (place_E >= np.repeat(valid_from_U, counts_U)).astype(np.int8) + (
         place_E >= np.repeat(test_from_U, counts_U)
     ).astype(np.int8)
+
+
+def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> int:
+    """Time (seconds) until which the earliest `share` of the training events are, those of the same second included.
+
+    Raises ValueError for a share that is not above 0 and at most 1.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"pretrain.time_share is {share}; expected more than 0 and at most 1 (all training events)")
+    times = np.sort(timestamp[split == TRAIN])
+    return int(times[max(0, math.ceil(share * len(times)) - 1)]) if len(times) else 0
+
+
+def leave_out_later(split: np.ndarray, timestamp: np.ndarray, share: float) -> np.ndarray:
+    """The split for a LUM that learns from the earliest `share` of the training events alone: the others are LATER."""
+    return np.where((split == TRAIN) & (timestamp > moment_of_share(split, timestamp, share)), LATER, split)
 
 
 def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:

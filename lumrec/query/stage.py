@@ -19,7 +19,7 @@ from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
-from lumrec.data.splits import user_fold
+from lumrec.data.splits import moment_of_share, user_fold
 from lumrec.evaluation.answers import rank_by_answers
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
 from lumrec.query.forget import drop_forgotten, forgotten_among
@@ -227,7 +227,8 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
     return {
         "data_fingerprint": data.fingerprint,
         "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],
-        "hazard": "cross_fit" if len(lums) > 1 else "in_sample",
+        "hazard": _hazard(lums),
+        **_learnt_until(data, lums[0].trained.pretrain.time_share),
         "conditions": conditions,
         "dim": model.dim,
         "dtype": config.dtype,
@@ -240,6 +241,20 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
         "tokens_per_pack": config.tokens_per_pack,
         **({"forgotten": forgotten} if forgotten else {}),
     }
+
+
+def _hazard(lums: list[AskedLum]) -> str:
+    """How the LUMs are kept from the rows that rankers train on (see Knowledge)."""
+    if len({lum.trained.pretrain.time_share for lum in lums}) > 1:
+        raise ValueError("the LUMs differ in pretrain.time_share; pre-train all folds with the same one")
+    if len(lums) > 1:
+        return "cross_fit"
+    return "time_split" if lums[0].trained.pretrain.time_share < 1.0 else "in_sample"
+
+
+def _learnt_until(data: PreparedData, share: float) -> dict[str, int]:
+    """The last second that a LUM of a share of the training events has learnt from; nothing for one of all of them."""
+    return {"learnt_until": moment_of_share(data.split, data.timestamp, share)} if share < 1.0 else {}
 
 
 def _is_published(path: Path, identity: dict[str, Any]) -> bool:

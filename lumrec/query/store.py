@@ -172,7 +172,8 @@ class Knowledge:
     o: [E, N, D] in the store's dtype, with scale, float32 [E, N], for int8; log_z: float32 [E, N]; present: bool [E];
     each None where it was switched off.
     items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions asked. hazard: "in_sample" (one LUM,
-    which may have been trained on these rows) or "cross_fit" (each user is answered by a LUM that never saw them).
+    which may have been trained on these rows), "cross_fit" (each user is answered by a LUM that never saw them) or
+    "time_split" (one LUM of the training events until `learnt_until`, in seconds: rankers train on the rows after it).
     Similarity is the dot product o · e: the model's temperature is in both sides already.
     """
 
@@ -180,6 +181,7 @@ class Knowledge:
         self.path, self.manifest = folder, manifest
         self.conditions: list[dict[str, str]] = manifest["conditions"]
         self.hazard: str = manifest["hazard"]
+        self.learnt_until: int | None = manifest.get("learnt_until")
         self.num_conditions, self.dim, self.num_folds = len(self.conditions), manifest["dim"], len(manifest["lums"])
         self.items_e = torch.from_numpy(read_items(folder))
         self.user_fold: np.ndarray = np.load(folder / "user_fold.npy")

@@ -30,6 +30,8 @@ HAZARD = {
 fold, and every user, of training and test alike, was asked of the LUM that never saw them. So a training row's
 knowledge is no better than a test row's. Each fold's outputs get a projection of their own in the ranker, as the spaces
 of two LUMs differ.""",
+    "time_split": """Split in time: the LUM was trained on the earliest part of the training events, and the rankers
+that read its knowledge on the later rows alone; the base is trained on all of them.""",
     "in_sample": """In-sample: one LUM was trained on all users, so it has memorised the training rows that the ranker
 learns from, and knowledge looks better in training than in testing. Use pipeline.folds=2 for honest knowledge.""",
 }

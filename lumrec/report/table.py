@@ -17,7 +17,7 @@ LABELS = {
     "matching": "+ interest matching",
     "both": "+ both",
 }
-RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM"}
+RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM", "dien": "DIEN", "sim": "SIM", "twin": "TWIN"}
 
 
 class Figure(NamedTuple):

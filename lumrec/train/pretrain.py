@@ -15,7 +15,7 @@ from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
-from lumrec.data.splits import user_fold
+from lumrec.data.splits import leave_out_later, user_fold
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
@@ -46,6 +46,8 @@ class ContrastConfig:
 class PretrainConfig:
     """Step 1.
 
+    time_share: the LUM learns from the earliest share of the training events alone, over all users; rankers that read
+    its answers then train on the later ones (the time split of knowledge).
     label_smoothing: share of InfoNCE's target that goes to all candidates by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
     start_from: run name of an earlier LUM that this one goes on from (see lumrec/train/continual.py); "" = a fresh one.
@@ -56,6 +58,7 @@ class PretrainConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    time_share: float = 1.0
     label_smoothing: float = 0.0
     precision: str = "float32"
     start_from: str = ""
@@ -156,6 +159,7 @@ def run(config: "Config") -> dict[str, float | str]:
         run_folder.close()
         return run_folder.result()
     torch.manual_seed(config.seed)
+    data.split = leave_out_later(data.split, data.timestamp, config.pretrain.time_share)
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
     train = settings.train

@@ -16,17 +16,20 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
+from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
 from lumrec.data.schema import features_by_role
-from lumrec.data.splits import TEST, TRAIN, VALID
+from lumrec.data.splits import TEST, VALID
 from lumrec.data.statistics import Statistics, dense_inputs
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
 from lumrec.modules.knowledge import MODES, KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
+from lumrec.modules.rankers.dien import Dien
 from lumrec.modules.rankers.din import Din
 from lumrec.modules.rankers.dlrm import Dlrm
+from lumrec.modules.rankers.sim import Sim
+from lumrec.modules.rankers.twin import Twin
 from lumrec.modules.tokens import make_tables
 from lumrec.query.store import Knowledge
 from lumrec.train.checkpoint import best_checkpoint, load_weights
@@ -43,7 +46,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODELS = ("din", "dlrm")
+# Name → class, and the settings of RankConfig that it takes beside those of all rankers.
+MODELS: dict[str, tuple[type[Ranker], tuple[str, ...]]] = {
+    "din": (Din, ("activation_dim", "softmax")),
+    "dlrm": (Dlrm, ("cross_dim",)),
+    "dien": (Dien, ("auxiliary_weight",)),
+    "sim": (Sim, ("search", "num_searched", "num_heads", "head_dim", "num_recent", "auxiliary_weight")),
+    "twin": (Twin, ("num_searched", "num_heads", "head_dim")),
+}
 TABLES = ("fresh", "lum")
 
 
@@ -51,7 +61,7 @@ TABLES = ("fresh", "lum")
 class RankConfig:
     """Step 3.
 
-    model: "din" or "dlrm" (Embedding + MLP with pooled history).
+    model: "din", "dlrm" (Embedding + MLP with pooled history), "dien", "sim" or "twin"; see lumrec/modules/rankers.
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
     knowledge_attention: the answers pooled by their match with the target join the features of any of these modes.
     knowledge_dim: width to which answers are projected. knowledge_dropout: share of rows that train without.
@@ -60,7 +70,13 @@ class RankConfig:
     schema's dense features are read beside them.
     max_history: events before the row. batch_size: rows of one step on each rank.
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
+    token_l2: DIN's mini-batch aware regularisation, for any ranker; 0 = none.
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
+    cross_dim: DLRM's cross features, dot products of its fields at this width; 0 = none.
+    auxiliary_weight: of DIEN's auxiliary loss and of the task that trains SIM's soft search.
+    search: SIM's, "soft" or "hard"; category: the item feature that the hard search compares and whose earlier events
+    TWIN counts (its first value; "" = the first multi-valued item feature).
+    num_searched, num_heads, head_dim: SIM's and TWIN's attention. num_recent: events of SIM's short-term interest.
     select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
     test: evaluate the test part at the end; false while settings are being searched (lumrec/tune.py).
     warm_start: a production checkpoint to begin from; see docs/how-to/warm-start.md.
@@ -80,6 +96,15 @@ class RankConfig:
     activation: str = "prelu"
     activation_dim: int = 36
     softmax: bool = False
+    token_l2: float = 0.0
+    cross_dim: int = 0
+    auxiliary_weight: float = 1.0
+    search: str = "soft"
+    category: str = ""
+    num_searched: int = 50
+    num_heads: int = 4
+    head_dim: int = 16
+    num_recent: int = 16
     select: str = "auc"
     test: bool = True
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -144,16 +169,18 @@ def build_ranker(
         "activation": config.activation,
         "dropout": config.dropout,
         "knowledge": fusion,
+        "token_l2": config.token_l2,
     }
-    tables = make_tables(sizes, table_of, device=device)
-    if config.model == "din":
-        return Din(tables, activation_dim=config.activation_dim, softmax=config.softmax, **arguments)
-    return Dlrm(tables, **arguments)
+    ranker, options = MODELS[config.model]
+    arguments |= {name: getattr(config, name) for name in options}
+    return ranker(make_tables(sizes, table_of, device=device), **arguments)
 
 
 def step(model: nn.Module, batch: RankBatch) -> StepOutput:
-    """The step function of the training loop: binary cross-entropy of the batch's rows."""
-    return StepOutput(F.binary_cross_entropy_with_logits(model(batch), batch.label_B, reduction="sum"), len(batch))
+    """The step function of the training loop: binary cross-entropy of the batch's rows, and the ranker's own losses."""
+    logit_B, own_loss = model(batch, with_loss=True)
+    loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")
+    return StepOutput(loss + len(batch) * own_loss, len(batch))
 
 
 def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, *, batch_size: int) -> np.ndarray:
@@ -197,6 +224,8 @@ def build_rows(
         max_history=config.max_history,
         statistics=statistics,
         knowledge=knowledge,
+        reads=ranker.reads,
+        category=config.category,
     )
 
 
@@ -332,7 +361,7 @@ def _train(
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank
     train, select, note = settings.train, settings.select, ""
-    rows = np.flatnonzero(builder.data.split == TRAIN)
+    rows = training_rows(builder.data, builder.knowledge)
     loader = RowLoader(
         builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
     )

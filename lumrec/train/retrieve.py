@@ -17,8 +17,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from lumrec.data.negatives import NegativesConfig
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.data.rows import training_rows
 from lumrec.data.schema import features_by_role
-from lumrec.data.splits import TRAIN
 from lumrec.data.tower_rows import TowerBuilder, TowerLoader
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
 from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_targets, sum_over_ranks
@@ -278,9 +278,10 @@ def run(config: "Config") -> dict[str, float | str]:
     towers, builder = build_towers(settings, data, knowledge=knowledge)
     train = settings.train
     dmp = shard(towers, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    rows = training_rows(data, knowledge)
     loader = TowerLoader(
         builder,
-        np.flatnonzero((data.split == TRAIN) & positive_events(settings, data)),
+        rows[positive_events(settings, data)[rows]],
         negatives=settings.negatives,
         batch_size=settings.batch_size,
         seed=config.seed,

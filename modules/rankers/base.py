@@ -37,6 +37,10 @@ class RankBatch:
     tokens: KJT of all features, stride U + B. target_B, history_T: int64. offsets_B1: int64 [B + 1].
     dense_BF: float32, statistics of what was before the row (F may be 0). label_B: float32, 0 or 1.
     row_B: int64, row of each in the prepared events. knowledge: what a LUM says of the rows, or None.
+
+    What only some rankers read (Ranker.reads), else None. item_U: int64, number of each token's item. category_U:
+    int64, category of it. age_T: float32, seconds from the event to the row. category_count_T: int64, how many events
+    of the event's category its user had before it.
     """
 
     tokens: KeyedJaggedTensor
@@ -48,6 +52,10 @@ class RankBatch:
     label_B: Tensor
     row_B: Tensor
     knowledge: KnowledgeBatch | None = None
+    item_U: Tensor | None = None
+    category_U: Tensor | None = None
+    age_T: Tensor | None = None
+    category_count_T: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target_B)
@@ -67,13 +75,28 @@ class Looked(NamedTuple):
     row_BR: Tensor
 
 
+class Interest(NamedTuple):
+    """interest_BX: what the history says about the target. loss: of a ranker's own, a mean over rows; None while not
+    training and where there is none."""
+
+    interest_BX: Tensor
+    loss: Tensor | None = None
+
+
 class Ranker(nn.Module):
     """logit = MLP(user and context; target item; interest in the target; statistics; a LUM's knowledge).
 
     A subclass says what the interest is: it reads the history. `tables` are called as those of a LUM's token encoder
     are, so that its checkpoint can fill them. The knowledge joins the over-arch's input and nothing else, as fixed
     features (LUM section 4.3); without it a ranker is the plain model.
+
+    token_l2: DIN's mini-batch aware regularisation (1706.06978 section 5.2): L2 of the tokens of a batch alone, each
+    divided by how often it occurs, so that what occurs often is held back less. The paper divides by counts over the
+    whole training part; those of the batch estimate them up to a factor that belongs to the weight. It acts as a
+    gradient at the looked-up rows, through whatever optimizer is fused into the tables' backward pass.
     """
+
+    reads: tuple[str, ...] = ()  # the fields of RankBatch that are None unless a ranker asks for them
 
     def __init__(
         self,
@@ -87,16 +110,20 @@ class Ranker(nn.Module):
         activation: str = "prelu",
         dropout: float = 0.0,
         knowledge: KnowledgeFusion | None = None,
+        token_l2: float = 0.0,
     ) -> None:
         super().__init__()
-        self.tables = tables
+        self.tables, self.token_l2 = tables, token_l2
         self.features = feature_order(tables)
         self.token_features = [*item_features, *feedback_features]
         self.row_features = list(row_features)
         width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
-        self.item_dim = sum(width[f] for f in item_features)
+        self.item_dims = [width[f] for f in item_features]
+        self.row_dims = [width[f] for f in row_features]
+        self.feedback_dims = [width[f] for f in feedback_features]
+        self.item_dim = sum(self.item_dims)
         self.token_dim = sum(width[f] for f in self.token_features)
-        self.row_dim = sum(width[f] for f in row_features)
+        self.row_dim = sum(self.row_dims)
         self.knowledge = knowledge
         self.num_statistics = num_statistics
         in_dim = self.row_dim + self.item_dim + self.make_interest() + num_statistics
@@ -108,24 +135,36 @@ class Ranker(nn.Module):
         """Makes the subclass's own modules, now that the widths are known, and returns the width of `interest`."""
         raise NotImplementedError
 
-    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
-        """What the history says about the target, [B, X]."""
+    def interest(self, looked: Looked, batch: RankBatch) -> Interest:
+        """What the history says about the target, [B, X], and while training a loss of the ranker's own."""
         raise NotImplementedError
 
-    def forward(self, batch: RankBatch) -> Tensor:
-        """Logits [B], float32.
+    def forward(self, batch: RankBatch, *, with_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B], float32; with_loss: and what is added to the rows' mean cross-entropy while training (a scalar).
 
-        Raises ValueError for a batch made for other features, or without the knowledge that this ranker reads.
+        Raises ValueError for a batch made for other features, or without what this ranker reads.
         """
+        missing = [name for name in self.reads if getattr(batch, name) is None]
+        if missing:
+            raise ValueError(
+                f"this ranker reads {', '.join(missing)} and the batch has none: give `reads` to RowBuilder"
+            )
         looked = self.look_up(batch)
-        x = [looked.row_BR, looked.target_BI, self.interest(looked, batch), batch.dense_BF]
+        interest_BX, own_loss = self.interest(looked, batch)
+        x = [looked.row_BR, looked.target_BI, interest_BX, batch.dense_BF]
         if self.knowledge is not None:
             if batch.knowledge is None:
                 raise ValueError(
                     "this ranker reads a LUM's knowledge and the batch has none: give it to the RowBuilder"
                 )
             x.append(self.knowledge(*batch.knowledge))
-        return self.over_arch(torch.cat(x, dim=1)).squeeze(1)
+        logit_B = self.over_arch(torch.cat(x, dim=1)).squeeze(1)
+        if not with_loss:
+            return logit_B
+        loss = logit_B.new_zeros(()) if own_loss is None else own_loss
+        if self.token_l2:
+            loss = loss + self.token_l2 / 2 * token_penalty(looked.token_UD, batch)
+        return logit_B, loss
 
     def look_up(self, batch: RankBatch) -> Looked:
         """One call of the tables for all tokens and rows of the batch."""
@@ -143,6 +182,13 @@ class Ranker(nn.Module):
             row_BR = token_UD.new_zeros(len(batch), 0)
         target_BI = nn.functional.embedding(batch.target_B, token_UD[:, : self.item_dim])
         return Looked(token_UD, target_BI, row_BR)
+
+
+def token_penalty(token_UD: Tensor, batch: RankBatch) -> Tensor:
+    """Sum over the batch's tokens of their squared length, each divided by how often it occurs (DIN, equation 6)."""
+    occurring = torch.cat([batch.history_T, batch.target_B])
+    count_U = torch.bincount(occurring, minlength=len(token_UD)).clamp(min=1)
+    return (token_UD.square().sum(dim=1) / count_U).sum()
 
 
 def mean_history(token_UD: Tensor, batch: RankBatch) -> Tensor:

@@ -3,16 +3,14 @@
 Shape suffixes: see rankers/base.py; H hidden units of the activation unit, L events of the longest history of a chunk.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, make_activation
-
-CHUNK_BYTES = 1 << 20  # of gathered histories for each thread, so that a chunk's arrays stay in a CPU core's cache
+from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, make_activation
+from lumrec.modules.rankers.jagged import row_chunks, segment_softmax
 
 
 class Din(Ranker):
@@ -21,9 +19,9 @@ class Din(Ranker):
     activation_dim: hidden units of the local activation unit (36 in the paper's figure 2). softmax: weights that sum to
     1 instead (what the paper advises against). activation: of the activation unit and of the over-arch.
 
-    Where we differ from the paper: a token of the history has the feedback it got, which a target has not; no
-    regularisation by mini-batch; the activation unit sees h and t, their product and their difference (as the authors'
-    code does), where the paper's text has an outer product.
+    Where we differ from the paper: a token of the history has the feedback it got, which a target has not;
+    regularisation by mini-batch is Ranker's `token_l2`; the activation unit sees h and t, their product and their
+    difference (as the authors' code does), where the paper's text has an outer product.
     """
 
     def __init__(
@@ -36,10 +34,10 @@ class Din(Ranker):
         self.local_activation = LocalActivation(self.token_dim, self.item_dim, **self._unit)
         return self.token_dim + self.item_dim
 
-    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
+    def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The weighted sum of the history, and its product with the target: [B, D + I]."""
         interest_BD = self.local_activation(looked.token_UD, looked.target_BI, batch.history_T, batch.offsets_B1)
-        return torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1)
+        return Interest(torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1))
 
 
 class LocalActivation(nn.Module):
@@ -103,13 +101,6 @@ class LocalActivation(nn.Module):
         )
 
 
-def segment_softmax(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
-    """Softmax of x within each segment, [T]; segment_T: int64, in any order, segments may be empty."""
-    highest = x_T.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_T, x_T.detach(), "amax")
-    exp_T = (x_T - highest[segment_T]).exp()
-    return exp_T / x_T.new_zeros(num_segments).index_add(0, segment_T, exp_T)[segment_T]
-
-
 class _ChunkedActivation(torch.autograd.Function):
     """LocalActivation's weighted sum for a PReLU with one slope (0: ReLU), in chunks of rows of about equal length.
 
@@ -132,27 +123,26 @@ class _ChunkedActivation(torch.autograd.Function):
         history_T: Tensor,
         offsets_B1: Tensor,
     ) -> Tensor:
-        length_B, order_B = offsets_B1.diff().sort(descending=True)
-        padded_UD = F.pad(token_UD, (0, 0, 0, 1))
-        target_BI, bias_BH = target_BI[order_B], bias_BH[order_B]
-        sum_BD = torch.zeros(len(order_B), token_UD.shape[1], dtype=token_UD.dtype, device=token_UD.device)
-        chunks = []
-        for rows, index_RL in _chunks(history_T, offsets_B1[order_B], length_B, token_UD):
+        padded_UD, with_padding = F.pad(token_UD, (0, 0, 0, 1)), F.pad(history_T, (0, 1), value=len(token_UD))
+        sum_BD = token_UD.new_zeros(len(target_BI), token_UD.shape[1])
+        event_bytes, chunks = token_UD.shape[1] * token_UD.element_size(), []
+        for rows, place_RL in row_chunks(offsets_B1, num_events=len(history_T), event_bytes=event_bytes):
+            index_RL = with_padding[place_RL]
             history_RLD = F.embedding(index_RL, padded_UD)
             matrix_RHD = _first_layer(target_BI[rows], token_HD, product_HI)
-            hidden_RLH = torch.bmm(history_RLD, matrix_RHD.transpose(1, 2)).add_(bias_BH[rows, None])
+            hidden_RLH = torch.bmm(history_RLD, matrix_RHD.transpose(1, 2)).add_(bias_BH[rows][:, None])
             weight_RL = F.leaky_relu(hidden_RLH, negative_slope=float(slope)) @ output_H + bias
             sum_BD[rows] = torch.bmm(weight_RL[:, None], history_RLD).squeeze(1)
             chunks.append((rows, index_RL, hidden_RLH, weight_RL))
         ctx.chunks = chunks
-        ctx.save_for_backward(padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope, order_B)
-        return torch.empty_like(sum_BD).index_copy_(0, order_B, sum_BD)
+        ctx.save_for_backward(padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope)
+        return sum_BD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
-        padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope, order_B = ctx.saved_tensors
-        grad_BD, negative_slope = grad_BD[order_B], float(slope)
+        padded_UD, target_BI, bias_BH, token_HD, product_HI, output_H, slope = ctx.saved_tensors
+        negative_slope = float(slope)
         g_token_UD, g_target_BI, g_bias_BH = (torch.zeros_like(x) for x in (padded_UD, target_BI, bias_BH))
         g_token_HD, g_product_HI, g_output_H = (torch.zeros_like(x) for x in (token_HD, product_HI, output_H))
         g_bias, g_slope = torch.zeros_like(slope), torch.zeros_like(slope)
@@ -178,7 +168,6 @@ class _ChunkedActivation(torch.autograd.Function):
             matrix_RHD = torch.cat([_first_layer(target_RI, token_HD, product_HI), grad_RD[:, None]], dim=1)
             g_history_RLD = torch.bmm(torch.cat([g_hidden_RLH, weight_RL[:, :, None]], dim=2), matrix_RHD)
             g_token_UD.index_add_(0, index_RL.flatten(), g_history_RLD.flatten(0, 1))
-        g_target_BI, g_bias_BH = (torch.empty_like(g).index_copy_(0, order_B, g) for g in (g_target_BI, g_bias_BH))
         return (
             *(g_token_UD[:-1], g_target_BI, g_bias_BH, g_token_HD, g_product_HI, g_output_H, g_bias, g_slope),
             *(None, None),
@@ -190,21 +179,3 @@ def _first_layer(target_RI: Tensor, token_HD: Tensor, product_HI: Tensor) -> Ten
     matrix_RHD = token_HD.expand(len(target_RI), -1, -1).clone()
     matrix_RHD[:, :, : target_RI.shape[1]].addcmul_(target_RI[:, None], product_HI)
     return matrix_RHD
-
-
-def _chunks(history_T: Tensor, start_B: Tensor, length_B: Tensor, token_UD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of each chunk, and their histories padded to its longest, [R, L]; rows come longest first."""
-    num_rows = len(length_B)
-    longest = int(length_B[0]) if num_rows else 0
-    chunk_rows = max(1, num_rows)
-    if token_UD.device.type == "cpu":
-        row_bytes = max(1, longest * token_UD.shape[1] * token_UD.element_size())
-        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // row_bytes)
-    with_padding = F.pad(history_T, (0, 1), value=len(token_UD))
-    place_L = torch.arange(longest, device=history_T.device)
-    for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
-        if length == 0:
-            return
-        rows = slice(first, first + chunk_rows)
-        place_RL = start_B[rows, None] + place_L[:length]
-        yield rows, with_padding[torch.where(place_L[:length] < length_B[rows, None], place_RL, len(history_T))]

@@ -4,9 +4,9 @@ Shape suffixes: see rankers/base.py.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lumrec.modules.rankers.base import Looked, RankBatch, Ranker, mean_history
+from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, mean_history
 
 
 class Dlrm(Ranker):
@@ -15,13 +15,46 @@ class Dlrm(Ranker):
     The history is pooled whatever the target is (DIN's base model, 1706.06978 section 4.2); beside it stand its
     product with the target, unit by unit, and their dot product (the interactions of DLRM, 1906.00091). An empty
     history is 0 in all of them.
+
+    cross_dim: width to which each field is projected whose dot products with all others are cross features (DLRM, where
+    all tables have one width and need no projection). Fields: the features of the row, those of the target item, the
+    mean history, and the dense statistics through a linear layer (DLRM has an MLP there). 0: no cross features.
     """
 
-    def make_interest(self) -> int:
-        return self.token_dim + self.item_dim + 1
+    pairs_P: Tensor
 
-    def interest(self, looked: Looked, batch: RankBatch) -> Tensor:
-        """Mean history, its product with the target, their dot product: [B, D + I + 1]."""
+    def __init__(self, *args: object, cross_dim: int = 0, **kwargs: object) -> None:
+        self._cross_dim = cross_dim
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def make_interest(self) -> int:
+        width = self.token_dim + self.item_dim + 1
+        if not self._cross_dim:
+            return width
+        dims = [
+            *self.row_dims,
+            *self.item_dims,
+            self.token_dim,
+            *([self.num_statistics] if self.num_statistics else []),
+        ]
+        self.field_projections = nn.ModuleList(nn.Linear(dim, self._cross_dim) for dim in dims)
+        pairs_2P = torch.triu_indices(len(dims), len(dims), offset=1)
+        self.register_buffer("pairs_P", pairs_2P[0] * len(dims) + pairs_2P[1], persistent=False)
+        return width + pairs_2P.shape[1]
+
+    def interest(self, looked: Looked, batch: RankBatch) -> Interest:
+        """Mean history, its product with the target, their dot product, cross features: [B, D + I + 1 + pairs]."""
         mean_BD = mean_history(looked.token_UD, batch)
         product_BI = mean_BD[:, : self.item_dim] * looked.target_BI
-        return torch.cat([mean_BD, product_BI, product_BI.sum(dim=1, keepdim=True)], dim=1)
+        x = [mean_BD, product_BI, product_BI.sum(dim=1, keepdim=True)]
+        if self._cross_dim:
+            x.append(self.cross_features(looked, mean_BD, batch.dense_BF))
+        return Interest(torch.cat(x, dim=1))
+
+    def cross_features(self, looked: Looked, mean_BD: Tensor, dense_BF: Tensor) -> Tensor:
+        """Dot product of every two fields, [B, pairs]."""
+        fields = [*looked.row_BR.split(self.row_dims, dim=1), *looked.target_BI.split(self.item_dims, dim=1), mean_BD]
+        if self.num_statistics:
+            fields.append(dense_BF)
+        x_BNC = torch.stack([project(x) for project, x in zip(self.field_projections, fields, strict=True)], dim=1)
+        return torch.bmm(x_BNC, x_BNC.transpose(1, 2)).flatten(1)[:, self.pairs_P]

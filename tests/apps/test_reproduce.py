@@ -41,10 +41,19 @@ def test_rows_of_table_5_are_of_several_pipelines():
     assert (alone.model.conditions, alone.query.conditions, alone.pretrain.contrast.feature) == ([], [{}], "")
 
 
+def test_the_hazard_is_shown_for_each_ranker():
+    config = reproduce.read_config("ml-1m", "", ["pipeline.rankers=[din]"])
+    cases = reproduce.choose("hazard", "ml-1m", "", config)
+    assert [case.key for case in cases] == ["din/base", "din/cross_fit", "din/in_sample", "din/time_split"]
+    variants = {case.key: reproduce.read_config("ml-1m", case.variant, []) for case in cases}
+    assert [variants[key].pipeline.folds for key in variants] == [2, 2, 1, 1]
+    assert [variants[key].pretrain.time_share for key in variants] == [1.0, 1.0, 1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"table": "7"}, "--table 7: expected 4 or 5"),
+        ({"table": "7"}, "--table 7: expected 4, 5 or hazard"),
         ({"dataset": "netflix"}, "data sets and variants that there are: kuairand"),
         ({"table": "5", "rows": "utilisation"}, "'utilisation' is none of scratch, utilization"),
         ({"rows": "scratch"}, "--rows is for table 5"),

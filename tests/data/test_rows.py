@@ -113,6 +113,35 @@ def test_statistics_stand_beside_their_rows(tiny_prepared: PreparedData):
     assert make_builder(tiny_prepared).batch(rows).dense_BF.shape == (4, 0)
 
 
+@pytest.mark.parametrize("category", ["", "price_bucket"])
+def test_what_some_rankers_read_beside_the_tables(tiny_prepared: PreparedData, category: str):
+    data = tiny_prepared
+    reads = ["item_U", "category_U", "age_T", "category_count_T"]
+    rows = np.concatenate([data.user_offsets[:3], np.random.default_rng(0).choice(data.num_events, 30)])
+    batch = make_builder(data, reads=reads, category=category).batch(rows)
+    column = data.item_columns[category or "categories"]
+
+    def category_of(event: int) -> int:
+        return ([*column.take(torch.tensor([data.item[event]]))[0].tolist(), 0])[0]
+
+    ages, categories, counts, items = [], [], [], []
+    for row in rows.tolist():
+        begin = data.user_offsets[data.user[row]]
+        for event in range(max(begin, row - 7), row):
+            ages.append(data.timestamp[row] - data.timestamp[event])
+            categories.append(category_of(event))
+            items.append(data.item[event])
+            counts.append(sum(category_of(earlier) == categories[-1] for earlier in range(begin, event)))
+    assert batch.age_T.tolist() == pytest.approx(ages) and batch.category_count_T.tolist() == counts
+    assert batch.category_U[batch.history_T].tolist() == categories
+    assert batch.category_U[batch.target_B].tolist() == [category_of(row) for row in rows.tolist()]
+    assert batch.item_U[batch.history_T].tolist() == items
+    assert batch.item_U[batch.target_B].tolist() == data.item[rows].tolist()
+    assert make_builder(data).batch(rows).age_T is None
+    with pytest.raises(ValueError, match="rank.category is 'clicked'; expected an item feature"):
+        make_builder(data, reads=reads, category="clicked")
+
+
 def test_feedback_of_the_row_and_of_later_events_is_not_in_its_batch(tiny_prepared: PreparedData):
     data = tiny_prepared
     row = int(data.user_offsets[3]) + 4

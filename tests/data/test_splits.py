@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.splits import TEST, TRAIN, VALID, SplitConfig, assign, check_split, cut_times, user_fold
+from lumrec.data.splits import (
+    LATER,
+    TEST,
+    TRAIN,
+    VALID,
+    SplitConfig,
+    assign,
+    check_split,
+    cut_times,
+    leave_out_later,
+    moment_of_share,
+    user_fold,
+)
 
 lengths = st.lists(st.integers(0, 30), max_size=12)
 
@@ -136,3 +148,14 @@ def test_time_split_needs_one_clock():
     with pytest.raises(ValueError, match="needs one clock for all users"):
         cut_times(SplitConfig("time"), [], absolute_time=False)
     assert cut_times(SplitConfig("temporal"), [], absolute_time=False) is None
+
+
+def test_the_earliest_share_holds_all_events_of_its_last_second():
+    split = np.array([TRAIN, TRAIN, TRAIN, TRAIN, TEST, TRAIN], np.int8)
+    timestamp = np.array([50, 10, 20, 20, 5, 40])
+    assert moment_of_share(split, timestamp, 0.4) == 20  # the second of five is one of two at 20
+    assert leave_out_later(split, timestamp, 0.4).tolist() == [LATER, TRAIN, TRAIN, TRAIN, TEST, LATER]
+    assert leave_out_later(split, timestamp, 1.0).tolist() == split.tolist()
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match="pretrain.time_share is"):
+            moment_of_share(split, timestamp, share)

@@ -1,5 +1,7 @@
 """Rankers: DIN's fast path equals its twins, rows do not see each other, and planted signals are found in seconds."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,14 @@ from torch.nn import functional as F
 
 from lumrec.evaluation.metrics import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.rankers import din
+from lumrec.modules.rankers import jagged
 from lumrec.modules.rankers.base import Dice, RankBatch, Ranker
-from lumrec.modules.rankers.din import Din, LocalActivation, segment_softmax
+from lumrec.modules.rankers.dien import Dien
+from lumrec.modules.rankers.din import Din, LocalActivation
 from lumrec.modules.rankers.dlrm import Dlrm
+from lumrec.modules.rankers.jagged import segment_softmax
+from lumrec.modules.rankers.sim import Sim
+from lumrec.modules.rankers.twin import Twin
 from lumrec.modules.tokens import feature_order, make_kjt, make_tables
 
 TABLES = {"item": (40, 8), "genre": (9, 8), "rating": (4, 8), "user": (30, 8)}
@@ -22,7 +28,13 @@ MODELS = {
     "din softmax": lambda *args, **keywords: Din(*args, softmax=True, **keywords),
     "din dice": lambda *args, **keywords: Din(*args, activation="dice", **keywords),
     "dlrm": Dlrm,
+    "dlrm cross": lambda *args, **keywords: Dlrm(*args, cross_dim=6, **keywords),
+    "dien": Dien,
+    "sim": lambda *args, **keywords: Sim(*args, num_searched=8, **keywords),
+    "sim hard": lambda *args, **keywords: Sim(*args, search="hard", **keywords),
+    "twin": lambda *args, **keywords: Twin(*args, num_searched=8, **keywords),
 }
+WITHOUT_TIME = [name for name in MODELS if name.split()[0] in ("din", "dlrm")]
 
 
 def make_ranker(name: str, *, num_statistics: int = 3, knowledge: KnowledgeFusion | None = None, **keywords) -> Ranker:
@@ -72,6 +84,17 @@ def make_batch(rows: list[Row], *, num_statistics: int = 3, knowledge: Knowledge
         label_B=torch.tensor([row.label for row in rows]),
         row_B=torch.arange(len(rows)),
         knowledge=knowledge,
+        item_U=torch.tensor([item for item, _ in tokens]),
+        category_U=torch.tensor([item % 9 for item, _ in tokens]),
+        age_T=torch.tensor([100.0 * (i + 1) for row in rows for i in reversed(range(len(row.history)))]),
+        category_count_T=torch.tensor(
+            [
+                sum(x % 9 == item % 9 for x, _ in row.history[:i])
+                for row in rows
+                for i, (item, _) in enumerate(row.history)
+            ],
+            dtype=torch.int64,
+        ),
     )
 
 
@@ -125,11 +148,11 @@ def gradients(unit: LocalActivation, function, inputs: tuple[Tensor, ...]) -> li
 )
 def test_chunks_equal_the_plain_twin_forward_and_backward(lengths, chunk_bytes, activation):
     inputs, unit = unit_inputs(lengths), make_unit(activation)
-    before, din.CHUNK_BYTES = din.CHUNK_BYTES, chunk_bytes
+    before, jagged.CHUNK_BYTES = jagged.CHUNK_BYTES, chunk_bytes
     try:
         got = gradients(unit, unit, inputs)
     finally:
-        din.CHUNK_BYTES = before
+        jagged.CHUNK_BYTES = before
     for x, y in zip(got, gradients(unit, unit.plain, inputs), strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 
@@ -234,7 +257,7 @@ def test_the_history_counts_and_that_of_other_rows_does_not(name: str):
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITHOUT_TIME)
 def test_the_order_of_the_history_does_not_matter_but_its_feedback_does(name: str):
     ranker = make_ranker(name).eval()
     row = Row(5, [(1, 1), (2, 2), (3, 3)])
@@ -258,7 +281,8 @@ def test_every_parameter_gets_a_gradient(name: str):
     fusion = KnowledgeFusion("both", 2, 4, 2, 3)
     ranker = make_ranker(name, knowledge=fusion, dropout=0.1)
     rows = make_rows([5] * 60)
-    ranker(make_batch(rows, knowledge=random_knowledge(len(rows)))).square().sum().backward()
+    logits, own_loss = ranker(make_batch(rows, knowledge=random_knowledge(len(rows))), with_loss=True)
+    (logits.square().sum() + own_loss).backward()
     assert [name for name, p in ranker.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -272,7 +296,7 @@ def random_knowledge(rows: int) -> KnowledgeBatch:
     )
 
 
-@pytest.mark.parametrize("name", ["din", "dlrm"])
+@pytest.mark.parametrize("name", ["din", "dlrm", "dien", "sim", "twin"])
 def test_knowledge_is_an_addition_to_the_plain_model(name: str):
     """With the knowledge's columns weighted 0 the ranker is the one without."""
     rows = make_rows([4, 0, 9])
@@ -311,6 +335,44 @@ def test_a_batch_moves_with_its_knowledge():
     assert moved.tokens.keys() == batch.tokens.keys() and len(moved) == 2
 
 
+# --- losses of their own ---
+
+
+def test_token_l2_by_hand():
+    """Token 5 stands in the batch twice (as a target), (1, 1) three times, (2, 2) once; row 0 of the tables is 0."""
+    ranker = make_ranker("din", token_l2=0.5)
+    batch = make_batch([Row(5, [(1, 1), (1, 1)]), Row(5, [(1, 1), (2, 2)])])
+    token_UD = ranker.look_up(batch).token_UD
+    counts = {(1, 1): 3, (2, 2): 1, (5, 0): 2}
+    expected = sum(token_UD[u].square().sum() / counts[pair] for u, pair in enumerate(sorted(counts)))
+    torch.testing.assert_close(ranker(batch, with_loss=True)[1], 0.25 * expected)
+
+
+def test_diens_auxiliary_loss_by_hand():
+    """Two pairs; with one item in all histories there is no negative."""
+    ranker = make_ranker("dien").train()
+    batch = make_batch([Row(5, [(1, 1), (1, 2), (1, 1)]), Row(5, [(1, 3)]), Row(5, [])])
+    looked, state_TH = ranker.look_up(batch), torch.randn(4, ranker.item_dim)
+    item_I = looked.token_UD[batch.history_T[0], : ranker.item_dim]
+    expected = F.softplus(-(state_TH[:2] @ item_I)).mean()
+    torch.testing.assert_close(ranker.auxiliary_loss(state_TH, looked.token_UD, batch), expected)
+    empty = make_batch([Row(5, [])])
+    logits, loss = ranker(empty, with_loss=True)
+    assert loss == 0 and logits.shape == (1,)
+    assert ranker.eval()(batch, with_loss=True)[1] == 0
+
+
+def test_options_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="auxiliary_weight is 0"):
+        Sim(None, auxiliary_weight=0)
+    with pytest.raises(ValueError, match="0 events searched"):
+        Twin(None, num_searched=0)
+    batch = make_batch(make_rows([2]))
+    batch.age_T = None
+    with pytest.raises(ValueError, match="reads age_T and the batch has none"):
+        make_ranker("sim")(batch)
+
+
 # --- planted signals ---
 
 
@@ -319,7 +381,8 @@ def train(ranker: Ranker, make, *, steps: int) -> float:
     optimizer = torch.optim.Adam(ranker.parameters(), lr=1e-2)
     for seed in range(steps):
         batch = make(seed)
-        loss = F.binary_cross_entropy_with_logits(ranker(batch), batch.label_B)
+        logits, own_loss = ranker(batch, with_loss=True)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.label_B) + own_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -340,6 +403,31 @@ def liked_before(seed: int) -> RankBatch:
     return make_batch(rows, num_statistics=0)
 
 
+def category_liked(seed: int, *, length: int = 6, first: int = 0, last: int = 6) -> RankBatch:
+    """Liked: a target of a category (item % 9) of which one event got 3; those of all others got 1, fewer or more.
+
+    The one event stands between the places `first` and `last` of the history, and no other has its category.
+    """
+    random = torch.Generator().manual_seed(seed)
+    items = torch.randint(1, 39, (256, length), generator=random)
+    targets = torch.randint(1, 40, (256,), generator=random)
+    place_B = torch.randint(first, last, (256,), generator=random)
+    ratings = 1 + 2 * torch.randint(2, (256, length), generator=random)
+    rows = []
+    for b, target in enumerate(targets.tolist()):
+        history = [(i + 1 if i % 9 == target % 9 else i, r) for i, r in zip(items[b].tolist(), ratings[b].tolist())]
+        rating = history[place_B[b]][1]
+        history[place_B[b]] = (target % 9 + 9 if target >= 9 else target, rating)
+        rows.append(Row(target, history, label=float(rating == 3)))
+    return make_batch(rows, num_statistics=0)
+
+
+@functools.cache  # three rankers read the same batches
+def far_back(seed: int) -> RankBatch:
+    """The same, where the one event is among the first 14 of 30, behind what SIM's short-term interest reads."""
+    return category_liked(seed, length=30, first=0, last=14)
+
+
 def mood(seed: int) -> RankBatch:
     """Liked: anything, by a user whose history has more ratings of 3 than of 1."""
     random = torch.Generator().manual_seed(seed)
@@ -355,11 +443,21 @@ def test_din_finds_what_the_same_item_got_in_the_history():
     assert train(make_ranker("din", num_statistics=0), liked_before, steps=100) > 0.95
 
 
+@pytest.mark.parametrize("name", ["din", "dien", "sim", "sim hard", "twin"])
+def test_rankers_find_whether_the_category_of_the_target_was_liked(name: str):
+    assert train(make_ranker(name, num_statistics=0), category_liked, steps=100) > 0.95
+
+
+@pytest.mark.parametrize("name", ["sim", "sim hard", "twin"])
+def test_searching_rankers_find_it_far_back(name: str):
+    assert train(make_ranker(name, num_statistics=0), far_back, steps=100) > 0.95
+
+
 def test_dlrm_finds_the_mood_of_the_history():
     assert train(make_ranker("dlrm", num_statistics=0), mood, steps=40) > 0.97
 
 
-@pytest.mark.parametrize("name", ["din", "dlrm"])
+@pytest.mark.parametrize("name", ["din", "dlrm", "dien", "sim", "twin"])
 def test_rankers_find_a_signal_that_only_knowledge_has(name: str):
     """Liked: where the answer "liked" fits the item better than the answer "disliked" does; two LUMs, two spaces."""
 

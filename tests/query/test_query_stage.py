@@ -15,7 +15,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from lumrec.data.prepared import PreparedData
-from lumrec.data.splits import TEST, user_fold
+from lumrec.data.rows import training_rows
+from lumrec.data.sequences import training_windows
+from lumrec.data.splits import LATER, TEST, TRAIN, leave_out_later, user_fold
 from lumrec.query import stage
 from lumrec.query.group_query import GroupQuery
 from lumrec.query.store import Knowledge, KnowledgeStore
@@ -124,6 +126,25 @@ def test_a_finished_run_stands_and_a_new_lum_makes_a_new_version(experiment):
     assert np.isfinite(before.for_rows(np.arange(data.num_events)).o_BND).all()  # who has opened the old one reads on
     with pytest.raises(ValueError, match="query.users=true"):
         KnowledgeStore.open(path)
+
+
+def test_knowledge_split_in_time_leaves_the_later_rows_to_the_ranker(experiment):
+    pretrain.run(experiment("run=early", "pretrain.time_share=0.5", "inputs.prepared=tiny-prepare"))
+    config = experiment("inputs.lums=[early]", "query.users=false")
+    assert stage.run(config)["hazard"] == "time_split"
+    data, path = opened(config)
+    knowledge = Knowledge.open(path, data)
+    learnt = leave_out_later(data.split, data.timestamp, 0.5)
+    rows = training_rows(data, knowledge)
+    assert np.array_equal(rows, np.flatnonzero(learnt == LATER)) and 0 < len(rows) < (data.split == TRAIN).sum()
+    assert data.timestamp[learnt == TRAIN].max() == knowledge.learnt_until < data.timestamp[rows].min()
+    assert np.array_equal(training_rows(data, None), np.flatnonzero(data.split == TRAIN))
+
+    data.split = learnt  # what the LUM was trained on
+    everyone = np.ones(data.num_users, bool)
+    windows = training_windows(data, max_events=8, users=everyone, generator=torch.Generator().manual_seed(0))
+    read = np.concatenate([np.arange(a, a + n) for a, n in zip(windows.start_W.tolist(), windows.length_W.tolist())])
+    assert sorted(read) == np.flatnonzero(learnt == TRAIN).tolist()
 
 
 def test_cross_fitting_asks_each_user_of_the_lum_that_never_saw_them(experiment):

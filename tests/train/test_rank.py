@@ -21,13 +21,16 @@ from lumrec.data.statistics import dense_inputs
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import compare_runs
 from lumrec.modules.rankers.base import Ranker
+from lumrec.pipeline import RANKERS
 from lumrec.query import stage as query
 from lumrec.query.store import Knowledge
+from lumrec.report.table import RANKER_NAMES
 from lumrec.train import pretrain
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.rank import (
+    MODELS,
     RankConfig,
     build_ranker,
     build_rows,
@@ -80,6 +83,10 @@ def folder_of(config: Config) -> Path:
     return Path(config.runs_dir) / config.run
 
 
+def test_the_pipeline_offers_every_ranker():
+    assert set(RANKERS) == set(MODELS) == set(RANKER_NAMES)
+
+
 def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
     return build_rows(ranker, data, RankConfig(), dense_inputs(data), knowledge)
 
@@ -105,8 +112,11 @@ def build(config: Config, data: PreparedData) -> Ranker:
     return build_ranker(config.rank, data, num_statistics=0, knowledge=knowledge)
 
 
-@pytest.mark.parametrize("model", ["din", "dlrm"])
-@pytest.mark.parametrize("knowledge", ["none", "direct", "matching", "both"])
+EVERY = [(model, knowledge) for model in ("din", "dlrm") for knowledge in ("none", "direct", "matching", "both")]
+EVERY += [("dien", "both"), ("sim", "both"), ("twin", "both")]
+
+
+@pytest.mark.parametrize(("model", "knowledge"), EVERY)
 def test_every_ranker_with_every_knowledge(words, data, model, knowledge):
     config = config_of(words, f"run={model}-{knowledge}", f"rank.model={model}", f"rank.knowledge={knowledge}")
     result = run(config)
@@ -209,17 +219,18 @@ def test_a_rows_own_feedback_label_and_wish_are_not_read(words, data):
     torch.testing.assert_close(first, second)
 
 
-def test_two_ranks_score_alike(words, data):
+@pytest.mark.parametrize("model", ["din", "dien"])
+def test_two_ranks_score_alike(words, data, model):
     """A job of two processes runs through, and its result is what one process gets from its checkpoint."""
-    config = config_of(words, "run=two-ranks", "rank.knowledge=both", "rank.activation=dice")
+    settings = [f"run=two-ranks-{model}", f"rank.model={model}", "rank.knowledge=both", "rank.activation=dice"]
+    config = config_of(words, *settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = (
         "from lumrec.config import load; from lumrec.train.rank import run; import sys; run(load(None, sys.argv[1:]))"
     )
     file = Path(config.runs_dir) / "rank_on_two.py"
     file.write_text(script)
-    more = ["run=two-ranks", "rank.knowledge=both", "rank.activation=dice", "threads=1"]
-    more += ["rank.train.epochs=1", "rank.train.max_steps=5"]
+    more = [*settings, "threads=1", "rank.train.epochs=1", "rank.train.max_steps=5"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, str(file), *words, *more], env=environment, check=True)
     result = json.loads((folder_of(config) / "result.json").read_text())
@@ -250,7 +261,9 @@ def test_one_class_only_is_stated(words, tmp_path):
 @pytest.mark.parametrize(
     ("word", "error", "message"),
     [
-        ("rank.model=sim", ValueError, "rank.model is 'sim'; expected one of din, dlrm"),
+        ("rank.model=dim", ValueError, "rank.model is 'dim'; expected one of din, dlrm, dien, sim, twin"),
+        ("rank.model=twin rank.category=taste", ValueError, "rank.category is 'taste'; expected an item feature"),
+        ("rank.model=sim rank.search=quick", ValueError, "the search is 'quick'; expected one of hard, soft"),
         ("rank.knowledge=some", ValueError, "rank.knowledge is 'some'; expected one of none, direct"),
         ("rank.tables=warm", ValueError, "rank.tables is 'warm'; expected one of fresh, lum"),
         ("rank.statistics=few", ValueError, "'few'; expected one of all, user, none"),
@@ -259,7 +272,7 @@ def test_one_class_only_is_stated(words, tmp_path):
 )
 def test_a_wrong_setting_is_refused(words, word, error, message):
     with pytest.raises(error, match=message):
-        run(config_of(words, "run=refused", "overwrite=true", word))
+        run(config_of(words, "run=refused", "overwrite=true", *word.split()))
 
 
 def test_a_missing_input_names_the_command(words, tmp_path):

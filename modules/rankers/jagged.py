@@ -1,0 +1,64 @@
+"""Rows of jagged histories: softmax within rows, the latest events, and chunks of rows that stay in a CPU core's cache.
+
+Shape suffixes: B rows, R rows of a chunk, T history events of all rows behind each other, L events of the longest
+history of a chunk. A place is an index into the T events; T itself stands for padding.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 20  # of gathered histories for each thread
+
+
+def row_of_event(offsets_B1: Tensor, num_events: int) -> Tensor:
+    """The row that each event belongs to, int64 [T]."""
+    return torch.repeat_interleave(offsets_B1.diff(), output_size=num_events)
+
+
+def segment_softmax(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
+    """Softmax of x within each segment, [T]; segment_T: int64, in any order, segments may be empty."""
+    highest = x_T.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_T, x_T.detach(), "amax")
+    exp_T = (x_T - highest[segment_T]).exp()
+    return exp_T / x_T.new_zeros(num_segments).index_add(0, segment_T, exp_T)[segment_T]
+
+
+def latest(history_T: Tensor, offsets_B1: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The latest `num` events of each row, as another history and its offsets.
+
+    >>> latest(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 3, 3, 4]), 2)
+    (tensor([6, 7, 8]), tensor([0, 2, 2, 3]))
+    """
+    lengths_B = offsets_B1.diff()
+    from_end_T = offsets_B1[1:].repeat_interleave(lengths_B, output_size=len(history_T))
+    from_end_T = from_end_T - torch.arange(len(history_T), device=history_T.device)
+    kept_B1 = torch.nn.functional.pad(lengths_B.clamp(max=num).cumsum(0), (1, 0))
+    return history_T[from_end_T <= num], kept_B1
+
+
+def row_chunks(offsets_B1: Tensor, *, num_events: int, event_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of each chunk (int64 [R]) and the places of their events, [R, L], padded to the chunk's longest.
+
+    Rows come longest first, so that little is padded; rows without events come in no chunk. event_bytes: of what the
+    caller gathers for one event; on a CPU a chunk has CHUNK_BYTES of it for each thread, elsewhere all rows are one.
+
+    >>> for rows, places in row_chunks(torch.tensor([0, 1, 1, 4]), num_events=4, event_bytes=1 << 18):
+    ...     print(rows.tolist(), places.tolist())
+    [2] [[1, 2, 3]]
+    [0] [[0]]
+    """
+    length_B, order_B = offsets_B1.diff().sort(descending=True, stable=True)
+    start_B = offsets_B1[order_B]
+    num_rows = len(length_B)
+    longest = int(length_B[0]) if num_rows else 0
+    chunk_rows = max(1, num_rows)
+    if offsets_B1.device.type == "cpu":
+        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // max(1, longest * event_bytes))
+    place_L = torch.arange(longest, device=offsets_B1.device)
+    for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
+        if length == 0:
+            return
+        rows = slice(first, first + chunk_rows)
+        is_event_RL = place_L[:length] < length_B[rows, None]
+        yield order_B[rows], torch.where(is_event_RL, start_B[rows, None] + place_L[:length], num_events)

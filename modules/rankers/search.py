@@ -1,0 +1,101 @@
+"""Search in long histories, and attention of several heads over what was found (SIM, 2006.05639; TWIN, 2302.02352).
+
+Shape suffixes: see rankers/jagged.py; S events found for a row, H heads, K width of a head, X = K·H (head last), V
+width of a value.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lumrec.modules.rankers.jagged import row_chunks, row_of_event
+
+NUM_BUCKETS = 32  # of log_bucket: seconds up to 136 years
+
+
+def hard_search(category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets_B1: Tensor, num: int) -> Tensor:
+    """Places of each row's latest `num` events of its target's category, [B, S], in order, behind padding (T)."""
+    num_events, num_rows = len(history_T), len(target_B)
+    row_T = row_of_event(offsets_B1, num_events)
+    is_same_T = category_U[history_T] == category_U[target_B][row_T]
+    seen_T1 = F.pad(is_same_T.cumsum(0), (1, 0))
+    later_T = seen_T1[offsets_B1[1:]][row_T] - seen_T1[1:]  # events of the category behind this one
+    place_N = (is_same_T & (later_T < num)).nonzero().squeeze(1)
+    width = int(later_T[place_N].max()) + 1 if len(place_N) else 0
+    place_BS = history_T.new_full((num_rows, width), num_events)
+    place_BS[row_T[place_N], width - 1 - later_T[place_N]] = place_N
+    return place_BS
+
+
+@torch.no_grad()
+def top_search(
+    score: Callable[[Tensor, Tensor], Tensor], offsets_B1: Tensor, *, num_events: int, event_bytes: int, num: int
+) -> Tensor:
+    """Places of each row's `num` events of the highest score, [B, S], padded with T; of equals the later ones.
+
+    score: (rows [R], places [R, L], padded with T) → scores [R, L]; called for chunks of rows, so that memory does not
+    grow with the batch's events times their width. What it gives for padding is not read. No gradient flows through it.
+    """
+    num_rows = len(offsets_B1) - 1
+    longest = int(offsets_B1.diff().max()) if num_rows else 0
+    found_BS = offsets_B1.new_full((num_rows, min(num, longest)), num_events)
+    for rows, place_RL in row_chunks(offsets_B1, num_events=num_events, event_bytes=event_bytes):
+        if place_RL.shape[1] > num:
+            score_RL = score(rows, place_RL).masked_fill_(place_RL == num_events, -torch.inf)
+            lowest_R1 = score_RL.topk(num, dim=1).values[:, -1:]
+            above_RL, equal_RL = score_RL > lowest_R1, score_RL == lowest_R1
+            from_end_RL = equal_RL.flip(1).cumsum(1).flip(1)
+            left_R1 = num - above_RL.sum(dim=1, keepdim=True)
+            place_RL = place_RL[above_RL | (equal_RL & (from_end_RL <= left_R1))].view(-1, num)
+        found_BS[rows, : place_RL.shape[1]] = place_RL
+    return found_BS
+
+
+def plain_hard_search(
+    category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets_B1: Tensor, num: int
+) -> list[list[int]]:
+    """The places that `hard_search` finds, row by row: what it is tested against."""
+    found = []
+    for target, start, end in zip(target_B.tolist(), offsets_B1[:-1].tolist(), offsets_B1[1:].tolist()):
+        same = [t for t in range(start, end) if category_U[history_T[t]] == category_U[target]]
+        found.append(same[-num:])
+    return found
+
+
+def plain_top_search(score_T: Tensor, offsets_B1: Tensor, num: int) -> list[list[int]]:
+    """The places that `top_search` finds by the score of each event, row by row."""
+    return [
+        sorted(sorted(range(start, end), key=lambda t: (float(score_T[t]), t))[-num:])
+        for start, end in zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist())
+    ]
+
+
+def take(values_T: Tensor, place: Tensor, fill: float) -> Tensor:
+    """Entries of `values_T` at the places; `fill` where a place is padding."""
+    return F.pad(values_T, (0, 1), value=fill)[place]
+
+
+def log_bucket(x: Tensor) -> Tensor:
+    """floor(log2(1 + x)) for x >= 0, at most NUM_BUCKETS - 1; NUM_BUCKETS for a negative x (padding): int64.
+
+    >>> log_bucket(torch.tensor([-1.0, 0.0, 1.0, 3.0, 1e30])).tolist()
+    [32, 0, 1, 2, 31]
+    """
+    bucket = torch.log2(1 + x.float().clamp(min=0)).long().clamp(max=NUM_BUCKETS - 1)
+    return bucket.masked_fill_(x < 0, NUM_BUCKETS)
+
+
+def head_logits(query_BX: Tensor, key_BSX: Tensor, num_heads: int) -> Tensor:
+    """q · k / sqrt(K) of each head, [B, S, H]."""
+    query_BKH = query_BX.view(len(query_BX), -1, num_heads)
+    # A head's query beside zeros, so that one product serves all heads without a change of the keys' order.
+    query_BXH = torch.diag_embed(query_BKH * query_BKH.shape[1] ** -0.5).flatten(1, 2)
+    return torch.bmm(key_BSX, query_BXH)
+
+
+def masked_softmax(logit_BSH: Tensor, is_event_BS: Tensor) -> Tensor:
+    """Softmax over each row's events, 0 elsewhere; rows without events are 0."""
+    weight_BSH = logit_BSH.masked_fill(~is_event_BS[:, :, None], -1e30).softmax(dim=1)
+    return weight_BSH * is_event_BS[:, :, None]

@@ -1,0 +1,152 @@
+"""Search-based Interest Model: attention over the events of a long history that a search finds (Pi et al., 2006.05639).
+
+Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
+from lumrec.modules.rankers.din import LocalActivation
+from lumrec.modules.rankers.jagged import latest
+from lumrec.modules.rankers.search import (
+    NUM_BUCKETS,
+    hard_search,
+    head_logits,
+    log_bucket,
+    masked_softmax,
+    take,
+    top_search,
+)
+
+SEARCHES = ("hard", "soft")
+GAP_DIM = 8
+
+
+class Sim(Ranker):
+    """SIM: a general search unit finds what concerns the target, an exact one attends to it.
+
+    search: "hard" finds the latest events of the target's category, "soft" those of the highest inner product of
+    projected embeddings. num_searched: events found at most. num_heads, head_dim: of the exact unit, whose keys and
+    values are the events with their time gaps to the row (equation 5). num_recent: latest events that a short-term
+    interest is made of as well. auxiliary_weight: of the soft search's own task (equation 2), which trains it.
+
+    Where we differ from the paper: the short-term interest is DIN's, not DIEN's; the search is exact, in the batch, not
+    by an index; the soft search's task reads a window of num_searched events that begins anywhere in the history (the
+    paper samples too). Projections of target and event begin equal over item features, so that what is found at first
+    is what shares features with the target: a random search finds next to nothing in a long history to learn from.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        search: str = "soft",
+        num_searched: int = 50,
+        num_heads: int = 4,
+        head_dim: int = 16,
+        num_recent: int = 16,
+        auxiliary_weight: float = 1.0,
+        activation: str = "prelu",
+        **kwargs: Any,
+    ) -> None:
+        if search not in SEARCHES:
+            raise ValueError(f"the search is {search!r}; expected one of {', '.join(SEARCHES)}")
+        if num_searched < 1 or num_recent < 0:
+            raise ValueError(f"{num_searched} events searched and {num_recent} recent; expected at least 1 and 0")
+        if search == "soft" and auxiliary_weight <= 0:
+            raise ValueError(
+                f"auxiliary_weight is {auxiliary_weight}; expected more than 0: else a soft search learns nothing"
+            )
+        self._search, self._num_searched, self._num_recent = search, num_searched, num_recent
+        self._num_heads, self._head_dim, self._auxiliary_weight = num_heads, head_dim, auxiliary_weight
+        self._unit_activation = activation
+        super().__init__(*args, activation=activation, **kwargs)
+        self.reads = ("age_T", "category_U") if search == "hard" else ("age_T",)
+
+    def make_interest(self) -> int:
+        width = self._num_heads * self._head_dim
+        self.recent = LocalActivation(self.token_dim, self.item_dim, activation=self._unit_activation)
+        self.query = nn.Linear(self.item_dim, width, bias=False)
+        self.key = nn.Linear(self.token_dim + GAP_DIM, width, bias=False)
+        _begin_alike(self.query, self.key)
+        self.gap_NG = nn.Parameter(torch.randn(NUM_BUCKETS, GAP_DIM) * GAP_DIM**-0.5)
+        if self._search == "soft":
+            self.search_query = nn.Linear(self.item_dim, self._head_dim, bias=False)
+            self.search_key = nn.Linear(self.token_dim, self._head_dim, bias=False)
+            _begin_alike(self.search_query, self.search_key)
+            self.search_task = nn.Sequential(
+                nn.Linear(self.token_dim + self.item_dim, width), nn.ReLU(), nn.Linear(width, 1)
+            )
+        return self.token_dim + self.item_dim + self._num_heads * (self.token_dim + GAP_DIM)
+
+    def interest(self, looked: Looked, batch: RankBatch) -> Interest:
+        """Short-term interest, its product with the target, long-term interest: [B, D + I + H (D + G)]."""
+        token_UD, target_BI = looked.token_UD, looked.target_BI
+        recent_BD = self.recent(token_UD, target_BI, *latest(batch.history_T, batch.offsets_B1, self._num_recent))
+        long_BX = self.exact(looked, batch, self.search(looked, batch))
+        loss = None
+        if self.training and self._search == "soft":
+            loss = self._auxiliary_weight * self.search_loss(looked, batch)
+        product_BI = recent_BD[:, : self.item_dim] * target_BI
+        return Interest(torch.cat([recent_BD, product_BI, long_BX], dim=1), loss)
+
+    def search(self, looked: Looked, batch: RankBatch) -> Tensor:
+        """Places in the batch's history of what concerns each row's target, [B, S], padded with T."""
+        if self._search == "hard":
+            assert batch.category_U is not None
+            return hard_search(batch.category_U, batch.target_B, batch.history_T, batch.offsets_B1, self._num_searched)
+        with torch.no_grad():
+            key_UK, query_BK = (
+                F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1)),
+                self.search_query(looked.target_BI),
+            )
+
+        def score(rows: Tensor, place_RL: Tensor) -> Tensor:
+            key_RLK = F.embedding(take(batch.history_T, place_RL, batch.num_tokens), key_UK)
+            return torch.bmm(key_RLK, query_BK[rows, :, None]).squeeze(2)
+
+        return top_search(
+            score,
+            batch.offsets_B1,
+            num_events=len(batch.history_T),
+            event_bytes=key_UK.shape[1] * key_UK.element_size(),
+            num=self._num_searched,
+        )
+
+    def exact(self, looked: Looked, batch: RankBatch, place_BS: Tensor) -> Tensor:
+        """Each head's weighted sum of the events at the places, [B, H (D + G)] (equations 5 and 6)."""
+        assert batch.age_T is not None
+        index_BS = take(batch.history_T, place_BS, batch.num_tokens)
+        event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
+        gap_BSG = F.embedding(log_bucket(take(batch.age_T, place_BS, -1.0)), F.pad(self.gap_NG, (0, 0, 0, 1)))
+        z_BSX = torch.cat([event_BSD, gap_BSG], dim=2)
+        logit_BSH = head_logits(self.query(looked.target_BI), self.key(z_BSX), self._num_heads)
+        weight_BSH = masked_softmax(logit_BSH, place_BS < len(batch.history_T))
+        return torch.bmm(weight_BSH.transpose(1, 2), z_BSX).flatten(1)
+
+    def search_loss(self, looked: Looked, batch: RankBatch) -> Tensor:
+        """Cross-entropy of the labels by what the soft search's own scores weigh, mean over rows (equation 2)."""
+        length_B = batch.offsets_B1.diff()
+        room_B = (length_B - self._num_searched).clamp(min=0)
+        first_B1 = (torch.rand(len(batch), 1, device=room_B.device) * (room_B[:, None] + 1)).long()
+        place_BS = first_B1 + torch.arange(self._num_searched, device=room_B.device)
+        is_event_BS = place_BS < length_B[:, None]
+        place_BS = torch.where(is_event_BS, place_BS + batch.offsets_B1[:-1, None], len(batch.history_T))
+        index_BS = take(batch.history_T, place_BS, batch.num_tokens)
+        event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
+        key_BSK = F.embedding(index_BS, F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1)))
+        score_BS1 = torch.bmm(key_BSK, self.search_query(looked.target_BI)[:, :, None])
+        sum_BD = torch.bmm(score_BS1.transpose(1, 2), event_BSD).squeeze(1)
+        logit_B = self.search_task(torch.cat([sum_BD, looked.target_BI], dim=1)).squeeze(1)
+        return F.binary_cross_entropy_with_logits(logit_B, batch.label_B)
+
+
+@torch.no_grad()
+def _begin_alike(query: nn.Linear, key: nn.Linear) -> None:
+    """Gives both the same orthogonal projection of item features, and the key none of what a target lacks."""
+    nn.init.orthogonal_(query.weight)
+    key.weight.zero_()
+    key.weight[:, : query.in_features] = query.weight

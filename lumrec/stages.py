@@ -23,6 +23,7 @@ STAGES = {
     "inspect": "lumrec.query.inspect",
     "rank": "lumrec.train.rank",
     "retrieve": "lumrec.train.retrieve",
+    "warm_start": "lumrec.warm_start.stage",
     "pipeline": "lumrec.pipeline",
     "tune": "lumrec.tune",
     "reproduce": "lumrec.reproduce",

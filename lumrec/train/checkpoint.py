@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from lumrec.train.checkpoint_reader import OverlapPlanner, Reader
+from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
@@ -259,15 +259,6 @@ def verified_meta(path: Path) -> dict[str, Any]:
     return read_meta(path)
 
 
-def load_overlap(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Fills each tensor with what the checkpoint has at the same places; what lies beyond stays. In place, collective.
-
-    tensors: "model.<parameter>" or "optim.<parameter>.<entry>" → a tensor with as many dimensions, of any size, sharded
-    or plain. Each rank reads only the rows that it holds. The caller has verified the checkpoint and the names.
-    """
-    _dcp_load(dict(tensors), Reader(path), path, OverlapPlanner())
-
-
 def _verify(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None. Collective: each rank reads its share of the files."""
     problems = _gathered(_verify_share(path))
@@ -381,9 +372,9 @@ def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, A
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 
-def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path, planner: dcp.LoadPlanner | None = None) -> None:
+def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path) -> None:
     try:
-        dcp.load(tensors, storage_reader=reader, planner=planner)
+        dcp.load(tensors, storage_reader=reader)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         first = next(iter(error.failures.values()))[0]
         raise ValueError(f"{path} could not be loaded: {first}") from error

@@ -10,7 +10,8 @@ the same gradient, and the table behind zero columns is drawn at random.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.manifest import read_manifest
@@ -28,17 +27,19 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
-from lumrec.train.checkpoint import best_checkpoint, load_overlap, verified_meta
+from lumrec.train.checkpoint import best_checkpoint, verified_meta
 from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.lum import ModelConfig, condition_features
 from lumrec.train.optimizers import table_shardings
 from lumrec.train.parallel import world_size
 from lumrec.train.run import on_rank_zero, run_name
+from lumrec.warm_start import Rule, Rules, open_source, warm_start
 
 if TYPE_CHECKING:
     from lumrec.config import Config
 
 TABLE_STATES = ("keep", "fresh")
+_STATE_RULES = {"keep": "auto", "fresh": "drop"}  # what fits is checked before
 # Settings of the model that change what it answers; the others do not, or show in features and shapes.
 COMPARED_SETTINGS = ("encoder", "dim", "num_layers", "num_heads", "tokens", "similarity", "temperature")
 TOKENS = "token_encoder."
@@ -216,24 +217,27 @@ def start_from(
     theirs = earlier.parameters
     ours = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
     sources = {name: CONSTANT if name == BIAS and CONSTANT in theirs else name for name in ours}
-    columns = _old_columns(earlier, token_features(config, schema), schema)
-    _check_parameters(earlier, ours, sources, columns)
-    states = _table_states(model, earlier) if table_state == "keep" else {}
-
-    projections = {name: torch.empty(theirs[name]) for name in columns if name in theirs}
-    rest = {sources[name]: ours[name] for name in ours if sources[name] in theirs and name not in columns}
-    weights = {f"model.{name}": value for name, value in (rest | projections).items()}
-    load_overlap(earlier.checkpoint, weights | states)
+    parts = _old_columns(earlier, token_features(config, schema), schema)
+    _check_parameters(earlier, ours, sources, parts)
+    if table_state == "keep":
+        _check_table_states(model, earlier)
+    rules = [
+        Rule(sources[name], name, optimizer="drop", columns="pad_zero", parts=[list(part) for part in parts[name]])
+        if name in parts
+        else Rule(sources[name], name, rows="grow", new_rows="unknown", optimizer=_STATE_RULES[table_state])
+        if name.startswith(TABLES)
+        else Rule(sources[name], name, optimizer="drop")
+        for name in ours
+        if sources[name] in theirs
+    ]
+    fresh = [name for name in ours if sources[name] not in theirs]
+    source = open_source(earlier.checkpoint, verify=False)  # `find_earlier` has verified it
+    warm_start(model, source, Rules(rules, source_prefix="model.", optimizer_prefix="optim.", fresh=fresh))
     with torch.no_grad():
-        for name, old_C in columns.items():
-            weight = torch.zeros(ours[name].shape)
-            if name in projections:
-                weight[:, old_C >= 0] = projections[name][:, old_C[old_C >= 0]]
-            ours[name].copy_(weight)
-        for name in rest:
-            if name.startswith(TABLES):
-                _fill_new_rows(ours[name], first_new=theirs[name][0])
-    return [_growth(name, theirs.get(sources[name]), value, columns) for name, value in ours.items()]
+        for name in fresh:
+            if name in parts:  # of a LUM that had no condition feature: all columns are new
+                ours[name].zero_()
+    return [_growth(name, theirs.get(sources[name]), value, parts) for name, value in ours.items()]
 
 
 def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
@@ -245,25 +249,30 @@ def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
     return "\n".join(lines)
 
 
-def _old_columns(earlier: Earlier, features: Mapping[str, list[str]], schema: SchemaConfig) -> dict[str, Tensor]:
-    """For each projection of the new LUM, the earlier one's column that each of its columns was; -1 for a new one."""
+def _old_columns(
+    earlier: Earlier, features: Mapping[str, list[str]], schema: SchemaConfig
+) -> dict[str, list[tuple[int, int, int]]]:
+    """For each projection of the new LUM, (column in the earlier one, number, column now) of each feature it had."""
     before, columns = token_features(earlier.model, earlier.schema), {}
     for kind, names in features.items():
-        first, place = {}, 0
-        for name in before[kind]:
-            first[name] = place
-            place += earlier.schema.tables[earlier.schema.features[name].table].width
-        parts = []
-        for name in names:
-            width = schema.tables[schema.features[name].table].width
-            parts.append(torch.arange(width) + first[name] if name in first else torch.full((width,), -1))
-        if parts:
-            columns[PROJECTIONS[kind]] = torch.cat(parts)
+        first = _first_columns(before[kind], earlier.schema)
+        now = _first_columns(names, schema)
+        if names:
+            columns[PROJECTIONS[kind]] = [
+                (first[name], schema.tables[schema.features[name].table].width, now[name])
+                for name in names
+                if name in first
+            ]
     return columns
 
 
+def _first_columns(names: Sequence[str], schema: SchemaConfig) -> dict[str, int]:
+    widths = [schema.tables[schema.features[name].table].width for name in names]
+    return dict(zip(names, itertools.accumulate(widths, initial=0)))
+
+
 def _check_parameters(
-    earlier: Earlier, ours: Mapping[str, Any], sources: Mapping[str, str], columns: Mapping[str, Tensor]
+    earlier: Earlier, ours: Mapping[str, Any], sources: Mapping[str, str], columns: Collection[str]
 ) -> None:
     """Raises ValueError for parameters that are missing in one of the two, or of a shape that no growth explains."""
     theirs, known = earlier.parameters, set(sources.values())
@@ -286,13 +295,12 @@ def _check_parameters(
         )
 
 
-def _table_states(model: DistributedModelParallel, earlier: Earlier) -> dict[str, Any]:
-    """The optimizer state, on this rank, of tables that the earlier LUM has: name in the checkpoint → tensor.
+def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> None:
+    """Raises ValueError, on every rank, for a table's optimizer state that is not there or does not grow with its rows.
 
-    Collective. Raises ValueError, on every rank, for state that is not there or does not grow with its table's rows.
+    Collective.
     """
     stored, weights = Reader(earlier.checkpoint).sizes(), model.state_dict()
-    states: dict[str, Any] = {}
     problems = [
         f"{name} is data_parallel, where its optimizer is not made yet"
         for name, sharding in table_shardings(model).items()
@@ -300,7 +308,7 @@ def _table_states(model: DistributedModelParallel, earlier: Earlier) -> dict[str
     ]
     for name, entries in model.fused_optimizer.state_dict()["state"].items():
         for entry, value in entries.items() if name in earlier.parameters else ():
-            states[key := f"optim.{name}.{entry}"] = value
+            key = f"optim.{name}.{entry}"
             expected = [earlier.parameters[name][0], *value.size()[1:]]
             if stored.get(key) != expected or value.size()[0] != weights[name].size()[0]:
                 problems.append(f"{key} is {stored.get(key, 'absent')} there, {list(value.size())} here")
@@ -311,29 +319,13 @@ def _table_states(model: DistributedModelParallel, earlier: Earlier) -> dict[str
             f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
             "table_optimizer and sharding that it was trained with, or begin it anew: pretrain.table_state=fresh"
         )
-    return states
 
 
-def _fill_new_rows(table: Tensor | ShardedTensor, *, first_new: int) -> None:
-    """Sets the rows from `first_new` on to row 0, which may lie on another rank. Collective, for a sharded table."""
-    if not isinstance(table, ShardedTensor):
-        table[first_new:] = table[0]
-        return
-    row_D = torch.zeros(table.size()[1])
-    for part in table.local_shards():
-        (first_row, first_column), (rows, width) = part.metadata.shard_offsets, part.metadata.shard_sizes
-        if first_row == 0 and rows:
-            row_D[first_column : first_column + width] = part.tensor[0]
-    dist.all_reduce(row_D)  # each column of row 0 lies on one rank
-    for part in table.local_shards():
-        (first_row, first_column), (_, width) = part.metadata.shard_offsets, part.metadata.shard_sizes
-        part.tensor[max(0, first_new - first_row) :] = row_D[first_column : first_column + width].to(part.tensor.device)
-
-
-def _growth(name: str, there: list[int] | None, value: Any, columns: Mapping[str, Tensor]) -> Growth:
+def _growth(name: str, there: list[int] | None, value: Any, parts: Mapping[str, list[tuple[int, int, int]]]) -> Growth:
     rows = int(value.size()[0])
     taken = there[0] if there else 0
-    return Growth(name, taken, rows - taken, int((columns[name] < 0).sum()) if name in columns else 0)
+    columns_new = int(value.size()[1]) - sum(number for _, number, _ in parts[name]) if name in parts else 0
+    return Growth(name, taken, rows - taken, columns_new)
 
 
 def _table_of(parameter: str) -> str:

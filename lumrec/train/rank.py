@@ -38,6 +38,8 @@ from lumrec.train.lum import condition_features, lum_fingerprint
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
+from lumrec.warm_start import warm_start
+from lumrec.warm_start.config import WarmStartConfig
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -77,6 +79,7 @@ class RankConfig:
     num_searched, num_heads, head_dim: SIM's and TWIN's attention. num_recent: events of SIM's short-term interest.
     select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
     test: evaluate the test part at the end; false while settings are being searched (lumrec/tune.py).
+    warm_start: a production checkpoint to begin from; see docs/how-to/warm-start.md.
     """
 
     model: str = "din"
@@ -104,6 +107,7 @@ class RankConfig:
     num_recent: int = 16
     select: str = "auc"
     test: bool = True
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             epochs=3,
@@ -264,37 +268,43 @@ def run(config: "Config") -> dict[str, float | str]:
     Keys, of the test part and not with rank.test=false: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
     num_users_skipped; auc_low, auc_high, … of the first three (95 % intervals over users). Always: valid/… of the kept
     weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
-    tables_from_lum, and `note` and `undefined` where a part is empty or has one class only. The test rows' scores are
-    kept for lumrec.evaluation.compare.
+    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only.
+    The test rows' scores are kept for lumrec.evaluation.compare.
     Raises FileNotFoundError for a missing input, with the command that makes it.
     """
     settings, started = config.rank, time.perf_counter()
     device = init_distributed(threads=config.threads)
     if settings.tables not in TABLES:
         raise ValueError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
+    if settings.tables == "lum" and settings.warm_start.source:
+        raise ValueError("rank.tables=lum and rank.warm_start.source both fill the tables: give one of them")
     data = open_or_prepare(config)
     inputs = {"data": data.fingerprint}
-    knowledge = lum = None
-    if settings.knowledge != "none":
-        knowledge = Knowledge.open(Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query"), data)
+    lum = production = None
+    knowledge = open_knowledge(config, data)
+    if knowledge is not None:
         inputs["knowledge"] = knowledge.path.name
     if settings.tables == "lum":
         lum = lum_folder(config)
         inputs["lum"] = (best_checkpoint(lum) / "COMPLETE").read_text(encoding="utf-8").strip()
+    if settings.warm_start.source:
+        production = settings.warm_start.open()
+        inputs["warm_start"] = production.fingerprint()
     run_folder = RunFolder.create(config, "rank", inputs=inputs)
     if run_folder.finished:
         return run_folder.result()
-    statistics = dense_inputs(data, kind=settings.statistics)
-    torch.manual_seed(config.seed)
-    ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
-    builder = build_rows(ranker, data, settings, statistics, knowledge)
-    train = settings.train
-    dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    dmp, builder = sharded_ranker(config, data, knowledge, device=device)
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard
     if lum is not None:
         result["tables_from_lum"] = ", ".join(load_lum_tables(lum, data, dmp))
+    if production is not None:
+        audit = warm_start(dmp, production, settings.warm_start.rules)
+        result["warm_start"] = audit.source
+        if rank() == 0:
+            logger.info("%s", audit.text())
+            audit.save(run_folder.path)
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
     model = repr(dataclasses.replace(settings, train=TrainConfig()))
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})
@@ -303,6 +313,26 @@ def run(config: "Config") -> dict[str, float | str]:
     result["wall_s"] = time.perf_counter() - started
     run_folder.finish(result)
     return result
+
+
+def open_knowledge(config: "Config", data: PreparedData) -> Knowledge | None:
+    """The knowledge that `rank.knowledge` asks for; None for "none"."""
+    if config.rank.knowledge == "none":
+        return None
+    return Knowledge.open(Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query"), data)
+
+
+def sharded_ranker(
+    config: "Config", data: PreparedData, knowledge: Knowledge | None, *, device: torch.device
+) -> tuple[DistributedModelParallel, RowBuilder]:
+    """The ranker with fresh weights under DMP, and the builder of its batches. Collective."""
+    settings, train = config.rank, config.rank.train
+    statistics = dense_inputs(data, kind=settings.statistics)
+    torch.manual_seed(config.seed)
+    ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
+    builder = build_rows(ranker, data, settings, statistics, knowledge)
+    dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    return dmp, builder
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from torchx.cli.main import get_sub_cmds, run_main
 from lumrec.torchx_run import CmdRunFile, UsageError, single_app, stage_app
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare", "pretrain", "query", "rank", "retrieve")
+STAGES = ("prepare", "pretrain", "query", "rank", "retrieve", "warm_start")
 
 
 @pytest.fixture(autouse=True)

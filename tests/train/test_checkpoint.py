@@ -255,14 +255,25 @@ def test_weights_that_do_not_fit_load_nothing(tmp_path):
     assert same(dict(target.state_dict()), before)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
+def evil(code: str, tmp_path: Path) -> bytes:
+    """A pickle that creates tmp_path / "ran"; with "os", by a name that DCP's own module leads to."""
+
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
+    if code == "pathlib":
+        return pickle.dumps(Evil())
+    command = f"touch {tmp_path / 'ran'}".encode()
+    name = b"ctorch.distributed.checkpoint.filesystem\nos.system\n"
+    return b"\x80\x04" + name + b"U" + bytes([len(command)]) + command + b"\x85R."
+
+
+@pytest.mark.parametrize("code", ["pathlib", "os"])
+def test_a_checkpoint_cannot_run_code(tmp_path, code):
     trained(tmp_path / "run", 1)
     path = tmp_path / "run" / "step-00000001"
-    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    (path / ".metadata").write_bytes(evil(code, tmp_path))
     meta = json.loads((path / "meta.json").read_text())
     meta["files"][".metadata"] = sha256(path / ".metadata")
     (path / "meta.json").write_text(json.dumps(meta))

@@ -1,0 +1,105 @@
+"""What a warm start took, parameter by parameter, as text, JSON and Markdown."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lumrec.train.files import write_atomically
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One parameter: its source, rows and columns taken, new and unused, and what became of its optimizer state."""
+
+    target: str
+    source: str
+    target_size: list[int]
+    source_size: list[int]
+    dtype: str
+    rows_taken: int
+    rows_new: int
+    rows_unused: int
+    new_rows: str
+    columns_taken: int
+    columns_new: int
+    columns_unused: int
+    new_columns: str
+    optimizer: str
+
+
+@dataclass
+class Audit:
+    """rows: of parameters that have a source. fresh: those that stay as initialised. unused: the source's that are
+    left.
+
+    others: what the source holds beside tensors, never read. applied: whether the model was filled, or this is a dry
+    run.
+    """
+
+    source: str
+    kind: str
+    rows: list[AuditRow] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    applied: bool = False
+
+    def text(self) -> str:
+        """The audit as a table for the terminal."""
+        cells = [list(_HEAD), *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+        lines = [f"warm start from {self.source} ({self.kind}): {self._state()}"]
+        for line in cells:
+            aligned = [
+                cell.rjust(w) if _HEAD[i] in _NUMBERS else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths))
+            ]
+            lines.append("  ".join(aligned).rstrip())
+        return "\n".join([*lines, *(f"{name}: {', '.join(values) or 'none'}" for name, values in self._lists())])
+
+    def markdown(self) -> str:
+        """The audit as Markdown."""
+        lines = [f"# Warm start from `{self.source}` ({self.kind}): {self._state()}", ""]
+        lines += [f"| {' | '.join(_HEAD)} |", f"|{'|'.join('---:' if name in _NUMBERS else '---' for name in _HEAD)}|"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows] + [""]
+        lines += [
+            f"- {name}: {', '.join(f'`{value}`' for value in values) or 'none'}" for name, values in self._lists()
+        ]
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Writes warm_start.json and warm_start.md into `folder`, each whole or not at all."""
+        write_atomically(folder / "warm_start.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(folder / "warm_start.md", self.markdown())
+
+    def _state(self) -> str:
+        return "taken" if self.applied else "dry run, nothing is changed"
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        return [
+            ("stay as initialised", self.fresh),
+            ("of the source, unused", self.unused),
+            ("of the source, no tensors", self.others),
+        ]
+
+
+_HEAD = ("parameter", "source", "shape", "dtype", "taken", "new", "unused", "columns", "optimizer state")
+_NUMBERS = ("taken", "new", "unused")
+
+
+def _cells(row: AuditRow) -> list[str]:
+    same = row.source_size == row.target_size
+    shape = "×".join(map(str, row.target_size)) or "1"
+    columns = [] if not row.columns_new else [f"{row.columns_new} new ({row.new_columns})"]
+    columns += [] if not row.columns_unused else [f"{row.columns_unused} unused"]
+    return [
+        row.target,
+        "same name" if row.source == row.target else row.source,
+        shape if same else f"{'×'.join(map(str, row.source_size)) or '1'} → {shape}",
+        row.dtype,
+        f"{row.rows_taken:,}",
+        f"{row.rows_new:,}" + (f" ({row.new_rows})" if row.rows_new else ""),
+        f"{row.rows_unused:,}",
+        ", ".join(columns) or "all",
+        row.optimizer,
+    ]

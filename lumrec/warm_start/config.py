@@ -1,0 +1,22 @@
+"""Which production checkpoint a stage begins from."""
+
+from dataclasses import dataclass
+
+from lumrec.warm_start.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """source: a DCP folder, a torch.save or a safetensors file; "" begins with fresh weights. rules: a YAML file."""
+
+    source: str = ""
+    rules: str = ""
+
+    def open(self) -> Source:
+        """The source. Collective. Raises ValueError where one of the two is not given, and as `open_source` does."""
+        if not self.source or not self.rules:
+            raise ValueError(
+                f"rank.warm_start.source is {self.source!r} and rank.warm_start.rules {self.rules!r}: a warm start "
+                "needs both, a checkpoint and rules for its names, see docs/how-to/warm-start.md"
+            )
+        return open_source(self.source)

@@ -1,0 +1,180 @@
+"""The rules of a warm start: which tensor of the source each parameter gets, and what may differ. YAML.
+
+source_prefix: model.            # cut from the front of the source's names
+optimizer_prefix: optim.state.   # state lies under <optimizer_prefix><parameter>.<entry>
+rules:
+  - {source: dense_arch., target: bottom., match: prefix}
+  - source: sparse.embedding_bags.item.weight
+    target: tables.embedding_bags.item.weight
+    rows: remap
+    source_vocabulary: item.csv  # key, row
+    target_vocabulary: runs/shop-prepare/vocabulary/item.parquet
+    new_rows: mean
+unused: [over_arch.*]            # of the source, left behind on purpose
+fresh: [knowledge.*]             # of the model, stay as they were initialised
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+MATCHES = ("exact", "prefix", "regex")
+ROWS = ("error", "grow", "remap", "hash")
+COLUMNS = ("error", "slice", "pad_zero", "pad_fresh")
+NEW_ROWS = ("", "mean", "category_mean", "unknown", "zero", "random")
+HASHES = ("modulo", "splitmix64", "fnv1a64")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one parameter, or several alike, get.
+
+    match: "exact" names one tensor; "prefix" all whose name begins with `source`, which `target` replaces; "regex" all
+    that `source` matches as a whole, `target` with \\1 or \\g<name>. target: null = the source's name. exclude: glob
+    patterns of source names that this rule leaves to others.
+
+    rows: "error" (the same number, the same order), "grow" (the source's rows come first), "remap" (by raw id through
+    both vocabularies), "hash" (the source's row of a raw id is a hash of it). A vocabulary is a Parquet or CSV file
+    with a column of raw ids and one of rows (source_columns, target_columns); relative to the rules file. keep_rows:
+    rows without a raw id that keep their number, such as 0 for "unknown". hash: "modulo" (whole numbers), "splitmix64"
+    (whole numbers) or "fnv1a64" (text), of the id, modulo the source's rows. collisions: "error", or "share": ids that
+    had one row in the source begin with equal rows. new_rows: what rows without a source begin with, to be stated where
+    there are any: "mean" of the rows taken, "category_mean" of those of the same category (categories: file of key,
+    category; "mean" where a category has none), "unknown" (as row 0), "zero", or "random" (as the model was
+    initialised).
+
+    columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones
+    are zero, or as initialised). parts: [[source column, number, target column], …] where old columns are not the
+    first. dtype: "up" (no number may lose precision) or "cast". optimizer: "auto" keeps the state, converted where it
+    has to be, and drops it with a word where it cannot; "keep" refuses then; "drop".
+    """
+
+    source: str
+    target: Optional[str] = None
+    match: str = "exact"
+    exclude: List[str] = field(default_factory=list)
+    rows: str = "error"
+    source_vocabulary: str = ""
+    target_vocabulary: str = ""
+    source_columns: List[str] = field(default_factory=lambda: ["key", "row"])
+    target_columns: List[str] = field(default_factory=lambda: ["key", "row"])
+    keep_rows: List[int] = field(default_factory=list)
+    hash: str = "modulo"
+    collisions: str = "error"
+    new_rows: str = ""
+    categories: str = ""
+    columns: str = "error"
+    parts: List[List[int]] = field(default_factory=list)
+    dtype: str = "up"
+    optimizer: str = "auto"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All rules, what is left behind and what stays fresh on purpose. folder: where relative paths begin."""
+
+    rules: List[Rule] = field(default_factory=list)
+    source_prefix: str = ""
+    optimizer_prefix: str = ""
+    unused: List[str] = field(default_factory=list)
+    fresh: List[str] = field(default_factory=list)
+    folder: str = "."
+
+
+_CHOICES = {
+    "match": MATCHES,
+    "rows": ROWS,
+    "columns": COLUMNS,
+    "new_rows": NEW_ROWS,
+    "hash": HASHES,
+    "collisions": ("error", "share"),
+    "dtype": ("up", "cast"),
+    "optimizer": ("auto", "keep", "drop"),
+}
+
+
+def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
+    """Rules of a YAML file, or of a mapping of the same form. Relative paths begin at the file's folder.
+
+    Raises FileNotFoundError for a missing file; ValueError for broken YAML, an unknown key or value (with the nearest
+    valid one), and settings that contradict one another.
+    """
+    origin = "rules"
+    if isinstance(rules, (str, Path)):
+        path = Path(rules)
+        origin = str(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"warm_start.rules: there is no file {path} (from {Path.cwd()})")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path} holds {type(content).__name__}; expected keys such as rules, unused and fresh")
+        rules = {"folder": str(path.parent), **content}
+    if not isinstance(rules, Rules):
+        rules = _parse(origin, rules)
+    for rule in rules.rules:
+        _check(f"{origin}, rule {rule.source!r}", rule)
+    return rules
+
+
+def _parse(origin: str, content: Mapping[str, Any]) -> Rules:
+    _check_keys(origin, content, Rules.__dataclass_fields__)
+    rules = content.get("rules", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
+        raise ValueError(f"{origin}: rules is {rules!r}; expected a list of mappings, each with source and target")
+    for rule in rules:
+        _check_keys(f"{origin}, rule {rule.get('source', rule)!r}", rule, Rule.__dataclass_fields__)
+        if "source" not in rule:
+            raise ValueError(f"{origin}: rule {dict(rule)!r} has no source")
+    try:
+        return cast(Rules, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Rules), dict(content))))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from None
+
+
+def _check_keys(where: str, content: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+
+
+def _check(where: str, rule: Rule) -> None:
+    for name, choices in _CHOICES.items():
+        value = getattr(rule, name)
+        if value not in choices:
+            raise ValueError(f"{where}: {name} is {value!r}; expected one of {', '.join(filter(None, choices))}")
+    needed = {
+        "source_vocabulary": rule.rows == "remap",
+        "target_vocabulary": rule.rows in ("remap", "hash"),
+        "categories": rule.new_rows == "category_mean",
+    }
+    for name, is_needed in needed.items():
+        if is_needed != bool(getattr(rule, name)):
+            said = "has no" if is_needed else "has"
+            reason = "new_rows=" + rule.new_rows if name == "categories" else "rows=" + rule.rows
+            raise ValueError(f"{where} {said} {name}, with {reason}: give both or neither")
+    for name in ("source_columns", "target_columns"):
+        if len(getattr(rule, name)) != 2:
+            raise ValueError(f"{where}: {name} is {getattr(rule, name)}; expected [<raw id>, <row>] of its vocabulary")
+    for part in rule.parts:
+        if len(part) != 3 or min(part) < 0 or part[1] < 1:
+            raise ValueError(f"{where}: parts has {part}; expected [source column, number of columns, target column]")
+    if rule.parts and rule.columns == "error":
+        raise ValueError(f"{where}: parts says that columns move; say too what is new, by columns=pad_zero, …")
+
+
+def nearest(name: str, names: Collection[str], number: int = 2) -> str:
+    """The nearest of the names as the end of a sentence; by their last part where the whole is too far."""
+    near = difflib.get_close_matches(name, list(names), n=number, cutoff=0.6)
+    if not near:
+        near = [other for other in names if other.split(".")[-2:] == name.split(".")[-2:]][:number]
+    near = near or difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return f"; the nearest is {' or '.join(map(repr, near))}" if near else ""

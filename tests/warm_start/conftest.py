@@ -1,0 +1,41 @@
+"""A production checkpoint that lumrec had no part in, made once, and a server that forks runs of two ranks."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "train"), str(Path(__file__).resolve().parent)]
+
+from forks import ForkServer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What production_dlrm.py left, under torchrun on two ranks; not a byte of it may change."""
+    folder = tmp_path_factory.mktemp("production")
+    script = Path(__file__).resolve().with_name("production_dlrm.py")
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = digests(folder)
+    yield folder
+    assert digests(folder) == before
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Checksum of every file below a folder."""
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="session")
+def warm_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts runs of one or several processes in tens of milliseconds."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()

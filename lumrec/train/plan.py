@@ -45,12 +45,14 @@ class TableSharding:
 def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[str, TableSharding]:
     """What `sharding` asks for, table name → TableSharding; a table that is not in it is left to the planner.
 
-    "" asks for nothing, a sharding type for that type for all tables, anything else is the path of a plan file.
+    "" asks for nothing, a sharding type for that type for all tables (row_wise: all that have rows for every rank, see
+    `_lacks_rows`; the others table_wise), anything else is the path of a plan file.
     Raises ValueError for what is neither, and for a plan that does not fit the model or the number of processes.
     """
     tables = _tables(model)
     if sharding in SHARDING_TYPES:
-        return {name: TableSharding(sharding) for name in tables}
+        small = {name for name, table in tables.items() if sharding == "row_wise" and _lacks_rows(table, world_size)}
+        return {name: TableSharding("table_wise" if name in small else sharding) for name in tables}
     if not sharding:
         return {}
     path = Path(sharding)
@@ -73,7 +75,18 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
             raise ValueError(f"{path}: this model has no table {name!r}{_nearest(str(name), tables)}")
         chosen[name] = _table_sharding(f"{path}, table {name!r}", entry)
         _check_ranks(f"{path}, table {name!r}", chosen[name], tables[name].embedding_dim, world_size)
+        if chosen[name].sharding == "row_wise" and _lacks_rows(tables[name], world_size):
+            raise ValueError(
+                f"{path}, table {name!r}: row_wise over {world_size} ranks would leave one without any of its "
+                f"{tables[name].num_embeddings} rows: make it table_wise"
+            )
     return chosen
+
+
+def _lacks_rows(table: EmbeddingBagConfig, world_size: int) -> bool:
+    """Whether row_wise would leave a rank without a row: FBGEMM's CPU backward then reads beyond its list of tables."""
+    block = -(-table.num_embeddings // world_size)
+    return (world_size - 1) * block >= table.num_embeddings
 
 
 def _table_sharding(where: str, entry: Any) -> TableSharding:
@@ -127,8 +140,10 @@ def make_plan(
     plan for itself: an error then shows on all of them and leaves none waiting. Raises ValueError for a table width
     that is no multiple of 4.
     """
-    planner_types = ["table_wise"] + (["row_wise"] if device.type == "cuda" else [])
-    allowed = {name: [chosen[name].sharding] if name in chosen else planner_types for name in _tables(model)}
+    allowed = {}
+    for name, table in _tables(model).items():
+        splits = device.type == "cuda" and not _lacks_rows(table, world_size)
+        allowed[name] = [chosen[name].sharding] if name in chosen else ["table_wise", *(["row_wise"] if splits else [])]
     sharder = _Sharder([kind for kind in SHARDING_TYPES if any(kind in types for types in allowed.values())])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     with quiet_torchrec():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tiny_training import TinyModel
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.plan import SHARDING_TYPES, TableSharding, plan_json, read_sharding
@@ -18,6 +19,23 @@ def test_a_type_is_for_all_tables_and_nothing_for_none():
     assert read_sharding("", TinyModel(), world_size=2) == {}
     for kind in SHARDING_TYPES:
         assert read_sharding(kind, TinyModel(), world_size=2) == {"t0": TableSharding(kind), "t1": TableSharding(kind)}
+
+
+def test_a_table_is_not_cut_into_more_parts_than_it_has_rows(tmp_path):
+    tables = [
+        EmbeddingBagConfig(name=f"t{rows}", num_embeddings=rows, embedding_dim=8, feature_names=[f"f{rows}"])
+        for rows in (3, 4, 5, 8)  # over 4 ranks, 5 rows make 2, 2, 1, 0
+    ]
+    model = EmbeddingBagCollection(tables=tables)
+    assert {name: table.sharding for name, table in read_sharding("row_wise", model, world_size=4).items()} == {
+        "t3": "table_wise",
+        "t4": "row_wise",
+        "t5": "table_wise",
+        "t8": "row_wise",
+    }
+    (tmp_path / "plan.yaml").write_text("t5: row_wise")
+    with pytest.raises(ValueError, match="row_wise over 4 ranks would leave one without any of its 5 rows"):
+        read_sharding(str(tmp_path / "plan.yaml"), model, world_size=4)
 
 
 def test_a_plan_file_in_yaml_and_json(tmp_path):

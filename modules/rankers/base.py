@@ -7,7 +7,7 @@ token (its item and feedback features), I width of its item features, R width of
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 from lumrec.modules.tokens import feature_order
 
 ACTIVATIONS = ("relu", "prelu", "dice")
+Batch = TypeVar("Batch")
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """A batch (a dataclass) with all fields that can be moved on `device`."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
+    on_device = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+    return dataclasses.replace(batch, **on_device)  # type: ignore[type-var]
 
 
 @dataclass
@@ -62,9 +70,7 @@ class RankBatch:
 
     def to(self, device: torch.device | str) -> "RankBatch":
         """The same batch on `device`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
-        return dataclasses.replace(self, **moved)
+        return moved(self, device)
 
 
 class Looked(NamedTuple):

@@ -5,7 +5,6 @@ D width of a token (its item and feedback features), I width of its item feature
 LUM, K folds (LUMs), F features given to a tower, V width of the vectors, X rows of anything.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.knowledge import MaskedStandardise
 from lumrec.modules.lum import SIMILARITIES
-from lumrec.modules.rankers.base import make_mlp
-from lumrec.modules.rankers.din import segment_softmax
+from lumrec.modules.rankers.base import make_mlp, moved
+from lumrec.modules.rankers.jagged import segment_softmax
 from lumrec.modules.tokens import feature_order
 
 POOLINGS = ("mean", "attention")
@@ -61,8 +60,7 @@ class TowerBatch:
 
     def to(self, device: torch.device | str) -> "TowerBatch":
         """The same batch on `device`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: v.to(device) for k, v in values.items() if hasattr(v, "to")})
+        return moved(self, device)
 
 
 class TwoTower(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_knowledge import make_knowledge
 
 from lumrec.config import Config, load
 from lumrec.data.columns import Column
@@ -22,10 +23,8 @@ from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import compare_runs
 from lumrec.modules.rankers.base import Ranker
 from lumrec.pipeline import RANKERS
-from lumrec.query import stage as query
 from lumrec.query.store import Knowledge
 from lumrec.report.table import RANKER_NAMES
-from lumrec.train import pretrain
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.lum import load_lum
 from lumrec.train.parallel import init_distributed, shard
@@ -44,15 +43,6 @@ from lumrec.train.rank import (
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
-    "name=tiny",
-    "data.source=simulator",
-    "data.simulator.num_users=60",
-    "data.simulator.num_items=120",
-    "data.simulator.events_per_user=30",
-    "model.dim=16",
-    "model.max_events=16",
-    "pretrain.train.max_steps=4",
-    "pretrain.packing.events_per_pack=256",
     "rank.batch_size=128",
     "rank.train.epochs=2",
     "rank.train.log_every=4",
@@ -63,11 +53,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     """Words of a runs folder that holds prepared data, two cross-fitted LUMs and their knowledge."""
-    words = [*WORDS, f"runs_dir={tmp_path_factory.mktemp('rank')}"]
-    for fold in ("0/2", "1/2"):
-        pretrain.run(load(None, [*words, f"fold={fold}"]))
-    query.run(load(None, [*words, "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]))
-    return words
+    return make_knowledge(tmp_path_factory.mktemp("rank"), *WORDS)
 
 
 @pytest.fixture(scope="module")

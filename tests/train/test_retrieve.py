@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_knowledge import make_knowledge
 
 from lumrec.config import Config, load
 from lumrec.data.columns import Column
@@ -16,9 +17,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN, VALID
 from lumrec.data.tower_rows import TowerLoader
 from lumrec.evaluation.retrieval import last_events, rank_targets
-from lumrec.query import stage as query
 from lumrec.query.store import Knowledge
-from lumrec.train import pretrain
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, shard
@@ -36,16 +35,7 @@ from lumrec.train.retrieve import (
 )
 
 WORDS = [
-    "name=tiny",
-    "data.source=simulator",
     "data.split.kind=leave_one_out",
-    "data.simulator.num_users=60",
-    "data.simulator.num_items=120",
-    "data.simulator.events_per_user=30",
-    "model.dim=16",
-    "model.max_events=16",
-    "pretrain.train.max_steps=4",
-    "pretrain.packing.events_per_pack=256",
     "retrieve.batch_size=128",
     "retrieve.dim=16",
     "retrieve.hidden_dims=[16]",
@@ -58,11 +48,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     """Words of a runs folder that holds prepared data, two cross-fitted LUMs and their knowledge."""
-    words = [*WORDS, f"runs_dir={tmp_path_factory.mktemp('retrieve')}"]
-    for fold in ("0/2", "1/2"):
-        pretrain.run(load(None, [*words, f"fold={fold}"]))
-    query.run(load(None, [*words, "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]))
-    return words
+    return make_knowledge(tmp_path_factory.mktemp("retrieve"), *WORDS)
 
 
 @pytest.fixture(scope="module")

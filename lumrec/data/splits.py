@@ -173,6 +173,8 @@ def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> i
 
 def leave_out_later(split: np.ndarray, timestamp: np.ndarray, share: float) -> np.ndarray:
     """The split for a LUM that learns from the earliest `share` of the training events alone: the others are LATER."""
+    if share == 1.0:
+        return split
     return np.where((split == TRAIN) & (timestamp > moment_of_share(split, timestamp, share)), LATER, split)
 
 

@@ -281,7 +281,7 @@ def run(config: "Config") -> dict[str, float | str]:
     data = open_or_prepare(config)
     inputs = {"data": data.fingerprint}
     lum = production = None
-    knowledge = open_knowledge(config, data)
+    knowledge = open_knowledge(config, data, settings.knowledge)
     if knowledge is not None:
         inputs["knowledge"] = knowledge.path.name
     if settings.tables == "lum":
@@ -315,9 +315,9 @@ def run(config: "Config") -> dict[str, float | str]:
     return result
 
 
-def open_knowledge(config: "Config", data: PreparedData) -> Knowledge | None:
-    """The knowledge that `rank.knowledge` asks for; None for "none"."""
-    if config.rank.knowledge == "none":
+def open_knowledge(config: "Config", data: PreparedData, kind: str) -> Knowledge | None:
+    """The knowledge of `inputs.knowledge` that a setting such as `rank.knowledge` asks for; None for "none"."""
+    if kind == "none":
         return None
     return Knowledge.open(Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query"), data)
 

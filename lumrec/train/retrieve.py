@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, List
 
 import numpy as np
@@ -30,7 +29,7 @@ from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
-from lumrec.train.rank import average_buffers
+from lumrec.train.rank import average_buffers, open_knowledge
 from lumrec.train.run import RunFolder
 
 if TYPE_CHECKING:
@@ -267,9 +266,8 @@ def run(config: "Config") -> dict[str, float | str]:
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
     inputs = {"data": data.fingerprint}
-    knowledge = None
-    if settings.knowledge != "none":
-        knowledge = Knowledge.open(Path(config.runs_dir) / (config.inputs.knowledge or f"{config.name}-query"), data)
+    knowledge = open_knowledge(config, data, settings.knowledge)
+    if knowledge is not None:
         inputs["knowledge"] = knowledge.path.name
     run_folder = RunFolder.create(config, "retrieve", inputs=inputs)
     if run_folder.finished:

@@ -21,7 +21,7 @@ def run(config: "Config") -> dict[str, float | str]:
     device = init_distributed(threads=config.threads)
     source = config.rank.warm_start.open()
     data = open_or_prepare(config)
-    dmp, _ = sharded_ranker(config, data, open_knowledge(config, data), device=device)
+    dmp, _ = sharded_ranker(config, data, open_knowledge(config, data, config.rank.knowledge), device=device)
     try:
         audit = warm_start(dmp, source, config.rank.warm_start.rules, dry_run=True)
     except PlanError as error:

@@ -77,7 +77,7 @@ def test_killed_twenty_times_at_random_moments(forks, whole, tmp_path):
         in_save += any((tmp_path / RUN / "checkpoints").glob(".tmp-*"))
         metrics = tmp_path / RUN / "metrics.jsonl"
         if metrics.exists():
-            # Empty after a life that resumed at a checkpoint before the first line, and ended before it wrote that again.
+            # Empty after a life that resumed before the first line, and ended before it wrote that again.
             reached = max((json.loads(line)["step"] for line in metrics.read_text().splitlines()), default=0)
             in_training += "step" in run.text()
     print(f"{in_training} kills in training, of these {in_save} while a checkpoint was written; at step {reached} last")

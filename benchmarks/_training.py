@@ -82,7 +82,7 @@ class LumTraining:
         """full: InfoNCE over the whole catalogue, else in the batch and 1024 sampled."""
         settings = PretrainConfig(
             packing=PackingConfig(events_per_pack=events, condition_dropout=0.0),
-            negatives=NegativesConfig(full=full),
+            negatives=NegativesConfig(full=full, sampled=1024),
             precision=precision,
         )
         torch.manual_seed(0)

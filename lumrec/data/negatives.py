@@ -18,7 +18,8 @@ class NegativesConfig:
     """Which items stand against the right one in InfoNCE (LUM equ. 2), and how much each of them counts.
 
     full: the whole catalogue (small catalogues; the other settings then have no effect).
-    in_batch: the items of the same pack, by how often they occur (the paper's).
+    in_batch: the items of the same pack, by how often they occur (the paper's). With logq, the best of ten losses at
+        equal time on ML-1M and Amazon Beauty (docs/experiments.md), hence the default.
     sampled: so many further draws, shared by all positions of a pack.
     sampling: draws are uniform, by popularity^popularity_power in the training part, or mixed: by popularity in
         popularity_share of the draws, uniform in the rest.
@@ -31,7 +32,7 @@ class NegativesConfig:
 
     full: bool = False
     in_batch: bool = True
-    sampled: int = 1024
+    sampled: int = 0
     sampling: str = "uniform"
     popularity_power: float = 0.75
     popularity_share: float = 0.5
@@ -116,6 +117,8 @@ def _check(config: NegativesConfig) -> None:
         raise ValueError(f"negatives.popularity_share is {config.popularity_share}; expected a share between 0 and 1")
     if not (config.full or config.in_batch or config.sampled > 0):
         raise ValueError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
+    if config.sampling != "uniform" and not (config.full or config.sampled):
+        raise ValueError(f"negatives.sampling={config.sampling} draws nothing: set negatives.sampled, such as 1024")
     if config.full and config.across_ranks:
         raise ValueError(
             "negatives.full and negatives.across_ranks are both set: each rank has the whole catalogue already; set "

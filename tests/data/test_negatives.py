@@ -1,5 +1,7 @@
 """Which items are candidates, and that their weights mean what the settings say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -38,20 +40,22 @@ def test_logq_makes_the_weights_an_unbiased_estimate_of_the_catalogue(in_batch, 
     ("config", "expected"),
     [
         (NegativesConfig(sampling="uniform"), [0, 0.2, 0.2, 0.2, 0.2, 0.2]),
-        (NegativesConfig(sampling="popularity", popularity_power=0.5), np.sqrt(COUNTS) / np.sqrt(COUNTS).sum()),
         (
-            NegativesConfig(sampling="mixed", popularity_power=1.0, popularity_share=0.25),
+            NegativesConfig(sampled=1, sampling="popularity", popularity_power=0.5),
+            np.sqrt(COUNTS) / np.sqrt(COUNTS).sum(),
+        ),
+        (
+            NegativesConfig(sampled=1, sampling="mixed", popularity_power=1.0, popularity_share=0.25),
             0.75 * np.array([0, 0.2, 0.2, 0.2, 0.2, 0.2]) + 0.25 * COUNTS / COUNTS.sum(),
         ),
-        (NegativesConfig(sampling="popularity", popularity_power=0.0), [0, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (NegativesConfig(sampled=1, sampling="popularity", popularity_power=0.0), [0, 0.2, 0.2, 0.2, 0.2, 0.2]),
     ],
 )
 def test_draws_follow_the_proposal(config, expected):
+    config = dataclasses.replace(config, in_batch=False, sampled=200_000, logq=False)
     sampler = NegativeSampler(config, COUNTS)
     torch.testing.assert_close(sampler.proposal_I, torch.as_tensor(np.asarray(expected)))
-    candidates = draw(
-        NegativesConfig(**{**vars(config), "in_batch": False, "sampled": 200_000, "logq": False}), items=[]
-    )
+    candidates = draw(config, items=[])
     share = torch.zeros(len(COUNTS), dtype=torch.float64)
     share[candidates.item_C] = candidates.log_weight_C.double().exp() / 200_000
     torch.testing.assert_close(share, sampler.proposal_I, rtol=0, atol=0.005)
@@ -71,7 +75,12 @@ def test_weights_equal_plain_counting(items, sampled, in_batch, unique, logq, lo
     if not (in_batch or sampled) or (logq_positive and not logq):
         return
     config = NegativesConfig(
-        in_batch=in_batch, sampled=sampled, sampling="mixed", unique=unique, logq=logq, logq_positive=logq_positive
+        in_batch=in_batch,
+        sampled=sampled,
+        sampling="mixed" if sampled else "uniform",
+        unique=unique,
+        logq=logq,
+        logq_positive=logq_positive,
     )
     sampler = NegativeSampler(config, COUNTS, num_ranks=num_ranks)
     item_T, num_events = torch.tensor(items, dtype=torch.int64), len(items) + 7
@@ -122,6 +131,7 @@ def test_the_full_catalogue():
         (NegativesConfig(in_batch=False, sampled=0), "no negatives"),
         (NegativesConfig(sampling="zipf"), "expected one of"),
         (NegativesConfig(sampling="mixed", popularity_share=1.5), "between 0 and 1"),
+        (NegativesConfig(sampling="popularity"), "set negatives.sampled"),
         (NegativesConfig(full=True, across_ranks=True), "whole catalogue already"),
         (NegativesConfig(logq=False, logq_positive=True), "logq=true"),
     ],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lumrec.modules.knowledge import MaskedStandardise
+from lumrec.modules.knowledge import MaskedStandardise, fold_weights, project_by_fold
 from lumrec.modules.lum import SIMILARITIES
 from lumrec.modules.rankers.base import make_mlp, moved
 from lumrec.modules.rankers.jagged import segment_softmax
@@ -197,18 +197,13 @@ class AnswerProjection(nn.Module):
         self.dropout, self.num_features = dropout, num_conditions + out_dim
         in_dim = num_conditions * knowledge_dim
         self.scale = MaskedStandardise(in_dim)
-        bound = in_dim**-0.5
-        self.weight_KXF = nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
+        self.weight_KXF = fold_weights(num_folds, in_dim, out_dim)
         self.bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
 
     def forward(self, o_BNW: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
         """Features [B, N + F], float32 (meaning of the inputs: KnowledgeBatch)."""
         if self.training and self.dropout:
             present_BN = present_BN & (torch.rand(len(present_BN), 1, device=present_BN.device) >= self.dropout)
-        # What stands in the place of an absent answer may be anything, nan included.
-        x_BX = o_BNW.detach().float().masked_fill(~present_BN[:, :, None], 0.0).flatten(1)
-        x_BX = self.scale(x_BX, present_BN.repeat_interleave(o_BNW.shape[2], dim=1))
-        # All folds' projections of all rows, then each row's own, as in KnowledgeFusion.
-        x_KBF = torch.baddbmm(self.bias_KF[:, None], x_BX.expand(len(self.bias_KF), -1, -1), self.weight_KXF)
-        x_BF = x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)]
+        x_BX = self.scale(o_BNW.detach().float(), present_BN[:, :, None]).flatten(1)
+        x_BF = project_by_fold(x_BX, self.weight_KXF, self.bias_KF, fold_B)
         return torch.cat([present_BN.float(), x_BF * present_BN.any(dim=1, keepdim=True)], dim=1)

@@ -130,7 +130,7 @@ class NegativeRows:
 
 
 def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's place in the log as read, and the draw's number."""
+    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's place in the log, and the draw's number."""
     with np.errstate(over="ignore"):
         start = mix(np.array([seed % 2**64], np.uint64))
         state_N = mix(mix(order_N.astype(np.uint64) ^ start) + number_N.astype(np.uint64))

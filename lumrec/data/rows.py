@@ -122,7 +122,7 @@ class RowBuilder:
         )
 
     def tokens(self, rows: np.ndarray, items_C: np.ndarray) -> RowTokens:
-        """Tokens of the event rows' histories and of some catalogue items (int64 [C]), each once, and the rows' own bags."""
+        """Tokens of the rows' histories and of some catalogue items (int64 [C]), each once, and the rows' own bags."""
         begin_B = np.maximum(self.first_E[rows], rows - self.max_history)
         offsets_B1 = np.concatenate([[0], np.cumsum(rows - begin_B)])
         history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(rows - begin_B)).numpy()

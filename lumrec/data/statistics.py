@@ -149,7 +149,7 @@ def _item_history(
 
 
 def _value_history(data: PreparedData, rows: Rows, column: Column, x_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number and sum of x of the user's events before each row on each value that its item has, over its values, [R]."""
+    """Number and sum of x of the user's events before each row on the values that its item has, over these, [R]."""
     row_P = np.argsort(rows.event, kind="stable")  # a drawn row beside its event
     if column.offsets is None:
         value_P = column.values.numpy()[rows.item[row_P]]

@@ -1,7 +1,6 @@
-"""Rows drawn beside the events of a log of positives: of items the user never met, and nothing else is changed by them."""
+"""Rows drawn beside the events of a log of positives: of items the user never met; they change nothing else."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import polars as pl

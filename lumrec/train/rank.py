@@ -345,7 +345,8 @@ def evaluate(
     data = builder.data
     rows = data.with_negatives(np.flatnonzero(data.split == part))
     logit_N = score(dmp, builder, rows, batch_size=batch_size)
-    label_N, user_N = data.rows(rows).label, data.user[data.rows(rows).event]
+    event_N, _, label_N = data.rows(rows)
+    user_N = data.user[event_N]
     metrics = ranking_metrics(label_N, logit_N, user_N)
     if keep_in is not None:
         for name, interval in intervals(label_N, logit_N, user_N).items():

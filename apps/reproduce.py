@@ -18,7 +18,7 @@ def reproduce(
     Args:
         words: settings over configs/reproduce/<dataset>*.yaml, key=value each, after all options
         table: 4 (every ranker), 5 (what of the LUM it is that helps) or hazard (in-sample, cross-fitted, time split)
-        dataset: ml-1m, kuairand or simulator
+        dataset: ml-1m, kuairand, beauty or simulator
         rows: of table 5, some of scratch, utilization, tokenization, with commas between; all of them by default
         out: folder that the files are written into
     """

@@ -79,7 +79,7 @@ class PaddedTwin(nn.Module):
         self.item = {name: padded(data.item_columns[name]) for name in ITEM}
         self.event = {name: padded(column) for name, column in data.event_columns.items()}
         self.user = {name: padded(column) for name, column in data.user_columns.items()}
-        self.dense = torch.from_numpy(statistics.values_EF)
+        self.dense = torch.from_numpy(statistics.values_RF)
         self.tables = nn.ModuleDict({name: nn.Embedding(n, width) for name, n in data.table_rows.items()})
         token, item = width * (len(ITEM) + len(FEEDBACK)), width * len(ITEM)
         self.unit = nn.Sequential(

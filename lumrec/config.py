@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, cast, get_args, get_origin, get_type_hints
+from typing import Any, List, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -180,7 +180,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _type_at(key: str) -> Any:
-    """The declared type of a dotted key; None where there is no such key."""
+    """The declared type of a dotted key (of an optional section the section's); None where there is no such key."""
     kind: Any = Config
     for part in key.split("."):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -194,7 +194,13 @@ def _type_at(key: str) -> Any:
 
 @functools.cache
 def _fields(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return {name: _section(hint) for name, hint in get_type_hints(kind).items()}
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass of an optional section; any other type as it is."""
+    sections = [kind for kind in get_args(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    return sections[0] if get_origin(hint) is Union and sections else hint
 
 
 def _is_valid(key: str) -> bool:

@@ -43,7 +43,7 @@ OPTIONS = {"inspect": {"user": "inspect.user"}}
 TABLES = {
     "reproduce": {
         "table": "4 or 5 of the paper (default 4), or hazard (in-sample, cross-fitted, time split)",
-        "dataset": "ml-1m, kuairand or simulator (default ml-1m)",
+        "dataset": "ml-1m, kuairand, beauty or simulator (default ml-1m)",
         "rows": "of table 5: some of scratch, utilization, tokenization, with commas",
         "out": "folder of the files (default docs/results)",
     }

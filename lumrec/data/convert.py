@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from lumrec.data.intake import Intake, count_reasons, of_roles, take_in
+from lumrec.data.negative_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.simulator import click_facts
@@ -39,13 +40,14 @@ def convert(
     max_list_length: int = 1000,
     drop_duplicates: bool = True,
     older: Optional[Dict[str, pl.DataFrame]] = None,
+    negatives: Optional[NegativeRowsConfig] = None,
 ) -> Dict[str, Any]:
     """Writes every file of the prepared folder but the manifest; gives back its counts, facts and quarantine.
 
-    older: vocabularies by table that those of the same tables build on.
+    older: vocabularies by table that those of the same tables build on. negatives: rows to draw beside the events.
     The log goes through memory in blocks of users; in memory as a whole are the items, the users, the vocabularies.
     Raises ValueError where the log lacks a column that the schema names, a feature tells what it must not, no event is
-    left, or published files do not hold what they are known to hold.
+    left, published files do not hold what they are known to hold, or negatives are asked for and cannot be drawn.
     """
     scratch = folder / "intake"
     scratch.mkdir()
@@ -68,19 +70,27 @@ def convert(
             folder / f"{role}s.parquet",
         )
     features = of_roles(schema, EVENT_ROLES)
+    drawn = negatives and NegativeRows(negatives, catalogues["item"].count_N, intake.users["user_id"])
     for part, path in enumerate(intake.blocks):
         block = pl.read_parquet(path)
         kept = block.select(pl.col("user", "item", "timestamp", "order", "label", "split"), pl.col("^probability$"))
         encoded = encode_features({name: block[name] for name in features}, features, vocabularies, moments, unknown)
         write(kept.with_columns(encoded), folder / "events" / f"part-{part:05d}.parquet")
+        if drawn:
+            write(drawn.add(block), folder / "negatives" / f"part-{part:05d}.parquet")
     for table, vocabulary in vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
     pl.scan_parquet(intake.quarantine).sink_parquet(folder / "quarantine.parquet")
     left_out = count_reasons(intake.quarantine)
     counts = count(intake, catalogues, left_out)
+    facts = _facts(folder / "events", len(catalogues["item"].frame))
+    if drawn:
+        check_features_of_the_moment(schema, folder / "events")
+        counts["negatives"] = drawn.num_rows
+        facts["popularity_auc"] = drawn.popularity_auc()
     content = {
         "counts": counts,
-        "facts": _facts(folder / "events", len(catalogues["item"].frame)),
+        "facts": facts,
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
         "scales": {name: one.facts() for name, one in moments.items()},
         "absolute_time": raw.absolute_time,

@@ -2,6 +2,7 @@
 
     manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet
     quarantine.parquet  (rows left out, and why)        beside them config.yaml and result.json
+    negatives/part-00000.parquet  (with data.negatives: rows drawn beside the events)
 
 The folder is built beside its place and renamed at the end, so that it appears whole or not at all.
 """
@@ -25,6 +26,7 @@ from omegaconf import OmegaConf
 
 from lumrec.data.convert import convert
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
+from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
@@ -49,6 +51,7 @@ class DataConfig:
     this one (pretrain.start_from). max_list_length: rows with a longer list are left
     out, into the quarantine.
     duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
+    negatives: rows that are drawn for rankers beside a log of positives alone (docs/how-to/own-data.md); null = none.
     log: of source "log". simulator: of source "simulator".
     """
 
@@ -62,6 +65,7 @@ class DataConfig:
     vocabulary_from: str = ""
     max_list_length: int = 1000
     duplicates: str = "drop"
+    negatives: Optional[NegativeRowsConfig] = None
     log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
 
@@ -137,6 +141,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 max_list_length=data.max_list_length,
                 drop_duplicates=data.duplicates == "drop",
                 older=older,
+                negatives=data.negatives,
             )
         except pl.exceptions.PolarsError as error:  # a page of a Parquet file that is damaged, found while it is read
             raise ValueError(
@@ -212,6 +217,8 @@ def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
             raise ValueError(f"data.{name}: got {getattr(data, name)}, expected at least {least}")
     if data.duplicates not in DUPLICATES:
         raise ValueError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
+    if data.negatives is not None:
+        check_negative_rows(data.negatives)
     return source_module(data.source).read(data, seed=config.seed, scratch=scratch), schema
 
 
@@ -240,6 +247,8 @@ def request(config: Any) -> Dict[str, Any]:
         decides["vocabulary_from"] = Path(data.vocabulary_from).name
     else:
         del decides["vocabulary_from"]
+    if data.negatives is None:
+        del decides["negatives"]
     decides["split"] = _plain_split(data.split)
     wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(config))}
     if data.source == "log":  # the files themselves are told apart by their checksums
@@ -272,6 +281,10 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
             f"  best possible AUC on the test part {facts['best_auc']:.4f} (the true click probabilities); "
             f"by item popularity {facts['popularity_auc']:.4f}"
         )
+    if "negatives" in counts:
+        by_popularity = facts["popularity_auc"]
+        told = "" if by_popularity is None else f"; AUC by item popularity on the test part {by_popularity:.4f}"
+        lines.append(f"  {counts['negatives']:,} negative rows drawn beside the events{told}")
     return "\n".join([*lines, f"  {path} ({wall_s:.1f} s)"])
 
 

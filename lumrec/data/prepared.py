@@ -5,6 +5,8 @@ Shapes: E events (sorted by user, time, original order), U users, I items.
     user_offsets  [0, 3, 3, 5]      three users; the second has no event
     item          [7, 2, 7 | 4, 4]  index into items.parquet
     split         [0, 0, 2 | 0, 1]  train, valid, test
+
+What a ranker is asked about are rows: row e < E is event e, and the rows behind them were drawn (data.negatives).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -26,11 +28,20 @@ from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, sche
 from lumrec.data.splits import TRAIN
 
 
+class Rows(NamedTuple):
+    """event: int64 [N], the event whose user, moment, context and history each row has. item: int64 [N], asked about.
+    label: float32 [N]."""
+
+    event: np.ndarray
+    item: np.ndarray
+    label: np.ndarray
+
+
 class PreparedData:
     """A prepared log in memory (numpy arrays for events, torch columns for features); made by `open`.
 
     path, manifest, schema (defaults filled in), fingerprint (changes with any byte of the data).
-    num_users, num_items, num_events.
+    num_users, num_items, num_events. num_rows: events and drawn rows.
     user_offsets: i64 [U + 1], events of user u are user_offsets[u]:user_offsets[u + 1], maybe none.
     user, item, timestamp (seconds), order (row of the original log): i64 [E]. label: f32 [E]. split: i8 [E].
     probability: f32 [E], the true P(label = 1) of a simulated log, else None.
@@ -38,6 +49,7 @@ class PreparedData:
     dense: name of each dense feature to its scaled numbers, f32, indexed by item, user or event after its role.
     absolute_time: False where times of different users cannot be compared.
     table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events.
+    negative_event, negative_item: i64, the event beside which each drawn row stands, and its item.
     """
 
     def __init__(self, path: Path, manifest: Dict[str, Any]) -> None:
@@ -50,6 +62,9 @@ class PreparedData:
         events = self._read(*sorted(name for name in manifest["files"] if name.startswith("events/")))
         self._items, self._users = self._read("items.parquet"), self._read("users.parquet")
         self.num_events, self.num_items, self.num_users = len(events), len(self._items), len(self._users)
+        drawn = self._read_if_any("negatives/")
+        self.negative_event, self.negative_item = (_array(drawn, name, np.int64) for name in ("event", "item"))
+        self.num_rows = self.num_events + len(drawn)
         for name in ("user", "item", "timestamp", "order"):
             setattr(self, name, _array(events, name, np.int64))
         self.user: np.ndarray
@@ -83,6 +98,22 @@ class PreparedData:
         folder = Path(path)
         return cls(folder, read_manifest(folder, verify=verify))
 
+    def rows(self, row_N: np.ndarray) -> Rows:
+        """What the rows `row_N` (int64) are: events, or drawn beside them."""
+        place_N = np.flatnonzero(row_N >= self.num_events)
+        number_N = row_N[place_N] - self.num_events
+        event_N = row_N.copy()
+        event_N[place_N] = self.negative_event[number_N]
+        item_N, label_N = self.item[event_N], self.label[event_N]
+        item_N[place_N], label_N[place_N] = self.negative_item[number_N], 0.0
+        return Rows(event_N, item_N, label_N)
+
+    def with_negatives(self, event_N: np.ndarray) -> np.ndarray:
+        """The rows of some events (int64), and behind them the rows that were drawn beside these."""
+        is_asked_E = np.zeros(self.num_events, bool)
+        is_asked_E[event_N] = True
+        return np.concatenate([event_N, self.num_events + np.flatnonzero(is_asked_E[self.negative_event])])
+
     def vocabulary(self, table: str) -> Dict[str, int]:
         """Raw value to row (from 1) of one table. Raises ValueError for a table that does not exist."""
         if table not in self.table_rows:
@@ -113,6 +144,10 @@ class PreparedData:
 
     def _columns(self, frame: pl.DataFrame, names: Iterable[str]) -> Dict[str, Column]:
         return {name: _column(frame[name]) for name in names}
+
+    def _read_if_any(self, folder: str) -> pl.DataFrame:
+        names = sorted(name for name in self.manifest["files"] if name.startswith(folder))
+        return self._read(*names) if names else pl.DataFrame({"event": [], "item": []})
 
     def _read(self, *names: str) -> pl.DataFrame:
         try:

@@ -1,4 +1,4 @@
-"""Rows of a ranker: each event of the log with the history before it, in batches without padding.
+"""Rows of a ranker: each event of the log (or drawn row) with the history before it, in batches without padding.
 
 Shape suffixes: B rows, N rows of a part, T history events of all rows behind each other, U unique tokens, E events.
 """
@@ -56,7 +56,7 @@ class RowBuilder:
 
     features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
     row_features: of the user, or of the event itself (context). max_history: events before the row at most; 0 = none.
-    statistics, knowledge: by event row, each may be left out. reads: what RankBatch has for some rankers alone
+    statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has for some rankers alone
     (Ranker.reads). category: the item feature whose first value is an item's category; "" = the first multi-valued one.
 
     A batch is put together without a loop over rows, and each token (an item with its feedback) that occurs in it is
@@ -82,7 +82,7 @@ class RowBuilder:
         self.data, self.knowledge, self.max_history = data, knowledge, max_history
         self.features, self.item_features = list(features), list(item_features)
         self.feedback_features, self.row_features = list(feedback_features), list(row_features)
-        self.dense_EF = np.zeros((data.num_events, 0), np.float32) if statistics is None else statistics.values_EF
+        self.dense_RF = np.zeros((data.num_rows, 0), np.float32) if statistics is None else statistics.values_RF
         self.first_E = data.user_offsets[data.user]
         # Token ids: first every pair (item, feedback) of the log, by number, then every item as a target.
         pair_E = _pair(data.item, [data.event_columns[name] for name in feedback_features])
@@ -95,15 +95,15 @@ class RowBuilder:
         self._scratch = threading.local()
 
     def batch(self, rows: np.ndarray) -> RankBatch:
-        """The batch of the event rows `rows` (int64, any order, repeats allowed, at least one)."""
-        data, target_items_B = self.data, self.data.item[rows]
-        tokens = self.tokens(rows, target_items_B)
+        """The batch of `rows` (int64, events or drawn rows, any order, repeats allowed, at least one)."""
+        of_rows = self.data.rows(rows)
+        tokens = self.tokens(of_rows.event, of_rows.item)
         knowledge = None
         if self.knowledge is not None:
-            answers = self.knowledge.for_rows(rows)
+            answers = self.knowledge.for_rows(of_rows.event)
             knowledge = KnowledgeBatch(
                 o_BND=answers.o_BND,
-                e_BD=self.knowledge.items_e[answers.fold_B, torch.from_numpy(target_items_B)],
+                e_BD=self.knowledge.items_e[answers.fold_B, torch.from_numpy(of_rows.item)],
                 log_z_BN=answers.log_z_BN,
                 present_BN=answers.present_BN,
                 fold_B=answers.fold_B,
@@ -114,8 +114,8 @@ class RowBuilder:
             target_B=tokens.item_C,
             history_T=tokens.history_T,
             offsets_B1=tokens.offsets_B1,
-            dense_BF=torch.from_numpy(self.dense_EF[rows]),
-            label_B=torch.from_numpy(data.label[rows]),
+            dense_BF=torch.from_numpy(self.dense_RF[rows]),
+            label_B=torch.from_numpy(of_rows.label),
             row_B=torch.from_numpy(rows),
             knowledge=knowledge,
             **tokens.extras,

@@ -37,14 +37,16 @@ def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float
     """
     result: dict[str, float] = {}
     for part in ("valid", "test"):
-        row_R = np.flatnonzero((data.split == PARTS.index(part)) & np.asarray(knowledge.present))
+        answered = (data.split == PARTS.index(part)) & np.asarray(knowledge.present)
+        row_R = data.with_negatives(np.flatnonzero(answered))
         scores = []
         for first in range(0, len(row_R), ROWS_AT_ONCE):
-            rows = row_R[first : first + ROWS_AT_ONCE]
-            answers = knowledge.for_rows(rows)
-            e_BD = knowledge.items_e[answers.fold_B, torch.from_numpy(data.item[rows])].float()
+            rows = data.rows(row_R[first : first + ROWS_AT_ONCE])
+            answers = knowledge.for_rows(rows.event)
+            e_BD = knowledge.items_e[answers.fold_B, torch.from_numpy(rows.item)].float()
             scores.append(wish_score(answers.o_BND, e_BD))
         score_R = torch.cat(scores).double().numpy() if scores else np.zeros(0)
-        result[f"{part}/lum_auc"] = auc(data.label[row_R], score_R)
-        result[f"{part}/lum_gauc"] = grouped_auc(data.label[row_R], score_R, data.user[row_R]).value
+        event_R, _, label_R = data.rows(row_R)
+        result[f"{part}/lum_auc"] = auc(label_R, score_R)
+        result[f"{part}/lum_gauc"] = grouped_auc(label_R, score_R, data.user[event_R]).value
     return result

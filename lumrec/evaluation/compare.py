@@ -2,7 +2,7 @@
 
     python -m lumrec.evaluation.compare runs/ml-1m-rank-none runs/ml-1m-rank-both
 
-A finished run of apps/rank.py keeps the scores of its test rows in `scores.parquet`: row (of the prepared events),
+A finished run of apps/rank.py keeps the scores of its test rows in `scores.parquet`: row (of the prepared data),
 label (0 or 1), user (number in the prepared data), logit.
 
 Shape suffixes: N rows.

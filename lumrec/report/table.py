@@ -79,6 +79,9 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         lines.append(
             f"best possible AUC {float(result['prepare/best_auc']):.4f} (the true click probabilities of the simulator)"
         )
+    popularity_auc, negatives = result.get("prepare/popularity_auc"), config.data.negatives
+    if negatives is not None and isinstance(popularity_auc, float):
+        lines.append(f"negatives drawn ({negatives.sampling}): item popularity alone has AUC {popularity_auc:.4f}")
     return "\n".join(lines)
 
 

@@ -184,7 +184,7 @@ def step(model: nn.Module, batch: RankBatch) -> StepOutput:
 
 
 def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Logit of each of the event rows `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
+    """Logit of each of the rows `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
     was_training = dmp.training
     dmp.eval()
     average_buffers(dmp)
@@ -343,9 +343,10 @@ def evaluate(
     keep_in: a run folder, where the scores are kept to be compared with another run's; intervals join the metrics.
     """
     data = builder.data
-    rows = np.flatnonzero(data.split == part)
+    rows = data.with_negatives(np.flatnonzero(data.split == part))
     logit_N = score(dmp, builder, rows, batch_size=batch_size)
-    label_N, user_N = data.label[rows], data.user[rows]
+    event_N, _, label_N = data.rows(rows)
+    user_N = data.user[event_N]
     metrics = ranking_metrics(label_N, logit_N, user_N)
     if keep_in is not None:
         for name, interval in intervals(label_N, logit_N, user_N).items():
@@ -361,7 +362,7 @@ def _train(
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank
     train, select, note = settings.train, settings.select, ""
-    rows = training_rows(builder.data, builder.knowledge)
+    rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge))
     loader = RowLoader(
         builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
     )

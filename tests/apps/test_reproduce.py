@@ -21,7 +21,7 @@ def test_rows_of_table_4_have_the_papers_figures_and_a_control():
     assert all(case.paper is None for case in reproduce.table_4("kuairand", ["din"]))
 
 
-@pytest.mark.parametrize("dataset", ["ml-1m", "kuairand", "simulator"])
+@pytest.mark.parametrize("dataset", ["ml-1m", "kuairand", "beauty", "simulator"])
 def test_each_data_set_has_a_pipeline_of_its_own(dataset):
     config = reproduce.read_config(dataset, "", ["rank.dropout=0.7"])
     assert config.run == f"reproduce-{dataset}"
@@ -54,7 +54,7 @@ def test_the_hazard_is_shown_for_each_ranker():
     ("options", "says"),
     [
         ({"table": "7"}, "--table 7: expected 4, 5 or hazard"),
-        ({"dataset": "netflix"}, "data sets and variants that there are: kuairand"),
+        ({"dataset": "netflix"}, "data sets and variants that there are: beauty, kuairand"),
         ({"table": "5", "rows": "utilisation"}, "'utilisation' is none of scratch, utilization"),
         ({"rows": "scratch"}, "--rows is for table 5"),
     ],

@@ -109,7 +109,7 @@ def test_statistics_stand_beside_their_rows(tiny_prepared: PreparedData):
     statistics = row_statistics(tiny_prepared)
     rows = np.array([5, 3, 3, 100])
     batch = make_builder(tiny_prepared, statistics=statistics).batch(rows)
-    assert torch.equal(batch.dense_BF, torch.from_numpy(statistics.values_EF[rows]))
+    assert torch.equal(batch.dense_BF, torch.from_numpy(statistics.values_RF[rows]))
     assert make_builder(tiny_prepared).batch(rows).dense_BF.shape == (4, 0)
 
 

@@ -87,8 +87,8 @@ def test_labels_of_validation_and_test_reach_no_training_row(tiny_prepared: Prep
     is_training = data.split == TRAIN
     label = np.where(is_training, data.label, 1 - data.label)
     before, after = row_statistics(data), row_statistics(changed(data, label=label))
-    assert np.array_equal(before.values_EF[is_training], after.values_EF[is_training])
-    assert not np.array_equal(before.values_EF[data.split == TEST], after.values_EF[data.split == TEST])
+    assert np.array_equal(before.values_RF[is_training], after.values_RF[is_training])
+    assert not np.array_equal(before.values_RF[data.split == TEST], after.values_RF[data.split == TEST])
 
 
 def test_a_value_listed_twice_does_not_show_the_rows_own_label(tiny_prepared: PreparedData):
@@ -106,9 +106,9 @@ def test_a_value_listed_twice_does_not_show_the_rows_own_label(tiny_prepared: Pr
 
 def test_standardised_over_the_training_part_and_constant_columns_are_zero(tiny_prepared: PreparedData):
     data = changed(tiny_prepared, timestamp=np.zeros_like(tiny_prepared.timestamp))
-    values_EF, names = row_statistics(data)
-    assert values_EF.dtype == np.float32 and values_EF.shape == (data.num_events, len(names))
-    training = values_EF[data.split == TRAIN].astype(np.float64)
+    values_RF, names = row_statistics(data)
+    assert values_RF.dtype == np.float32 and values_RF.shape == (data.num_events, len(names))
+    training = values_RF[data.split == TRAIN].astype(np.float64)
     deviation = training.std(axis=0)
     assert np.allclose(training.mean(axis=0), 0, atol=1e-4)
     # All at one second: nothing is earlier, so that the item's count is 0 everywhere, and so is the time since.
@@ -119,7 +119,7 @@ def test_standardised_over_the_training_part_and_constant_columns_are_zero(tiny_
 
 def test_kinds(tiny_prepared: PreparedData):
     everything, user, none = (row_statistics(tiny_prepared, kind=kind) for kind in ("all", "user", "none"))
-    assert none.values_EF.shape == (tiny_prepared.num_events, 0)
+    assert none.values_RF.shape == (tiny_prepared.num_events, 0)
     assert set(user.names) < set(everything.names)
     assert not any("excess" in name or name.startswith("item_like") for name in user.names)
     is_training = tiny_prepared.split == TRAIN
@@ -144,12 +144,12 @@ def test_dense_features_stand_behind_the_statistics(tiny_prepared: PreparedData)
     statistics, inputs = row_statistics(data), dense_inputs(data)
     assert inputs.names == [*statistics.names, *data.dense]
     assert len(data.dense) > 1
-    assert inputs.values_EF.dtype == np.float32
-    assert np.array_equal(inputs.values_EF[:, : len(statistics.names)], statistics.values_EF)
+    assert inputs.values_RF.dtype == np.float32
+    assert np.array_equal(inputs.values_RF[:, : len(statistics.names)], statistics.values_RF)
     index = {"item": data.item, "user": data.user, "context": np.arange(data.num_events)}
     for name, values in data.dense.items():
         of_event = values[index[data.schema.features[name].role]]
-        assert np.array_equal(inputs.values_EF[:, inputs.names.index(name)], of_event), name
+        assert np.array_equal(inputs.values_RF[:, inputs.names.index(name)], of_event), name
     none = changed(data, dense={})
     assert dense_inputs(none, kind="user").names == row_statistics(data, kind="user").names
 

@@ -30,6 +30,7 @@ from lumrec.train.pretrain import PretrainConfig
 from lumrec.train.rank import RankConfig
 from lumrec.train.retrieve import RetrieveConfig
 from lumrec.tune import TuneConfig
+from lumrec.warm_up import WarmUpConfig
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Config:
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

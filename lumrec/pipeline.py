@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
 KNOWLEDGE = ("none", "tables", "direct", "matching", "both")
 RANKERS = ("din", "dlrm", "dien", "sim", "twin")
+MEASURED = ("auc", "gauc", "log_loss")
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
 
@@ -310,14 +311,19 @@ def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
     for ranker in config.pipeline.rankers:
         for kind in config.pipeline.knowledge:
             runs = [results[f"rank-{ranker}-{kind}-s{seed}"] for seed in config.pipeline.seeds]
-            prefix = f"rank/{ranker}/{kind}"
-            collected |= {f"{prefix}/{name}": value for name, value in _mean(runs).items()}
-            if len(runs) > 1:
-                for name in ("auc", "gauc", "log_loss"):
-                    values = [run[name] for run in runs if isinstance(run.get(name), float)]
-                    if len(values) == len(runs):
-                        collected[f"{prefix}/{name}_sd"] = statistics.stdev(values)
+            collected |= mean_and_sd(runs, f"rank/{ranker}/{kind}")
     return collected
+
+
+def mean_and_sd(results: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """Means over the seeds of what all have, "<prefix>/<name>", and "…_sd" of what rankers are compared by."""
+    found = {f"{prefix}/{name}": value for name, value in _mean(results).items()}
+    if len(results) > 1:
+        for name in MEASURED:
+            values = [run[name] for run in results if isinstance(run.get(name), float)]
+            if len(values) == len(results):
+                found[f"{prefix}/{name}_sd"] = statistics.stdev(values)
+    return found
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, float]:

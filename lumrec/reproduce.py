@@ -2,7 +2,8 @@
 
     table 4   every ranker: Base, on the LUM's tables, with LUM knowledge; what it gains
     hazard    each ranker with knowledge that is in-sample, cross-fitted over users, or split in time (ours)
-    table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several)
+    table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several);
+              warm-up (by itself, as its log is split by time): see lumrec/warm_up.py
 
 A table is rows of pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*: what is finished
 with the same settings is not run again, and what other settings touch is made anew.
@@ -16,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lumrec import pipeline
+from lumrec import pipeline, warm_up
 from lumrec.config import Config, load, with_words
-from lumrec.pipeline import say, write_json
+from lumrec.pipeline import MEASURED, say, write_json
 from lumrec.report.plots import result_plot
 from lumrec.report.table import RANKER_NAMES
 from lumrec.train.files import write_atomically
 from lumrec.train.run import commit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
-METRICS = ("auc", "gauc", "log_loss")
 TITLES = {
     "4": "Table 4 of the LUM paper",
     "5": "Table 5 of the LUM paper",
@@ -38,7 +38,8 @@ PAPER_4 = {
 
 
 class Case(NamedTuple):
-    """One row: its name in the JSON, its label, the pipeline it is of, and the paper's AUC where it has one."""
+    """One row: its name in the JSON, its label, the pipeline it is of, the paper's AUC where it has one, and which of
+    warm_up.ROWS it is."""
 
     key: str
     label: str
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     ranker: str
     knowledge: str
     paper: float | None = None
+    row: str = ""
 
 
 def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
@@ -76,6 +78,15 @@ TABLE_5 = {
     ],
 }
 
+WARM_UP = [
+    Case(f"{model}/{row}", f"{model.upper()} ({says})", "-warm-up", "dlrm", knowledge, paper, row)
+    for model, knowledge, papers in (
+        ("dlrm", "none", (0.7338, 0.7541, 0.7525, 0.7777)),
+        ("lum", "both", (0.7514, 0.7659, 0.7620, 0.7794)),
+    )
+    for row, says, paper in zip(warm_up.ROWS, ("scratch", "feature", "param", "param + feature"), papers, strict=True)
+]
+
 # Ours: how the LUM is kept from the rows that the ranker trains on, and the base, which trains on all of them.
 HAZARD = [
     Case("base", "base", "", "", "none"),
@@ -92,11 +103,12 @@ def run(
     the JSON holds.
 
     words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
-    with commas; "" = all. The JSON is flat: "<row>/auc", its "_sd" over the seeds, "…/paper_auc", and as text
-    `protocol`, `dataset`, `command` and `commit`; table 4 also has "<ranker>/gain/auc" and "average/gain/auc".
+    with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc", its "_sd" over the seeds, "…/paper_auc", and as
+    text `protocol`, `dataset`, `command` and `commit`; table 4 also has "<ranker>/gain/auc" and "average/gain/auc",
+    warm-up "online/auc".
     Raises ValueError for a table, rows or data set that is not known, and as the pipeline does.
     """
-    config = read_config(dataset, "", words)
+    config = read_config(dataset, "-warm-up" if rows == "warm-up" else "", words)
     cases = choose(table, dataset, rows, config)
     by_variant: dict[str, list[Case]] = {}
     for case in cases:
@@ -104,17 +116,22 @@ def run(
     result: dict[str, float | str] = {}
     for variant, of_variant in by_variant.items():
         settings = only(read_config(dataset, variant, words), of_variant)
-        figures = pipeline.run(settings)
-        result |= {"dataset": figures["dataset"]}
+        figures = warm_up.run(settings) if rows == "warm-up" else pipeline.run(settings)
+        result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
             result |= _figures(case, figures)
     result |= gains(cases, result)
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
-    result |= {"protocol": protocol(config), "command": command, "commit": commit() or "unknown"}
+    result |= {
+        "protocol": protocol(config, is_warm_up=rows == "warm-up"),
+        "command": command,
+        "commit": commit() or "unknown",
+    }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{'table' if table.isdecimal() else ''}{table}-{dataset}"
+    kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
+    stem = folder / f"{kind}-{dataset}"
     write_json(stem.with_suffix(".json"), result)
     write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name))
     write_atomically(stem.with_suffix(".svg"), result_plot([(case.label, case.key) for case in cases], result))
@@ -136,10 +153,12 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
         ]
     if table != "5":
         raise ValueError(f"--table {table}: expected 4, 5 or hazard")
+    if rows == "warm-up":
+        return WARM_UP
     chosen = rows.split(",") if rows else list(TABLE_5)
     unknown = [row for row in chosen if row not in TABLE_5]
     if unknown:
-        raise ValueError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}")
+        raise ValueError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}; or warm-up by itself")
     return [case for row in chosen for case in TABLE_5[row]]
 
 
@@ -175,10 +194,15 @@ def gains(cases: Sequence[Case], result: Mapping[str, float | str]) -> dict[str,
     return gained
 
 
-def protocol(config: Config) -> str:
+def protocol(config: Config, *, is_warm_up: bool = False) -> str:
     """How the figures came about, in a sentence."""
-    settings = config.pipeline
+    settings, share = config.pipeline, config.warm_up.share
     folds = f"cross-fitted over {settings.folds} folds of users" if settings.folds > 1 else "in-sample"
+    if is_warm_up:
+        folds = (
+            f"split in time: the online model and the LUM learn from the earliest {share:.0%} of the training events, "
+            f"the rankers from the rest; engineered features are the statistics{_named(config.warm_up.engineered)}"
+        )
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     return (
@@ -200,7 +224,7 @@ def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str
         "|---|---|---|---|---|",
     ]
     for case in cases:
-        ours = " | ".join(_spoken(result, case.key, metric) for metric in METRICS)
+        ours = " | ".join(_spoken(result, case.key, metric) for metric in MEASURED)
         paper = result.get(f"{case.key}/paper_auc")
         lines.append(f"| {case.label} | {ours} | {f'{paper:.4f}' if isinstance(paper, float) else ''} |")
         if case.key.endswith("/lum") and f"{case.ranker}/gain/auc" in result:
@@ -211,17 +235,24 @@ def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str
         gain = result.get("average/gain/paper_auc")
         said = f"{gain:+.4f}" if isinstance(gain, float) else ""
         lines.append(f"| average Imp. | {result['average/gain/auc']:+.4f} | | | {said} |")
+    if "online/auc" in result:
+        online = " | ".join(_spoken(result, "online", metric) for metric in MEASURED)
+        lines.append(f"| the online model as it stands | {online} | |")
     return "\n".join([*lines, "", f"![]({title}.svg)", ""])
 
 
 def _figures(case: Case, figures: Mapping[str, float | str]) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
-    for metric in METRICS:
+    for metric in MEASURED:
         for name in (metric, f"{metric}_sd"):
-            value = figures.get(f"rank/{case.ranker}/{case.knowledge}/{name}")
+            value = figures.get("/".join(filter(None, ("rank", case.ranker, case.knowledge, case.row, name))))
             if value is not None:
                 found[f"{case.key}/{name}"] = value
     return found | ({} if case.paper is None else {f"{case.key}/paper_auc": case.paper})
+
+
+def _named(features: Sequence[str]) -> str:
+    return f" and {', '.join(features)}" if features else ""
 
 
 def _spoken(result: Mapping[str, float | str], key: str, metric: str) -> str:

@@ -44,7 +44,7 @@ TABLES = {
     "reproduce": {
         "table": "4 or 5 of the paper (default 4), or hazard (in-sample, cross-fitted, time split)",
         "dataset": "ml-1m, kuairand, beauty or simulator (default ml-1m)",
-        "rows": "of table 5: some of scratch, utilization, tokenization, with commas",
+        "rows": "of table 5: some of scratch, utilization, tokenization, with commas; or warm-up",
         "out": "folder of the files (default docs/results)",
     }
 }

@@ -11,12 +11,14 @@ What a ranker is asked about are rows: row e < E is event e, and the rows behind
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
 
 import numpy as np
 import polars as pl
@@ -107,6 +109,18 @@ class PreparedData:
         item_N, label_N = self.item[event_N], self.label[event_N]
         item_N[place_N], label_N[place_N] = self.negative_item[number_N], 0.0
         return Rows(event_N, item_N, label_N)
+
+    def without(self, names: Sequence[str]) -> PreparedData:
+        """The same data in whose schema some features are not; nothing is copied. Raises ValueError for other names."""
+        if unknown := [name for name in names if name not in self.schema.features]:
+            raise ValueError(
+                f"there is no feature {unknown[0]!r} to leave out; the schema has {', '.join(self.schema.features)}"
+            )
+        reduced = copy.copy(self)
+        kept = {name: feature for name, feature in self.schema.features.items() if name not in names}
+        reduced.schema = dataclasses.replace(self.schema, features=kept)
+        reduced.dense = {name: values for name, values in self.dense.items() if name not in names}
+        return reduced
 
     def with_negatives(self, event_N: np.ndarray) -> np.ndarray:
         """The rows of some events (int64), and behind them the rows that were drawn beside these."""

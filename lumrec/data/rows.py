@@ -4,6 +4,7 @@ Shape suffixes: B rows, N rows of a part, T history events of all rows behind ea
 """
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
-from lumrec.data.splits import TRAIN
+from lumrec.data.splits import TRAIN, moment_of_share
 from lumrec.data.statistics import Statistics
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
@@ -37,18 +38,34 @@ class RowTokens(NamedTuple):
     extras: dict[str, Tensor]
 
 
-def training_rows(data: PreparedData, knowledge: Knowledge | None) -> np.ndarray:
+def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Sequence[float] = ()) -> np.ndarray:
     """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
 
-    Raises ValueError where that leaves none.
+    window: shares of the training part by time: the rows after the first and until the second; () = all.
+    Raises ValueError where that leaves none, and for a window that is none.
     """
     is_training = data.split == TRAIN
+    if window:
+        after, until = _moments(data, window)
+        is_training &= (data.timestamp > after) & (data.timestamp <= until)
+        logger.info("rows in the window %s of the training part: %s", list(window), f"{is_training.sum():,}")
     if knowledge is not None and knowledge.learnt_until is not None:
         is_training &= data.timestamp > knowledge.learnt_until
         logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
         if not is_training.any():
             raise ValueError("the LUM has learnt from all training rows: lower pretrain.time_share")
     return np.flatnonzero(is_training)
+
+
+def _moments(data: PreparedData, window: Sequence[float]) -> tuple[float, float]:
+    if len(window) != 2 or not 0.0 <= window[0] < window[1] <= 1.0:
+        raise ValueError(f"rank.time_window is {list(window)}; expected two shares, such as [0.75, 1]")
+    if not data.absolute_time:
+        raise ValueError(
+            "rank.time_window needs one clock for all users, and this log only has the time between a user's own events"
+        )
+    after, until = (moment_of_share(data.split, data.timestamp, share) if share else -math.inf for share in window)
+    return after, until
 
 
 class RowBuilder:

@@ -68,6 +68,9 @@ class RankConfig:
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
     statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/data/statistics.py. The
     schema's dense features are read beside them.
+    leave_out: features of the schema that the ranker does not read.
+    time_window: shares of the training part by time, such as [0.75, 1]: the rows after the first and until the second
+    train; [] = all of them.
     max_history: events before the row. batch_size: rows of one step on each rank.
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
     token_l2: DIN's mini-batch aware regularisation, for any ranker; 0 = none.
@@ -89,6 +92,8 @@ class RankConfig:
     knowledge_dropout: float = 0.0
     tables: str = "fresh"
     statistics: str = "all"
+    leave_out: List[str] = field(default_factory=list)
+    time_window: List[float] = field(default_factory=list)
     max_history: int = 50
     batch_size: int = 2048
     hidden_dims: List[int] = field(default_factory=lambda: [200, 80])
@@ -327,6 +332,7 @@ def sharded_ranker(
 ) -> tuple[DistributedModelParallel, RowBuilder]:
     """The ranker with fresh weights under DMP, and the builder of its batches. Collective."""
     settings, train = config.rank, config.rank.train
+    data = data.without(settings.leave_out)
     statistics = dense_inputs(data, kind=settings.statistics)
     torch.manual_seed(config.seed)
     ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
@@ -362,7 +368,7 @@ def _train(
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank
     train, select, note = settings.train, settings.select, ""
-    rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge))
+    rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge, settings.time_window))
     loader = RowLoader(
         builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
     )

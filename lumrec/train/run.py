@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 # Sections of the root config that belong to one stage: a stage's run does not depend on the settings of the others.
-STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "retrieve", "pipeline", "tune")
+STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "retrieve", "pipeline", "tune", "warm_up")
 # Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")

@@ -295,7 +295,7 @@ def _parts(rule: Rule, name: str, source_C: int, target: str, target_C: int) -> 
         if starts[-1][1] > columns or any(end > start for (_, end), (start, _) in zip(starts, starts[1:])):
             raise ValueError(f"{sizes}: parts {rule.parts} overlap or go beyond the {side}'s columns")
     taken = sum(number for _, number, _ in parts)
-    if taken < source_C and rule.columns != "slice":
+    if taken < source_C and not rule.columns.startswith("slice"):
         raise ValueError(
             f"{sizes}: {source_C - taken:,} of the source's would be left out; say columns=slice to allow it"
         )

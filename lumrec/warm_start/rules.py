@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 MATCHES = ("exact", "prefix", "regex")
 ROWS = ("error", "grow", "remap", "hash")
-COLUMNS = ("error", "slice", "pad_zero", "pad_fresh")
+COLUMNS = ("error", "slice", "pad_zero", "pad_fresh", "slice_pad_zero")
 NEW_ROWS = ("", "mean", "category_mean", "unknown", "zero", "random")
 HASHES = ("modulo", "splitmix64", "fnv1a64")
 
@@ -50,7 +50,8 @@ class Rule:
     initialised).
 
     columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones
-    are zero, or as initialised). parts: [[source column, number, target column], …] where old columns are not the
+    are zero, or as initialised), "slice_pad_zero" (some of the source's, as parts says, and new ones that are zero).
+    parts: [[source column, number, target column], …] where old columns are not the
     first. dtype: "up" (no number may lose precision) or "cast". optimizer: "auto" keeps the state, converted where it
     has to be, and drops it with a word where it cannot; "keep" refuses then; "drop".
     """

@@ -137,6 +137,15 @@ class Ranker(nn.Module):
             in_dim + (knowledge.num_features if knowledge else 0), hidden_dims, activation=activation, dropout=dropout
         )
 
+    def input_columns(self) -> dict[str, int]:
+        """Widths of what the over-arch reads, in order: each feature by its name, "interest", "statistics" (all of
+        them behind each other), "knowledge"."""
+        columns = dict(zip(self.row_features, self.row_dims, strict=True))
+        columns |= dict(zip(self.token_features, self.item_dims))  # item features come first there
+        known = sum(columns.values()) + self.num_statistics + (self.knowledge.num_features if self.knowledge else 0)
+        columns |= {"interest": self.over_arch[0].in_features - known, "statistics": self.num_statistics}
+        return columns | ({"knowledge": self.knowledge.num_features} if self.knowledge else {})
+
     def make_interest(self) -> int:
         """Makes the subclass's own modules, now that the widths are known, and returns the width of `interest`."""
         raise NotImplementedError

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
-from lumrec import reproduce
+from lumrec import reproduce, warm_up
 from lumrec.config import load
+from lumrec.data.prepared import PreparedData
+from lumrec.data.rows import training_rows
+from lumrec.data.splits import TRAIN
+from lumrec.query.store import Knowledge
 
 
 def test_rows_of_table_4_have_the_papers_figures_and_a_control():
@@ -95,3 +99,58 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
     assert {name: again[name] for name in result if name != "command"} == {
         name: result[name] for name in result if name != "command"
     }
+
+
+def test_rules_of_the_warm_up_keep_the_columns_of_what_is_still_read():
+    theirs = warm_up.Layout({"user": 4, "cross": 2, "item": 3, "interest": 5, "rate": 1, "price": 1}, {"a", "cross"})
+    ours = warm_up.Layout({"user": 4, "item": 3, "interest": 5, "price": 1}, {"a"})
+    rules = warm_up.rules(theirs, ours, knowledge=True)
+    assert rules["rules"][1]["parts"] == [[0, 4, 0], [6, 8, 4], [15, 1, 12]]
+    assert (rules["rules"][1]["columns"], rules["unused"], rules["fresh"]) == (
+        "slice_pad_zero",
+        ["cross"],
+        ["knowledge.*"],
+    )
+    same = warm_up.rules(theirs, theirs, knowledge=False)
+    assert same["rules"] == [{"source": "", "match": "prefix"}] and same["unused"] == same["fresh"] == []
+    with pytest.raises(ValueError, match="item has 4 columns and the online model 3"):
+        warm_up.rules(theirs, warm_up.Layout({"item": 4}, set()), knowledge=False)
+
+
+def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
+    config = reproduce.read_config("simulator", "-warm-up", [])
+    cases = reproduce.choose("5", "simulator", "warm-up", config)
+    assert [case.key for case in cases] == [f"{model}/{row}" for model in ("dlrm", "lum") for row in warm_up.ROWS]
+    figures = {"rank/dlrm/both/param_feature/auc": 0.75, "rank/dlrm/none/scratch/auc": 0.5, "dataset": "a log"}
+    result = {"online/auc": 0.7, "dataset": "a log", "commit": "c", "command": "x"}
+    result |= {"protocol": reproduce.protocol(config, is_warm_up=True)}
+    for case in cases:
+        result |= reproduce._figures(case, figures)
+    text = reproduce.markdown("5", cases, result, "table5-warm-up-simulator")
+    assert "| LUM (param + feature) | 0.7500 | – | – | 0.7794 |" in text
+    assert "| DLRM (scratch) | 0.5000 | – | – | 0.7338 |" in text and "| the online model as it stands | – |" in text
+    assert "the earliest 80% of the training events" in text and "segment_category" in text
+
+
+@pytest.mark.slow
+def test_the_warm_up_rows_on_the_simulator(tiny_words, tmp_path):
+    """Without the rows of the plain ranker, which are of the same kind."""
+    words = [*tiny_words, f"runs_dir={tmp_path}/runs", "run=study", "pipeline.seeds=[0]", "data.split.kind=time"]
+    config = reproduce.read_config("simulator", "-warm-up", words)
+    config = reproduce.only(config, [case for case in reproduce.WARM_UP if case.knowledge == "both"])
+    result = warm_up.run(config)
+    assert all(0 < result[f"rank/dlrm/both/{row}/auc"] < 1 for row in warm_up.ROWS) and 0 < result["online/auc"] < 1
+
+    runs = tmp_path / "runs" / "study"
+    data = PreparedData.open(runs / "prepare")
+    before, study = training_rows(data, None, [0, 0.8]), training_rows(data, None, [0.8, 1])
+    knowledge = Knowledge.open(runs / "query", data)
+    assert len(before) and data.timestamp[before].max() < data.timestamp[study].min()
+    assert len(before) + len(study) == (data.split == TRAIN).sum()
+    assert data.timestamp[study].min() > knowledge.learnt_until >= data.timestamp[before].max()
+    stored = {name: load(runs / name / "config.yaml", []).rank for name in ("online", "rank-dlrm-both-param-s0")}
+    assert (stored["online"].time_window, stored["online"].select) == ([0, 0.8], "")
+    assert stored["rank-dlrm-both-param-s0"].time_window == [0.8, 1]
+    audit = json.loads((runs / "rank-dlrm-both-param-s0" / "warm_start.json").read_text())
+    first = next(row for row in audit["rows"] if row["target"] == warm_up.FIRST_LAYER)
+    assert first["columns_unused"] > 0 and first["columns_new"] > 0 and first["new_columns"] == "zero"

@@ -9,7 +9,7 @@ import torch
 
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches
+from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
 from lumrec.data.statistics import row_statistics
 from lumrec.modules.rankers.base import RankBatch
 
@@ -245,6 +245,25 @@ def test_evaluation_reads_each_row_on_some_rank_in_equally_many_batches(tiny_pre
             assert batch.row_B.tolist() == rows[place_B].tolist() and len(batch) >= 1
             seen += place_B.tolist()
     assert len(set(counts)) == 1 and set(seen) == set(range(num_rows))
+
+
+def test_a_window_of_the_training_part(tiny_prepared: PreparedData):
+    everything = training_rows(tiny_prepared, None)
+    early, late = (training_rows(tiny_prepared, None, window) for window in ([0, 0.25], [0.25, 1]))
+    assert sorted([*early, *late]) == everything.tolist() and len(early) == pytest.approx(len(everything) / 4, rel=0.02)
+    assert tiny_prepared.timestamp[early].max() < tiny_prepared.timestamp[late].min()
+    for window in ([0.5], [0.5, 0.5], [-0.1, 1], [0, 1.1]):
+        with pytest.raises(ValueError, match="expected two shares, such as"):
+            training_rows(tiny_prepared, None, window)
+
+
+def test_features_that_are_left_out(tiny_prepared: PreparedData):
+    reduced = tiny_prepared.without(["price", "segment_category"])
+    assert {*tiny_prepared.schema.features} - {*reduced.schema.features} == {"price", "segment_category"}
+    assert {*tiny_prepared.dense} - {*reduced.dense} == {"price"}
+    assert reduced.fingerprint == tiny_prepared.fingerprint and reduced.item is tiny_prepared.item
+    with pytest.raises(ValueError, match="there is no feature 'prize' to leave out"):
+        tiny_prepared.without(["prize"])
 
 
 def test_errors(tiny_prepared: PreparedData):

@@ -170,6 +170,16 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_of_the_over_archs_input(name):
+    knowledge = KnowledgeFusion("direct", 2, 4, 1, 5)
+    columns = make_ranker(name, knowledge=knowledge).input_columns()
+    assert list(columns) == ["user", "hour", "item", "genres", "interest", "statistics", "knowledge"]
+    assert [columns[name] for name in ("user", "hour", "item", "genres")] == [8] * 4
+    assert (columns["statistics"], columns["knowledge"]) == (3, 2 + 5) and columns["interest"] > 0
+    assert make_ranker(name).input_columns() == {k: v for k, v in columns.items() if k != "knowledge"}
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 def test_jagged_unit_equals_the_papers_padded_one(softmax):
     """DIN as it is written: W [h; t; h*t; h-t] over histories padded to the longest, masked."""

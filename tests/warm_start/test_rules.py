@@ -220,6 +220,8 @@ def test_columns(shop):
     moved = filled(6, columns="pad_zero", parts=[[0, 1, 0], [1, 2, 3]])
     zero = torch.zeros(2, 2)
     assert torch.equal(moved, torch.cat([first[:, :1], zero, first[:, 1:], zero[:, :1]], dim=1))
+    both = filled(4, columns="slice_pad_zero", parts=[[0, 1, 1], [2, 1, 3]])
+    assert torch.equal(both, torch.stack([zero[:, 0], first[:, 0], zero[:, 0], first[:, 2]], dim=1))
     for inputs, rule, said in [
         (4, {}, "4 columns, 'first.weight' 3: say what becomes of the others by columns=pad_zero or pad_fresh"),
         (2, {}, "by columns=slice"),

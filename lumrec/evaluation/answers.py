@@ -33,8 +33,10 @@ def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
 def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float]:
     """{"valid/lum_auc", "valid/lum_gauc", "test/lum_auc", "test/lum_gauc"}: the labels ranked by `wish_score` alone.
 
-    Rows without an answer are left out. A part without rows, or with one class, has nan.
+    Where the first condition is none at all, the others are not its opposite: its similarity alone ranks. Rows without
+    an answer are left out. A part without rows, or with one class, has nan.
     """
+    num_read = len(knowledge.conditions) if knowledge.conditions[0] else 1
     result: dict[str, float] = {}
     for part in ("valid", "test"):
         answered = (data.split == PARTS.index(part)) & np.asarray(knowledge.present)
@@ -44,7 +46,7 @@ def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float
             rows = data.rows(row_R[first : first + ROWS_AT_ONCE])
             answers = knowledge.for_rows(rows.event)
             e_BD = knowledge.items_e[answers.fold_B, torch.from_numpy(rows.item)].float()
-            scores.append(wish_score(answers.o_BND, e_BD))
+            scores.append(wish_score(answers.o_BND[:, :num_read], e_BD))
         score_R = torch.cat(scores).double().numpy() if scores else np.zeros(0)
         event_R, _, label_R = data.rows(row_R)
         result[f"{part}/lum_auc"] = auc(label_R, score_R)

@@ -212,7 +212,12 @@ def test_rankers_and_answers_are_measured_on_both(bought):
     assert result["num_rows"] == 2 * num_test and 0.0 <= result["auc"] <= 1.0
     knowledge = Knowledge.open(data.path.parent / "bought-query", data)
     of_answers = knowledge.for_rows(np.flatnonzero(data.split == PARTS.index("test")))
-    assert of_answers.present_BN.all() and 0.0 <= answers["test/lum_auc"] <= 1.0
+    assert of_answers.present_BN.all()
+    rows = data.rows(data.with_negatives(np.flatnonzero(data.split == TEST)))
+    answered = knowledge.for_rows(rows.event)  # asked with no condition first: the other one is not its opposite
+    e_BD = knowledge.items_e[answered.fold_B, torch.from_numpy(rows.item)].float()
+    similarity_B = (answered.o_BND[:, 0] * e_BD).sum(1)
+    assert answers["test/lum_auc"] == pytest.approx(auc(rows.label, similarity_B.double().numpy()), abs=1e-3)
     plain = training_rows(data, knowledge)
     assert len(data.with_negatives(plain)) == 2 * (data.split == TRAIN).sum()
 

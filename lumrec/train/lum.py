@@ -1,11 +1,13 @@
 """A LUM from its config and the prepared data, and a trained one from its run folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional  # noqa: UP035 (OmegaConf reads the old spelling on every Python)
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from lumrec.data.packing import PackBuilder
 from lumrec.data.prepared import PreparedData
@@ -59,16 +61,32 @@ def condition_features(config: ModelConfig, schema: SchemaConfig) -> list[str]:
     return [name for name in declared if name in config.conditions]
 
 
+def data_tables(
+    data: PreparedData, features: Sequence[str] | None = None, *, device: torch.device | str | None = None
+) -> EmbeddingBagCollection:
+    """Fresh tables that `features` of the data's schema read; all that have a table where it is None, for a LUM and
+    rankers that share them."""
+    schema = data.schema
+    names = [name for name, feature in schema.features.items() if feature.table] if features is None else features
+    sizes = {name: (rows, schema.tables[name].width) for name, rows in data.table_rows.items()}
+    return make_tables(sizes, {name: schema.features[name].table for name in names}, device=device)
+
+
 def build_lum(
-    config: ModelConfig, data: PreparedData, *, device: torch.device | str | None = None
+    config: ModelConfig,
+    data: PreparedData,
+    *,
+    tables: EmbeddingBagCollection | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[LargeUserModel, PackBuilder]:
-    """A LUM with fresh weights, and the builder that makes packs for it."""
+    """A LUM with fresh weights, and the builder that makes packs for it.
+
+    tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
+    """
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     conditions = condition_features(config, data.schema)
-    table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *conditions]}
-    sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
     token_encoder = TokenEncoder(
-        make_tables(sizes, table_of, device=device),
+        tables if tables is not None else data_tables(data, [*item, *feedback, *conditions], device=device),
         item_features=[*item, *feedback],
         condition_features=conditions,
         dim=config.dim,

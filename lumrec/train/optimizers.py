@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Dict  # noqa: UP035 (OmegaConf reads the old spelling on every Python)
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class OptimizerConfig:
 
     table_optimizer: "rowwise_adagrad", "adagrad" or "sgd", fused into the tables' backward pass.
     table_lr, dense_lr: highest learning rate of the tables and of all other parameters (AdamW).
+    table_lrs: that of some tables by name, in place of table_lr: lower for tables that were taken from another model,
+    0 freezes a table, new rows and all.
     weight_decay: of dense matrices only; biases, norms and tables have none.
     clip_grad_norm: highest norm of the dense gradient, tables left out; 0 = no clipping.
     warmup_steps: steps in which both rates rise linearly from 0.
@@ -41,6 +43,7 @@ class OptimizerConfig:
 
     table_optimizer: str = "rowwise_adagrad"
     table_lr: float = 0.1
+    table_lrs: Dict[str, float] = field(default_factory=dict)
     dense_lr: float = 1e-3
     weight_decay: float = 0.0
     clip_grad_norm: float = 1.0
@@ -62,6 +65,9 @@ def check(config: OptimizerConfig) -> None:
     for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+    for name, rate in config.table_lrs.items():
+        if rate < 0:
+            raise ValueError(f"table_lrs: {name} has {rate}; it must be 0 or more")
     for name in ("decay_share", "min_lr_factor"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} must lie between 0 and 1")
@@ -132,11 +138,13 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
         others.append(KeyedOptimizerWrapper(dense, lambda parameters: _adamw(parameters, config)))
     if tables:
         optimizer_class, arguments = TABLE_OPTIMIZERS[config.table_optimizer]
-        others.append(
-            KeyedOptimizerWrapper(
-                tables, lambda parameters: optimizer_class(parameters, lr=config.table_lr, **arguments)
-            )
-        )
+        rates = [config.table_lrs.get(name.split(".")[-2], config.table_lr) for name in tables]
+
+        def twin(parameters: list[Tensor]) -> torch.optim.Optimizer:
+            groups = [{"params": [weight], "lr": rate} for weight, rate in zip(parameters, rates, strict=True)]
+            return optimizer_class(groups, lr=config.table_lr, **arguments)
+
+        others.append(KeyedOptimizerWrapper(tables, twin))
     return TableAndDenseOptimizer(
         model.fused_optimizer,
         others,

@@ -37,6 +37,9 @@ for _message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorag
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
 
 
+_SHARDED = "_lumrec_sharded"  # on an EmbeddingBagCollection that DMP has taken over
+
+
 def rank() -> int:
     """This process's rank; 0 where no process group exists."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -122,14 +125,27 @@ def shard(
     if fsdp and not encoders:
         raise ValueError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
     optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
+    collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
+    if any(hasattr(module, _SHARDED) for module in collections):
+        raise ValueError(
+            "tables of this model were sharded before, in another model: two DistributedModelParallel over one "
+            "EmbeddingBagCollection silently become two separate tables. Put both models into one nn.Module and shard "
+            "that (docs/how-to/warm-start.md), or let the second begin from the first one's checkpoint"
+        )
     tables = [
-        weight
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection)
+        (config.name, weight)
+        for module in collections
         for config, weight in zip(module.embedding_bag_configs(), module.parameters(), strict=True)
-        if config.name not in chosen or chosen[config.name].sharding != "data_parallel"
     ]
-    _apply_optimizer_in_backward(optimizer_class, tables, {"lr": optimizer.table_lr, **arguments})
+    names = [name for name, _ in tables]
+    if unknown := [name for name in optimizer.table_lrs if name not in names]:
+        raise ValueError(f"table_lrs names {unknown[0]!r}; the model's tables are {', '.join(names)}")
+    for module in collections:
+        setattr(module, _SHARDED, True)
+    for name, weight in tables:
+        if name not in chosen or chosen[name].sharding != "data_parallel":
+            rate = optimizer.table_lrs.get(name, optimizer.table_lr)
+            _apply_optimizer_in_backward(optimizer_class, [weight], {"lr": rate, **arguments})
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
     of_encoders = [f"{path}.{name}" for path, encoder in encoders.items() for name, _ in encoder.named_parameters()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_torchrec():

@@ -26,6 +26,8 @@ from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.run import RunFolder
+from lumrec.warm_start import warm_start
+from lumrec.warm_start.config import WarmStartConfig
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -52,6 +54,8 @@ class PretrainConfig:
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
     start_from: run name of an earlier LUM that this one goes on from (see lumrec/train/continual.py); "" = a fresh one.
     table_state: of its tables' optimizer state: keep, or fresh to begin it anew.
+    warm_start: a production checkpoint that it begins from, such as an online model's for the tables; see
+    docs/how-to/warm-start.md.
     select: validation metric of the weights that are kept ("ndcg@10", "hr@10", …); "" keeps the last weights.
     """
 
@@ -63,6 +67,7 @@ class PretrainConfig:
     precision: str = "float32"
     start_from: str = ""
     table_state: str = "keep"
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     select: str = "ndcg@10"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
     evaluate: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -154,6 +159,14 @@ def run(config: "Config") -> dict[str, float | str]:
     data = open_or_prepare(config)
     earlier = find_earlier(config, data) if config.pretrain.start_from else None
     inputs = {"prepared": data.fingerprint} | ({"start_from": earlier.fingerprint} if earlier else {})
+    production = None
+    if config.pretrain.warm_start.source:
+        if earlier is not None:
+            raise ValueError(
+                "pretrain.start_from and pretrain.warm_start.source both fill the weights: give one of them"
+            )
+        production = config.pretrain.warm_start.open()
+        inputs["warm_start"] = production.fingerprint()
     run_folder = RunFolder.create(config, "pretrain", inputs=inputs)
     if run_folder.finished:
         run_folder.close()
@@ -170,6 +183,11 @@ def run(config: "Config") -> dict[str, float | str]:
         growths = start_from(dmp, earlier, config.model, data.schema, table_state=settings.table_state)
         if dist.get_rank() == 0:
             logger.info("goes on from %s, %s", earlier.run, growth_table(earlier, growths))
+    if production is not None:
+        audit = warm_start(dmp, production, settings.warm_start.rules)
+        if dist.get_rank() == 0:
+            logger.info("%s", audit.text())
+            audit.save(run_folder.path)
     loader = PackLoader(
         builder,
         users=users,

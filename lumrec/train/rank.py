@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
@@ -30,11 +31,10 @@ from lumrec.modules.rankers.din import Din
 from lumrec.modules.rankers.dlrm import Dlrm
 from lumrec.modules.rankers.sim import Sim
 from lumrec.modules.rankers.twin import Twin
-from lumrec.modules.tokens import make_tables
 from lumrec.query.store import Knowledge
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.lum import condition_features, lum_fingerprint
+from lumrec.train.lum import condition_features, data_tables, lum_fingerprint
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
@@ -138,10 +138,12 @@ def build_ranker(
     *,
     num_statistics: int,
     knowledge: Knowledge | None = None,
+    tables: EmbeddingBagCollection | None = None,
     device: torch.device | str | None = None,
 ) -> Ranker:
     """A ranker with fresh weights for the features of the data's schema.
 
+    tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
     Raises ValueError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
     """
     if config.model not in MODELS:
@@ -163,8 +165,8 @@ def build_ranker(
         dropout=config.knowledge_dropout,
     )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
-    table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *row_features(data)]}
-    sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
+    if tables is None:
+        tables = data_tables(data, [*item, *feedback, *row_features(data)], device=device)
     arguments: dict[str, Any] = {
         "item_features": item,
         "feedback_features": feedback,
@@ -178,7 +180,7 @@ def build_ranker(
     }
     ranker, options = MODELS[config.model]
     arguments |= {name: getattr(config, name) for name in options}
-    return ranker(make_tables(sizes, table_of, device=device), **arguments)
+    return ranker(tables, **arguments)
 
 
 def step(model: nn.Module, batch: RankBatch) -> StepOutput:

@@ -23,9 +23,9 @@ from lumrec.evaluation.ann import AnnConfig, ann_metrics
 from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_targets, sum_over_ranks
 from lumrec.modules.losses import info_nce
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
-from lumrec.modules.tokens import make_tables
 from lumrec.query.store import Knowledge
 from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.lum import data_tables
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
@@ -120,10 +120,8 @@ def build_towers(
         )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     row = tower_features(config, data)
-    table_of = {name: data.schema.features[name].table for name in [*item, *feedback, *row]}
-    sizes = {name: (rows, data.schema.tables[name].width) for name, rows in data.table_rows.items()}
     towers = TwoTower(
-        make_tables(sizes, table_of, device=device),
+        data_tables(data, [*item, *feedback, *row], device=device),
         item_features=item,
         feedback_features=feedback,
         row_features=row,

@@ -20,8 +20,8 @@ class WarmStartConfig:
         """The source. Collective. Raises ValueError where one of the two is not given, and as `open_source` does."""
         if not self.source or not self.rules:
             raise ValueError(
-                f"rank.warm_start.source is {self.source!r} and rank.warm_start.rules {self.rules!r}: a warm start "
-                "needs both, a checkpoint and rules for its names, see docs/how-to/warm-start.md"
+                f"warm_start.source is {self.source!r} and warm_start.rules {self.rules!r}: a warm start needs both, a "
+                "checkpoint and rules for its names, see docs/how-to/warm-start.md"
             )
         is_run = (Path(self.source) / "checkpoints").is_dir()
         return open_source(best_checkpoint(self.source) if is_run else self.source)

@@ -35,6 +35,10 @@ from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 for _message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorageReservation"):
     warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
 logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
+# Tables that two models share in one DMP: TorchRec logs as an error what it then does right.
+logging.getLogger().addFilter(
+    lambda record: not any(text in record.getMessage() for text in ("is already in cache", "already collected"))
+)
 
 
 _SHARDED = "_lumrec_sharded"  # on an EmbeddingBagCollection that DMP has taken over
@@ -111,20 +115,15 @@ def shard(
     - Every step uses the same dense parameters, on all ranks (DDP's static graph): else the next step raises.
     - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
 
-    `model` itself is taken over: its EmbeddingBagCollections are replaced. Raises ValueError for unknown names, a plan
-    that does not fit, a table width that is no multiple of 4, and `fsdp` without any encoder.
+    `model` itself is taken over: its EmbeddingBagCollections are replaced. One that several modules in it hold becomes
+    one sharded collection that they share. Raises ValueError for unknown names, a plan that does not fit, a table width
+    that is no multiple of 4, `fsdp` without any encoder, and tables that another DMP has taken over before.
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
     check(optimizer)
     if not dist.is_initialized():
         raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
-    chosen = read_sharding(sharding, model, world_size=world_size())
-    plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
-    encoders = _encoders(model) if fsdp else {}
-    if fsdp and not encoders:
-        raise ValueError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
-    optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
     if any(hasattr(module, _SHARDED) for module in collections):
         raise ValueError(
@@ -132,6 +131,12 @@ def shard(
             "EmbeddingBagCollection silently become two separate tables. Put both models into one nn.Module and shard "
             "that (docs/how-to/warm-start.md), or let the second begin from the first one's checkpoint"
         )
+    chosen = read_sharding(sharding, model, world_size=world_size())
+    plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
+    encoders = _encoders(model) if fsdp else {}
+    if fsdp and not encoders:
+        raise ValueError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
+    optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     tables = [
         (config.name, weight)
         for module in collections

@@ -151,6 +151,8 @@ def make_plan(
         planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(model, allowed, world_size))
         plan = planner.plan(model, [sharder])  # type: ignore[list-item]
     modules = dict(model.named_modules())
+    # Tables that two parents share stand in the plan once for each; DMP shards a module as the first path says.
+    plan.plan = {path: shardings for path, shardings in plan.plan.items() if path in modules}
     for path, shardings in plan.plan.items():
         parameters = sharder.shardable_parameters(modules[path])
         for name in shardings:  # type: ignore[attr-defined]

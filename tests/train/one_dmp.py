@@ -23,7 +23,7 @@ from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.pretrain import make_step
 
-LR = 0.5
+LR = 0.05
 WEIGHTS = {"ranker": (0.0, 1.0), "lum": (1.0, 0.0), "both": (1.0, 1.0)}  # of the LUM's loss and the ranker's
 WORDS = ["model.dropout=0", "rank.model=dlrm", "rank.dropout=0"]
 
@@ -94,18 +94,3 @@ def train(folder: str, words: list[str], sharding: str) -> None:
         after[name] = parts(dmp)
     same = dmp.module.lum.token_encoder.tables is dmp.module.ranker.tables if sharding != "data_parallel" else True
     torch.save({"after": after, "same": same}, Path(folder) / f"{sharding}-{rank()}.pt")
-
-
-def second_dmp(words: list[str]) -> None:
-    """What must be refused: the tables of one DMP given to another."""
-    init_distributed("cpu", threads=1)
-    config, data, model = make_model(words)
-    ranker = model.ranker
-    shard(model.lum, device="cpu")
-    try:
-        shard(ranker, device="cpu")
-    except ValueError as error:
-        assert "sharded before" in str(error) and isinstance(ranker, nn.Module)
-        print("refused", flush=True)
-
-

@@ -1,4 +1,4 @@
-"""What a ranker would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
+"""What a model would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
 
 torchx run apps/warm_start.py --config configs/ml-1m.yaml rank.warm_start.source=prod/dcp rank.warm_start.rules=r.yaml
 """
@@ -7,10 +7,10 @@ import torchx.specs as specs
 
 
 def warm_start(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") -> specs.AppDef:
-    """What a ranker would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
+    """What a model would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
 
     Reads rank.warm_start.source and rank.warm_start.rules (docs/how-to/warm-start.md); apps/rank.py with the same words
-    then trains from there.
+    then trains from there. For a LUM pretrain.warm_start.source and pretrain.warm_start.rules, and apps/pretrain.py.
     Example: torchx run apps/warm_start.py rank.warm_start.source=prod/dcp rank.warm_start.rules=rules.yaml
 
     Args:

@@ -1,9 +1,10 @@
-"""The dry run of a ranker's warm start: what each of its parameters would get, printed."""
+"""The dry run of a warm start: what each parameter of a ranker, or of a LUM, would get, printed."""
 
 from typing import TYPE_CHECKING
 
 from lumrec.data.prepare import open_or_prepare
-from lumrec.train.parallel import init_distributed, rank
+from lumrec.train.lum import build_lum
+from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.rank import open_knowledge, sharded_ranker
 from lumrec.warm_start.apply import warm_start
 from lumrec.warm_start.plan import PlanError
@@ -13,17 +14,26 @@ if TYPE_CHECKING:
 
 
 def run(config: "Config") -> dict[str, float | str]:
-    """Prints the audit of what apps/rank.py would take with this config; nothing is written and no number is read.
+    """Prints the audit of what the stage with a `warm_start` would take: apps/pretrain.py for pretrain.warm_start,
+    apps/rank.py for rank.warm_start. Nothing is written and no number is read.
 
-    Raises FileNotFoundError for a missing input, and ValueError for a source that cannot be read and for rules that do
-    not fit, after what fits has been printed.
+    Raises FileNotFoundError for a missing input, and ValueError for a source that cannot be read, for one of both
+    stages, and for rules that do not fit, after what fits has been printed.
     """
     device = init_distributed(threads=config.threads)
-    source = config.rank.warm_start.open()
+    of_lum = bool(config.pretrain.warm_start.source)
+    if of_lum and config.rank.warm_start.source:
+        raise ValueError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
+    settings = config.pretrain.warm_start if of_lum else config.rank.warm_start
+    source = settings.open()
     data = open_or_prepare(config)
-    dmp, _ = sharded_ranker(config, data, open_knowledge(config, data, config.rank.knowledge), device=device)
+    if of_lum:
+        train = config.pretrain.train
+        dmp = shard(build_lum(config.model, data)[0], optimizer=train.optimizer, device=device, sharding=train.sharding)
+    else:
+        dmp, _ = sharded_ranker(config, data, open_knowledge(config, data, config.rank.knowledge), device=device)
     try:
-        audit = warm_start(dmp, source, config.rank.warm_start.rules, dry_run=True)
+        audit = warm_start(dmp, source, settings.rules, dry_run=True)
     except PlanError as error:
         if rank() == 0:
             print(error.audit.text(), flush=True)

@@ -49,6 +49,43 @@ def test_the_schedule_moves_fused_tables_in_the_very_step():
     assert dense_1 > 0 and dense_half == pytest.approx(dense_1 / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_a_table_with_a_rate_of_its_own(sharding):
+    """Frozen, slowed and as all others, through the schedule too; the table learns as the ratio says."""
+    init_distributed("cpu")
+    moved = {}
+    for rates in ({}, {"t0": 0.01}, {"t0": 0.0}):
+        config = OptimizerConfig(table_optimizer="sgd", table_lr=0.1, table_lrs=rates)
+        torch.manual_seed(0)
+        model = shard(TinyModel(), device="cpu", optimizer=config, sharding=sharding)
+        optimizer = build_optimizer(model, config)
+        optimizer.set_learning_rate(0.5)
+        before = {name: weight.clone() for name, weight in tables(model).items()}
+        optimizer.zero_grad()
+        loss_sum(model, make_batch(torch.arange(8))).backward()
+        optimizer.step()
+        moved[rates.get("t0", 0.1)] = {
+            name: float((weight - before[name]).abs().max()) for name, weight in tables(model).items()
+        }
+    assert moved[0.0]["t0"] == 0.0
+    assert moved[0.01]["t0"] == pytest.approx(moved[0.1]["t0"] / 10, rel=1e-3)
+    others = set(moved[0.1]) - {"t0"}
+    assert others and all(moved[0.0][name] == moved[0.1][name] > 0 for name in others)
+
+
+def test_a_rate_for_a_table_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="table_lrs names 'item'; the model's tables are t0, t1"):
+        prepare(OptimizerConfig(table_lrs={"item": 0.0}))
+
+
+def tables(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = {name.split(".")[-2]: weight for name, weight in model.state_dict().items() if ".embedding_bags." in name}
+    return {
+        name: weight.local_shards()[0].tensor if hasattr(weight, "local_shards") else weight
+        for name, weight in weights.items()
+    }
+
+
 def test_the_rate_is_set_from_the_highest_not_from_the_last():
     _, optimizer = prepare(OptimizerConfig(table_lr=0.2, dense_lr=0.01))
     for factor in (0.5, 0.1, 1.0):
@@ -99,6 +136,7 @@ def test_schedules():
         ({"table_optimizer": "adam"}, "no fused kernel on CPU"),
         ({"schedule": "exponential"}, "constant, linear, cosine"),
         ({"table_lr": -1.0}, "table_lr=-1.0"),
+        ({"table_lrs": {"t0": -1.0}}, "table_lrs: t0 has -1.0"),
         ({"min_lr_factor": 1.5}, "min_lr_factor=1.5 must lie between 0 and 1"),
         ({"decay_share": -0.1}, "decay_share=-0.1 must lie between 0 and 1"),
     ],

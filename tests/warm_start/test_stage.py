@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lumrec.config import Config, load
 from lumrec.stages import run_stage
-from lumrec.train import rank
+from lumrec.train import pretrain, rank
 from lumrec.train.checkpoint import best_checkpoint
+from lumrec.warm_start import open_source
 
 RULES = """
 source_prefix: model.
@@ -68,6 +70,79 @@ def test_the_app_says_what_does_not_fit(words, capsys):
     out, err = capsys.readouterr()
     assert "tables.embedding_bags.item_id.weight" in out
     assert "has no source; the nearest is" in err and "is left over" in err
+
+
+class Cut(Exception):
+    pass
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stood(words, monkeypatch):
+    """Not from production again: each step is taken once, and the end is that of a run that nothing cut."""
+    folder, often = Path(config(words).runs_dir), "rank.train.checkpoint_every=1"
+    whole = rank.run(config(from_production(words), "run=whole", often))
+    step, steps = rank.step, 0
+
+    def cut(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise Cut
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(rank, "step", cut)
+        rank.run(config(from_production(words), "run=cut", often))
+    resumed = rank.run(config(from_production(words), "run=cut", often))
+    assert resumed["auc"] == pytest.approx(whole["auc"], abs=1e-12)
+    expected, got = tables_of(folder / "whole"), tables_of(folder / "cut")
+    assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+    production = tables_of(folder / "production")
+    assert not torch.equal(production["item_id"], expected["item_id"])
+
+
+LUM_RULES = """
+source_prefix: model.
+optimizer_prefix: optim.
+rules:
+  - {source: tables., match: prefix, target: token_encoder.tables., exclude: [EXCLUDED]}
+unused: ["[!t]*", EXCLUDED]
+fresh: ["token_encoder.[!t]*", "user_encoder.*", "output.*", "token_encoder.tables.embedding_bags.feedback.*"]
+"""
+
+
+def for_lum(words: list[str]) -> list[str]:
+    """Words of a LUM whose tables begin as production's ranker has them."""
+    folder = Path(config(words).runs_dir)
+    others = ["hour", "weekday", "segment", "segment_category", "scenario_price"]  # what a LUM does not read
+    excluded = ", ".join(f"tables.embedding_bags.{name}.weight" for name in others)
+    (folder / "lum.yaml").write_text(LUM_RULES.replace("EXCLUDED", excluded))
+    source = f"pretrain.warm_start.source={folder / 'production'}"
+    return [*words, source, f"pretrain.warm_start.rules={folder / 'lum.yaml'}"]
+
+
+def tables_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weight of each table of a run's kept checkpoint, by the table's name."""
+    source = open_source(best_checkpoint(run))
+    return {
+        name.split(".")[-2]: source.read(name, 0, tensor.size[0])
+        for name, tensor in source.tensors.items()
+        if ".embedding_bags." in name and name.startswith("model.")
+    }
+
+
+def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
+    folder = Path(config(words).runs_dir)
+    run_stage("warm_start", "", for_lum(words))
+    assert "token_encoder.tables.embedding_bags.item_id.weight" in capsys.readouterr().out
+    frozen = "pretrain.train.optimizer.table_lrs={item_id: 0.0, query: 0.0}"
+    pretrain.run(config(for_lum(words), "run=warm-lum", frozen))
+    audit = json.loads((folder / "warm-lum" / "warm_start.json").read_text())
+    assert audit["applied"]
+    production, lum = tables_of(folder / "production"), tables_of(folder / "warm-lum")
+    assert torch.equal(lum["item_id"], production["item_id"]) and torch.equal(lum["query"], production["query"])
+    assert not torch.equal(lum["scenario"], production["scenario"])  # this one trains
+    with pytest.raises(ValueError, match="both fill the weights"):
+        pretrain.run(config(for_lum(words), "run=both-lum", "pretrain.start_from=warm-lum"))
 
 
 def test_contradictions(words):

@@ -201,7 +201,9 @@ def protocol(config: Config, *, is_warm_up: bool = False) -> str:
     if is_warm_up:
         folds = (
             f"split in time: the online model and the LUM learn from the earliest {share:.0%} of the training events, "
-            f"the rankers from the rest; engineered features are the statistics{_named(config.warm_up.engineered)}"
+            f"the rankers from the rest; engineered features are the statistics{_named(config.warm_up.engineered)}; "
+            "param rows begin from the online model and so from what it learnt of the earlier events, LUM rows without "
+            f"param from {'the tables of the LUM' if config.rank.tables == 'lum' else 'fresh tables'}"
         )
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""

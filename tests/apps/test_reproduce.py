@@ -10,6 +10,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import training_rows
 from lumrec.data.splits import TRAIN
 from lumrec.query.store import Knowledge
+from lumrec.train import rank
 
 
 def test_rows_of_table_4_have_the_papers_figures_and_a_control():
@@ -157,3 +158,7 @@ def test_the_warm_up_rows_on_the_simulator(tiny_words, tmp_path):
     audit = json.loads((runs / "rank-dlrm-both-param-s0" / "warm_start.json").read_text())
     first = next(row for row in audit["rows"] if row["target"] == warm_up.FIRST_LAYER)
     assert first["columns_unused"] > 0 and first["columns_new"] > 0 and first["new_columns"] == "zero"
+    # With learning rates of 0 the row is the online model, answers and all.
+    still = ["run=study/still", "rank.train.optimizer.table_lr=0", "rank.train.optimizer.dense_lr=0"]
+    untrained = rank.run(load(runs / "rank-dlrm-both-param_feature-s0" / "config.yaml", still))
+    assert untrained["auc"] == pytest.approx(result["online/auc"], abs=1e-9)

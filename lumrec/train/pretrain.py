@@ -26,7 +26,6 @@ from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.parallel import init_distributed, shard
 from lumrec.train.run import RunFolder
-from lumrec.warm_start import warm_start
 from lumrec.warm_start.config import WarmStartConfig
 
 if TYPE_CHECKING:
@@ -184,10 +183,7 @@ def run(config: "Config") -> dict[str, float | str]:
         if dist.get_rank() == 0:
             logger.info("goes on from %s, %s", earlier.run, growth_table(earlier, growths))
     if production is not None:
-        audit = warm_start(dmp, production, settings.warm_start.rules)
-        if dist.get_rank() == 0:
-            logger.info("%s", audit.text())
-            audit.save(run_folder.path)
+        settings.warm_start.fill(dmp, production, run_folder.path)
     loader = PackLoader(
         builder,
         users=users,

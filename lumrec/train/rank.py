@@ -38,7 +38,6 @@ from lumrec.train.lum import condition_features, data_tables, lum_fingerprint
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
-from lumrec.warm_start import warm_start
 from lumrec.warm_start.config import WarmStartConfig
 
 if TYPE_CHECKING:
@@ -307,11 +306,7 @@ def run(config: "Config") -> dict[str, float | str]:
     if lum is not None:
         result["tables_from_lum"] = ", ".join(load_lum_tables(lum, data, dmp))
     if production is not None:
-        audit = warm_start(dmp, production, settings.warm_start.rules)
-        result["warm_start"] = audit.source
-        if rank() == 0:
-            logger.info("%s", audit.text())
-            audit.save(run_folder.path)
+        result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
     model = repr(dataclasses.replace(settings, train=TrainConfig()))
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})

@@ -1,10 +1,18 @@
 """Which production checkpoint a stage begins from."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
 from lumrec.train.checkpoint import best_checkpoint
+from lumrec.train.parallel import rank
+from lumrec.warm_start.apply import warm_start
+from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,3 +33,11 @@ class WarmStartConfig:
             )
         is_run = (Path(self.source) / "checkpoints").is_dir()
         return open_source(best_checkpoint(self.source) if is_run else self.source)
+
+    def fill(self, dmp: DistributedModelParallel, source: Source, folder: Path) -> Audit:
+        """Fills a model from what `open` gave, and leaves the audit in a run's folder and in its log. Collective."""
+        audit = warm_start(dmp, source, self.rules)
+        if rank() == 0:
+            logger.info("%s", audit.text())
+            audit.save(folder)
+        return audit

@@ -51,9 +51,9 @@ class Rule:
 
     columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones
     are zero, or as initialised), "slice_pad_zero" (some of the source's, as parts says, and new ones that are zero).
-    parts: [[source column, number, target column], …] where old columns are not the
-    first. dtype: "up" (no number may lose precision) or "cast". optimizer: "auto" keeps the state, converted where it
-    has to be, and drops it with a word where it cannot; "keep" refuses then; "drop".
+    parts: [[source column, number, target column], …] where old columns are not the first. dtype: "up" (no number may
+    lose precision) or "cast". optimizer: "auto" keeps the state, converted where it has to be, and drops it with a word
+    where it cannot; "keep" refuses then; "drop".
     """
 
     source: str

@@ -22,6 +22,7 @@ from lumrec.train.lum import build_lum, data_tables
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.pretrain import make_step
+from lumrec.warm_start.plan import shards_of
 
 LR = 0.05
 WEIGHTS = {"ranker": (0.0, 1.0), "lum": (1.0, 0.0), "both": (1.0, 1.0)}  # of the LUM's loss and the ranker's
@@ -67,15 +68,11 @@ def batch_of(config: Config, data: PreparedData, model: LumAndRanker, of_rank: i
 
 def parts(model: nn.Module) -> dict[str, list[tuple[tuple[int, ...], Tensor]]]:
     """Name of each table's weight → (offsets, the part that lies here), one for each shard."""
-    found = {}
-    for name, weight in model.state_dict().items():
-        if ".embedding_bags." not in name:
-            continue
-        if hasattr(weight, "local_shards"):
-            found[name] = [(tuple(p.metadata.shard_offsets), p.tensor.clone()) for p in weight.local_shards()]
-        else:
-            found[name] = [((0, 0), weight.detach().clone())]
-    return found
+    return {
+        name: [((part.first_row, part.first_column), part.values.clone()) for part in shards_of(weight)]
+        for name, weight in model.state_dict().items()
+        if ".embedding_bags." in name
+    }
 
 
 def train(folder: str, words: list[str], sharding: str) -> None:
@@ -92,5 +89,5 @@ def train(folder: str, words: list[str], sharding: str) -> None:
         dmp(*batch, weights).backward()
         optimizer.step()
         after[name] = parts(dmp)
-    same = dmp.module.lum.token_encoder.tables is dmp.module.ranker.tables if sharding != "data_parallel" else True
+    same = dmp.module.lum.token_encoder.tables is dmp.module.ranker.tables
     torch.save({"after": after, "same": same}, Path(folder) / f"{sharding}-{rank()}.pt")

@@ -12,6 +12,7 @@ from lumrec.train.optimizers import (
     learning_rate_factor,
 )
 from lumrec.train.parallel import init_distributed, shard
+from lumrec.warm_start.plan import shards_of
 
 
 def prepare(config: OptimizerConfig) -> tuple[torch.nn.Module, TableAndDenseOptimizer]:
@@ -20,8 +21,16 @@ def prepare(config: OptimizerConfig) -> tuple[torch.nn.Module, TableAndDenseOpti
     return model, build_optimizer(model, config)
 
 
+def tables(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.split(".")[-2]: shards_of(weight)[0].values
+        for name, weight in model.state_dict().items()
+        if ".embedding_bags." in name
+    }
+
+
 def table(model: torch.nn.Module) -> torch.Tensor:
-    return model.state_dict()["ebc.embedding_bags.t0.weight"].local_shards()[0].tensor
+    return tables(model)["t0"]
 
 
 def moves(factors: list[float]) -> list[tuple[float, float]]:
@@ -76,14 +85,6 @@ def test_a_table_with_a_rate_of_its_own(sharding):
 def test_a_rate_for_a_table_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="table_lrs names 'item'; the model's tables are t0, t1"):
         prepare(OptimizerConfig(table_lrs={"item": 0.0}))
-
-
-def tables(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    weights = {name.split(".")[-2]: weight for name, weight in model.state_dict().items() if ".embedding_bags." in name}
-    return {
-        name: weight.local_shards()[0].tensor if hasattr(weight, "local_shards") else weight
-        for name, weight in weights.items()
-    }
 
 
 def test_the_rate_is_set_from_the_highest_not_from_the_last():

@@ -1,6 +1,6 @@
 """Deep Interest Evolution Network: how the interest in the target came about (Zhou et al., 1809.03672).
 
-Shape suffixes: see rankers/base.py and rankers/recurrence.py; P pairs of an event and the next one of its row.
+Shape suffixes: see rankers/base.py and rankers/recurrence.py.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
-from lumrec.modules.rankers.jagged import row_of_event, segment_softmax
+from lumrec.modules.rankers.jagged import indexed_dot, row_of_event, segment_softmax
 from lumrec.modules.rankers.recurrence import recurrence
 
 
@@ -46,7 +46,7 @@ class Dien(Ranker):
         history_T, offsets_B1 = batch.history_T, batch.offsets_B1
         state_TH = recurrence(self.extractor_input(looked.token_UD), history_T, self.extractor_weight_GH, offsets_B1)
         row_T = row_of_event(offsets_B1, len(history_T))
-        logit_T = (state_TH * F.embedding(row_T, self.attention(looked.target_BI))).sum(dim=1)
+        logit_T = indexed_dot(state_TH, self.attention(looked.target_BI), row_T)
         evolved_TH = recurrence(
             self.evolution_input(state_TH),
             torch.arange(len(history_T), device=history_T.device),
@@ -67,12 +67,10 @@ class Dien(Ranker):
         history_T = batch.history_T
         has_next_T = torch.ones_like(history_T, dtype=torch.bool)
         has_next_T[batch.offsets_B1[1:][batch.offsets_B1.diff() > 0] - 1] = False
-        place_P = has_next_T.nonzero().squeeze(1)
-        next_P = history_T[place_P + 1]
-        drawn_P = torch.randint(max(1, len(history_T)), place_P.shape, device=history_T.device)
-        negative_P = history_T[drawn_P]
-        item_UI, state_PH = token_UD[:, : self.item_dim], state_TH[place_P]
-        positive_loss_P = F.softplus(-(state_PH * F.embedding(next_P, item_UI)).sum(dim=1))
-        negative_loss_P = F.softplus((state_PH * F.embedding(negative_P, item_UI)).sum(dim=1))
-        is_other_P = batch.item_U[negative_P] != batch.item_U[next_P]
-        return (positive_loss_P + negative_loss_P * is_other_P).sum() / max(1, len(place_P))
+        next_T = history_T.roll(-1)
+        negative_T = history_T[torch.randint(max(1, len(history_T)), history_T.shape, device=history_T.device)]
+        item_UI = token_UD[:, : self.item_dim]
+        is_other_T = batch.item_U[negative_T] != batch.item_U[next_T]
+        positive_loss_T = F.softplus(-indexed_dot(state_TH, item_UI, next_T))
+        negative_loss_T = F.softplus(indexed_dot(state_TH, item_UI, negative_T)) * is_other_T
+        return ((positive_loss_T + negative_loss_T) * has_next_T).sum() / has_next_T.sum().clamp(min=1)

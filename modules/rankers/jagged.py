@@ -5,9 +5,11 @@ history of a chunk. A place is an index into the T events; T itself stands for p
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK_BYTES = 1 << 20  # of gathered histories for each thread
 
@@ -37,11 +39,14 @@ def latest(history_T: Tensor, offsets_B1: Tensor, num: int) -> tuple[Tensor, Ten
     return history_T[from_end_T <= num], kept_B1
 
 
-def row_chunks(offsets_B1: Tensor, *, num_events: int, event_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def row_chunks(
+    offsets_B1: Tensor, *, num_events: int, event_bytes: int = 0, row_bytes: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of each chunk (int64 [R]) and the places of their events, [R, L], padded to the chunk's longest.
 
-    Rows come longest first, so that little is padded; rows without events come in no chunk. event_bytes: of what the
-    caller gathers for one event; on a CPU a chunk has CHUNK_BYTES of it for each thread, elsewhere all rows are one.
+    Rows come longest first, so that little is padded; rows without events come in no chunk. event_bytes,
+    row_bytes: of what the caller gathers for one event, and for one row however long; on a CPU a chunk has CHUNK_BYTES
+    of it for each thread, elsewhere all rows are one.
 
     >>> for rows, places in row_chunks(torch.tensor([0, 1, 1, 4]), num_events=4, event_bytes=1 << 18):
     ...     print(rows.tolist(), places.tolist())
@@ -54,7 +59,7 @@ def row_chunks(offsets_B1: Tensor, *, num_events: int, event_bytes: int) -> Iter
     longest = int(length_B[0]) if num_rows else 0
     chunk_rows = max(1, num_rows)
     if offsets_B1.device.type == "cpu":
-        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // max(1, longest * event_bytes))
+        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // max(1, longest * event_bytes + row_bytes))
     place_L = torch.arange(longest, device=offsets_B1.device)
     for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
         if length == 0:
@@ -62,3 +67,37 @@ def row_chunks(offsets_B1: Tensor, *, num_events: int, event_bytes: int) -> Iter
         rows = slice(first, first + chunk_rows)
         is_event_RL = place_L[:length] < length_B[rows, None]
         yield order_B[rows], torch.where(is_event_RL, start_B[rows, None] + place_L[:length], num_events)
+
+
+def indexed_dot(a_TH: Tensor, b_UH: Tensor, index_T: Tensor) -> Tensor:
+    """a_t · b[index_t], [T], without the gathered b, forward or backward."""
+    return _IndexedDot.apply(a_TH, b_UH, index_T)
+
+
+class _IndexedDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a_TH: Tensor, b_UH: Tensor, index_T: Tensor) -> Tensor:
+        ctx.save_for_backward(a_TH, b_UH, index_T)
+        dot_T = a_TH.new_empty(len(index_T))
+        for chunk in _event_chunks(a_TH):
+            torch.sum(a_TH[chunk] * F.embedding(index_T[chunk], b_UH), dim=1, out=dot_T[chunk])
+        return dot_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor | None, ...]:
+        a_TH, b_UH, index_T = ctx.saved_tensors
+        g_a_TH, g_b_UH = torch.empty_like(a_TH), torch.zeros_like(b_UH)
+        for chunk in _event_chunks(a_TH):
+            g_N1 = g_T[chunk, None]
+            torch.mul(F.embedding(index_T[chunk], b_UH), g_N1, out=g_a_TH[chunk])
+            g_b_UH.index_add_(0, index_T[chunk], a_TH[chunk] * g_N1)
+        return g_a_TH, g_b_UH, None
+
+
+def _event_chunks(x_TH: Tensor) -> Iterator[slice]:
+    """Events of which a CPU core's cache holds what is gathered; elsewhere all of them at once."""
+    num_events, num = len(x_TH), max(1, len(x_TH))
+    if x_TH.device.type == "cpu":
+        num = max(1, torch.get_num_threads() * CHUNK_BYTES // (4 * x_TH.shape[1] * x_TH.element_size()))
+    return (slice(start, start + num) for start in range(0, num_events, num))

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lumrec.modules.rankers.jagged import row_chunks
+
+STEP_BUFFERS = 12  # of the width of a state: what a step of the backward pass works in
+tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
 
 
 def recurrence(
@@ -24,8 +26,8 @@ def recurrence(
     input that occurs in many histories is multiplied once. weight_GH: W. attention_T: a; None: 1, a plain GRU (with
     DIEN's update gate, which is 1 - z of PyTorch's).
 
-    The loop is over time, over the rows that still have an event. What it keeps is the states alone: the gates of the
-    backward pass are computed again, all events at once, and the loop back has one small product a step in it.
+    The loop is over time, over the rows that still have an event, and over so few rows that what a step works in stays
+    in a CPU core's cache. What it keeps is the states alone: the way back computes the gates again.
     """
     return _Recurrence.apply(gate_XG, index_T, weight_GH, offsets_B1, attention_T)
 
@@ -53,6 +55,27 @@ def _in_time_order(place_RL: Tensor, num_events: int) -> tuple[Tensor, list[int]
     return place_LR[is_event_LR], is_event_LR.sum(dim=1).tolist()
 
 
+class _Gates:
+    """The gates of one step after another, in the same buffers, which stay in a CPU core's cache."""
+
+    def __init__(self, gate_XG: Tensor, weight_GH: Tensor, num_rows: int) -> None:
+        width = weight_GH.shape[1]
+        self.gate_XG, self.width = gate_XG, width
+        self.weight_ur_HX, self.weight_c_HH = weight_GH[: 2 * width].t(), weight_GH[2 * width :].t()
+        self.gate_RG = gate_XG.new_empty(num_rows, 3 * width)
+        self.hidden_c_RH, self.candidate_RH = gate_XG.new_empty(2, num_rows, width)
+
+    def __call__(self, index_R: Tensor, h_RH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u, r, W_c h and h~ [R, H] of the rows' inputs and the states before them; valid until the next call."""
+        gate_RG = torch.index_select(self.gate_XG, 0, index_R, out=self.gate_RG[: len(index_R)])
+        ur_RX = gate_RG[:, : 2 * self.width].addmm_(h_RH, self.weight_ur_HX).sigmoid_()
+        u_RH, r_RH = ur_RX[:, : self.width], ur_RX[:, self.width :]
+        hidden_c_RH = torch.mm(h_RH, self.weight_c_HH, out=self.hidden_c_RH[: len(index_R)])
+        candidate_RH = self.candidate_RH[: len(index_R)]
+        torch.addcmul(gate_RG[:, 2 * self.width :], r_RH, hidden_c_RH, out=candidate_RH).tanh_()
+        return u_RH, r_RH, hidden_c_RH, candidate_RH
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -60,23 +83,19 @@ class _Recurrence(torch.autograd.Function):
     ) -> Tensor:
         num_events, width = len(index_T), weight_GH.shape[1]
         state_TH = gate_XG.new_empty(num_events, width)
-        weight_HG = weight_GH.t().contiguous()
         ctx.chunks = []
-        # A step touches one event of each row: chunks bound the memory here, and with few rows steps cost their calls.
-        event_bytes = -(-4 * width * gate_XG.element_size() // 64)
-        for rows, place_RL in row_chunks(offsets_B1, num_events=num_events, event_bytes=event_bytes):
+        row_bytes = STEP_BUFFERS * width * gate_XG.element_size()
+        for rows, place_RL in row_chunks(offsets_B1, num_events=num_events, row_bytes=row_bytes):
             place_N, counts = _in_time_order(place_RL, num_events)
-            gate_NG = F.embedding(index_T[place_N], gate_XG)
+            index_N = index_T[place_N]
             a_N1 = None if attention_T is None else attention_T[place_N, None]
-            state_NH = gate_XG.new_empty(len(place_N), width)
+            gates, state_NH = _Gates(gate_XG, weight_GH, len(rows)), gate_XG.new_empty(len(place_N), width)
             h_RH, begin = gate_XG.new_zeros(len(rows), width), 0
             for count in counts:
                 step, h_RH = slice(begin, begin + count), h_RH[:count]
-                x_RG, hidden_RG = gate_NG[step], h_RH @ weight_HG
-                ur_RX = hidden_RG[:, : 2 * width].add_(x_RG[:, : 2 * width]).sigmoid_()
-                u_RH, r_RH = ur_RX[:, :width], ur_RX[:, width:]
-                candidate_RH = (r_RH * hidden_RG[:, 2 * width :]).add_(x_RG[:, 2 * width :]).tanh_()
-                h_RH = torch.lerp(h_RH, candidate_RH, u_RH if a_N1 is None else u_RH * a_N1[step], out=state_NH[step])
+                u_RH, _, _, candidate_RH = gates(index_N[step], h_RH)
+                update_RH = u_RH if a_N1 is None else u_RH.mul_(a_N1[step])
+                h_RH = torch.lerp(h_RH, candidate_RH, update_RH, out=state_NH[step])
                 begin += count
             state_TH[place_N] = state_NH
             ctx.chunks.append((place_N, counts))
@@ -89,43 +108,42 @@ class _Recurrence(torch.autograd.Function):
         gate_XG, index_T, weight_GH, attention_T, state_TH = ctx.saved_tensors
         width = weight_GH.shape[1]
         g_gate_XG, g_weight_GH = torch.zeros_like(gate_XG), torch.zeros_like(weight_GH)
-        g_attention_T = None if attention_T is None else torch.zeros_like(attention_T)
+        g_attention_T = None if attention_T is None else torch.empty_like(attention_T)
         for place_N, counts in ctx.chunks:
-            first, counts_L = counts[0], torch.tensor(counts, device=place_N.device)
-            # The state before each event: that of the same row one step earlier, which stands count places before.
-            back_N = torch.repeat_interleave(counts_L[:-1], counts_L[1:])
-            state_NH = state_TH[place_N]
-            before_NH = torch.zeros_like(state_NH)
-            before_NH[first:] = state_NH[torch.arange(first, len(place_N), device=place_N.device) - back_N]
+            index_N, state_NH, g_NH = index_T[place_N], state_TH[place_N], g_state_TH[place_N]
             a_N1 = None if attention_T is None else attention_T[place_N, None]
-            gate_NG, hidden_NG = F.embedding(index_T[place_N], gate_XG), before_NH @ weight_GH.t()
-            ur_NX = torch.sigmoid(gate_NG[:, : 2 * width] + hidden_NG[:, : 2 * width])
-            u_NH, r_NH, hidden_c_NH = ur_NX[:, :width], ur_NX[:, width:], hidden_NG[:, 2 * width :]
-            candidate_NH = torch.tanh(gate_NG[:, 2 * width :] + r_NH * hidden_c_NH)
-            update_NH = u_NH if a_N1 is None else u_NH * a_N1
-            change_NH = candidate_NH - before_NH
-            # What each gate's input gets is dh times these; all that is left for the loop is dh itself.
-            by_candidate_NH = update_NH * (1 - candidate_NH.square())
-            factor_N3H = torch.stack(
-                [
-                    change_NH * update_NH * (1 - u_NH),
-                    by_candidate_NH * hidden_c_NH * r_NH * (1 - r_NH),
-                    by_candidate_NH * r_NH,
-                ],
-                dim=1,
-            )
-            keep_NH, g_NH = 1 - update_NH, g_state_TH[place_N]
-            carry_RH, end = None, len(place_N)
-            for count in reversed(counts):
+            g_attention_N = g_NH.new_empty(len(place_N))
+            gates = _Gates(gate_XG, weight_GH, counts[0])
+            carry_RH, zeros_RH = gate_XG.new_zeros(2, counts[0], width)
+            buffer_RX = gate_XG.new_empty(counts[0], 3 * width)
+            buffers_RH = gate_XG.new_empty(2, counts[0], width)
+            end = len(place_N)
+            for count, count_before in zip(reversed(counts), [*reversed(counts[:-1]), 0], strict=True):
                 step = slice(end - count, end)
-                if carry_RH is not None:
-                    g_NH[step][: len(carry_RH)] += carry_RH
-                factor_R3H = factor_N3H[step].mul_(g_NH[step][:, None])
-                carry_RH = torch.addcmul(factor_R3H.flatten(1) @ weight_GH, g_NH[step], keep_NH[step])
+                # Rows come longest first: those of a step are the first ones of the step before.
+                before = slice(step.start - count_before, step.start - count_before + count)
+                h_RH = state_NH[before] if count_before else zeros_RH
+                u_RH, r_RH, hidden_c_RH, candidate_RH = gates(index_N[step], h_RH)
+                g_RH, (x_RH, y_RH) = g_NH[step].add_(carry_RH[:count]), buffers_RH[:, :count]
+                g_gate_RG = buffer_RX[:count]
+                g_u_RH, g_r_RH, g_c_RH = g_gate_RG.split(width, dim=1)
+                # h' = h + a u (h~ - h): what its gradient gives to h~, to h directly, and to u.
+                torch.mul(g_RH, u_RH, out=x_RH)
+                if a_N1 is not None:
+                    x_RH.mul_(a_N1[step])
+                torch.sub(g_RH, x_RH, out=carry_RH[:count])
+                tanh_backward(x_RH, candidate_RH, grad_input=g_c_RH)
+                torch.sub(candidate_RH, h_RH, out=y_RH).mul_(g_RH)
+                if a_N1 is not None:
+                    torch.sum(torch.mul(y_RH, u_RH, out=x_RH), dim=1, out=g_attention_N[step])
+                    y_RH.mul_(a_N1[step])
+                sigmoid_backward(y_RH, u_RH, grad_input=g_u_RH)
+                sigmoid_backward(torch.mul(g_c_RH, hidden_c_RH, out=x_RH), r_RH, grad_input=g_r_RH)
+                g_gate_XG.index_add_(0, index_N[step], g_gate_RG)
+                g_c_RH.mul_(r_RH)  # from here on the gradients of W h
+                carry_RH[:count].addmm_(g_gate_RG, weight_GH)
+                g_weight_GH.addmm_(g_gate_RG.t(), h_RH)
                 end -= count
-            g_weight_GH.addmm_(factor_N3H.flatten(1).t(), before_NH)
             if g_attention_T is not None:
-                g_attention_T[place_N] = (g_NH * change_NH * u_NH).sum(dim=1)
-            factor_N3H[:, 2] = by_candidate_NH * g_NH
-            g_gate_XG.index_add_(0, index_T[place_N], factor_N3H.flatten(1))
+                g_attention_T[place_N] = g_attention_N
         return g_gate_XG, None, g_weight_GH, None, g_attention_T

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lumrec.modules.rankers import jagged
-from lumrec.modules.rankers.jagged import latest, row_chunks
+from lumrec.modules.rankers.jagged import indexed_dot, latest, row_chunks
 from lumrec.modules.rankers.recurrence import plain_recurrence, recurrence
 from lumrec.modules.rankers.search import (
     hard_search,
@@ -66,6 +66,23 @@ def test_without_attention_the_recurrence_is_pytorchs_gru():
         gate_XG = x_BLD.flatten(0, 1) @ weight_ih.t() + bias
         states = recurrence(gate_XG, torch.arange(10), weight_hh, torch.tensor([0, 5, 10]))
         torch.testing.assert_close(states.view(2, 5, 4), gru(x_BLD)[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_events=st.sampled_from([0, 1, 9]), chunk_bytes=CHUNK_BYTES)
+def test_indexed_dot_equals_the_gathered_product_forward_and_backward(num_events, chunk_bytes):
+    jagged.CHUNK_BYTES = chunk_bytes
+    random = torch.Generator().manual_seed(0)
+    a_TH, b_UH = (torch.randn(n, 4, generator=random, dtype=torch.float64) for n in (num_events, 3))
+    index_T = torch.randint(3, (num_events,), generator=random)
+    results = []
+    for function in (indexed_dot, lambda a, b, index: (a * b[index]).sum(dim=1)):
+        inputs = [a_TH.clone().requires_grad_(), b_UH.clone().requires_grad_()]
+        dot_T = function(*inputs, index_T)
+        dot_T.square().sum().backward()
+        results.append([dot_T, *(x.grad for x in inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
 
 
 def in_words(place_BS: Tensor, num_events: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 torchx run apps/reproduce.py --table 4 --dataset ml-1m
 torchx run apps/reproduce.py --table 5 --dataset ml-1m --rows utilization
 torchx run apps/reproduce.py --table 5 --dataset simulator --rows warm-up
+torchx run apps/reproduce.py --table retrieval --dataset ml-1m
 """
 
 import torchx.specs as specs
@@ -18,7 +19,8 @@ def reproduce(
 
     Args:
         words: settings over configs/reproduce/<dataset>*.yaml, key=value each, after all options
-        table: 4 (every ranker), 5 (what of the LUM it is that helps) or hazard (in-sample, cross-fitted, time split)
+        table: 4 (every ranker), 5 (what of the LUM it is that helps), retrieval (two towers) or hazard (in-sample,
+            cross-fitted, time split)
         dataset: ml-1m, kuairand, beauty or simulator
         rows: of table 5, some of scratch, utilization, tokenization, with commas (default: these), or warm-up
         out: folder that the files are written into

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
@@ -315,11 +315,11 @@ def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
     return collected
 
 
-def mean_and_sd(results: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """Means over the seeds of what all have, "<prefix>/<name>", and "…_sd" of what rankers are compared by."""
+def mean_and_sd(results: list[dict[str, Any]], prefix: str, *, measured: Sequence[str] = MEASURED) -> dict[str, float]:
+    """Means over the seeds of what all have, "<prefix>/<name>", and "…_sd" of what they are compared by."""
     found = {f"{prefix}/{name}": value for name, value in _mean(results).items()}
     if len(results) > 1:
-        for name in MEASURED:
+        for name in measured:
             values = [run[name] for run in results if isinstance(run.get(name), float)]
             if len(values) == len(results):
                 found[f"{prefix}/{name}_sd"] = statistics.stdev(values)

@@ -1,6 +1,7 @@
 """The paper's tables of rankers on data that one can get, written to files beside the paper's own figures.
 
     table 4   every ranker: Base, on the LUM's tables, with LUM knowledge; what it gains
+    retrieval two towers (EDB): by themselves, with LUM knowledge; the LUM by itself (ours): see lumrec/towers.py
     hazard    each ranker with knowledge that is in-sample, cross-fitted over users, or split in time (ours)
     table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several);
               warm-up (by itself, as its log is split by time): see lumrec/warm_up.py
@@ -17,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lumrec import pipeline, warm_up
+from lumrec import pipeline, towers, warm_up
 from lumrec.config import Config, load, with_words
-from lumrec.pipeline import MEASURED, say, write_json
+from lumrec.pipeline import say, write_json
 from lumrec.report.plots import result_plot
-from lumrec.report.table import RANKER_NAMES
+from lumrec.report.table import METRICS, RANKER_NAMES
 from lumrec.train.files import write_atomically
 from lumrec.train.run import commit
 
@@ -30,7 +31,10 @@ TITLES = {
     "4": "Table 4 of the LUM paper",
     "5": "Table 5 of the LUM paper",
     "hazard": "Knowledge kept from the rows that rankers train on",
+    "retrieval": "Two towers without and with a LUM",
 }
+# What the rows are compared by, the first of them in the plot and in the gains. There is one target, so that HR is R.
+RETRIEVED = {"hr@10": "R@10", "ndcg@10": "NDCG@10", "hr@50": "R@50", "ndcg@50": "NDCG@50"}
 # LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
 PAPER_4 = {
     "ml-1m": {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
@@ -38,8 +42,8 @@ PAPER_4 = {
 
 
 class Case(NamedTuple):
-    """One row: its name in the JSON, its label, the pipeline it is of, the paper's AUC where it has one, and which of
-    warm_up.ROWS it is."""
+    """One row: its name in the JSON, its label, the pipeline it is of, its ranker ("" = two towers), the paper's AUC
+    where it has one, and which of warm_up.ROWS it is."""
 
     key: str
     label: str
@@ -95,6 +99,12 @@ HAZARD = [
     Case("time_split", "LUM, split in time", "-time-split", "", "both"),
 ]
 
+RETRIEVAL = [
+    Case("edb/base", "EDB", "-retrieval", "", "none"),
+    Case("edb/lum", "EDB + LUM", "-retrieval", "", "direct"),
+    Case("lum", "the LUM by itself, asked without a condition", "-retrieval", "", "lum"),
+]
+
 
 def run(
     words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
@@ -103,24 +113,30 @@ def run(
     the JSON holds.
 
     words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
-    with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc", its "_sd" over the seeds, "…/paper_auc", and as
-    text `protocol`, `dataset`, `command` and `commit`; table 4 also has "<ranker>/gain/auc" and "average/gain/auc",
-    warm-up "online/auc".
+    with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over
+    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, `command` and `commit`; where there is a base to gain
+    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
     Raises ValueError for a table, rows or data set that is not known, and as the pipeline does.
     """
-    config = read_config(dataset, "-warm-up" if rows == "warm-up" else "", words)
+    own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
+    config = read_config(dataset, f"-{own}" if own else "", words)
     cases = choose(table, dataset, rows, config)
+    metrics = RETRIEVED if table == "retrieval" else METRICS
     by_variant: dict[str, list[Case]] = {}
     for case in cases:
         by_variant.setdefault(case.variant, []).append(case)
     result: dict[str, float | str] = {}
     for variant, of_variant in by_variant.items():
-        settings = only(read_config(dataset, variant, words), of_variant)
-        figures = warm_up.run(settings) if rows == "warm-up" else pipeline.run(settings)
+        settings = read_config(dataset, variant, words)
+        if table == "retrieval":
+            figures = towers.run(settings, list(metrics))
+        else:
+            settings = only(settings, of_variant)
+            figures = warm_up.run(settings) if rows == "warm-up" else pipeline.run(settings)
         result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
-            result |= _figures(case, figures)
-    result |= gains(cases, result)
+            result |= _figures(case, figures, metrics)
+    result |= gains(cases, result, metrics)
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
     result |= {
@@ -133,8 +149,9 @@ def run(
     kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
     stem = folder / f"{kind}-{dataset}"
     write_json(stem.with_suffix(".json"), result)
-    write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name))
-    write_atomically(stem.with_suffix(".svg"), result_plot([(case.label, case.key) for case in cases], result))
+    write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name, metrics))
+    plot = result_plot([(case.label, case.key) for case in cases], result, *next(iter(metrics.items())))
+    write_atomically(stem.with_suffix(".svg"), plot)
     say(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json, .md, .svg")
     return result
 
@@ -151,8 +168,10 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
             for ranker in config.pipeline.rankers
             for case in HAZARD
         ]
+    if table == "retrieval":
+        return RETRIEVAL
     if table != "5":
-        raise ValueError(f"--table {table}: expected 4, 5 or hazard")
+        raise ValueError(f"--table {table}: expected 4, 5, retrieval or hazard")
     if rows == "warm-up":
         return WARM_UP
     chosen = rows.split(",") if rows else list(TABLE_5)
@@ -179,16 +198,18 @@ def only(config: Config, cases: Sequence[Case]) -> Config:
     return with_words(config, words, origin="the rows of the table")
 
 
-def gains(cases: Sequence[Case], result: Mapping[str, float | str]) -> dict[str, float]:
-    """What LUM knowledge adds to the AUC of each ranker and on average, ours and the paper's."""
+def gains(
+    cases: Sequence[Case], result: Mapping[str, float | str], metrics: Mapping[str, str] = METRICS
+) -> dict[str, float]:
+    """What LUM knowledge adds to the first metric of each model and on average, ours and the paper's AUC."""
     gained: dict[str, float] = {}
-    for name in ("auc", "paper_auc"):
+    for name in (next(iter(metrics)), "paper_auc"):
         found = []
-        for ranker in dict.fromkeys(case.ranker for case in cases):
-            base, lum = result.get(f"{ranker}/base/{name}"), result.get(f"{ranker}/lum/{name}")
+        for model in dict.fromkeys(case.key.partition("/")[0] for case in cases):
+            base, lum = result.get(f"{model}/base/{name}"), result.get(f"{model}/lum/{name}")
             if isinstance(base, float) and isinstance(lum, float):
                 found.append(lum - base)
-                gained[f"{ranker}/gain/{name}"] = lum - base
+                gained[f"{model}/gain/{name}"] = lum - base
         if found:
             gained[f"average/gain/{name}"] = sum(found) / len(found)
     return gained
@@ -208,13 +229,29 @@ def protocol(config: Config, *, is_warm_up: bool = False) -> str:
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     return (
-        f"{config.data.split.kind} split, test part, mean over the ranker seeds {settings.seeds}, LUM seed "
+        f"{config.data.split.kind} split, test part, mean over the seeds {settings.seeds} of step 3, LUM seed "
         f"{config.seed}, knowledge {folds}{extension}"
     )
 
 
-def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str], title: str) -> str:
+def markdown(
+    table: str,
+    cases: Sequence[Case],
+    result: Mapping[str, float | str],
+    title: str,
+    metrics: Mapping[str, str] = METRICS,
+) -> str:
     """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
+    main = next(iter(metrics))
+    heads = [*metrics.values(), *(["the paper's AUC"] if metrics is METRICS else [])]
+
+    def line(label: str, *cells: str) -> str:
+        return f"| {' | '.join([label, *cells, *[''] * (len(heads) - len(cells))])} |"
+
+    def gain(label: str, model: str) -> str:
+        paper = [_spoken(result, f"{model}/gain", "paper_auc", "+.4f")] if f"{model}/gain/paper_auc" in result else []
+        return line(label, _spoken(result, f"{model}/gain", main, "+.4f"), *[""] * (len(metrics) - 1), *paper)
+
     lines = [
         f"# {TITLES[table]}: {result['dataset']}",
         "",
@@ -222,32 +259,30 @@ def markdown(table: str, cases: Sequence[Case], result: Mapping[str, float | str
         "",
         f"    {result['command']}",
         "",
-        "| | AUC | gAUC | log loss | the paper's AUC |",
-        "|---|---|---|---|---|",
+        line("", *heads),
+        "|---" * (1 + len(heads)) + "|",
     ]
     for case in cases:
-        ours = " | ".join(_spoken(result, case.key, metric) for metric in MEASURED)
-        paper = result.get(f"{case.key}/paper_auc")
-        lines.append(f"| {case.label} | {ours} | {f'{paper:.4f}' if isinstance(paper, float) else ''} |")
-        if case.key.endswith("/lum") and f"{case.ranker}/gain/auc" in result:
-            gain = result.get(f"{case.ranker}/gain/paper_auc")
-            said = f"{gain:+.4f}" if isinstance(gain, float) else ""
-            lines.append(f"| Imp. | {result[f'{case.ranker}/gain/auc']:+.4f} | | | {said} |")
-    if "average/gain/auc" in result:
-        gain = result.get("average/gain/paper_auc")
-        said = f"{gain:+.4f}" if isinstance(gain, float) else ""
-        lines.append(f"| average Imp. | {result['average/gain/auc']:+.4f} | | | {said} |")
-    if "online/auc" in result:
-        online = " | ".join(_spoken(result, "online", metric) for metric in MEASURED)
-        lines.append(f"| the online model as it stands | {online} | |")
+        paper = [] if case.paper is None else [f"{case.paper:.4f}"]
+        lines.append(line(case.label, *(_spoken(result, case.key, metric) for metric in metrics), *paper))
+        model = case.key.partition("/")[0]
+        if case.key.endswith("/lum") and f"{model}/gain/{main}" in result:
+            lines.append(gain("Imp.", model))
+    if len({case.key.partition("/")[0] for case in cases if case.key.endswith("/lum")}) > 1:
+        lines.append(gain("average Imp.", "average"))
+    if f"online/{main}" in result:
+        lines.append(line("the online model as it stands", *(_spoken(result, "online", metric) for metric in metrics)))
     return "\n".join([*lines, "", f"![]({title}.svg)", ""])
 
 
-def _figures(case: Case, figures: Mapping[str, float | str]) -> dict[str, float | str]:
+def _figures(
+    case: Case, figures: Mapping[str, float | str], metrics: Mapping[str, str] = METRICS
+) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
-    for metric in MEASURED:
+    for metric in metrics:
         for name in (metric, f"{metric}_sd"):
-            value = figures.get("/".join(filter(None, ("rank", case.ranker, case.knowledge, case.row, name))))
+            parts = (*(("rank", case.ranker) if case.ranker else ("retrieve",)), case.knowledge, case.row, name)
+            value = figures.get("/".join(filter(None, parts)))
             if value is not None:
                 found[f"{case.key}/{name}"] = value
     return found | ({} if case.paper is None else {f"{case.key}/paper_auc": case.paper})
@@ -257,8 +292,8 @@ def _named(features: Sequence[str]) -> str:
     return f" and {', '.join(features)}" if features else ""
 
 
-def _spoken(result: Mapping[str, float | str], key: str, metric: str) -> str:
+def _spoken(result: Mapping[str, float | str], key: str, metric: str, form: str = ".4f") -> str:
     value, sd = result.get(f"{key}/{metric}"), result.get(f"{key}/{metric}_sd")
     if not isinstance(value, float):
         return "–"
-    return f"{value:.4f}" + (f" ± {sd:.4f}" if isinstance(sd, float) else "")
+    return f"{value:{form}}" + (f" ± {sd:.4f}" if isinstance(sd, float) else "")

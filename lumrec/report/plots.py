@@ -109,8 +109,10 @@ def comparison_plot(rows: Sequence[Row]) -> str:
     return _svg(figure)
 
 
-def result_plot(rows: Sequence[tuple[str, str]], result: Mapping[str, float | str]) -> str:
-    """AUC of each row (label, key) of a flat result as dots with ± one standard deviation; its own SVG file's text.
+def result_plot(
+    rows: Sequence[tuple[str, str]], result: Mapping[str, float | str], metric: str = "auc", title: str = "AUC"
+) -> str:
+    """A metric of each row (label, key) of a flat result as dots with ± one standard deviation; an SVG file's text.
 
     Rows of one model (the key's first part) have a colour; the paper's AUC, where it has one, is a hollow square.
     """
@@ -119,7 +121,7 @@ def result_plot(rows: Sequence[tuple[str, str]], result: Mapping[str, float | st
     families = list(dict.fromkeys(key.partition("/")[0] for _, key in rows))
     for place, (_, key) in zip(range(len(rows))[::-1], rows):
         colour = COLOURS[families.index(key.partition("/")[0]) % len(COLOURS)]
-        value, sd, paper = (result.get(f"{key}/{name}") for name in ("auc", "auc_sd", "paper_auc"))
+        value, sd, paper = (result.get(f"{key}/{name}") for name in (metric, f"{metric}_sd", "paper_auc"))
         if isinstance(value, float):
             xerr = [sd if isinstance(sd, float) else 0.0]
             axes.errorbar([value], [place], xerr=xerr, fmt="o", color=colour, markersize=6, capsize=3)
@@ -129,7 +131,7 @@ def result_plot(rows: Sequence[tuple[str, str]], result: Mapping[str, float | st
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.tick_params(axis="y", left=False)
     has_paper = any(f"{key}/paper_auc" in result for _, key in rows)
-    _plain(axes, "AUC of the test part" + ("; hollow squares: the paper's, on its own split" if has_paper else ""))
+    _plain(axes, f"{title} of the test part" + ("; hollow squares: the paper's, on its own split" if has_paper else ""))
     axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     return _svg(figure)

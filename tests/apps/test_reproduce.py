@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lumrec import reproduce, warm_up
+from lumrec import reproduce, towers, warm_up
 from lumrec.config import load
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import training_rows
@@ -58,7 +58,7 @@ def test_the_hazard_is_shown_for_each_ranker():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"table": "7"}, "--table 7: expected 4, 5 or hazard"),
+        ({"table": "7"}, "--table 7: expected 4, 5, retrieval or hazard"),
         ({"dataset": "netflix"}, "data sets and variants that there are: beauty, kuairand"),
         ({"table": "5", "rows": "utilisation"}, "'utilisation' is none of scratch, utilization"),
         ({"rows": "scratch"}, "--rows is for table 5"),
@@ -102,6 +102,45 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
     }
 
 
+def test_the_towers_stand_in_the_rankers_place():
+    config = reproduce.read_config("ml-1m", "-retrieval", ["pipeline.seeds=[0,7]"])
+    stages = {stage.name: stage for stage in towers.plan(config)}
+    assert list(stages)[:3] == ["prepare", "lum", "query"]
+    assert list(stages)[3:] == [f"retrieve-{kind}-s{seed}" for kind in ("none", "direct") for seed in (0, 7)]
+    base, lum = stages["retrieve-none-s7"], stages["retrieve-direct-s7"]
+    assert (base.needs, lum.needs, lum.config.seed) == (("prepare",), ("query",), 7)
+    assert (base.config.retrieve.knowledge, base.config.inputs.knowledge) == ("none", "")
+    assert (lum.config.retrieve.knowledge, lum.config.inputs.knowledge) == ("direct", "reproduce-ml-1m-retrieval/query")
+
+
+def test_the_towers_table_has_a_gain_and_no_column_of_the_papers():
+    figures = {"retrieve/none/hr@10": 0.25, "retrieve/direct/hr@10": 0.28, "retrieve/direct/hr@10_sd": 0.01}
+    cases, result = reproduce.RETRIEVAL, {"dataset": "a log", "commit": "c", "command": "x", "protocol": "p"}
+    for case in cases:
+        result |= reproduce._figures(case, figures, reproduce.RETRIEVED)
+    result |= reproduce.gains(cases, result, reproduce.RETRIEVED)
+    text = reproduce.markdown("retrieval", cases, result, "retrieval-a-log", reproduce.RETRIEVED)
+    assert "|  | R@10 | NDCG@10 | R@50 | NDCG@50 |\n|---|---|---|---|---|" in text
+    assert "| EDB + LUM | 0.2800 ± 0.0100 | – | – | – |\n| Imp. | +0.0300 |  |  |  |" in text
+    assert "average" not in text
+
+
+@pytest.mark.slow
+def test_the_towers_on_the_simulator(tiny_words, tmp_path):
+    words = [*tiny_words, f"runs_dir={tmp_path}/runs", "run=towers", "pipeline.seeds=[0,1]", "pipeline.folds=1"]
+    words += ["pipeline.knowledge=[none,direct]", "retrieve.train.epochs=1"]
+    result = towers.run(load(None, words), ["hr@10"])
+    for kind in ("none", "direct"):
+        runs = [
+            json.loads((tmp_path / f"runs/towers/retrieve-{kind}-s{seed}/result.json").read_text()) for seed in (0, 1)
+        ]
+        assert runs[0]["best_step"] and runs[0]["knowledge"] == kind
+        assert result[f"retrieve/{kind}/hr@10"] == pytest.approx((runs[0]["hr@10"] + runs[1]["hr@10"]) / 2)
+        assert result[f"retrieve/{kind}/hr@10_sd"] == pytest.approx(abs(runs[0]["hr@10"] - runs[1]["hr@10"]) / 2**0.5)
+    lum = json.loads((tmp_path / "runs/towers/lum/result.json").read_text())
+    assert result["retrieve/lum/hr@10"] == lum["hr@10"]
+
+
 def test_rules_of_the_warm_up_keep_the_columns_of_what_is_still_read():
     theirs = warm_up.Layout({"user": 4, "cross": 2, "item": 3, "interest": 5, "rate": 1, "price": 1}, {"a", "cross"})
     ours = warm_up.Layout({"user": 4, "item": 3, "interest": 5, "price": 1}, {"a"})
@@ -131,7 +170,7 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
     assert "| LUM (param + feature) | 0.7500 | – | – | 0.7794 |" in text
     assert (
         "| DLRM (scratch) | 0.5000 | – | – | 0.7338 |" in text
-        and "| the online model as it stands | 0.7000 | – | – | |" in text
+        and "| the online model as it stands | 0.7000 | – | – |  |" in text
     )
     assert "the earliest 80% of the training events" in text and "segment_category" in text
 

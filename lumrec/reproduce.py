@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ TITLES = {
     "hazard": "Knowledge kept from the rows that rankers train on",
     "retrieval": "Two towers without and with a LUM",
 }
+BY_RANKER = ("4", "hazard")  # whose rows are those of pipeline.rankers
 # What the rows are compared by, the first of them in the plot and in the gains. There is one target, so that HR is R.
 RETRIEVED = {"hr@10": "R@10", "ndcg@10": "NDCG@10", "hr@50": "R@50", "ndcg@50": "NDCG@50"}
 # LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
@@ -114,18 +115,26 @@ def run(
 
     words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
     with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over
-    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, `command` and `commit`; where there is a base to gain
-    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
-    Raises ValueError for a table, rows or data set that is not known, and as the pipeline does.
+    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit"; where
+    there is a base to gain over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc". Rows of other
+    rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
+    Raises ValueError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
+    as the pipeline does.
     """
     own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
     config = read_config(dataset, f"-{own}" if own else "", words)
     cases = choose(table, dataset, rows, config)
     metrics = RETRIEVED if table == "retrieval" else METRICS
+    kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
+    stem = Path(out) / f"{kind}-{dataset}"
+    result: dict[str, float | str] = {
+        "protocol": protocol(config, "tower" if table == "retrieval" else "ranker", is_warm_up=rows == "warm-up")
+    }
+    if table in BY_RANKER:
+        result |= others(stem.with_suffix(".json"), config.pipeline.rankers, result["protocol"])
     by_variant: dict[str, list[Case]] = {}
     for case in cases:
         by_variant.setdefault(case.variant, []).append(case)
-    result: dict[str, float | str] = {}
     for variant, of_variant in by_variant.items():
         settings = read_config(dataset, variant, words)
         if table == "retrieval":
@@ -136,24 +145,42 @@ def run(
         result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
             result |= _figures(case, figures, metrics)
-    result |= gains(cases, result, metrics)
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
-    result |= {
-        "protocol": protocol(config, is_warm_up=rows == "warm-up"),
-        "command": command,
-        "commit": commit() or "unknown",
-    }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
-    stem = folder / f"{kind}-{dataset}"
+    for model in models_of(cases):
+        result |= {f"{model}/command": command, f"{model}/commit": commit() or "unknown"}
+    if table in BY_RANKER:
+        rankers = [model for model in models_of(result) if model in RANKER_NAMES]
+        cases = choose(
+            table, dataset, rows, with_words(config, [f"pipeline.rankers={json.dumps(rankers)}"], origin=out)
+        )
+    result |= gains(cases, result, metrics)
+    stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(stem.with_suffix(".json"), result)
     write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name, metrics))
     plot = result_plot([(case.label, case.key) for case in cases], result, *next(iter(metrics.items())))
     write_atomically(stem.with_suffix(".svg"), plot)
     say(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json, .md, .svg")
     return result
+
+
+def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[str, float | str]:
+    """What an earlier call's file has of other rankers. Raises ValueError where that is by another protocol."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in found.items() if key.partition("/")[0] in set(RANKER_NAMES) - set(rankers)}
+    if kept and found["protocol"] != protocol:
+        raise ValueError(
+            f"{path} has rows of {', '.join(models_of(kept))} by another protocol ({found['protocol']}) than is asked "
+            f"for now ({protocol}): give --out for a folder of its own, or remove it"
+        )
+    return kept
+
+
+def models_of(keys: Iterable[Case | str]) -> list[str]:
+    """The first part of each row's key, or of each key of a result, in order."""
+    return list(dict.fromkeys((key.key if isinstance(key, Case) else key).partition("/")[0] for key in keys))
 
 
 def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
@@ -205,7 +232,7 @@ def gains(
     gained: dict[str, float] = {}
     for name in (next(iter(metrics)), "paper_auc"):
         found = []
-        for model in dict.fromkeys(case.key.partition("/")[0] for case in cases):
+        for model in models_of(cases):
             base, lum = result.get(f"{model}/base/{name}"), result.get(f"{model}/lum/{name}")
             if isinstance(base, float) and isinstance(lum, float):
                 found.append(lum - base)
@@ -215,7 +242,7 @@ def gains(
     return gained
 
 
-def protocol(config: Config, *, is_warm_up: bool = False) -> str:
+def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = False) -> str:
     """How the figures came about, in a sentence."""
     settings, share = config.pipeline, config.warm_up.share
     folds = f"cross-fitted over {settings.folds} folds of users" if settings.folds > 1 else "in-sample"
@@ -229,7 +256,7 @@ def protocol(config: Config, *, is_warm_up: bool = False) -> str:
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     return (
-        f"{config.data.split.kind} split, test part, mean over the seeds {settings.seeds} of step 3, LUM seed "
+        f"{config.data.split.kind} split, test part, mean over the {trained} seeds {settings.seeds}, LUM seed "
         f"{config.seed}, knowledge {folds}{extension}"
     )
 
@@ -255,10 +282,9 @@ def markdown(
     lines = [
         f"# {TITLES[table]}: {result['dataset']}",
         "",
-        f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}. Commit {result['commit']}:",
+        f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}.",
         "",
-        f"    {result['command']}",
-        "",
+        *_commands(cases, result),
         line("", *heads),
         "|---" * (1 + len(heads)) + "|",
     ]
@@ -268,7 +294,7 @@ def markdown(
         model = case.key.partition("/")[0]
         if case.key.endswith("/lum") and f"{model}/gain/{main}" in result:
             lines.append(gain("Imp.", model))
-    if len({case.key.partition("/")[0] for case in cases if case.key.endswith("/lum")}) > 1:
+    if len(models_of(case for case in cases if case.key.endswith("/lum"))) > 1:
         lines.append(gain("average Imp.", "average"))
     if f"online/{main}" in result:
         lines.append(line("the online model as it stands", *(_spoken(result, "online", metric) for metric in metrics)))
@@ -286,6 +312,18 @@ def _figures(
             if value is not None:
                 found[f"{case.key}/{name}"] = value
     return found | ({} if case.paper is None else {f"{case.key}/paper_auc": case.paper})
+
+
+def _commands(cases: Sequence[Case], result: Mapping[str, float | str]) -> list[str]:
+    """The command and commit of each group of rows that have them in common."""
+    groups: dict[tuple[float | str, float | str], list[str]] = {}
+    for model in models_of(cases):
+        groups.setdefault((result[f"{model}/commit"], result[f"{model}/command"]), []).append(model)
+    lines = []
+    for (version, command), models in groups.items():
+        names = ", ".join(RANKER_NAMES.get(model, model) for model in models)
+        lines += [f"{f'{names}: c' if len(groups) > 1 else 'C'}ommit {version}", "", f"    {command}", ""]
+    return lines
 
 
 def _named(features: Sequence[str]) -> str:

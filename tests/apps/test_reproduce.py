@@ -97,9 +97,21 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
     assert "cross-fitted over 2 folds of users" in text
     assert stem.with_suffix(".svg").read_text().startswith("<svg")
     again = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))
-    assert {name: again[name] for name in result if name != "command"} == {
-        name: result[name] for name in result if name != "command"
+    assert again == {**result, "din/command": again["din/command"]}
+
+    # Another ranker is added to the table; by another protocol it is refused, before anything is run.
+    words[words.index("pipeline.rankers=[din]")] = "pipeline.rankers=[dlrm]"
+    both = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))
+    assert {key: value for key, value in both.items() if key.startswith("din/")} == {
+        key: value for key, value in again.items() if key.startswith("din/")
     }
+    gains = [both[f"{ranker}/gain/auc"] for ranker in ("din", "dlrm")]
+    assert both["average/gain/auc"] == pytest.approx(sum(gains) / 2)
+    text = stem.with_suffix(".md").read_text()
+    assert text.index("| DIN + LUM |") < text.index("| DLRM + LUM |") < text.index("| average Imp. |")
+    assert "DIN: commit" in text and "DLRM: commit" in text and "pipeline.rankers=[dlrm]" in text
+    with pytest.raises(ValueError, match="rows of din by another protocol .*seeds .0., .* seeds .0, 1., "):
+        reproduce.run([*words, "pipeline.seeds=[0,1]"], table="4", dataset="simulator", out=str(tmp_path / "results"))
 
 
 def test_the_towers_stand_in_the_rankers_place():
@@ -115,7 +127,8 @@ def test_the_towers_stand_in_the_rankers_place():
 
 def test_the_towers_table_has_a_gain_and_no_column_of_the_papers():
     figures = {"retrieve/none/hr@10": 0.25, "retrieve/direct/hr@10": 0.28, "retrieve/direct/hr@10_sd": 0.01}
-    cases, result = reproduce.RETRIEVAL, {"dataset": "a log", "commit": "c", "command": "x", "protocol": "p"}
+    cases, result = reproduce.RETRIEVAL, {"dataset": "a log", "protocol": "p"}
+    result |= {f"{model}/{name}": "x" for model in ("edb", "lum") for name in ("commit", "command")}
     for case in cases:
         result |= reproduce._figures(case, figures, reproduce.RETRIEVED)
     result |= reproduce.gains(cases, result, reproduce.RETRIEVED)
@@ -162,7 +175,8 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
     cases = reproduce.choose("5", "simulator", "warm-up", config)
     assert [case.key for case in cases] == [f"{model}/{row}" for model in ("dlrm", "lum") for row in warm_up.ROWS]
     figures = {"rank/dlrm/both/param_feature/auc": 0.75, "rank/dlrm/none/scratch/auc": 0.5, "dataset": "a log"}
-    result = {"online/auc": 0.7, "dataset": "a log", "commit": "c", "command": "x"}
+    result = {"online/auc": 0.7, "dataset": "a log"}
+    result |= {f"{model}/{name}": "x" for model in ("dlrm", "lum") for name in ("commit", "command")}
     result |= {"protocol": reproduce.protocol(config, is_warm_up=True)}
     for case in cases:
         result |= reproduce._figures(case, figures)

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
 from lumrec.modules.rankers.din import LocalActivation
-from lumrec.modules.rankers.jagged import latest
+from lumrec.modules.rankers.jagged import indexed_dot, latest
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     hard_search,
-    head_logits,
     log_bucket,
     masked_softmax,
     take,
@@ -122,10 +121,13 @@ class Sim(Ranker):
         index_BS = take(batch.history_T, place_BS, batch.num_tokens)
         event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
         gap_BSG = F.embedding(log_bucket(take(batch.age_T, place_BS, -1.0)), F.pad(self.gap_NG, (0, 0, 0, 1)))
-        z_BSX = torch.cat([event_BSD, gap_BSG], dim=2)
-        logit_BSH = head_logits(self.query(looked.target_BI), self.key(z_BSX), self._num_heads)
-        weight_BSH = masked_softmax(logit_BSH, place_BS < len(batch.history_T))
-        return torch.bmm(weight_BSH.transpose(1, 2), z_BSX).flatten(1)
+        # q · (W z) = (q W) · z: a matrix of each row instead of a key of each event.
+        query_BKH = self.query(looked.target_BI).view(len(batch), -1, self._num_heads)
+        key_KHX = self.key.weight.view(*query_BKH.shape[1:], -1) * self._head_dim**-0.5
+        event_BDH, gap_BGH = torch.einsum("bkh,khx->bxh", query_BKH, key_KHX).split([self.token_dim, GAP_DIM], dim=1)
+        logit_BSH = torch.bmm(event_BSD, event_BDH) + torch.bmm(gap_BSG, gap_BGH)
+        weight_BHS = masked_softmax(logit_BSH, place_BS < len(batch.history_T)).transpose(1, 2)
+        return torch.cat([torch.bmm(weight_BHS, event_BSD), torch.bmm(weight_BHS, gap_BSG)], dim=2).flatten(1)
 
     def search_loss(self, looked: Looked, batch: RankBatch) -> Tensor:
         """Cross-entropy of the labels by what the soft search's own scores weigh, mean over rows (equation 2)."""
@@ -134,12 +136,18 @@ class Sim(Ranker):
         first_B1 = (torch.rand(len(batch), 1, device=room_B.device) * (room_B[:, None] + 1)).long()
         place_BS = first_B1 + torch.arange(self._num_searched, device=room_B.device)
         is_event_BS = place_BS < length_B[:, None]
-        place_BS = torch.where(is_event_BS, place_BS + batch.offsets_B1[:-1, None], len(batch.history_T))
-        index_BS = take(batch.history_T, place_BS, batch.num_tokens)
-        event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
-        key_BSK = F.embedding(index_BS, F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1)))
-        score_BS1 = torch.bmm(key_BSK, self.search_query(looked.target_BI)[:, :, None])
-        sum_BD = torch.bmm(score_BS1.transpose(1, 2), event_BSD).squeeze(1)
+        index_N = batch.history_T[(place_BS + batch.offsets_B1[:-1, None])[is_event_BS]]
+        row_N = is_event_BS.nonzero()[:, 0]
+        key_NK = F.embedding(index_N, self.search_key(looked.token_UD))
+        score_N = indexed_dot(key_NK, self.search_query(looked.target_BI), row_N)
+        sum_BD = F.embedding_bag(
+            index_N,
+            looked.token_UD,
+            F.pad(is_event_BS.sum(dim=1).cumsum(0), (1, 0)),
+            mode="sum",
+            per_sample_weights=score_N,
+            include_last_offset=True,
+        )
         logit_B = self.search_task(torch.cat([sum_BD, looked.target_BI], dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logit_B, batch.label_B)
 

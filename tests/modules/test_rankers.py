@@ -372,6 +372,26 @@ def test_diens_auxiliary_loss_by_hand():
     assert ranker.eval()(batch, with_loss=True)[1] == 0
 
 
+def test_sims_exact_unit_equals_attention_over_the_keys_of_each_event():
+    """By the words of equations 5 and 6, row by row and head by head; key and query here have numbers of their own."""
+    rows, batch = make_rows([5, 0, 8]), make_batch(make_rows([5, 0, 8]))
+    ranker = make_ranker("sim").eval()
+    nn.init.normal_(ranker.key.weight)
+    looked = ranker.look_up(batch)
+    place_BS = torch.full((3, 8), 13)
+    place_BS[0, :5], place_BS[2] = torch.arange(5), torch.arange(5, 13)
+    long_BX = ranker.exact(looked, batch, place_BS).view(3, 4, -1)
+    assert not long_BX[1].any()
+    for b, row in ((0, rows[0]), (2, rows[2])):
+        places = place_BS[b, : len(row.history)]
+        gap_SG = ranker.gap_NG[torch.log2(1 + batch.age_T[places]).long()]
+        z_SX = torch.cat([looked.token_UD[batch.history_T[places]], gap_SG], dim=1)
+        query_X, key_SX = ranker.query(looked.target_BI[b]), ranker.key(z_SX)
+        for head in range(4):
+            weight_S = (key_SX[:, head::4] @ query_X[head::4] / 16**0.5).softmax(0)
+            torch.testing.assert_close(long_BX[b, head], weight_S @ z_SX)
+
+
 def test_options_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="auxiliary_weight is 0"):
         Sim(None, auxiliary_weight=0)

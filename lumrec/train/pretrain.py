@@ -178,12 +178,13 @@ def run(config: "Config") -> dict[str, float | str]:
     _tell(model, settings, device)
     cost = _token_cost(model, settings, num_items=data.num_items)
     dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    result: dict[str, float | str] = {}
     if earlier is not None:  # of a resumed run too: there may be no checkpoint yet, and `fit` loads one over this
         growths = start_from(dmp, earlier, config.model, data.schema, table_state=settings.table_state)
         if dist.get_rank() == 0:
             logger.info("goes on from %s, %s", earlier.run, growth_table(earlier, growths))
     if production is not None:
-        settings.warm_start.fill(dmp, production, run_folder.path)
+        result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
     loader = PackLoader(
         builder,
         users=users,
@@ -203,7 +204,6 @@ def run(config: "Config") -> dict[str, float | str]:
             dmp, builder, part=part, config=settings.evaluate, max_events=config.model.max_events, users=users
         )
 
-    result: dict[str, float | str] = {}
     result |= fit(
         model=dmp,
         loader=loader,

@@ -69,7 +69,7 @@ class RunFolder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
         - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
-        - other config: ValueError that names the keys; with overwrite=true it is made anew.
+        - other config: ValueError that names the keys; with overwrite=true, or where nothing was done yet, made anew.
         - not a run folder, or in use by another process: ValueError, with overwrite too.
 
         Sections of other stages, and settings that only say where to run, are not compared. Every rank must call this,
@@ -98,14 +98,16 @@ class RunFolder:
         if resumed:
             changes = list(_differences(path, config, stage, inputs))
             state = "a finished" if finished else "an unfinished"
-            if changes and not config.overwrite:
+            begun = others != {"config.yaml"}
+            if changes and begun and not config.overwrite:
                 more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
                 raise ValueError(
                     f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true "
                     "to replace it, or run=<name> for a folder of its own"
                 )
-            if config.overwrite and (changes or finished):
-                logger.warning("overwrite=true: replacing %s run in %s", state, path)
+            if changes or (config.overwrite and finished):
+                if begun:
+                    logger.warning("overwrite=true: replacing %s run in %s", state, path)
                 remove_folder(path)
                 self._take_lock()
                 resumed = finished = False

@@ -69,7 +69,9 @@ def test_an_unfinished_run_of_the_same_config_continues(tmp_path):
 
 def test_another_config_is_refused_naming_the_keys(tmp_path):
     config = Root(str(tmp_path))
-    RunFolder.create(config, "pretrain", inputs={"prepared": "abc"}).close()
+    first = RunFolder.create(config, "pretrain", inputs={"prepared": "abc"})
+    first.log(1, loss=0.5)
+    first.close()
     other = replace(config, seed=1, pretrain=Inner(train=TrainConfig(epochs=9)))
     with pytest.raises(ValueError) as raised:
         RunFolder.create(other, "pretrain", inputs={"prepared": "xyz"})
@@ -85,6 +87,14 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
     run = RunFolder.create(replace(other, overwrite=True), "pretrain")
     assert not run.resumed and OmegaConf.load(run.path / "config.yaml").seed == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m-pretrain"]
+
+
+def test_a_run_that_did_nothing_yet_gives_way_to_another_config(tmp_path):
+    """An error between the folder and the first step, such as a table that the model has not."""
+    config = Root(str(tmp_path))
+    RunFolder.create(config, "pretrain").close()
+    run = RunFolder.create(replace(config, seed=1), "pretrain")
+    assert not run.resumed and OmegaConf.load(run.path / "config.yaml").seed == 1
 
 
 def test_a_finished_run_keeps_its_result(tmp_path, caplog):

@@ -135,7 +135,8 @@ def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
     run_stage("warm_start", "", for_lum(words))
     assert "token_encoder.tables.embedding_bags.item_id.weight" in capsys.readouterr().out
     frozen = "pretrain.train.optimizer.table_lrs={item_id: 0.0, query: 0.0}"
-    pretrain.run(config(for_lum(words), "run=warm-lum", frozen))
+    result = pretrain.run(config(for_lum(words), "run=warm-lum", frozen))
+    assert result["warm_start"] == str(best_checkpoint(folder / "production"))
     audit = json.loads((folder / "warm-lum" / "warm_start.json").read_text())
     assert audit["applied"]
     production, lum = tables_of(folder / "production"), tables_of(folder / "warm-lum")

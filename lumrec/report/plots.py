@@ -114,26 +114,31 @@ def result_plot(
 ) -> str:
     """A metric of each row (label, key) of a flat result as dots with ± one standard deviation; an SVG file's text.
 
-    Rows of one model (the key's first part) have a colour; the paper's AUC, where it has one, is a hollow square.
+    Rows of one model (the key's first part) have a colour. Where the paper has figures they stand in a panel of their
+    own, since its logs and splits are others and the differences within ours would vanish on a scale for both.
     """
-    figure = Figure(figsize=(7.5, 1.0 + 0.34 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
+    panels = {metric: f"{title} of the test part"}
+    if any(f"{key}/paper_auc" in result for _, key in rows):
+        panels["paper_auc"] = "the paper's AUC, on its own log and split"
+    figure = Figure(figsize=(4.0 + 3.5 * len(panels), 1.0 + 0.34 * len(rows)), layout="constrained")
     families = list(dict.fromkeys(key.partition("/")[0] for _, key in rows))
-    for place, (_, key) in zip(range(len(rows))[::-1], rows):
-        colour = COLOURS[families.index(key.partition("/")[0]) % len(COLOURS)]
-        value, sd, paper = (result.get(f"{key}/{name}") for name in (metric, f"{metric}_sd", "paper_auc"))
-        if isinstance(value, float):
-            xerr = [sd if isinstance(sd, float) else 0.0]
-            axes.errorbar([value], [place], xerr=xerr, fmt="o", color=colour, markersize=6, capsize=3)
-        if isinstance(paper, float):
-            axes.plot([paper], [place], "s", color=colour, markersize=6, markerfacecolor="none")
-    axes.set_yticks(range(len(rows))[::-1], [label for label, _ in rows], **STYLE)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.tick_params(axis="y", left=False)
-    has_paper = any(f"{key}/paper_auc" in result for _, key in rows)
-    _plain(axes, f"{title} of the test part" + ("; hollow squares: the paper's, on its own split" if has_paper else ""))
-    axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
+    first: Axes | None = None
+    for number, (name, says) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1, sharey=first)
+        first = first or axes
+        for place, (_, key) in zip(range(len(rows))[::-1], rows):
+            colour = COLOURS[families.index(key.partition("/")[0]) % len(COLOURS)]
+            value, sd = result.get(f"{key}/{name}"), result.get(f"{key}/{name}_sd")
+            if isinstance(value, float):
+                xerr = [sd if isinstance(sd, float) else 0.0]
+                axes.errorbar([value], [place], xerr=xerr, fmt="o", color=colour, markersize=6, capsize=3)
+        axes.set_yticks(range(len(rows))[::-1], [label for label, _ in rows], **STYLE)
+        axes.tick_params(axis="y", left=False, labelleft=number == 0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        _plain(axes, says)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
+        axes.set_axisbelow(True)
     return _svg(figure)
 
 

@@ -270,7 +270,7 @@ def markdown(
 ) -> str:
     """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
     main = next(iter(metrics))
-    heads = [*metrics.values(), *(["the paper's AUC"] if metrics is METRICS else [])]
+    heads = [*metrics.values(), *(["the paper's AUC"] if any(case.paper is not None for case in cases) else [])]
 
     def line(label: str, *cells: str) -> str:
         return f"| {' | '.join([label, *cells, *[''] * (len(heads) - len(cells))])} |"

@@ -24,7 +24,6 @@ from lumrec.pipeline import say, write_json
 from lumrec.report.plots import result_plot
 from lumrec.report.table import METRICS, RANKER_NAMES
 from lumrec.train.files import write_atomically
-from lumrec.train.run import commit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
 TITLES = {
@@ -115,9 +114,9 @@ def run(
 
     words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
     with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over
-    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit"; where
-    there is a base to gain over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc". Rows of other
-    rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
+    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its
+    runs); where there is a base to gain over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
+    Rows of other rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
     Raises ValueError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
     as the pipeline does.
     """
@@ -132,6 +131,7 @@ def run(
     }
     if table in BY_RANKER:
         result |= others(stem.with_suffix(".json"), config.pipeline.rankers, result["protocol"])
+    commits: dict[str, set[str]] = {}
     by_variant: dict[str, list[Case]] = {}
     for case in cases:
         by_variant.setdefault(case.variant, []).append(case)
@@ -145,10 +145,11 @@ def run(
         result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
             result |= _figures(case, figures, metrics)
+            commits.setdefault(case.key.partition("/")[0], set()).update(_commits(case, settings))
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
-    for model in models_of(cases):
-        result |= {f"{model}/command": command, f"{model}/commit": commit() or "unknown"}
+    for model, of_model in commits.items():
+        result |= {f"{model}/command": command, f"{model}/commit": ", ".join(sorted(of_model))}
     if table in BY_RANKER:
         rankers = [model for model in models_of(result) if model in RANKER_NAMES]
         cases = choose(
@@ -324,6 +325,15 @@ def _commands(cases: Sequence[Case], result: Mapping[str, float | str]) -> list[
         names = ", ".join(RANKER_NAMES.get(model, model) for model in models)
         lines += [f"{f'{names}: c' if len(groups) > 1 else 'C'}ommit {version}", "", f"    {command}", ""]
     return lines
+
+
+def _commits(case: Case, config: Config) -> set[str]:
+    """What code made a row: the commits that its runs name, which may have been finished before this call."""
+    names = [f"rank-{case.ranker}-{case.knowledge}-*" if case.ranker else f"retrieve-{case.knowledge}-*"]
+    names += [] if case.knowledge == "none" else ["lum*", "query"]
+    folder = Path(config.runs_dir) / config.run
+    files = [file for name in names for file in folder.glob(f"{name}/versions.json")]
+    return {json.loads(file.read_text(encoding="utf-8"))["commit"] or "unknown" for file in files}
 
 
 def _named(features: Sequence[str]) -> str:

@@ -99,6 +99,9 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
     again = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))
     assert again == {**result, "din/command": again["din/command"]}
 
+    version = json.loads((tmp_path / "runs/reproduce-simulator/rank-din-both-s0/versions.json").read_text())["commit"]
+    assert result["din/commit"] == (version or "unknown")
+
     # Another ranker is added to the table; by another protocol it is refused, before anything is run.
     words[words.index("pipeline.rankers=[din]")] = "pipeline.rankers=[dlrm]"
     both = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))

@@ -94,9 +94,9 @@ WARM_UP = [
 # Ours: how the LUM is kept from the rows that the ranker trains on, and the base, which trains on all of them.
 HAZARD = [
     Case("base", "base", "", "", "none"),
-    Case("cross_fit", "LUM, cross-fitted over users", "", "", "both"),
-    Case("in_sample", "LUM, in-sample", "-in-sample", "", "both"),
-    Case("time_split", "LUM, split in time", "-time-split", "", "both"),
+    Case("cross_fit", "+ LUM, cross-fitted over users", "", "", "both"),
+    Case("in_sample", "+ LUM, in-sample", "-in-sample", "", "both"),
+    Case("time_split", "+ LUM, split in time", "-time-split", "", "both"),
 ]
 
 RETRIEVAL = [

@@ -54,19 +54,19 @@ def row_chunks(
     [0] [[0]]
     """
     length_B, order_B = offsets_B1.diff().sort(descending=True, stable=True)
-    start_B = offsets_B1[order_B]
-    num_rows = len(length_B)
-    longest = int(length_B[0]) if num_rows else 0
-    chunk_rows = max(1, num_rows)
-    if offsets_B1.device.type == "cpu":
-        chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // max(1, longest * event_bytes + row_bytes))
-    place_L = torch.arange(longest, device=offsets_B1.device)
-    for first, length in zip(range(0, num_rows, chunk_rows), length_B[::chunk_rows].tolist(), strict=True):
-        if length == 0:
-            return
-        rows = slice(first, first + chunk_rows)
-        is_event_RL = place_L[:length] < length_B[rows, None]
-        yield order_B[rows], torch.where(is_event_RL, start_B[rows, None] + place_L[:length], num_events)
+    start_B, lengths = offsets_B1[order_B], length_B.tolist()
+    num_rows = len(lengths) - lengths.count(0)
+    place_L = torch.arange(lengths[0] if num_rows else 0, device=offsets_B1.device)
+    first = 0
+    while first < num_rows:
+        chunk_rows = num_rows
+        if offsets_B1.device.type == "cpu":
+            of_row = max(1, lengths[first] * event_bytes + row_bytes)
+            chunk_rows = max(1, torch.get_num_threads() * CHUNK_BYTES // of_row)
+        rows = slice(first, min(first + chunk_rows, num_rows))
+        is_event_RL = place_L[: lengths[first]] < length_B[rows, None]
+        yield order_B[rows], torch.where(is_event_RL, start_B[rows, None] + place_L[: lengths[first]], num_events)
+        first = rows.stop
 
 
 def indexed_dot(a_TH: Tensor, b_UH: Tensor, index_T: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Reads a checkpoint's tensors through torch.distributed.checkpoint (DCP) without running any code that it may hold."""
 
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,19 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (
+            "builtins",
+            "getattr",
+        ):  # how enums are pickled by Python before 3.11.4, Debian 12's among them
+            return _enum_member
         if name in self._CLASSES.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _enum_member(owner: Any, name: str) -> Enum:
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError(f"getattr of {owner!r} has no place in a checkpoint's metadata")
+    return owner[name]

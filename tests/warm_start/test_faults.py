@@ -5,6 +5,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from conftest import digests
 from safetensors.torch import save_file
 from takeover import ROWS, TABLES, dlrm, rules
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lumrec.train.checkpoint_reader import metadata_of
 from lumrec.warm_start import open_source, warm_start
@@ -184,6 +186,37 @@ def test_a_dcp_file_that_holds_another_tensor(copied, refused):
     data[one], data[two] = data[two], data[one]
     (copied / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
     refused(copied / "dcp", r"holds \(\(40, 8\), torch.float32\) .* its .metadata says \(\(50, 8\)", rules())
+
+
+class OfDebian12(pickle.Pickler):
+    """Pickles an enum as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, x: object) -> object:
+        return (getattr, (type(x), x.name)) if isinstance(x, Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read(copied):
+    metadata = metadata_of(copied / "dcp")
+    with open(copied / "dcp" / ".metadata", "wb") as file:
+        OfDebian12(file).dump(metadata)
+    assert b"getattr" in (copied / "dcp" / ".metadata").read_bytes()
+    assert metadata_of(copied / "dcp") == metadata
+
+
+class Reaches:
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (self.owner, "__class__")
+
+
+@pytest.mark.parametrize("owner", [Metadata, torch.Size, torch.Size([2])])
+def test_getattr_reaches_enums_alone(copied, refused, owner):
+    metadata = metadata_of(copied / "dcp")
+    metadata.planner_data = Reaches(owner)
+    (copied / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(copied / "dcp", "getattr of .* has no place in a checkpoint's metadata", rules())
 
 
 def test_strided_tensors_are_read_right(tmp_path):

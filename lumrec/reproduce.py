@@ -53,6 +53,11 @@ class Case(NamedTuple):
     paper: float | None = None
     row: str = ""
 
+    @property
+    def model(self) -> str:
+        """Whose row it is: the key's first part."""
+        return self.key.partition("/")[0]
+
 
 def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
     """Base, the control on the LUM's tables, and Base + LUM of each ranker."""
@@ -145,7 +150,7 @@ def run(
         result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
             result |= _figures(case, figures, metrics)
-            commits.setdefault(case.key.partition("/")[0], set()).update(_commits(case, settings))
+            commits.setdefault(case.model, set()).update(_commits(case, settings))
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
     for model, of_model in commits.items():
@@ -181,7 +186,7 @@ def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[st
 
 def models_of(keys: Iterable[Case | str]) -> list[str]:
     """The first part of each row's key, or of each key of a result, in order."""
-    return list(dict.fromkeys((key.key if isinstance(key, Case) else key).partition("/")[0] for key in keys))
+    return list(dict.fromkeys(key.model if isinstance(key, Case) else key.partition("/")[0] for key in keys))
 
 
 def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
@@ -292,9 +297,8 @@ def markdown(
     for case in cases:
         paper = [] if case.paper is None else [f"{case.paper:.4f}"]
         lines.append(line(case.label, *(_spoken(result, case.key, metric) for metric in metrics), *paper))
-        model = case.key.partition("/")[0]
-        if case.key.endswith("/lum") and f"{model}/gain/{main}" in result:
-            lines.append(gain("Imp.", model))
+        if case.key.endswith("/lum") and f"{case.model}/gain/{main}" in result:
+            lines.append(gain("Imp.", case.model))
     if len(models_of(case for case in cases if case.key.endswith("/lum"))) > 1:
         lines.append(gain("average Imp.", "average"))
     if f"online/{main}" in result:

@@ -65,10 +65,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (
-            "builtins",
-            "getattr",
-        ):  # how enums are pickled by Python before 3.11.4, Debian 12's among them
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3, as in Debian 12, pickles enums
             return _enum_member
         if name in self._CLASSES.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -72,9 +72,9 @@ def plain_top_search(score_T: Tensor, offsets_B1: Tensor, num: int) -> list[list
     ]
 
 
-def take(values_T: Tensor, place: Tensor, fill: float) -> Tensor:
-    """Entries of `values_T` at the places; `fill` where a place is padding."""
-    return F.pad(values_T, (0, 1), value=fill)[place]
+def padded(values_T: Tensor, fill: float) -> Tensor:
+    """The values of all events, and behind them, where a place of padding points, `fill`: [T + 1]."""
+    return F.pad(values_T, (0, 1), value=fill)
 
 
 def log_bucket(x: Tensor) -> Tensor:
@@ -85,6 +85,12 @@ def log_bucket(x: Tensor) -> Tensor:
     """
     bucket = torch.log2(1 + x.float().clamp(min=0)).long().clamp(max=NUM_BUCKETS - 1)
     return bucket.masked_fill_(x < 0, NUM_BUCKETS)
+
+
+def sum_by_bucket(weight_BHS: Tensor, bucket_BS: Tensor) -> Tensor:
+    """Sum of each head's weights of the events of each bucket, [B, H, NUM_BUCKETS]; padding's are left out."""
+    sum_BHN = weight_BHS.new_zeros(*weight_BHS.shape[:2], NUM_BUCKETS + 1)
+    return sum_BHN.scatter_add(2, bucket_BS[:, None].expand_as(weight_BHS), weight_BHS)[:, :, :NUM_BUCKETS]
 
 
 def head_logits(query_BX: Tensor, key_BSX: Tensor, num_heads: int) -> Tensor:

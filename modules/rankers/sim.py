@@ -1,6 +1,6 @@
 """Search-based Interest Model: attention over the events of a long history that a search finds (Pi et al., 2006.05639).
 
-Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap.
+Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P places, T + 1 with padding's.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from lumrec.modules.rankers.search import (
     hard_search,
     log_bucket,
     masked_softmax,
-    take,
+    padded,
     top_search,
 )
 
@@ -103,8 +103,10 @@ class Sim(Ranker):
                 self.search_query(looked.target_BI),
             )
 
+        index_P = padded(batch.history_T, batch.num_tokens)
+
         def score(rows: Tensor, place_RL: Tensor) -> Tensor:
-            key_RLK = F.embedding(take(batch.history_T, place_RL, batch.num_tokens), key_UK)
+            key_RLK = F.embedding(index_P[place_RL], key_UK)
             return torch.bmm(key_RLK, query_BK[rows, :, None]).squeeze(2)
 
         return top_search(
@@ -118,9 +120,9 @@ class Sim(Ranker):
     def exact(self, looked: Looked, batch: RankBatch, place_BS: Tensor) -> Tensor:
         """Each head's weighted sum of the events at the places, [B, H (D + G)] (equations 5 and 6)."""
         assert batch.age_T is not None
-        index_BS = take(batch.history_T, place_BS, batch.num_tokens)
+        index_BS = padded(batch.history_T, batch.num_tokens)[place_BS]
         event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
-        gap_BSG = F.embedding(log_bucket(take(batch.age_T, place_BS, -1.0)), F.pad(self.gap_NG, (0, 0, 0, 1)))
+        gap_BSG = F.embedding(log_bucket(padded(batch.age_T, -1)[place_BS]), F.pad(self.gap_NG, (0, 0, 0, 1)))
         # q · (W z) = (q W) · z: a matrix of each row instead of a key of each event.
         query_BKH = self.query(looked.target_BI).view(len(batch), -1, self._num_heads)
         key_KHX = self.key.weight.view(*query_BKH.shape[1:], -1) * self._head_dim**-0.5

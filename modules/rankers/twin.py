@@ -1,16 +1,38 @@
 """TWIN: one target attention, first to search a long history, then to sum what was found (Chang et al., 2302.02352).
 
-Shape suffixes: see rankers/base.py and rankers/search.py; J cross features.
+Shape suffixes: see rankers/base.py and rankers/search.py; J cross features; P places, T + 1 with padding's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
-from lumrec.modules.rankers.search import NUM_BUCKETS, head_logits, log_bucket, masked_softmax, take, top_search
+from lumrec.modules.rankers.search import (
+    NUM_BUCKETS,
+    head_logits,
+    log_bucket,
+    masked_softmax,
+    padded,
+    sum_by_bucket,
+    top_search,
+)
+
+
+class Read(NamedTuple):
+    """What search and sum read. query_BX: of each row. key_UX, bias_UH: [U + 1, …], of each token, the bias by its
+    feedback. index_P, age_P, count_P: int64, the token at each place and the buckets of its time gap and of its
+    category's count; at padding's place U and NUM_BUCKETS.
+    """
+
+    query_BX: Tensor
+    key_UX: Tensor
+    bias_UH: Tensor
+    index_P: Tensor
+    age_P: Tensor
+    count_P: Tensor
 
 
 class Twin(Ranker):
@@ -59,57 +81,52 @@ class Twin(Ranker):
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The attention's output, [B, H K]."""
         # The search reads what the sum reads, without its gradient.
-        tables = self.project(looked)
-        place_BS = self.search(looked, batch, tables)
-        weight_BSH = self.attention(looked, batch, tables, place_BS)
+        read = self.project(looked, batch)
+        place_BS = self.search(read, batch)
+        weight_BHS = self.attention(read, place_BS).transpose(1, 2)
         value_UV = F.pad(self.value(looked.token_UD), (0, 0, 0, 1))
-        age_BS, count_BS = self.buckets(batch, place_BS)
-        value_BSV = F.embedding(take(batch.history_T, place_BS, batch.num_tokens), value_UV)
-        value_BSV = value_BSV + F.embedding(age_BS, F.pad(self.age_value_NV, (0, 0, 0, 1)))
-        value_BSV = value_BSV + F.embedding(count_BS, F.pad(self.count_value_NV, (0, 0, 0, 1)))
-        value_BSKH = value_BSV.unflatten(2, (self._head_dim, self._num_heads))
-        return Interest(self.output((weight_BSH[:, :, None] * value_BSKH).sum(dim=1).flatten(1)))
+        # Each head's sum over all of V, of which its own part is taken: one product, and no weighted value of an event.
+        sum_BHV = torch.bmm(weight_BHS, F.embedding(read.index_P[place_BS], value_UV))
+        sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.age_P[place_BS]) @ self.age_value_NV
+        sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.count_P[place_BS]) @ self.count_value_NV
+        own_BKH = sum_BHV.unflatten(2, (self._head_dim, self._num_heads)).diagonal(dim1=1, dim2=3)
+        return Interest(self.output(own_BKH.flatten(1)))
 
-    def project(self, looked: Looked) -> tuple[Tensor, Tensor, Tensor]:
-        """Query of each row, [B, X]; key of each token, [U + 1, X], and its feedback's bias, [U + 1, H]."""
+    def project(self, looked: Looked, batch: RankBatch) -> Read:
+        """Once for all occurrences in the batch what search and sum read."""
+        assert batch.age_T is not None and batch.category_count_T is not None
         key_UX = F.pad(self.key(looked.token_UD[:, : self.item_dim]), (0, 0, 0, 1))
         bias_UH = looked.token_UD.new_zeros(len(looked.token_UD), self._num_heads)
         if self.feedback_dims:
             feedback = looked.token_UD[:, self.item_dim :].split(self.feedback_dims, dim=1)
             cross_UJ = torch.cat([compress(x) for compress, x in zip(self.compress, feedback, strict=True)], dim=1)
             bias_UH = cross_UJ @ self.beta_JH[2:]
-        return self.query(looked.target_BI), key_UX, F.pad(bias_UH, (0, 0, 0, 1))
+        return Read(
+            self.query(looked.target_BI),
+            key_UX,
+            F.pad(bias_UH, (0, 0, 0, 1)),
+            padded(batch.history_T, batch.num_tokens),
+            log_bucket(padded(batch.age_T, -1)),
+            log_bucket(padded(batch.category_count_T, -1)),
+        )
 
-    def buckets(self, batch: RankBatch, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Buckets of the time gap and of the category's count at the places; NUM_BUCKETS for padding."""
-        assert batch.age_T is not None and batch.category_count_T is not None
-        return log_bucket(take(batch.age_T, place, -1)), log_bucket(take(batch.category_count_T, place, -1))
-
-    def attention(
-        self,
-        looked: Looked,
-        batch: RankBatch,
-        tables: tuple[Tensor, Tensor, Tensor],
-        place_RL: Tensor,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, read: Read, place_RL: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weight of each head on the events at the places, [R, L, H]: of all rows, or of `rows`."""
-        query_BX, key_UX, bias_UH = tables
-        index_RL = take(batch.history_T, place_RL, batch.num_tokens)
-        age_RL, count_RL = self.buckets(batch, place_RL)
-        query_RX = query_BX if rows is None else query_BX[rows]
-        logit_RLH = head_logits(query_RX, F.embedding(index_RL, key_UX), self._num_heads)
-        logit_RLH = logit_RLH + F.embedding(index_RL, bias_UH)
-        logit_RLH = logit_RLH + F.embedding(age_RL, F.pad(self.age_N[:, None] * self.beta_JH[0], (0, 0, 0, 1)))
-        logit_RLH = logit_RLH + F.embedding(count_RL, F.pad(self.count_N[:, None] * self.beta_JH[1], (0, 0, 0, 1)))
-        return masked_softmax(logit_RLH, place_RL < len(batch.history_T))
+        index_RL = read.index_P[place_RL]
+        query_RX = read.query_BX if rows is None else read.query_BX[rows]
+        logit_RLH = head_logits(query_RX, F.embedding(index_RL, read.key_UX), self._num_heads)
+        logit_RLH = logit_RLH + F.embedding(index_RL, read.bias_UH)
+        age_NH, count_NH = self.age_N[:, None] * self.beta_JH[0], self.count_N[:, None] * self.beta_JH[1]
+        logit_RLH = logit_RLH + F.embedding(read.age_P[place_RL], F.pad(age_NH, (0, 0, 0, 1)))
+        logit_RLH = logit_RLH + F.embedding(read.count_P[place_RL], F.pad(count_NH, (0, 0, 0, 1)))
+        return masked_softmax(logit_RLH, place_RL < len(read.index_P) - 1)
 
-    def search(self, looked: Looked, batch: RankBatch, tables: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def search(self, read: Read, batch: RankBatch) -> Tensor:
         """Places in the batch's history with the largest share of the attention, [B, S], padded with T."""
         return top_search(
-            lambda rows, place_RL: self.attention(looked, batch, tables, place_RL, rows).sum(dim=2),
+            lambda rows, place_RL: self.attention(read, place_RL, rows).sum(dim=2),
             batch.offsets_B1,
             num_events=len(batch.history_T),
-            event_bytes=looked.token_UD.element_size() * tables[1].shape[1],
+            event_bytes=read.key_UX.element_size() * read.key_UX.shape[1],
             num=self._num_searched,
         )

@@ -392,6 +392,30 @@ def test_sims_exact_unit_equals_attention_over_the_keys_of_each_event():
             torch.testing.assert_close(long_BX[b, head], weight_S @ z_SX)
 
 
+def test_twins_attention_equals_equation_4_event_by_event():
+    """Row by row and head by head, over all events of a history that is short enough for all of them to be found."""
+    rows, batch = make_rows([5, 0, 8]), make_batch(make_rows([5, 0, 8]))
+    ranker = make_ranker("twin").eval()
+    looked = ranker.look_up(batch)
+    interest_BX = ranker.interest(looked, batch).interest_BX
+    torch.testing.assert_close(interest_BX[1], ranker.output.bias)
+    for b, first in ((0, 0), (2, 5)):
+        places = torch.arange(first, first + len(rows[b].history))
+        token_SD = looked.token_UD[batch.history_T[places]]
+        age_S = torch.log2(1 + batch.age_T[places]).long()
+        count_S = torch.log2(1 + batch.category_count_T[places].float()).long()
+        cross_SJ = torch.stack(
+            [ranker.age_N[age_S], ranker.count_N[count_S], ranker.compress[0](token_SD[:, ranker.item_dim :])[:, 0]], 1
+        )
+        query_X, key_SX = ranker.query(looked.target_BI[b]), ranker.key(token_SD[:, : ranker.item_dim])
+        value_SV = ranker.value(token_SD) + ranker.age_value_NV[age_S] + ranker.count_value_NV[count_S]
+        sum_V = torch.zeros(64)
+        for head in range(4):
+            logit_S = key_SX[:, head::4] @ query_X[head::4] / 16**0.5 + cross_SJ @ ranker.beta_JH[:, head]
+            sum_V[head::4] = logit_S.softmax(0) @ value_SV[:, head::4]
+        torch.testing.assert_close(interest_BX[b], ranker.output(sum_V))
+
+
 def test_options_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="auxiliary_weight is 0"):
         Sim(None, auxiliary_weight=0)

@@ -70,7 +70,8 @@ class RankConfig:
     leave_out: features of the schema that the ranker does not read.
     time_window: shares of the training part by time, such as [0.75, 1]: the rows after the first and until the second
     train; [] = all of them.
-    max_history: events before the row. batch_size: rows of one step on each rank.
+    max_history: events before the row; SIM and TWIN are made for long histories, such as 1024.
+    batch_size: rows of one step on each rank.
     hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
     token_l2: DIN's mini-batch aware regularisation, for any ranker; 0 = none.
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
@@ -300,6 +301,12 @@ def run(config: "Config") -> dict[str, float | str]:
     if run_folder.finished:
         return run_folder.result()
     dmp, builder = sharded_ranker(config, data, knowledge, device=device)
+    if "num_searched" in MODELS[settings.model][1] and settings.max_history <= settings.num_searched:
+        logger.warning(
+            "rank: %s searches %d events in histories of %d, which leaves nothing out; it is made for long ones: "
+            "rank.max_history=1024, say",
+            settings.model, settings.num_searched, settings.max_history,
+        )  # fmt: skip
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard

@@ -69,6 +69,15 @@ def row_chunks(
         first = rows.stop
 
 
+def lookup(table_UX: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table, [*index, X]: F.embedding, whose backward pass on a CPU spends more on each row than a narrow row
+    takes to add.
+    """
+    if table_UX.device.type != "cpu":
+        return F.embedding(index, table_UX)  # index_select's backward pass adds in no fixed order there
+    return table_UX.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def indexed_dot(a_TH: Tensor, b_UH: Tensor, index_T: Tensor) -> Tensor:
     """a_t · b[index_t], [T], without the gathered b, forward or backward."""
     return _IndexedDot.apply(a_TH, b_UH, index_T)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
 from lumrec.modules.rankers.din import LocalActivation
-from lumrec.modules.rankers.jagged import indexed_dot, latest
+from lumrec.modules.rankers.jagged import indexed_dot, latest, lookup
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     hard_search,
@@ -106,7 +106,7 @@ class Sim(Ranker):
         index_P = padded(batch.history_T, batch.num_tokens)
 
         def score(rows: Tensor, place_RL: Tensor) -> Tensor:
-            key_RLK = F.embedding(index_P[place_RL], key_UK)
+            key_RLK = lookup(key_UK, index_P[place_RL])
             return torch.bmm(key_RLK, query_BK[rows, :, None]).squeeze(2)
 
         return top_search(
@@ -121,8 +121,8 @@ class Sim(Ranker):
         """Each head's weighted sum of the events at the places, [B, H (D + G)] (equations 5 and 6)."""
         assert batch.age_T is not None
         index_BS = padded(batch.history_T, batch.num_tokens)[place_BS]
-        event_BSD = F.embedding(index_BS, F.pad(looked.token_UD, (0, 0, 0, 1)))
-        gap_BSG = F.embedding(log_bucket(padded(batch.age_T, -1)[place_BS]), F.pad(self.gap_NG, (0, 0, 0, 1)))
+        event_BSD = lookup(F.pad(looked.token_UD, (0, 0, 0, 1)), index_BS)
+        gap_BSG = lookup(F.pad(self.gap_NG, (0, 0, 0, 1)), log_bucket(padded(batch.age_T, -1)[place_BS]))
         # q · (W z) = (q W) · z: a matrix of each row instead of a key of each event.
         query_BKH = self.query(looked.target_BI).view(len(batch), -1, self._num_heads)
         key_KHX = self.key.weight.view(*query_BKH.shape[1:], -1) * self._head_dim**-0.5
@@ -140,7 +140,7 @@ class Sim(Ranker):
         is_event_BS = place_BS < length_B[:, None]
         index_N = batch.history_T[(place_BS + batch.offsets_B1[:-1, None])[is_event_BS]]
         row_N = is_event_BS.nonzero()[:, 0]
-        key_NK = F.embedding(index_N, self.search_key(looked.token_UD))
+        key_NK = lookup(self.search_key(looked.token_UD), index_N)
         score_N = indexed_dot(key_NK, self.search_query(looked.target_BI), row_N)
         sum_BD = F.embedding_bag(
             index_N,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
+from lumrec.modules.rankers.jagged import lookup
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     head_logits,
@@ -86,7 +87,7 @@ class Twin(Ranker):
         weight_BHS = self.attention(read, place_BS).transpose(1, 2)
         value_UV = F.pad(self.value(looked.token_UD), (0, 0, 0, 1))
         # Each head's sum over all of V, of which its own part is taken: one product, and no weighted value of an event.
-        sum_BHV = torch.bmm(weight_BHS, F.embedding(read.index_P[place_BS], value_UV))
+        sum_BHV = torch.bmm(weight_BHS, lookup(value_UV, read.index_P[place_BS]))
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.age_P[place_BS]) @ self.age_value_NV
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.count_P[place_BS]) @ self.count_value_NV
         own_BKH = sum_BHV.unflatten(2, (self._head_dim, self._num_heads)).diagonal(dim1=1, dim2=3)
@@ -114,11 +115,11 @@ class Twin(Ranker):
         """Weight of each head on the events at the places, [R, L, H]: of all rows, or of `rows`."""
         index_RL = read.index_P[place_RL]
         query_RX = read.query_BX if rows is None else read.query_BX[rows]
-        logit_RLH = head_logits(query_RX, F.embedding(index_RL, read.key_UX), self._num_heads)
-        logit_RLH = logit_RLH + F.embedding(index_RL, read.bias_UH)
+        logit_RLH = head_logits(query_RX, lookup(read.key_UX, index_RL), self._num_heads)
+        logit_RLH = logit_RLH + lookup(read.bias_UH, index_RL)
         age_NH, count_NH = self.age_N[:, None] * self.beta_JH[0], self.count_N[:, None] * self.beta_JH[1]
-        logit_RLH = logit_RLH + F.embedding(read.age_P[place_RL], F.pad(age_NH, (0, 0, 0, 1)))
-        logit_RLH = logit_RLH + F.embedding(read.count_P[place_RL], F.pad(count_NH, (0, 0, 0, 1)))
+        logit_RLH = logit_RLH + lookup(F.pad(age_NH, (0, 0, 0, 1)), read.age_P[place_RL])
+        logit_RLH = logit_RLH + lookup(F.pad(count_NH, (0, 0, 0, 1)), read.count_P[place_RL])
         return masked_softmax(logit_RLH, place_RL < len(read.index_P) - 1)
 
     def search(self, read: Read, batch: RankBatch) -> Tensor:

@@ -24,13 +24,15 @@ from lumrec.modules.rankers.search import (
 
 class Read(NamedTuple):
     """What search and sum read. query_BX: of each row. key_UX, bias_UH: [U + 1, …], of each token, the bias by its
-    feedback. index_P, age_P, count_P: int64, the token at each place and the buckets of its time gap and of its
-    category's count; at padding's place U and NUM_BUCKETS.
+    feedback. age_NH, count_NH: [NUM_BUCKETS + 1, H], bias by each bucket. index_P, age_P, count_P: int64, the token at
+    each place and the buckets of its time gap and of its category's count; at padding's place U and NUM_BUCKETS.
     """
 
     query_BX: Tensor
     key_UX: Tensor
     bias_UH: Tensor
+    age_NH: Tensor
+    count_NH: Tensor
     index_P: Tensor
     age_P: Tensor
     count_P: Tensor
@@ -106,6 +108,8 @@ class Twin(Ranker):
             self.query(looked.target_BI),
             key_UX,
             F.pad(bias_UH, (0, 0, 0, 1)),
+            F.pad(self.age_N[:, None] * self.beta_JH[0], (0, 0, 0, 1)),
+            F.pad(self.count_N[:, None] * self.beta_JH[1], (0, 0, 0, 1)),
             padded(batch.history_T, batch.num_tokens),
             log_bucket(padded(batch.age_T, -1)),
             log_bucket(padded(batch.category_count_T, -1)),
@@ -117,9 +121,8 @@ class Twin(Ranker):
         query_RX = read.query_BX if rows is None else read.query_BX[rows]
         logit_RLH = head_logits(query_RX, lookup(read.key_UX, index_RL), self._num_heads)
         logit_RLH = logit_RLH + lookup(read.bias_UH, index_RL)
-        age_NH, count_NH = self.age_N[:, None] * self.beta_JH[0], self.count_N[:, None] * self.beta_JH[1]
-        logit_RLH = logit_RLH + lookup(F.pad(age_NH, (0, 0, 0, 1)), read.age_P[place_RL])
-        logit_RLH = logit_RLH + lookup(F.pad(count_NH, (0, 0, 0, 1)), read.count_P[place_RL])
+        logit_RLH = logit_RLH + lookup(read.age_NH, read.age_P[place_RL])
+        logit_RLH = logit_RLH + lookup(read.count_NH, read.count_P[place_RL])
         return masked_softmax(logit_RLH, place_RL < len(read.index_P) - 1)
 
     def search(self, read: Read, batch: RankBatch) -> Tensor:

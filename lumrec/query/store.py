@@ -231,9 +231,8 @@ class Knowledge:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         in_order = rows[order]
-        o = torch.from_numpy(self.o[in_order][back]).float()  # by torch: NumPy takes seven times as long over float16
-        if self.scale is not None:
-            o *= torch.from_numpy(self.scale[in_order][back])[:, :, None]
+        scale = None if self.scale is None else self.scale[in_order][back]
+        o = torch.from_numpy(decode(self.o[in_order][back], scale))
         present = torch.from_numpy(self.present[in_order][back])
         log_z = None if self.log_z is None else torch.from_numpy(self.log_z[in_order][back])
         fold = torch.from_numpy(self.user_fold[self._row_user[rows]].astype(np.int64))

@@ -240,8 +240,8 @@ def _weights(score: Tensor, rows: slice, silu: bool) -> Tensor:
 
 
 def _taken(table_N: Tensor, index: Tensor) -> Tensor:
-    """table[index]; the fastest way to it on a CPU."""
-    return F.embedding(index, table_N[:, None]).squeeze(-1)
+    """table[index]; on a CPU index_select is several times faster than indexing or an embedding of width one."""
+    return table_N.index_select(0, index.flatten()).view(index.shape)
 
 
 def _counted(index: Tensor, grad: Tensor, size: int) -> Tensor:

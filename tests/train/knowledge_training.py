@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tiny_training import weights_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -73,16 +74,6 @@ def loss_of(name: str, output_B1: Tensor, label_B: Tensor) -> Tensor:
     """SimpleDeepFMNN ends with a sigmoid, the others do not."""
     loss = F.binary_cross_entropy if name == "SimpleDeepFMNN" else F.binary_cross_entropy_with_logits
     return loss(output_B1.squeeze(1), label_B)
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on this rank, of tables those rows that are here."""
-    parts = {}
-    for name, value in model.state_dict().items():
-        shards = value.local_shards() if hasattr(value, "local_shards") else None
-        if shards is None or shards:
-            parts[name] = (shards[0].tensor if shards else value).detach().clone()
-    return parts
 
 
 def train(folder: str, name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import TinyModel, loss_sum, make_batch
+from tiny_training import TinyModel, loss_sum, make_batch, weights_of
 from torch import nn
 
 from lumrec.train.checkpoint import Checkpointer, best_checkpoint, load_weights
@@ -49,15 +49,8 @@ def trained(folder: Path, steps: int = 3) -> tuple[Session, list[dict[str, torch
     for step in range(1, steps + 1):
         session.train(step)
         session.save(step)
-        snapshots.append(snapshot(session.model))
+        snapshots.append(weights_of(session.model))
     return session, snapshots
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
-        for name, value in model.state_dict().items()
-    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -75,9 +68,9 @@ def test_a_loaded_run_goes_on_to_the_bit(tmp_path):
     second = Session(tmp_path, seed=9)
     loaded = second.checkpointer.load_latest()
     assert loaded == (2, {"at": 2}, {"loader": 2}, True)
-    assert same(snapshot(second.model), snapshots[-1])
+    assert same(weights_of(second.model), snapshots[-1])
     assert [first.train(step) for step in range(5, 9)] == [second.train(step) for step in range(5, 9)]
-    assert same(snapshot(first.model), snapshot(second.model))
+    assert same(weights_of(first.model), weights_of(second.model))
 
 
 def test_a_parameter_without_a_gradient_has_no_state_after_loading(tmp_path):
@@ -144,7 +137,7 @@ def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_taken(
     damage(folder / "step-00000003" / broken)
     session = Session(folder)
     assert session.checkpointer.load_latest().step == 2
-    assert same(snapshot(session.model), three_checkpoints[1][1])
+    assert same(weights_of(session.model), three_checkpoints[1][1])
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "lumrec.train.checkpoint")
     assert "step-00000003 is skipped: " in warning and "It is kept as corrupt-step-00000003" in warning
     assert (folder / "corrupt-step-00000003").is_dir() and not (folder / "step-00000003").exists()
@@ -198,7 +191,7 @@ def test_newest_and_best_stay(tmp_path):
     session.checkpointer.load_model(2)
     again = Session(tmp_path)
     load_weights(tmp_path / "step-00000002", again.model)
-    assert same(snapshot(again.model), snapshot(session.model))
+    assert same(weights_of(again.model), weights_of(session.model))
     session.save(6)  # the same step again replaces it
     assert json.loads((tmp_path / "step-00000006" / "meta.json").read_text())["best_step"] == 1
 
@@ -227,7 +220,7 @@ def test_weights_load_into_plain_and_sharded_modules_under_other_names(tmp_path)
 
     sharded = shard(TinyModel(seed=3), device="cpu", sharding="row_wise")
     load_weights(path, sharded, {"ebc.embedding_bags.t0.weight": "ebc.embedding_bags.t0.weight"})
-    loaded, fresh = snapshot(sharded), dict(TinyModel(seed=3).state_dict())
+    loaded, fresh = weights_of(sharded), dict(TinyModel(seed=3).state_dict())
     assert [name for name in loaded if torch.equal(loaded[name], snapshots[0][name])] == [
         "ebc.embedding_bags.t0.weight"
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from tiny_training import local, weights_of
 from torch import Tensor
 from two_logs import ASKED, answers, config_of, write_logs
 
@@ -67,17 +68,9 @@ def started(config: Config, *, table_optimizer: str = "rowwise_adagrad", shardin
     return dmp, builder, growths
 
 
-def weights(lum: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: whole(value) for name, value in lum.state_dict().items()}
-
-
-def whole(value) -> Tensor:
-    return (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
-
-
 def table_states(lum: torch.nn.Module) -> dict[str, Tensor]:
     state = lum.fused_optimizer.state_dict()["state"]
-    return {name: whole(value) for name, entries in state.items() for value in entries.values()}
+    return local({name: value for name, entries in state.items() for value in entries.values()})
 
 
 def test_more_events_items_users_and_a_new_value_change_no_answer(logs, before, said_before):
@@ -114,20 +107,20 @@ def test_new_features_change_no_answer(logs, before, said_before):
         torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)
     columns = {growth.parameter: growth.columns_new for growth in growths if growth.columns_new}
     assert columns == {PROJECTIONS["item"]: 16, PROJECTIONS["condition"]: 8 + 16}  # price_bucket; category and query
-    drawn = weights(lum)[f"{TABLES}query.weight"]
+    drawn = weights_of(lum)[f"{TABLES}query.weight"]
     assert drawn[1:].std() > 0.1, "zero columns on a table of zeros would never learn"
 
 
 def test_then_everything_that_is_new_learns(logs, before, capsys, caplog):
     config = config_of(logs, "grown")
-    start = weights(started(config)[0])
+    start = weights_of(started(config)[0])
     with caplog.at_level("INFO"):
         result = run(config)
     assert result["loss"] > 0 and result["hr@10"] >= 0
     assert "goes on from before-pretrain" in caplog.text and "columns new" in caplog.text
     data = open_or_prepare(config)
     lum, _, _ = load_lum(config, "grown-pretrain", data, device=init_distributed("cpu"))
-    end = weights(lum)
+    end = weights_of(lum)
     assert start.keys() == end.keys()
     for name, value in end.items():
         changed = (value != start[name]).any(tuple(range(1, value.dim()))) if value.dim() > 1 else value != start[name]

@@ -16,6 +16,7 @@ from tiny_training import (
     noisy_evaluation,
     noisy_step,
     plain_step,
+    weights_of,
 )
 from torch import nn
 
@@ -36,14 +37,6 @@ def lines(folder: Path) -> list[dict]:
     """metrics.jsonl without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
-    return {
-        name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
-        for name, value in state.items()
-    }
 
 
 def train(
@@ -112,7 +105,7 @@ def test_best_weights_are_kept_and_patience_ends(tmp_path):
     seen = []
 
     def evaluate() -> dict[str, float]:
-        seen.append(weights(model_of[0]))
+        seen.append(weights_of(model_of[0]))
         return {"error": -next(values)}
 
     model_of: list[nn.Module] = []
@@ -124,7 +117,7 @@ def test_best_weights_are_kept_and_patience_ends(tmp_path):
     config = TrainConfig(epochs=9, eval_every=2, checkpoint_every=1, keep_checkpoints=1, patience=2)
     model, folder, result = train(tmp_path, config, step=step, evaluate=evaluate, select="-error")
     assert (result["best_step"], result["steps"], result["valid/error"]) == (4, 8, -3.0)
-    for name, weight in weights(model).items():
+    for name, weight in weights_of(model).items():
         assert torch.equal(weight, seen[1][name])
     assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     assert best_checkpoint(folder.path).name == "step-00000004"
@@ -139,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(tmp_path):
         output = plain_step(model, batch)
         if len(before) == 3:
             return StepOutput(output.loss_sum * math.inf, output.count)
-        before.append(weights(model))
+        before.append(weights_of(model))
         return output
 
     before: list[dict] = []
@@ -161,7 +154,7 @@ def test_clipping_leaves_tables_alone(tmp_path):
         model, folder, _ = train(
             tmp_path, TrainConfig(max_steps=1, log_every=1, optimizer=optimizer), run=f"clip-{clip}"
         )
-        moved.append(weights(model)["ebc.embedding_bags.t0.weight"])
+        moved.append(weights_of(model)["ebc.embedding_bags.t0.weight"])
     assert torch.equal(*moved)
     assert lines(folder.path)[0]["grad_norm"] > 1e-3
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_knowledge import make_knowledge
+from tiny_training import weights_of
 
 from lumrec.config import Config, load
 from lumrec.data.columns import Column
@@ -128,23 +129,16 @@ def trained_model(config: Config, data: PreparedData):
     statistics = len(dense_inputs(data).names)
     torch.manual_seed(0)
     dmp = shard(build_ranker(config.rank, data, num_statistics=statistics, knowledge=knowledge), device="cpu")
-    fresh = {name: value.clone() for name, value in unsharded(dmp).items()}
+    fresh = weights_of(dmp)
     load_weights(best_checkpoint(folder_of(config)), dmp)
     return dmp, fresh, builder_of(dmp.module, data, knowledge)
-
-
-def unsharded(dmp) -> dict[str, torch.Tensor]:
-    return {
-        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
-        for name, value in dmp.state_dict().items()
-    }
 
 
 def test_every_table_and_matrix_moves_and_the_result_is_that_of_the_best_checkpoint(words, data):
     config = config_of(words, "run=moved", "rank.knowledge=both")
     result = run(config)
     dmp, fresh, builder = trained_model(config, data)
-    assert [name for name, value in unsharded(dmp).items() if torch.equal(value, fresh[name])] == []
+    assert [name for name, value in weights_of(dmp).items() if torch.equal(value, fresh[name])] == []
     rows = np.flatnonzero(data.split == TEST)
     logits = score(dmp, builder, rows, batch_size=77)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -158,11 +152,11 @@ def test_tables_of_the_lum(words, data):
     config = config_of(words, "run=lum-tables", "rank.tables=lum", "inputs.lums=[tiny-pretrain-1of2]")
     device = init_distributed("cpu")
     dmp = shard(build_ranker(config.rank, data, num_statistics=0), device=device)
-    before = {name: value.clone() for name, value in unsharded(dmp).items()}
+    before = weights_of(dmp)
     loaded = load_lum_tables(lum_folder(config), data, dmp)
     assert loaded == ["item_id", "categories", "price_bucket", "clicked", "scenario", "query"]
-    lum = unsharded(load_lum(config, "tiny-pretrain-1of2", data, device=device)[0])
-    for name, value in unsharded(dmp).items():
+    lum = weights_of(load_lum(config, "tiny-pretrain-1of2", data, device=device)[0])
+    for name, value in weights_of(dmp).items():
         table = name.split(".")[2] if name.startswith("tables.") else ""
         expected = lum[f"token_encoder.{name}"] if table in loaded else before[name]
         assert torch.equal(value, expected), name

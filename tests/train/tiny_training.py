@@ -105,6 +105,20 @@ class TinyLoader:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return local(model.state_dict())
+
+
+def local(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Copies of what this rank holds of a state dict, of a table those rows that are here."""
+    here = {}
+    for name, value in state.items():
+        parts = [shard.tensor for shard in value.local_shards()] if hasattr(value, "local_shards") else [value]
+        if parts:
+            here[name] = parts[0].clone()
+    return here
+
+
 def loss_sum(model: nn.Module, batch: TinyBatch) -> Tensor:
     logit_B = model(batch.features)
     return nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")

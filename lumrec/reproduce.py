@@ -259,10 +259,13 @@ def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = Fals
             "param rows begin from the online model and so from what it learnt of the earlier events, LUM rows without "
             f"param from {'the tables of the LUM' if config.rank.tables == 'lum' else 'fresh tables'}"
         )
+    drawn, rows = config.data.negatives, ""
+    if drawn is not None:
+        rows = f" (positives, and {drawn.per_positive} drawn beside each, {drawn.sampling})"
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     return (
-        f"{config.data.split.kind} split, test part, mean over the {trained} seeds {settings.seeds}, LUM seed "
+        f"{config.data.split.kind} split, test part{rows}, mean over the {trained} seeds {settings.seeds}, LUM seed "
         f"{config.seed}, knowledge {folds}{extension}"
     )
 

@@ -117,6 +117,12 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
         reproduce.run([*words, "pipeline.seeds=[0,1]"], table="4", dataset="simulator", out=str(tmp_path / "results"))
 
 
+def test_rows_that_were_drawn_beside_the_positives_are_named():
+    log, drawn = (reproduce.protocol(reproduce.read_config(name, "", [])) for name in ("kuairand", "beauty"))
+    assert log.startswith("user split, test part, mean over")
+    assert drawn.startswith("leave_one_out split, test part (positives, and 1 drawn beside each, uniform), mean over")
+
+
 def test_the_towers_stand_in_the_rankers_place():
     config = reproduce.read_config("ml-1m", "-retrieval", ["pipeline.seeds=[0,7]"])
     stages = {stage.name: stage for stage in towers.plan(config)}

@@ -298,7 +298,9 @@ def _warn_of_other_versions(path: Path) -> None:
 
 
 def commit() -> str | None:
-    """The commit of this code, "-dirty" behind it where files differ; None where it is not run from its repository."""
+    """The commit of this code, "-dirty" behind it where files differ, docs/ left out, into which results are written;
+    None where it is not run from its repository.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
@@ -308,6 +310,7 @@ def commit() -> str | None:
         if git("ls-files", "--error-unmatch", "lumrec/train/run.py").returncode:
             return None
         head = git("rev-parse", "HEAD").stdout.strip()
-        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs").stdout.strip()
+        return head + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

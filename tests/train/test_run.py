@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Optional
 
 import pytest
@@ -51,6 +53,32 @@ def test_a_new_folder_holds_config_and_versions(tmp_path):
     versions = json.loads((run.path / "versions.json").read_text())
     assert {"torch", "torchrec", "python", "commit", "cpu_count", "processes"} <= versions.keys()
     assert json.loads((run.path / "inputs.json").read_text()) == {"prepared": "abc"}
+
+
+def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path):
+    shutil.copytree(Path(__file__).parents[2] / "lumrec", tmp_path / "lumrec")
+    result = tmp_path / "docs" / "results" / "table4.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    def commit() -> str:
+        words = [sys.executable, "-c", "from lumrec.train.run import commit; print(commit())"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    head = git("rev-parse", "HEAD")
+    assert commit() == head
+    result.write_text("{1}")
+    assert commit() == head
+    (tmp_path / "lumrec" / "config.py").open("a").write("\n")
+    assert commit() == f"{head.strip()}-dirty\n"
 
 
 def test_an_unfinished_run_of_the_same_config_continues(tmp_path):

@@ -5,6 +5,7 @@ token (its item and feedback features), I width of its item features, R width of
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -89,7 +90,7 @@ class Interest(NamedTuple):
     loss: Tensor | None = None
 
 
-class Ranker(nn.Module):
+class Ranker(nn.Module, ABC):
     """logit = MLP(user and context; target item; interest in the target; statistics; a LUM's knowledge).
 
     A subclass says what the interest is: it reads the history. `tables` are called as those of a LUM's token encoder
@@ -146,13 +147,13 @@ class Ranker(nn.Module):
         columns |= {"interest": self.over_arch[0].in_features - known, "statistics": self.num_statistics}
         return columns | ({"knowledge": self.knowledge.num_features} if self.knowledge else {})
 
+    @abstractmethod
     def make_interest(self) -> int:
         """Makes the subclass's own modules, now that the widths are known, and returns the width of `interest`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """What the history says about the target, [B, X], and while training a loss of the ranker's own."""
-        raise NotImplementedError
 
     def forward(self, batch: RankBatch, *, with_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B], float32; with_loss: and what is added to the rows' mean cross-entropy while training (a scalar).

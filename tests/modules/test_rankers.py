@@ -535,7 +535,7 @@ def test_rankers_find_a_signal_that_only_knowledge_has(name: str):
 
 
 def test_the_base_needs_a_subclass():
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(TypeError, match="abstract .*interest.*make_interest"):
         Ranker(
             make_tables(TABLES, FEATURES),
             item_features=["item", "genres"],

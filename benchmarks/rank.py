@@ -4,7 +4,8 @@ beside plain padded PyTorch twins of their size.
     python benchmarks/rank.py [--models din,dlrm,dien,sim,twin] [--widths 16,32] [--history 50] [--batch 4096]
                               [--threads 1] [--repeats 5]
 
-With --candidates: the time to score so many rows of one user instead, batch put together and scored, in milliseconds.
+With --candidates: the time to score so many rows of one user instead, batch put together and scored, in milliseconds,
+and what it costs with knowledge.
 
 A repeat is one batch: put together from the log, forward, backward, optimizer step. The twin is what one writes first:
 nn.Embedding for each feature, histories padded to the longest, [h; t; h*t; h-t] through nn.Linear, Adam for everything.
@@ -185,11 +186,11 @@ def random_knowledge(folder: Path, data: PreparedData) -> Knowledge:
 
 
 def make_scoring(
-    data: PreparedData, config: RankConfig, statistics: Statistics, candidates: int
+    data: PreparedData, config: RankConfig, statistics: Statistics, candidates: int, knowledge: Knowledge | None = None
 ) -> Callable[[], object]:
     """Puts together and scores rows of one user, whose histories are about equally long."""
-    ranker = build_ranker(config, data, num_statistics=len(statistics.names)).eval()
-    builder = build_rows(ranker, data, config, statistics)
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge).eval()
+    builder = build_rows(ranker, data, config, statistics, knowledge)
     last = int(data.user_offsets[1:][np.argmax(np.diff(data.user_offsets))])
     rows = np.resize(np.arange(max(0, last - candidates), last), candidates)
     return torch.no_grad()(lambda: ranker(builder.batch(rows)))
@@ -222,17 +223,22 @@ def training(args: argparse.Namespace, data: PreparedData, width: int, knowledge
         )
 
 
-def scoring(args: argparse.Namespace, data: PreparedData, width: int) -> None:
-    """A line for each model: milliseconds of scoring the candidates."""
+def scoring(args: argparse.Namespace, data: PreparedData, width: int, knowledge: Knowledge) -> None:
+    """A line for each model: milliseconds of scoring the candidates, and what knowledge costs."""
     facts = dense_inputs(data)
     for model in args.models.split(","):
         torch.manual_seed(0)
-        score = make_scoring(data, RankConfig(model=model, max_history=args.history), facts, args.candidates)
-        times = in_turn({"": score}, repeats=args.repeats, warm_up=3)[""]
-        print(
-            f"{model:5} {width:>5}  {1000 * times.cpu:8.2f} ms of a processor, {1000 * times.wall:.2f} on the wall",
-            flush=True,
-        )
+        config = RankConfig(model=model, max_history=args.history)
+        turns = {
+            "base": make_scoring(data, config, facts, args.candidates),
+            "knowledge": make_scoring(
+                data, dataclasses.replace(config, knowledge="both"), facts, args.candidates, knowledge
+            ),
+        }
+        times = in_turn(turns, repeats=args.repeats, warm_up=3)
+        base = times["base"]
+        costs = statistics.median(k / b for k, b in zip(times["knowledge"].cpu_s, base.cpu_s))
+        print(f"{model:5} {width:>5}  {1000 * base.cpu:8.2f}  {1000 * base.wall:8.2f}  {costs:11.3f}", flush=True)
 
 
 def main() -> None:
@@ -246,17 +252,16 @@ def main() -> None:
     init_distributed("cpu", threads=args.threads)
     print_machine(args)
     if args.candidates:
-        print(f"scoring {args.candidates} rows of one user, history {args.history}")
+        print(f"scoring {args.candidates} rows of one user, history {args.history}; milliseconds")
+        print(f"{'model':5} {'width':>5}  {'cpu':>8}  {'wall':>8}  + knowledge")
     else:
         print(f"training, batch {args.batch}, history {args.history}; rows/s by processor time")
         print(f"{'model':5} {'width':>5}  {'rows/s':>8}  {'twin':>8}  ratio  + knowledge  seconds a step")
     with tempfile.TemporaryDirectory() as runs:
         for width in map(int, args.widths.split(",")):
             data = simulated_log(runs, width, args.history)
-            if args.candidates:
-                scoring(args, data, width)
-            else:
-                training(args, data, width, random_knowledge(Path(runs) / f"knowledge-{width}", data))
+            measure = scoring if args.candidates else training
+            measure(args, data, width, random_knowledge(Path(runs) / f"knowledge-{width}", data))
 
 
 if __name__ == "__main__":

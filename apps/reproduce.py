@@ -21,7 +21,7 @@ def reproduce(
         words: settings over configs/reproduce/<dataset>*.yaml, key=value each, after all options
         table: 4 (every ranker), 5 (what of the LUM it is that helps), retrieval (two towers) or hazard (in-sample,
             cross-fitted, time split)
-        dataset: ml-1m, kuairand, beauty or simulator
+        dataset: ml-1m, ml-1m-plain (rankers without statistics), kuairand, beauty or simulator
         rows: of table 5, some of scratch, utilization, tokenization, with commas (default: these), or warm-up
         out: folder that the files are written into
     """

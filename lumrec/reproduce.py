@@ -36,9 +36,8 @@ BY_RANKER = ("4", "hazard")  # whose rows are those of pipeline.rankers
 # What the rows are compared by, the first of them in the plot and in the gains. There is one target, so that HR is R.
 RETRIEVED = {"hr@10": "R@10", "ndcg@10": "NDCG@10", "hr@50": "R@50", "ndcg@50": "NDCG@50"}
 # LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
-PAPER_4 = {
-    "ml-1m": {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
-}
+ML_1M = {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
+PAPER_4 = {"ml-1m": ML_1M, "ml-1m-plain": ML_1M}
 
 
 class Case(NamedTuple):
@@ -264,6 +263,8 @@ def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = Fals
         rows = f" (positives, and {drawn.per_positive} drawn beside each, {drawn.sampling})"
     contrast = config.pretrain.contrast.feature
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
+    if config.rank.statistics == "none":
+        extension += "; rankers read no statistics of users and items"
     return (
         f"{config.data.split.kind} split, test part{rows}, mean over the {trained} seeds {settings.seeds}, LUM seed "
         f"{config.seed}, knowledge {folds}{extension}"

@@ -123,6 +123,11 @@ def test_rows_that_were_drawn_beside_the_positives_are_named():
     assert drawn.startswith("leave_one_out split, test part (positives, and 1 drawn beside each, uniform), mean over")
 
 
+def test_rankers_without_statistics_are_named():
+    log, plain = (reproduce.protocol(reproduce.read_config(name, "", [])) for name in ("ml-1m", "ml-1m-plain"))
+    assert plain == f"{log}; rankers read no statistics of users and items"
+
+
 def test_the_towers_stand_in_the_rankers_place():
     config = reproduce.read_config("ml-1m", "-retrieval", ["pipeline.seeds=[0,7]"])
     stages = {stage.name: stage for stage in towers.plan(config)}

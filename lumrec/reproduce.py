@@ -116,16 +116,16 @@ def run(
     """Runs what is missing, writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…), and gives what
     the JSON holds.
 
-    words: settings over the configs, for all rows. rows: of table 5, one or more of scratch, utilization, tokenization,
-    with commas ("" = these), or warm-up. The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over
-    the seeds, "…/paper_auc", and as text `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its
-    runs); where there is a base to gain over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
+    words: settings over the configs, for all rows; pipeline.rankers chooses those of table 4 (else every one) and of
+    the hazard. rows: of table 5, one or more of scratch, utilization, tokenization, with commas ("" = these), or warm-up.
+    The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over the seeds, "…/paper_auc", and as text
+    `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its runs); where there is a base to gain
+    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
     Rows of other rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
     Raises ValueError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
     as the pipeline does.
     """
-    own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
-    config = read_config(dataset, f"-{own}" if own else "", words)
+    config = table_config(table, dataset, rows, words)
     cases = choose(table, dataset, rows, config)
     metrics = RETRIEVED if table == "retrieval" else METRICS
     kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
@@ -211,6 +211,13 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
     if unknown:
         raise ValueError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}; or warm-up by itself")
     return [case for row in chosen for case in TABLE_5[row]]
+
+
+def table_config(table: str, dataset: str, rows: str, words: Sequence[str]) -> Config:
+    """The config that says how a table is made and, by pipeline.rankers, what rows it has."""
+    own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
+    every = [f"pipeline.rankers={json.dumps(list(RANKER_NAMES))}"] if table == "4" else []
+    return read_config(dataset, f"-{own}" if own else "", [*every, *words])
 
 
 def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:

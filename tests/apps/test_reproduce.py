@@ -70,6 +70,17 @@ def test_what_is_not_known_is_told(options, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("dataset", ["ml-1m", "ml-1m-plain", "kuairand", "beauty", "simulator"])
+def test_table_4_has_every_ranker_unless_some_are_named(dataset):
+    def models(words, table="4"):
+        config = reproduce.table_config(table, dataset, "", words)
+        return reproduce.models_of(reproduce.choose(table, dataset, "", config))
+
+    assert models([]) == ["din", "dlrm", "dien", "sim", "twin"]
+    assert models(["pipeline.rankers=[twin]"]) == ["twin"]
+    assert models([], table="hazard") == ["din", "dlrm"]
+
+
 def test_gains_are_of_the_rankers_that_have_both_rows():
     cases = reproduce.table_4("ml-1m", ["din", "dlrm"])
     result = {"din/base/auc": 0.75, "din/lum/auc": 0.76, "dlrm/base/auc": 0.7, "dlrm/lum/auc": 0.73}

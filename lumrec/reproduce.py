@@ -117,7 +117,8 @@ def run(
     the JSON holds.
 
     words: settings over the configs, for all rows; pipeline.rankers chooses those of table 4 (else every one) and of
-    the hazard. rows: of table 5, one or more of scratch, utilization, tokenization, with commas ("" = these), or warm-up.
+    the hazard. rows: of table 5, one or more of scratch, utilization, tokenization, with commas ("" = these), or
+    warm-up.
     The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over the seeds, "…/paper_auc", and as text
     `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its runs); where there is a base to gain
     over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".

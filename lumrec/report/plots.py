@@ -119,7 +119,7 @@ def result_plot(
     """
     panels = {metric: f"{title} of the test part"}
     if any(f"{key}/paper_auc" in result for _, key in rows):
-        panels["paper_auc"] = "the paper's AUC, on its own log and split"
+        panels["paper_auc"] = "the paper's AUC, by its own protocol"
     figure = Figure(figsize=(4.0 + 3.5 * len(panels), 1.0 + 0.34 * len(rows)), layout="constrained")
     families = list(dict.fromkeys(key.partition("/")[0] for _, key in rows))
     first: Axes | None = None

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _measure import in_turn, parser_of, print_machine
+from _measure import Times, in_turn, parser_of, print_machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -196,6 +196,11 @@ def make_scoring(
     return torch.no_grad()(lambda: ranker(builder.batch(rows)))
 
 
+def cost_of_knowledge(times: dict[str, Times]) -> float:
+    """Median over the turns of the processor time with knowledge by that without."""
+    return statistics.median(k / b for k, b in zip(times["knowledge"].cpu_s, times["base"].cpu_s))
+
+
 def training(args: argparse.Namespace, data: PreparedData, width: int, knowledge: Knowledge) -> None:
     """A line for each model: rows/s, of the padded twin too, and what knowledge costs."""
     facts, rows = dense_inputs(data), np.random.default_rng(0).permutation(np.flatnonzero(data.split == 0))
@@ -215,11 +220,10 @@ def training(args: argparse.Namespace, data: PreparedData, width: int, knowledge
             name: partial(lambda step, cycle: step(next(cycle)), step, batches[name]) for name, step in steps.items()
         }
         times = in_turn(turns, repeats=args.repeats, warm_up=3)
-        base, twin = times["base"], times.get("twin")
+        base, twin, cost = times["base"], times.get("twin"), cost_of_knowledge(times)
         beside = f"{args.batch / twin.cpu:8,.0f}  {twin.cpu / base.cpu:5.2f}" if twin else f"{'':15}"
-        costs = statistics.median(k / b for k, b in zip(times["knowledge"].cpu_s, base.cpu_s))
         print(
-            f"{model:5} {width:>5}  {args.batch / base.cpu:8,.0f}  {beside}  {costs:11.3f}  {base.shown()}", flush=True
+            f"{model:5} {width:>5}  {args.batch / base.cpu:8,.0f}  {beside}  {cost:11.3f}  {base.shown()}", flush=True
         )
 
 
@@ -236,9 +240,8 @@ def scoring(args: argparse.Namespace, data: PreparedData, width: int, knowledge:
             ),
         }
         times = in_turn(turns, repeats=args.repeats, warm_up=3)
-        base = times["base"]
-        costs = statistics.median(k / b for k, b in zip(times["knowledge"].cpu_s, base.cpu_s))
-        print(f"{model:5} {width:>5}  {1000 * base.cpu:8.2f}  {1000 * base.wall:8.2f}  {costs:11.3f}", flush=True)
+        base, cost = times["base"], cost_of_knowledge(times)
+        print(f"{model:5} {width:>5}  {1000 * base.cpu:8.2f}  {1000 * base.wall:8.2f}  {cost:11.3f}", flush=True)
 
 
 def main() -> None:

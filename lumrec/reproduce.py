@@ -25,6 +25,7 @@ from lumrec.report.plots import result_plot
 from lumrec.report.table import METRICS, RANKER_NAMES
 from lumrec.train.files import write_atomically
 
+OUT = "docs/results"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
 TITLES = {
     "4": "Table 4 of the LUM paper",
@@ -111,7 +112,7 @@ RETRIEVAL = [
 
 
 def run(
-    words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
+    words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = OUT
 ) -> dict[str, float | str]:
     """Runs what is missing, writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…), and gives what
     the JSON holds.
@@ -152,6 +153,7 @@ def run(
             result |= _figures(case, figures, metrics)
             commits.setdefault(case.model, set()).update(_commits(case, settings))
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
+    options += ["--out", out] if out != OUT else []
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
     for model, of_model in commits.items():
         result |= {f"{model}/command": command, f"{model}/commit": ", ".join(sorted(of_model))}
@@ -273,9 +275,11 @@ def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = Fals
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     if config.rank.statistics == "none":
         extension += "; rankers read no statistics of users and items"
+    split = config.data.split
+    moved = ", ".join(f"{key} {value}" for key, value in (("seed", split.seed), ("rotation", split.rotation)) if value)
     return (
-        f"{config.data.split.kind} split, test part{rows}, mean over the {trained} seeds {settings.seeds}, LUM seed "
-        f"{config.seed}, knowledge {folds}{extension}"
+        f"{split.kind} split{f' ({moved})' if moved else ''}, test part{rows}, mean over the {trained} seeds "
+        f"{settings.seeds}, LUM seed {config.seed}, knowledge {folds}{extension}"
     )
 
 

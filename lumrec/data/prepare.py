@@ -289,7 +289,10 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
 
 
 def _plain_split(split: SplitConfig) -> Dict[str, Any]:
-    return {**dataclasses.asdict(split), "fractions": check_split(split)}
+    plain = {**dataclasses.asdict(split), "fractions": check_split(split)}
+    if not split.rotation:
+        del plain["rotation"]  # so data prepared before there was one keep their fingerprint
+    return plain
 
 
 def _make_if_missing(config: Any, path: Path) -> None:

@@ -70,6 +70,27 @@ def test_user_split_shares_and_seed():
     assert set(assign(SplitConfig("user", [0.5, 0.0, 0.5]), users, offsets)) == {TRAIN, TEST}
 
 
+def test_rotation_validates_and_tests_on_users_who_all_trained():
+    users = [str(user) for user in range(20_000)]
+    offsets = np.arange(len(users) + 1)
+    before = assign(SplitConfig("user"), users, offsets)
+    got = assign(SplitConfig("user", rotation=0.36), users, offsets)
+    assert np.bincount(got) / len(users) == pytest.approx([0.68, 0.04, 0.28], abs=0.01)
+    assert set(before[got != TRAIN]) == {TRAIN}
+    assert set(got[before != TRAIN]) == {TRAIN}
+
+
+@pytest.mark.parametrize("rotation", [-0.1, 1.0])
+def test_rotation_is_a_share_of_the_users(rotation: float):
+    with pytest.raises(ValueError, match="share of the users"):
+        check_split(SplitConfig("user", rotation=rotation))
+
+
+def test_rotation_belongs_to_the_user_split():
+    with pytest.raises(ValueError, match="belongs to kind user"):
+        check_split(SplitConfig("temporal", rotation=0.36))
+
+
 def test_folds_are_stable_balanced_and_independent_of_the_user_split():
     users = [str(user) for user in range(20_000)]
     fold = user_fold(users, 2)

@@ -52,6 +52,10 @@ class OptimizerConfig:
     decay_share: float = 0.2
     min_lr_factor: float = 0.0
 
+    def lr_of(self, table: str) -> float:
+        """Highest learning rate of a table."""
+        return self.table_lrs.get(table, self.table_lr)
+
 
 def check(config: OptimizerConfig) -> None:
     """Raises ValueError for a name or a number that no optimizer can work with."""
@@ -138,7 +142,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
         others.append(KeyedOptimizerWrapper(dense, lambda parameters: _adamw(parameters, config)))
     if tables:
         optimizer_class, arguments = TABLE_OPTIMIZERS[config.table_optimizer]
-        rates = [config.table_lrs.get(name.split(".")[-2], config.table_lr) for name in tables]
+        rates = [config.lr_of(name.split(".")[-2]) for name in tables]
 
         def twin(parameters: list[Tensor]) -> torch.optim.Optimizer:
             groups = [{"params": [weight], "lr": rate} for weight, rate in zip(parameters, rates, strict=True)]

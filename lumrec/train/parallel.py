@@ -149,8 +149,7 @@ def shard(
         setattr(module, _SHARDED, True)
     for name, weight in tables:
         if name not in chosen or chosen[name].sharding != "data_parallel":
-            rate = optimizer.table_lrs.get(name, optimizer.table_lr)
-            _apply_optimizer_in_backward(optimizer_class, [weight], {"lr": rate, **arguments})
+            _apply_optimizer_in_backward(optimizer_class, [weight], {"lr": optimizer.lr_of(name), **arguments})
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
     of_encoders = [f"{path}.{name}" for path, encoder in encoders.items() for name, _ in encoder.named_parameters()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_torchrec():

@@ -104,7 +104,7 @@ def test_a_table_on_the_simulator(tiny_words, tmp_path):
     text = stem.with_suffix(".md").read_text()
     assert f"| DIN + LUM | {result['din/lum/auc']:.4f} |" in text
     assert f"| Imp. | {gain:+.4f} |" in text
-    assert "--table 4 --dataset simulator" in text
+    assert f"--table 4 --dataset simulator --out {tmp_path}/results" in text
     assert "cross-fitted over 2 folds of users" in text
     assert stem.with_suffix(".svg").read_text().startswith("<svg")
     again = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))
@@ -132,6 +132,15 @@ def test_rows_that_were_drawn_beside_the_positives_are_named():
     log, drawn = (reproduce.protocol(reproduce.read_config(name, "", [])) for name in ("kuairand", "beauty"))
     assert log.startswith("user split, test part, mean over")
     assert drawn.startswith("leave_one_out split, test part (positives, and 1 drawn beside each, uniform), mean over")
+
+
+def test_another_user_split_is_named():
+    def named(*words):
+        return reproduce.protocol(reproduce.read_config("ml-1m", "", words))
+
+    assert named().startswith("user split, test part")
+    assert named("data.split.rotation=0.36").startswith("user split (rotation 0.36), test part")
+    assert named("data.split.seed=1", "data.split.rotation=0.5").startswith("user split (seed 1, rotation 0.5), test")
 
 
 def test_rankers_without_statistics_are_named():

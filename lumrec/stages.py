@@ -42,8 +42,8 @@ OPTIONS = {"inspect": {"user": "inspect.user"}}
 # Apps that choose among several configs by options of their own, and take words over all of them.
 TABLES = {
     "reproduce": {
-        "table": "4 or 5 of the paper (default 4), or hazard (in-sample, cross-fitted, time split)",
-        "dataset": "ml-1m, kuairand, beauty or simulator (default ml-1m)",
+        "table": "4 or 5 of the paper (default 4), retrieval (towers), or hazard (in-sample, cross-fitted, time split)",
+        "dataset": "ml-1m (default), ml-1m-plain (rankers without statistics), kuairand, beauty or simulator",
         "rows": "of table 5: some of scratch, utilization, tokenization, with commas; or warm-up",
         "out": "folder of the files (default docs/results)",
     }

@@ -12,12 +12,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
-
-import yaml
 
 from lumrec.jobs import Job, run_jobs, torchx_command
 
@@ -255,32 +253,16 @@ def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
 
 def differences(stage: Stage) -> list[str]:
     """What the stage's folder was made with and its config do not share, as "key: stored → now"; [] for no folder."""
-    from lumrec.config import leaves
-    from lumrec.train.run import NEUTRAL_KEYS, STAGE_SECTIONS
+    from lumrec.train.run import config_differences
 
-    stored_file = stage.path / "config.yaml"
-    if not stored_file.exists():
+    if not (stage.path / "config.yaml").exists():
         return []
-    stored = dict(_flat(yaml.safe_load(stored_file.read_text(encoding="utf-8")) or {}))
-    own = ("data", "schema", "seed") if stage.app == "prepare" else None
-    changes = []
-    for key, now in leaves(stage.config).items():
-        section = key.split(".")[0]
-        if section in NEUTRAL_KEYS or (section in STAGE_SECTIONS and section != stage.app):
-            continue
-        if key in ("name", "data.path") or (own is not None and section not in own):
-            continue
-        if stored.get(key) != now and not (key not in stored and now in ([], {}, None)):
-            changes.append(f"{key}: {stored.get(key, '(absent)')!r} → {now!r}")
-    return changes
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping) and values:
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
+    changes = config_differences(stage.path, stage.config, stage.app)
+    sections = {key.split(".")[0] for key in changes} - {"name"}
+    if stage.app == "prepare":
+        sections &= {"data", "schema", "seed"}
+    # data.path may be another one to the same files; that they are, prepare checks where it runs.
+    return [text for key, text in changes.items() if key.split(".")[0] in sections and key != "data.path"]
 
 
 def stage_words(stage: Stage, base: Config) -> list[str]:

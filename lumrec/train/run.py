@@ -13,7 +13,7 @@ import platform
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 from omegaconf import OmegaConf
 
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.files import finite, remove_folder, write_atomically
 from lumrec.train.parallel import rank, world_size
 
-__all__ = ["RunFolder", "best_checkpoint", "on_rank_zero", "run_name"]
+__all__ = ["RunFolder", "best_checkpoint", "config_differences", "on_rank_zero", "run_name"]
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -72,8 +73,8 @@ class RunFolder:
         - other config: ValueError that names the keys; with overwrite=true, or where nothing was done yet, made anew.
         - not a run folder, or in use by another process: ValueError, with overwrite too.
 
-        Sections of other stages, and settings that only say where to run, are not compared. Every rank must call this,
-        after `init_distributed`; an error of rank 0 is raised on all.
+        Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
+        rank 0 is raised on all.
         """
         run = cls(Path(config.runs_dir) / run_name(config, stage))
         run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {}), told=told))
@@ -96,7 +97,7 @@ class RunFolder:
         resumed = config_path.exists()
         finished = resumed and (path / "result.json").exists()
         if resumed:
-            changes = list(_differences(path, config, stage, inputs))
+            changes = [*config_differences(path, config, stage).values(), *_input_differences(path, inputs)]
             state = "a finished" if finished else "an unfinished"
             begun = others != {"config.yaml"}
             if changes and begun and not config.overwrite:
@@ -233,28 +234,46 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, entry in value.items():
-            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
+    """What the config.yaml of the run folder `path` and `config`, a dataclass, do not share for a run of `stage`:
+    dotted key → "key: stored → now".
 
-
-def _differences(path: Path, config: Any, stage: str, inputs: Mapping[str, str]) -> Iterator[str]:
-    """What the stored run and this one do not share, as "key: stored → now"."""
+    Sections of other stages, and settings that say where and how to run, do not count. A key that the folder's version
+    of lumrec did not have yet counts as its default.
+    """
     ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section != stage)}
-    stored = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    assert isinstance(stored, dict)
-    before, now = dict(_flatten(stored)), dict(_flatten(_plain(config)))
-    for key in sorted({*before, *now}):
-        old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
-        if old != new and key.split(".")[0] not in ignored and not key.endswith(NEUTRAL_TRAIN_KEYS):
-            yield f"{key}: {old!r} → {new!r}"
-    stored_inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
-    for key in sorted({*stored_inputs, *inputs}):
-        if stored_inputs.get(key) != inputs.get(key):
-            yield f"input {key}: {stored_inputs.get(key)!r} → {inputs.get(key)!r}"
+    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    return {
+        key: f"{key}: {old!r} → {new!r}"
+        for key, old, new in _changes(stored, config)
+        if key.split(".")[0] not in ignored and not key.endswith(NEUTRAL_TRAIN_KEYS)
+    }
+
+
+def _changes(stored: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, stored, now) of each value that differs."""
+    if is_dataclass(now) and isinstance(stored, Mapping):
+        stored = {**{field.name: _default(field) for field in fields(now)}, **stored}
+        now = {field.name: getattr(now, field.name) for field in fields(now)}
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        for name in sorted({*stored, *now}):
+            part = f"{key}.{name}" if key else str(name)
+            yield from _changes(stored.get(name, "(absent)"), now.get(name, "(absent)"), part)
+    elif stored != _plain(now):
+        yield key, stored, _plain(now)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return _plain(field.default_factory())
+    return "(absent)" if field.default is MISSING else _plain(field.default)
+
+
+def _input_differences(path: Path, inputs: Mapping[str, str]) -> Iterator[str]:
+    stored = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+    for key in sorted({*stored, *inputs}):
+        if stored.get(key) != inputs.get(key):
+            yield f"input {key}: {stored.get(key)!r} → {inputs.get(key)!r}"
 
 
 def _step_of(line: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.config import load, to_yaml
+from lumrec.config import load, to_yaml, with_words
 from lumrec.pipeline import add_up, check, collect, differences, pending, plan, resolve_dataset, run, stage_words
 from lumrec.report.page import write_page
 from lumrec.report.table import comparison, rows
@@ -105,6 +105,19 @@ def test_settings_of_other_stages_do_not_count(config):
     finish(stage)
     other = dataclasses.replace(stage.config, rank=dataclasses.replace(config.rank, dropout=0.9), threads=3)
     assert differences(dataclasses.replace(stage, config=other)) == []
+
+
+def test_a_feature_that_is_gone_is_another_setting(config):
+    """What is missing now counts as much as what is new: a finished stage without it must not stand."""
+    words = ["schema.features={genre: {role: item}, hour: {role: context}}"]
+    with_hour = with_words(config, words, origin="test")
+    for stage in plan(with_hour):
+        finish(stage)
+    assert pending(plan(with_hour), overwrite=False) == {}
+    without = with_words(config, ["schema.features={genre: {role: item}}"], origin="test")
+    with pytest.raises(ValueError, match=r"all/prepare was made with other settings \(schema.features.hour"):
+        pending(plan(without), overwrite=False)
+    assert set(pending(plan(without), overwrite=True)) == {stage.name for stage in plan(without)}
 
 
 @pytest.mark.parametrize(

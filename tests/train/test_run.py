@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from lumrec.train import run as run_module
 from lumrec.train.loop import TrainConfig
-from lumrec.train.run import RunFolder, run_name
+from lumrec.train.run import RunFolder, config_differences, run_name
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,25 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
     run = RunFolder.create(replace(other, overwrite=True), "pretrain")
     assert not run.resumed and OmegaConf.load(run.path / "config.yaml").seed == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m-pretrain"]
+
+
+def test_a_folder_of_an_earlier_version_counts_with_the_defaults_of_what_it_did_not_know(tmp_path):
+    run = RunFolder.create(Root(str(tmp_path), seed=3), "pretrain")
+    run.log(1, loss=0.5)
+    run.close()
+    stored = OmegaConf.load(run.path / "config.yaml")
+    del stored["fold"], stored["pretrain"]["train"]["epochs"]
+    OmegaConf.save(stored, run.path / "config.yaml")
+    assert config_differences(run.path, Root(str(tmp_path), seed=3), "pretrain") == {}
+    assert RunFolder.create(Root(str(tmp_path), seed=3), "pretrain").resumed
+    stored["pretrain"]["gone"] = {"a": 1}
+    stored["seed"] = "three"
+    OmegaConf.save(stored, run.path / "config.yaml")
+    assert list(config_differences(run.path, Root(str(tmp_path), seed=3, fold="0/2"), "pretrain").values()) == [
+        "fold: '' → '0/2'",
+        "pretrain.gone: {'a': 1} → '(absent)'",
+        "seed: 'three' → 3",
+    ]
 
 
 def test_a_run_that_did_nothing_yet_gives_way_to_another_config(tmp_path):

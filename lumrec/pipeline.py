@@ -237,8 +237,10 @@ def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
     Raises ValueError where a folder holds a run of other settings and `overwrite` is not given.
     """
     again: dict[str, bool] = {}
+    apps: dict[str, set[str]] = {}
     for stage in stages:
-        changes = differences(stage)
+        apps[stage.name] = {stage.app}.union(*(apps.get(need, ()) for need in stage.needs))
+        changes = differences(stage, apps[stage.name])
         if changes and not overwrite:
             raise ValueError(
                 f"{stage.path} was made with other settings ({'; '.join(changes[:5])}). Say overwrite=true to "
@@ -251,13 +253,17 @@ def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
     return again
 
 
-def differences(stage: Stage) -> list[str]:
-    """What the stage's folder was made with and its config do not share, as "key: stored → now"; [] for no folder."""
+def differences(stage: Stage, apps: set[str]) -> list[str]:
+    """What the stage's folder was made with and its config do not share, as "key: stored → now"; [] for no folder.
+
+    apps: the stage's own and those of all stages that it builds on. Their settings count too, since one of them may
+    have been made anew in a call that was killed before it came to this stage.
+    """
     from lumrec.train.run import config_differences
 
     if not (stage.path / "config.yaml").exists():
         return []
-    changes = config_differences(stage.path, stage.config, stage.app)
+    changes = config_differences(stage.path, stage.config, apps)
     sections = {key.split(".")[0] for key in changes} - {"name"}
     if stage.app == "prepare":
         sections &= {"data", "schema", "seed"}

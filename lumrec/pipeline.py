@@ -91,13 +91,20 @@ def run(config: Config) -> dict[str, float | str]:
     return result
 
 
-def make(config: Config, stages: list[Stage], note: str) -> tuple[int, float, dict[str, float]]:
+def make(
+    config: Config, stages: list[Stage], note: str, *, only: Sequence[str] | None = None
+) -> tuple[int, float, dict[str, float]]:
     """Runs the stages that are not finished yet, in the pipeline's folder; how many those were, the wall time, and that
-    of each stage, in seconds, with those of earlier calls. Raises as `run` does.
+    of each stage, in seconds, with those of earlier calls. only: names of those that run now, the others later.
+    Raises as `run` does.
     """
     from lumrec.config import to_yaml
 
     left = pending(stages, overwrite=config.overwrite)
+    # All that is to be made anew goes before anything is made: after a kill, no stage that read the old one stands.
+    for stage in stages:
+        if left.get(stage.name):
+            discard(stage.path)
     config = dataclasses.replace(config, overwrite=False)
     folder = Path(config.runs_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +121,23 @@ def make(config: Config, stages: list[Stage], note: str) -> tuple[int, float, di
     start = time.monotonic()
     jobs = []
     for stage in stages:
-        if stage.name in left:
-            words = stage_words(stage, config) + (["overwrite=true"] if left[stage.name] else [])
-            command = torchx_command(stage.app, words, config=folder / "config.yaml")
+        if stage.name in left and (only is None or stage.name in only):
+            command = torchx_command(stage.app, stage_words(stage, config), config=folder / "config.yaml")
             needs = tuple(need for need in stage.needs if need in left)
             jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
     return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
+
+
+def discard(path: Path) -> None:
+    """Removes a run folder. Raises ValueError where another process is writing it."""
+    from lumrec.train.files import remove_folder
+    from lumrec.train.run import RunFolder
+
+    if path.exists():
+        run_folder = RunFolder.locked(path)
+        remove_folder(path)
+        run_folder.close()
 
 
 def say(text: str) -> None:
@@ -237,38 +254,36 @@ def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
     Raises ValueError where a folder holds a run of other settings and `overwrite` is not given.
     """
     again: dict[str, bool] = {}
-    apps: dict[str, set[str]] = {}
     for stage in stages:
-        apps[stage.name] = {stage.app}.union(*(apps.get(need, ()) for need in stage.needs))
-        changes = differences(stage, apps[stage.name])
+        changes = differences(stage)
         if changes and not overwrite:
             raise ValueError(
-                f"{stage.path} was made with other settings ({'; '.join(changes[:5])}). Say overwrite=true to "
+                f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Say overwrite=true to "
                 "make again what they touch, or run=<name> for a folder of its own"
             )
-        replace = bool(changes) or any(again.get(need, False) for need in stage.needs)
         upstream = any(need in again for need in stage.needs)
+        replace = bool(changes) or (overwrite and upstream)
         if replace or upstream or not (stage.path / "result.json").exists():
             again[stage.name] = replace
     return again
 
 
-def differences(stage: Stage, apps: set[str]) -> list[str]:
-    """What the stage's folder was made with and its config do not share, as "key: stored → now"; [] for no folder.
-
-    apps: the stage's own and those of all stages that it builds on. Their settings count too, since one of them may
-    have been made anew in a call that was killed before it came to this stage.
+def differences(stage: Stage) -> list[str]:
+    """What the stage's folder was made with and its config do not share, as "key: stored → now", and the files of a log
+    of one's own that are not those it was prepared from; [] for no folder.
     """
+    from lumrec.data.prepare import changed_files
     from lumrec.train.run import config_differences
 
     if not (stage.path / "config.yaml").exists():
         return []
-    changes = config_differences(stage.path, stage.config, apps)
+    changes = config_differences(stage.path, stage.config, stage.app)
     sections = {key.split(".")[0] for key in changes} - {"name"}
     if stage.app == "prepare":
         sections &= {"data", "schema", "seed"}
-    # data.path may be another one to the same files; that they are, prepare checks where it runs.
-    return [text for key, text in changes.items() if key.split(".")[0] in sections and key != "data.path"]
+    # data.path may be another one to the same published files.
+    found = [text for key, text in changes.items() if key.split(".")[0] in sections and key != "data.path"]
+    return found + (changed_files(stage.path, stage.config) if stage.app == "prepare" and not found else [])
 
 
 def stage_words(stage: Stage, base: Config) -> list[str]:

@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, float | str]:
     config, note = pipeline.resolve_dataset(config)
     stages = plan(config)
     # The rules speak of columns, which are known once the data is.
-    pipeline.make(config, stages[:1], note)
+    pipeline.make(config, stages, note, only=["prepare"])
     write_rules(stages)
     pipeline.make(config, stages, note)
     return collect(config, stages)

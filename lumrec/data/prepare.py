@@ -19,7 +19,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import polars as pl
 from omegaconf import OmegaConf
@@ -30,13 +30,15 @@ from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
-from lumrec.data.sources.log import LogConfig
-from lumrec.data.sources.raw_log import LabelConfig, RawLog
+from lumrec.data.sources.log import LogConfig, as_list
+from lumrec.data.sources.log_files import find_files
+from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 
 DUPLICATES = ("drop", "keep")
+VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             raw, schema = read_source(config, scratch)
             files = {name: sha256(file) for name, file in _named(raw.files).items()}
             if older:
-                files["data.vocabulary_from"] = older_fingerprint
+                files[VOCABULARY] = older_fingerprint
             standing = _standing_result(path, config, files)
             if standing is not None:
                 print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
@@ -353,6 +355,30 @@ def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional
             "Say overwrite=true to replace it, or run=<name> for a folder of its own."
         )
     return result
+
+
+def changed_files(path: Path, config: Any) -> List[str]:
+    """The files of a log of one's own that are not those `path` was prepared from, "file <name>: changed" (or new, or
+    gone) each; one line too where `path` is damaged.
+
+    [] for every other source, whose published files are checked where they are read, and, saying so, where the log is
+    not there any more: what was prepared from it stands.
+    """
+    if config.data.source != "log":
+        return []
+    given = {name: as_list(getattr(config.data.log, name)) for name in ("events", "items", "users")}
+    try:
+        made = read_manifest(path, verify=False)["source"]["files"]
+        files = [file for name, of in given.items() if of for file in find_files(of, f"data.log.{name}")]
+    except PreparedDataError as error:
+        return [str(error)]
+    except DataSetMissing as error:
+        print(f"{path} stands as it was prepared; whether the log has changed cannot be told: {error}", flush=True)
+        return []
+    now = {name: sha256(file) for name, file in _named(files).items()}
+    names = sorted({*made, *now} - {VOCABULARY})
+    how = {name: "new" if name not in made else "gone" if name not in now else "changed" for name in names}
+    return [f"file {name}: {how[name]}" for name in names if made.get(name) != now.get(name)]
 
 
 def _publish(work: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -97,7 +97,7 @@ class RunFolder:
         resumed = config_path.exists()
         finished = resumed and (path / "result.json").exists()
         if resumed:
-            changes = [*config_differences(path, config, [stage]).values(), *_input_differences(path, inputs)]
+            changes = [*config_differences(path, config, stage).values(), *_input_differences(path, inputs)]
             state = "a finished" if finished else "an unfinished"
             begun = others != {"config.yaml"}
             if changes and begun and not config.overwrite:
@@ -234,14 +234,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def config_differences(path: Path, config: Any, stages: Collection[str]) -> dict[str, str]:
-    """What the config.yaml of the run folder `path` and `config`, a dataclass, do not share for a run that is made by
-    `stages`: dotted key → "key: stored → now".
+def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
+    """What the config.yaml of the run folder `path` and `config`, a dataclass, do not share for a run of `stage`:
+    dotted key → "key: stored → now".
 
     Sections of other stages, and settings that say where and how to run, do not count. A key that the folder's version
     of lumrec did not have yet counts as its default.
     """
-    ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section not in stages)}
+    ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section != stage)}
     stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     return {
         key: f"{key}: {old!r} → {new!r}"

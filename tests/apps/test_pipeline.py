@@ -3,14 +3,33 @@
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lumrec.config import load, to_yaml, with_words
-from lumrec.pipeline import add_up, check, collect, differences, pending, plan, resolve_dataset, run, stage_words
+from lumrec.data.prepare import prepare
+from lumrec.jobs import JobFailed
+from lumrec.pipeline import (
+    add_up,
+    check,
+    collect,
+    differences,
+    discard,
+    make,
+    pending,
+    plan,
+    resolve_dataset,
+    run,
+    stage_words,
+)
 from lumrec.report.page import write_page
 from lumrec.report.table import comparison, rows
+
+SHOP = Path(__file__).parents[1] / "data" / "own_log"
 
 
 @pytest.fixture
@@ -86,13 +105,16 @@ def test_finished_stages_are_not_run_again(config):
     for stage in stages:
         finish(stage)
     assert pending(stages, overwrite=False) == {}
+    shutil.rmtree(stages[1].path)  # as one does who wants it again: what read it is to be made again too
+    readers = {stage.name: True for stage in stages[3:] if "none" not in stage.name}
+    assert pending(stages, overwrite=True) == {"lum-0of2": False, **readers}
 
 
 def test_other_settings_are_refused_or_replace_what_they_touch(config):
     for stage in plan(config):
         finish(stage)
     changed = dataclasses.replace(config, query=dataclasses.replace(config.query, stride=7))
-    with pytest.raises(ValueError, match=r"all/query was made with other settings \(query.stride: 0 → 7\)"):
+    with pytest.raises(ValueError, match=r"all/query was made with other settings or files \(query.stride: 0 → 7\)"):
         pending(plan(changed), overwrite=False)
     again = pending(plan(changed), overwrite=True)
     assert {name.split("-")[0] for name in again} == {"query", "rank"}
@@ -100,24 +122,47 @@ def test_other_settings_are_refused_or_replace_what_they_touch(config):
     assert all(again.values())
 
 
-def test_a_kill_between_a_stage_made_anew_and_those_that_read_it(config):
-    """A finished LUM of the new settings says nothing of the query and the rankers, which are of the old one still."""
-    for stage in plan(config):
+def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_stands(tmp_path, capsys):
+    events = shutil.copy(SHOP / "clicks.csv", tmp_path)
+    words = [f"data.log.events={events}", f"data.log.items={SHOP / 'products.csv'}", f"runs_dir={tmp_path}", "run=all"]
+    config = load(SHOP / "shop.yaml", words)
+    stages = plan(config)
+    prepare(stages[0].config, stages[0].path)
+    for stage in stages[1:]:
         finish(stage)
-    changed = with_words(config, ["pretrain.train.epochs=77"], origin="test")
-    for stage in plan(changed)[:3]:
-        finish(stage)
-    with pytest.raises(ValueError, match=r"all/query was made with other settings \(pretrain.train.epochs: 1 → 77"):
-        pending(plan(changed), overwrite=False)
-    again = pending(plan(changed), overwrite=True)
-    assert again == {stage.name: True for stage in plan(changed)[3:] if "none" not in stage.name}
+    assert pending(stages, overwrite=False) == {}
+    text = Path(events).read_text()
+    Path(events).unlink()
+    assert pending(stages, overwrite=False) == {}
+    assert "whether the log has changed cannot be told" in capsys.readouterr().out
+    Path(events).write_text(text.replace("product,", "thing,", 1))
+    with pytest.raises(ValueError, match=r"all/prepare was made with other settings or files \(file clicks.csv: chang"):
+        pending(stages, overwrite=False)
+    # Killed, or failed as here, before all is made anew: no stage may look finished that read the log as it was.
+    with pytest.raises(JobFailed, match="has no column 'product'"):
+        make(dataclasses.replace(config, overwrite=True), stages, "a changed log")
+    assert pending(stages, overwrite=False) == {stage.name: False for stage in stages}
+
+
+def test_a_stage_that_another_process_writes_is_not_made_anew(tmp_path):
+    hold = "import pathlib, sys; from lumrec.train.run import RunFolder\n"
+    hold += "folder = RunFolder.locked(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "lum")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"is being written by process {holder.pid}"):
+            discard(tmp_path / "lum")
+        holder.stdin.close()
+    discard(tmp_path / "lum")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_of_other_stages_do_not_count(config):
     stage = plan(config)[0]
     finish(stage)
     other = dataclasses.replace(stage.config, rank=dataclasses.replace(config.rank, dropout=0.9), threads=3)
-    assert differences(dataclasses.replace(stage, config=other), {"prepare"}) == []
+    assert differences(dataclasses.replace(stage, config=other)) == []
 
 
 def test_a_feature_that_is_gone_is_another_setting(config):
@@ -128,7 +173,7 @@ def test_a_feature_that_is_gone_is_another_setting(config):
         finish(stage)
     assert pending(plan(with_hour), overwrite=False) == {}
     without = with_words(config, ["schema.features={genre: {role: item}}"], origin="test")
-    with pytest.raises(ValueError, match=r"all/prepare was made with other settings \(schema.features.hour"):
+    with pytest.raises(ValueError, match=r"all/prepare was made with other settings or files \(schema.features.hour"):
         pending(plan(without), overwrite=False)
     assert set(pending(plan(without), overwrite=True)) == {stage.name for stage in plan(without)}
 

@@ -126,12 +126,12 @@ def test_a_folder_of_an_earlier_version_counts_with_the_defaults_of_what_it_did_
     stored = OmegaConf.load(run.path / "config.yaml")
     del stored["fold"], stored["pretrain"]["train"]["epochs"]
     OmegaConf.save(stored, run.path / "config.yaml")
-    assert config_differences(run.path, Root(str(tmp_path), seed=3), ["pretrain"]) == {}
+    assert config_differences(run.path, Root(str(tmp_path), seed=3), "pretrain") == {}
     assert RunFolder.create(Root(str(tmp_path), seed=3), "pretrain").resumed
     stored["pretrain"]["gone"] = {"a": 1}
     stored["seed"] = "three"
     OmegaConf.save(stored, run.path / "config.yaml")
-    assert list(config_differences(run.path, Root(str(tmp_path), seed=3, fold="0/2"), ["pretrain"]).values()) == [
+    assert list(config_differences(run.path, Root(str(tmp_path), seed=3, fold="0/2"), "pretrain").values()) == [
         "fold: '' → '0/2'",
         "pretrain.gone: {'a': 1} → '(absent)'",
         "seed: 'three' → 3",

@@ -22,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lumrec.data.prepare import DataConfig
 from lumrec.data.schema import SchemaConfig
+from lumrec.errors import MissingFileError, UserError
 from lumrec.pipeline import PipelineConfig
 from lumrec.query.inspect import InspectConfig
 from lumrec.query.stage import QueryConfig
@@ -80,7 +81,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     """The config of a YAML file (None: defaults alone) with `key=value` words over it.
 
     In a word, key is dotted ("model.dim=64"), and a value that opens with [ or { is read as YAML ("seeds=[0, 1]").
-    Raises FileNotFoundError for a missing file, and ValueError for broken YAML, a word without "=", an unknown key (it
+    Raises MissingFileError for a missing file, and UserError for broken YAML, a word without "=", an unknown key (it
     names the nearest valid one) and a value of the wrong type.
     """
     layers = [*(_files(Path(path)) if path is not None else []), ("the command line", _words(overrides))]
@@ -100,15 +101,15 @@ def _merged(merged: Any, layers: Sequence[tuple[str, Any]], *, origin: str) -> C
     for name, values in layers:
         unknown = [key for key, _ in _leaves(values) if not _is_valid(key)]
         if unknown:
-            raise ValueError(f"{name}: unknown key {unknown[0]!r}{_suggestion(unknown[0])}")
+            raise UserError(f"{name}: unknown key {unknown[0]!r}{_suggestion(unknown[0])}")
         try:
             merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError) as error:
-            raise ValueError(f"{name}: {_explain(error, values)}") from None
+            raise UserError(f"{name}: {_explain(error, values)}") from None
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{origin}: {_explain(error, {})}") from None
+        raise UserError(f"{origin}: {_explain(error, {})}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -129,23 +130,23 @@ def leaves(config: Any) -> dict[str, Any]:
 def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """(name, content) of a YAML file and of the files it builds on, the deepest first."""
     if path.resolve() in above:
-        raise ValueError(f"{path}: base files in a circle: {' → '.join(map(str, [*above, path]))}")
+        raise UserError(f"{path}: base files in a circle: {' → '.join(map(str, [*above, path]))}")
     if not path.is_file():
         near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no config file {path} (from {Path.cwd()})" + (f"; there are: {', '.join(near)}" if near else "")
         )
     try:
         content = OmegaConf.load(path)
         values = OmegaConf.to_container(content, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig) or not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections and keys at the top, got a list")
+        raise UserError(f"{path}: expected sections and keys at the top, got a list")
     base = values.pop("base", None) or []
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: base is {base!r}; expected the name of a YAML file, or a list of names")
+        raise UserError(f"{path}: base is {base!r}; expected the name of a YAML file, or a list of names")
     below = [layer for name in names for layer in _files(path.parent / name, (*above, path.resolve()))]
     return [*below, (str(path), values)]
 
@@ -156,19 +157,19 @@ def _words(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"got {word!r} on the command line; expected key=value, such as model.dim=64")
+            raise UserError(f"got {word!r} on the command line; expected key=value, such as model.dim=64")
         value: Any = None if text == "null" else text
         if text[:1] in ("[", "{"):
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
-                raise ValueError(f"{word!r}: the value is not a valid YAML list or mapping") from None
+                raise UserError(f"{word!r}: the value is not a valid YAML list or mapping") from None
         *sections, last = key.split(".")
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{word!r} contradicts another word, which gives {section!r} a value")
+                raise UserError(f"{word!r} contradicts another word, which gives {section!r} a value")
         place[last] = value
     return nested
 

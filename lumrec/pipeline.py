@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
+from lumrec.errors import UserError
 from lumrec.jobs import Job, run_jobs, torchx_command
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def run(config: Config) -> dict[str, float | str]:
     """Runs what is not finished yet, and gives the pipeline's flat result.json: "rank/<ranker>/<knowledge>/<metric>"
     (means over seeds, with "…/auc_sd" beside), "lum/<metric>" (means over folds), "dataset", "wall_s/<stage>".
 
-    Raises ValueError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
+    Raises UserError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
     stage fails.
     """
     from lumrec.report.page import write_page
@@ -130,7 +131,7 @@ def make(
 
 
 def discard(path: Path) -> None:
-    """Removes a run folder. Raises ValueError where another process is writing it."""
+    """Removes a run folder. Raises UserError where another process is writing it."""
     from lumrec.train.files import remove_folder
     from lumrec.train.run import RunFolder
 
@@ -146,7 +147,7 @@ def say(text: str) -> None:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for pipeline settings that cannot work."""
+    """Raises UserError for pipeline settings that cannot work."""
     settings = config.pipeline
     for name, given, valid in (
         ("rankers", settings.rankers, RANKERS),
@@ -155,30 +156,28 @@ def check(config: Config) -> None:
     ):
         wrong = [value for value in given if value not in valid]
         if wrong:
-            raise ValueError(f"pipeline.{name}: got {wrong[0]!r}, expected one of {', '.join(map(repr, valid))}")
+            raise UserError(f"pipeline.{name}: got {wrong[0]!r}, expected one of {', '.join(map(repr, valid))}")
     if not (settings.rankers and settings.knowledge and settings.seeds):
-        raise ValueError("pipeline.rankers, pipeline.knowledge and pipeline.seeds must each name at least one")
+        raise UserError("pipeline.rankers, pipeline.knowledge and pipeline.seeds must each name at least one")
     for name in ("rankers", "knowledge", "seeds"):
         if len(set(getattr(settings, name))) < len(getattr(settings, name)):
-            raise ValueError(f"pipeline.{name} names one twice: {getattr(settings, name)}")
+            raise UserError(f"pipeline.{name} names one twice: {getattr(settings, name)}")
     if settings.folds < 1 or settings.jobs < 0:
-        raise ValueError(f"pipeline.folds={settings.folds} must be 1 or more, pipeline.jobs={settings.jobs} 0 or more")
+        raise UserError(f"pipeline.folds={settings.folds} must be 1 or more, pipeline.jobs={settings.jobs} 0 or more")
     for name, words in settings.tuned.items():
         ranker, _, kind = name.partition("/")
         if ranker not in RANKERS or kind not in ("", *KNOWLEDGE):
-            raise ValueError(
+            raise UserError(
                 f"pipeline.tuned.{name}: expected a ranker, such as din, or with knowledge, such as din/both"
             )
         wrong = [word for word in words if not word.startswith("rank.") or word.startswith(DECIDED)]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"pipeline.tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "
                 "which the pipeline sets"
             )
     if config.fold:
-        raise ValueError(
-            f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself"
-        )
+        raise UserError(f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself")
 
 
 def resolve_dataset(config: Config) -> tuple[Config, str]:
@@ -251,13 +250,13 @@ def with_tuned(config: Config, ranker: str, kind: str) -> Config:
 def pending(stages: list[Stage], *, overwrite: bool) -> dict[str, bool]:
     """Stages to run, by name; True where the stage must replace what its folder holds.
 
-    Raises ValueError where a folder holds a run of other settings and `overwrite` is not given.
+    Raises UserError where a folder holds a run of other settings and `overwrite` is not given.
     """
     again: dict[str, bool] = {}
     for stage in stages:
         changes = differences(stage)
         if changes and not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Say overwrite=true to "
                 "make again what they touch, or run=<name> for a folder of its own"
             )

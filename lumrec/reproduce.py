@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from lumrec import pipeline, towers, warm_up
 from lumrec.config import Config, load, with_words
+from lumrec.errors import UserError
 from lumrec.pipeline import say, write_json
 from lumrec.report.plots import result_plot
 from lumrec.report.table import METRICS, RANKER_NAMES
@@ -124,7 +125,7 @@ def run(
     `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its runs); where there is a base to gain
     over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
     Rows of other rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
-    Raises ValueError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
+    Raises UserError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
     as the pipeline does.
     """
     config = table_config(table, dataset, rows, words)
@@ -173,13 +174,13 @@ def run(
 
 
 def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[str, float | str]:
-    """What an earlier call's file has of other rankers. Raises ValueError where that is by another protocol."""
+    """What an earlier call's file has of other rankers. Raises UserError where that is by another protocol."""
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in found.items() if key.partition("/")[0] in set(RANKER_NAMES) - set(rankers)}
     if kept and found["protocol"] != protocol:
-        raise ValueError(
+        raise UserError(
             f"{path} has rows of {', '.join(models_of(kept))} by another protocol ({found['protocol']}) than is asked "
             f"for now ({protocol}): give --out for a folder of its own, or remove it"
         )
@@ -192,9 +193,9 @@ def models_of(keys: Iterable[Case | str]) -> list[str]:
 
 
 def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
-    """The rows that are asked for. Raises ValueError for what is not known."""
+    """The rows that are asked for. Raises UserError for what is not known."""
     if rows and table != "5":
-        raise ValueError(f"--rows {rows}: the rows of table {table} are pipeline.rankers; --rows is for table 5")
+        raise UserError(f"--rows {rows}: the rows of table {table} are pipeline.rankers; --rows is for table 5")
     if table == "4":
         return table_4(dataset, config.pipeline.rankers)
     if table == "hazard":
@@ -206,13 +207,13 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
     if table == "retrieval":
         return RETRIEVAL
     if table != "5":
-        raise ValueError(f"--table {table}: expected 4, 5, retrieval or hazard")
+        raise UserError(f"--table {table}: expected 4, 5, retrieval or hazard")
     if rows == "warm-up":
         return WARM_UP
     chosen = rows.split(",") if rows else list(TABLE_5)
     unknown = [row for row in chosen if row not in TABLE_5]
     if unknown:
-        raise ValueError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}; or warm-up by itself")
+        raise UserError(f"--rows {rows}: {unknown[0]!r} is none of {', '.join(TABLE_5)}; or warm-up by itself")
     return [case for row in chosen for case in TABLE_5[row]]
 
 
@@ -224,11 +225,11 @@ def table_config(table: str, dataset: str, rows: str, words: Sequence[str]) -> C
 
 
 def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:
-    """The config of a pipeline of the table, in a run folder of its own. Raises ValueError where there is none."""
+    """The config of a pipeline of the table, in a run folder of its own. Raises UserError where there is none."""
     path = CONFIGS / f"{dataset}{variant}.yaml"
     if not path.is_file():
         known = sorted({file.stem for file in CONFIGS.glob("*.yaml") if "-no-" not in file.stem})
-        raise ValueError(f"no config {path}; data sets and variants that there are: {', '.join(known)}")
+        raise UserError(f"no config {path}; data sets and variants that there are: {', '.join(known)}")
     return with_words(load(path), [f"run=reproduce-{dataset}{variant}", "overwrite=true", *words], origin="the words")
 
 

@@ -10,9 +10,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from lumrec.environment import check_environment
+from lumrec.errors import UserError
 from lumrec.jobs import JobFailed
 from lumrec.train.interrupt import Interrupted
 
@@ -48,7 +48,6 @@ TABLES = {
         "out": "folder of the files (default docs/results)",
     }
 }
-PACKAGE = Path(__file__).resolve().parent
 
 
 def run_stage(stage: str, description: str, arguments: Sequence[str] | None = None) -> None:
@@ -120,12 +119,8 @@ def start_logging() -> None:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether an error is a message of ours to the user: a ValueError or missing file that our own code raised."""
-    if not isinstance(error, (ValueError, FileNotFoundError)):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    path = Path(frames[-1].filename).resolve() if frames else PACKAGE
-    return PACKAGE in path.parents or PACKAGE.parent / "modules" in path.parents
+    """Whether an error is told in one sentence; every other one is a bug of ours, and shows its traceback."""
+    return isinstance(error, UserError)
 
 
 def tell(message: str) -> None:

@@ -16,6 +16,7 @@ from torchx.components.dist import ddp
 from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import SignalException
 
+from lumrec.errors import UserError
 from lumrec.jobs import SAME_WITHOUT
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ("--check",)  # options that are given without a value
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """Arguments of a component that cannot be used; `torchx run` ends with the message and exit code 2."""
 
 

@@ -23,7 +23,7 @@ def run(config: Config, measured: Sequence[str]) -> dict[str, float | str]:
     beside for what is `measured`), "retrieve/lum/<metric>" (the LUM by itself, asked without a condition, mean over the
     folds) and "dataset".
 
-    The pipeline's `knowledge` is that of the towers, none and direct. Raises ValueError for settings that cannot work,
+    The pipeline's `knowledge` is that of the towers, none and direct. Raises UserError for settings that cannot work,
     and as the pipeline does.
     """
     pipeline.check(config)

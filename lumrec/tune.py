@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from lumrec import pipeline
+from lumrec.errors import UserError
 from lumrec.pipeline import Stage, say, write_json
 from lumrec.train.files import write_atomically
 
@@ -51,7 +52,7 @@ def run(config: Config) -> dict[str, float | str]:
     best and of the first trial ("…/first/valid/<metric>"), and its number ("…/trial").
 
     Writes trials.json (every trial with its words and figures) and tuned.yaml, a config's `pipeline.tuned` section.
-    Raises ValueError for a space that cannot be drawn from and as the pipeline does.
+    Raises UserError for a space that cannot be drawn from and as the pipeline does.
     """
     words = draw(config.tune)
     pipeline.check(config)
@@ -79,17 +80,17 @@ def run(config: Config) -> dict[str, float | str]:
 
 
 def draw(config: TuneConfig) -> list[list[str]]:
-    """The words of each trial; the first has none. Raises ValueError for a space that is not "key=a|b" or too small."""
+    """The words of each trial; the first has none. Raises UserError for a space that is not "key=a|b" or too small."""
     choices = []
     for entry in config.space:
         key, equals, values = entry.partition("=")
         options = values.split("|")
         if not (equals and key and all(options)) or len(set(options)) < len(options):
-            raise ValueError(f"tune.space: got {entry!r}; expected key=a|b|c with different values")
+            raise UserError(f"tune.space: got {entry!r}; expected key=a|b|c with different values")
         choices.append([f"{key}={option}" for option in options])
     size = math.prod(len(options) for options in choices) if choices else 0
     if not 1 <= config.trials <= size + 1:
-        raise ValueError(f"tune.trials is {config.trials}; tune.space has {size} combinations, and the first is none")
+        raise UserError(f"tune.trials is {config.trials}; tune.space has {size} combinations, and the first is none")
     random = np.random.default_rng(config.seed)
     places = random.choice(size, config.trials - 1, replace=False).tolist() if size else []
     shape = tuple(len(options) for options in choices)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, List
 import yaml
 
 from lumrec import pipeline
+from lumrec.errors import UserError
 from lumrec.pipeline import Stage
 from lumrec.train.files import write_atomically
 
@@ -55,11 +56,11 @@ def run(config: Config) -> dict[str, float | str]:
     """Runs what is not finished yet, and gives "rank/<ranker>/<knowledge>/<row>/<metric>" (means over the seeds, with
     "…/auc_sd" beside), "online/<metric>" (the online model as it stands, on the test part) and "dataset".
 
-    Raises ValueError for settings that cannot work, and as the pipeline does.
+    Raises UserError for settings that cannot work, and as the pipeline does.
     """
     settings = config.warm_up
     if not 0.0 < settings.share < 1.0:
-        raise ValueError(f"warm_up.share is {settings.share}; expected more than 0 and less than 1")
+        raise UserError(f"warm_up.share is {settings.share}; expected more than 0 and less than 1")
     config = dataclasses.replace(
         config,
         pretrain=dataclasses.replace(config.pretrain, time_share=settings.share),
@@ -153,7 +154,7 @@ def rules(theirs: Layout, ours: Layout, *, knowledge: bool) -> dict[str, Any]:
             continue
         to, width = own[name]
         if width != theirs.columns[name]:
-            raise ValueError(f"{name} has {width} columns and the online model {theirs.columns[name]}")
+            raise UserError(f"{name} has {width} columns and the online model {theirs.columns[name]}")
         if parts and (start, to) == (parts[-1][0] + parts[-1][1], parts[-1][2] + parts[-1][1]):
             parts[-1][1] += width
         else:

@@ -30,6 +30,7 @@ from lumrec.data.sources.log import as_list, label_column, open_tables, raw_log
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import SplitConfig
 from lumrec.data.suggest import Suggestion, as_schema, as_yaml, sounds_known_after, suggest
+from lumrec.errors import UserError
 
 CUT = "# " + "-" * 30 + " {} " + "-" * 30
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -95,7 +96,7 @@ def check(config: Any, scratch: Path, report: Report) -> None:
         _check_intake(raw, schema, data, report, scratch / "intake")
         report.yaml = as_yaml(data, DataConfig(source=""), schema, {}, {})
     except pl.exceptions.PolarsError as error:
-        raise ValueError(f"the log cannot be read to its end: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the log cannot be read to its end: {str(error).splitlines()[0]}") from None
 
 
 def _check_log(config: Any, report: Report, scratch: Path) -> None:

@@ -18,6 +18,7 @@ from lumrec.data.simulator import click_facts
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign, cut_times
 from lumrec.data.vocabulary import build_vocabulary, count_values, encode
+from lumrec.errors import UserError
 
 FACT_ROWS = 10_000_000  # test events that the AUCs of a simulated log are taken over, at most
 
@@ -46,7 +47,7 @@ def convert(
 
     older: vocabularies by table that those of the same tables build on. negatives: rows to draw beside the events.
     The log goes through memory in blocks of users; in memory as a whole are the items, the users, the vocabularies.
-    Raises ValueError where the log lacks a column that the schema names, a feature tells what it must not, no event is
+    Raises UserError where the log lacks a column that the schema names, a feature tells what it must not, no event is
     left, published files do not hold what they are known to hold, or negatives are asked for and cannot be drawn.
     """
     scratch = folder / "intake"
@@ -227,12 +228,12 @@ def _facts(events: Path, num_items: int) -> Dict[str, Optional[float]]:
 
 
 def _check_expected(counts: Dict[str, int], raw: RawLog) -> None:
-    """Raises ValueError where unmodified published files do not hold as many users, items, … as is known of them."""
+    """Raises UserError where unmodified published files do not hold as many users, items, … as is known of them."""
     expected = raw.extra.get("expected")
     assert expected is None or isinstance(expected, dict)
     for name, number in (expected or {}).items():
         if counts[name] != number:
-            raise ValueError(
+            raise UserError(
                 f"{raw.note}: {counts[name]:,} {name.replace('_', ' ')} were read, and the publisher's files hold "
                 f"{number:,}: files are missing or were changed. Get them again, or set data.allow_other_files=true"
             )

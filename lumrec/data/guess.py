@@ -16,6 +16,7 @@ from lumrec.data.sources.log import LogConfig, Tables, as_list
 from lumrec.data.sources.log_files import REASON, Table
 from lumrec.data.sources.log_time import looks_like_time
 from lumrec.data.sources.raw_log import LabelConfig
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -90,7 +91,7 @@ def sample(table: Table) -> pl.DataFrame:
 def guess_data(data: DataConfig, tables: Tables) -> Tuple[DataConfig, List[Guess]]:
     """The config with what it leaves open filled in, and each choice with its reason.
 
-    A column that the config names stays. Raises ValueError where no column can be taken for the user, the item or the
+    A column that the config names stays. Raises UserError where no column can be taken for the user, the item or the
     time; the message lists the candidates.
     """
     samples = {table.name: sample(table) for table in tables}
@@ -134,7 +135,7 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> Tuple[LogConfig
                     "the only one that holds times",
                 )
             if not column:
-                raise ValueError(_undecided(key, events, rows, taken))
+                raise UserError(_undecided(key, events, rows, taken))
             log = replace(log, **{key: column})  # type: ignore[arg-type]
         taken.append(column)
         told.append(Guess({"timestamp": "time"}.get(key, key), column, why))

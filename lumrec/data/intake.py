@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import RawLog, first_reason
+from lumrec.errors import UserError
 
 BLOCK_ROWS = 2_000_000  # events of the users that are sorted together: bounds the memory
 PORTION_ROWS = 250_000  # events that are dealt out to the blocks at a time
@@ -45,7 +46,7 @@ class Intake:
 def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_duplicates: bool, scratch: Path) -> Intake:
     """Checks, sorts and lays out a raw log in `scratch`.
 
-    Raises ValueError where the log lacks a column that the schema names, a feature tells what is known only after the
+    Raises UserError where the log lacks a column that the schema names, a feature tells what is known only after the
     item was shown, or no event is left.
     """
     check_known_after(schema, raw.known_after)
@@ -75,19 +76,19 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
 
 
 def _check_any(files: Path | List[Path], raw: RawLog, num_read: int, quarantine: List[Path]) -> None:
-    """Raises ValueError where no event is left, saying why."""
+    """Raises UserError where no event is left, saying why."""
     if not files or not pl.scan_parquet(files).select(pl.len()).collect().item():
         left_out = count_reasons(quarantine)
-        raise ValueError(f"no usable event in {raw.note}: {num_read} read, left out: {left_out or 'none'}")
+        raise UserError(f"no usable event in {raw.note}: {num_read} read, left out: {left_out or 'none'}")
 
 
 def check_known_after(schema: SchemaConfig, known_after: Sequence[str]) -> None:
-    """Raises ValueError for a feature that would tell a model what is known only after the item was shown."""
+    """Raises UserError for a feature that would tell a model what is known only after the item was shown."""
     for name, feature in schema.features.items():
         if feature.role == "feedback" or feature.wish or feature.column not in {*known_after, *DERIVED_AFTER}:
             continue
         mend = "wish: true where it is asked for as a wish, or " if feature.role == "condition" else ""
-        raise ValueError(
+        raise UserError(
             f"schema.features.{name}: column {feature.column!r} is known only after the item was shown, so it cannot "
             f"have role: {feature.role}. Declare it {mend}role: feedback, which is read in histories alone"
         )
@@ -137,17 +138,17 @@ def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
     for name, feature in features.items():
         is_list = isinstance(names[feature.column], pl.List)
         if is_list != (feature.kind == "multi"):
-            raise ValueError(
+            raise UserError(
                 f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, "
                 f"and kind is {feature.kind}; {'expected kind: multi' if is_list else 'kind: multi needs lists'}"
             )
 
 
 def check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequence[str]) -> None:
-    """Raises ValueError where a feature names a column that the table has not."""
+    """Raises UserError where a feature names a column that the table has not."""
     for name, feature in features.items():
         if feature.column not in names:
-            raise ValueError(
+            raise UserError(
                 f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
                 f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order'))}"
             )

@@ -11,12 +11,14 @@ import json
 from pathlib import Path
 from typing import Any, Dict
 
+from lumrec.errors import MissingFileError, UserError
+
 FORMAT_VERSION = 2
 NAME = "manifest.json"
 UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; these hold times and paths
 
 
-class PreparedDataError(ValueError):
+class PreparedDataError(UserError):
     """The folder is no usable prepared data set; the message names the file and how to mend it."""
 
 
@@ -48,10 +50,10 @@ def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
 def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
     """The manifest of a prepared folder whose files are there, of the size written and (`verify`) the same checksum.
 
-    Raises FileNotFoundError where the folder is missing, PreparedDataError for everything else that is wrong with it.
+    Raises MissingFileError where the folder is missing, PreparedDataError for everything else that is wrong with it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no prepared data at {folder}. Make it: torchx run apps/prepare.py --config <your YAML> "
             f"runs_dir={folder.parent} run={folder.name}"
         )

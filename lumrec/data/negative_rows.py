@@ -24,6 +24,7 @@ import polars as pl
 
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, mix
+from lumrec.errors import UserError
 
 SAMPLING = ("uniform", "popularity")
 
@@ -43,9 +44,9 @@ class NegativeRowsConfig:
 
 
 def check_negative_rows(config: NegativeRowsConfig) -> None:
-    """Raises ValueError for settings that cannot work."""
+    """Raises UserError for settings that cannot work."""
     if config.per_positive < 1 or config.sampling not in SAMPLING:
-        raise ValueError(
+        raise UserError(
             f"data.negatives: got per_positive {config.per_positive} and sampling {config.sampling!r}; expected at "
             f"least 1 row for each event, and one of {', '.join(SAMPLING)} (leave data.negatives out to draw none)"
         )
@@ -67,10 +68,10 @@ class NegativeRows:
     def add(self, block: pl.DataFrame) -> pl.DataFrame:
         """Drawn rows of the next block of events: `event` (i64, row of the log) and `item`, in the order of the events.
 
-        Raises ValueError where the block has a negative of its own, and for a user who has met all there is to draw.
+        Raises UserError where the block has a negative of its own, and for a user who has met all there is to draw.
         """
         if wrong := int((block["label"] != 1).sum()):
-            raise ValueError(
+            raise UserError(
                 f"data.negatives is for a log of positives alone, and {wrong:,} of {len(block):,} events of a block "
                 "have label 0: those are the negatives. Leave data.negatives out, or let data.label make all events "
                 "positive"
@@ -106,7 +107,7 @@ class NegativeRows:
         left_U = total - (own_P1[first_U1[1:]] - own_P1[first_U1[:-1]])
         if (left_U == 0).any():
             user = first + int(np.flatnonzero(left_U == 0)[0])
-            raise ValueError(
+            raise UserError(
                 f"data.negatives: the user {self.user_ids[user]!r} has events of every item of the training part, so "
                 "that there is none to draw; leave this user out of the log"
             )
@@ -138,7 +139,7 @@ def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
 
 
 def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
-    """Raises ValueError for a condition or context feature that is the item's: a drawn row has its event's, not its own
+    """Raises UserError for a condition or context feature that is the item's: a drawn row has its event's, not its own
     item's, and a ranker would tell the two apart by whether item and feature agree.
 
     Told by this: it is the same in all events of each item that has several, and not the same throughout.
@@ -156,7 +157,7 @@ def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
         if len(several) and several[name].all() and values[name].item() > 1:
             feature = schema.features[name]
             mend = "declare it wish: true" if feature.role == "condition" else "declare it role: item"
-            raise ValueError(
+            raise UserError(
                 f"schema.features.{name}: with data.negatives a {feature.role} must be of the moment, and column "
                 f"{feature.column!r} is the same in all events of an item: it would tell a drawn item from the real "
                 f"one. If it is the item's, {mend}; else leave it out"

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumrec.errors import UserError
+
 SAMPLING = ("uniform", "popularity", "mixed")
 
 
@@ -112,17 +114,17 @@ class NegativeSampler:
 
 def _check(config: NegativesConfig) -> None:
     if config.sampling not in SAMPLING:
-        raise ValueError(f"negatives.sampling is {config.sampling!r}; expected one of {SAMPLING}")
+        raise UserError(f"negatives.sampling is {config.sampling!r}; expected one of {SAMPLING}")
     if not 0 <= config.popularity_share <= 1:
-        raise ValueError(f"negatives.popularity_share is {config.popularity_share}; expected a share between 0 and 1")
+        raise UserError(f"negatives.popularity_share is {config.popularity_share}; expected a share between 0 and 1")
     if not (config.full or config.in_batch or config.sampled > 0):
-        raise ValueError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
+        raise UserError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
     if config.sampling != "uniform" and not (config.full or config.sampled):
-        raise ValueError(f"negatives.sampling={config.sampling} draws nothing: set negatives.sampled, such as 1024")
+        raise UserError(f"negatives.sampling={config.sampling} draws nothing: set negatives.sampled, such as 1024")
     if config.full and config.across_ranks:
-        raise ValueError(
+        raise UserError(
             "negatives.full and negatives.across_ranks are both set: each rank has the whole catalogue already; set "
             "negatives.full=false for negatives of other ranks, or negatives.across_ranks=false"
         )
     if config.logq_positive and not config.logq:
-        raise ValueError("negatives.logq_positive is a form of negatives.logq, which is off: set negatives.logq=true")
+        raise UserError("negatives.logq_positive is a form of negatives.logq, which is off: set negatives.logq=true")

@@ -16,6 +16,7 @@ from lumrec.data.negatives import NegativeSampler, NegativesConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, deal, training_windows, window_cost
 from lumrec.data.splits import TRAIN
+from lumrec.errors import UserError
 from lumrec.modules.layout import make_layout
 from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
@@ -181,7 +182,7 @@ class PackLoader:
         world_size: int = 1,
     ) -> None:
         if packing.events_per_pack < max_events:
-            raise ValueError(
+            raise UserError(
                 f"pretrain.packing.events_per_pack is {packing.events_per_pack}, less than model.max_events "
                 f"{max_events}: not even one full window fits; raise the one or lower the other"
             )
@@ -200,7 +201,7 @@ class PackLoader:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.done = 0, 0
         if self._windows(0).count == 0:
-            raise ValueError(
+            raise UserError(
                 "there are no training events: the split or the fold leaves none; look at the prepared data"
             )
         self._length = self._num_packs(self._windows(0))
@@ -291,13 +292,13 @@ class PackLoader:
 
 def _check_contrast(name: str, builder: PackBuilder) -> None:
     if name not in builder.condition_features:
-        raise ValueError(
+        raise UserError(
             f"pretrain.contrast.feature is {name!r}; the conditions that the model reads: {builder.condition_features}"
         )
     if builder.data.event_columns[name].offsets is not None:
-        raise ValueError(
+        raise UserError(
             f"pretrain.contrast.feature {name!r} is multi-valued: a contrast needs one value for each event"
         )
     num_values = builder.data.table_rows[builder.data.schema.features[name].table] - 1
     if num_values < 2:
-        raise ValueError(f"pretrain.contrast.feature {name!r} has {num_values} value(s): a contrast needs two or more")
+        raise UserError(f"pretrain.contrast.feature {name!r} has {num_values} value(s): a contrast needs two or more")

@@ -36,6 +36,7 @@ from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
+from lumrec.errors import MissingFileError, UserError
 
 DUPLICATES = ("drop", "keep")
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
@@ -92,14 +93,14 @@ def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> P
 
     Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
     where the default folder was prepared with another `data` or `schema` than the config asks for; a folder that is
-    named in inputs.prepared is taken as it is. Where not `make`, a missing folder raises FileNotFoundError, with the
+    named in inputs.prepared is taken as it is. Where not `make`, a missing folder raises MissingFileError, with the
     command that makes it.
     """
     from lumrec.train.run import on_rank_zero  # here: it loads torchrec, which `run` does not need
 
     path = prepared_path(config)
     if not make and not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no prepared data in {path}; make it with: torchx run apps/prepare.py --config <your config>"
         )
     if not config.inputs.prepared:
@@ -116,7 +117,7 @@ def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> P
 def prepare(config: Any, path: Path) -> Dict[str, Any]:
     """Makes the prepared folder at `path`; gives back the flat facts of result.json.
 
-    A whole folder that was prepared with the same config from the same files stays as it is. Raises ValueError for a
+    A whole folder that was prepared with the same config from the same files stays as it is. Raises UserError for a
     config, schema or log that cannot be used, for a folder that was prepared with another config (unless
     config.overwrite) or that is no prepared folder, and DataSetMissing.
     """
@@ -146,7 +147,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 negatives=data.negatives,
             )
         except pl.exceptions.PolarsError as error:  # a page of a Parquet file that is damaged, found while it is read
-            raise ValueError(
+            raise UserError(
                 f"the log cannot be read to its end: {str(error).splitlines()[0]}. A file of it is damaged: copy or "
                 "write it again"
             ) from error
@@ -190,7 +191,7 @@ def _older_vocabularies(config: Any, path: Path) -> Tuple[str, Dict[str, pl.Data
         return "", {}
     folder = find_run(config, config.data.vocabulary_from)
     if folder.resolve() == path.resolve():
-        raise ValueError(
+        raise UserError(
             f"data.vocabulary_from: {folder} is the folder to be made, and LUMs of it would lose their data; choose "
             "another run=<name>"
         )
@@ -216,9 +217,9 @@ def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
     check_split(data.split)
     for name, least in (("min_count", 1), ("max_list_length", 1)):
         if getattr(data, name) < least:
-            raise ValueError(f"data.{name}: got {getattr(data, name)}, expected at least {least}")
+            raise UserError(f"data.{name}: got {getattr(data, name)}, expected at least {least}")
     if data.duplicates not in DUPLICATES:
-        raise ValueError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
+        raise UserError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
     if data.negatives is not None:
         check_negative_rows(data.negatives)
     return source_module(data.source).read(data, seed=config.seed, scratch=scratch), schema
@@ -331,12 +332,12 @@ def _claimed(path: Path) -> Iterator[Path]:
 def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional[Dict[str, Any]]:
     """result.json of a folder that needs no work; None where it is missing, damaged or to be overwritten.
 
-    Raises ValueError where the folder is something else: not prepared data, or prepared with another config or files.
+    Raises UserError where the folder is something else: not prepared data, or prepared with another config or files.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     if not (path / NAME).is_file():
-        raise ValueError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
+        raise UserError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
     overwrite = getattr(config, "overwrite", False)
     if overwrite:
         return None
@@ -350,7 +351,7 @@ def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional
         print(f"preparing {path} again: {error}", flush=True)
         return None
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} was prepared with another config or from other files:\n{differences}\n"
             "Say overwrite=true to replace it, or run=<name> for a folder of its own."
         )

@@ -28,6 +28,7 @@ from lumrec.data.columns import Column
 from lumrec.data.manifest import PreparedDataError, read_manifest
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
+from lumrec.errors import UserError
 
 
 class Rows(NamedTuple):
@@ -94,7 +95,7 @@ class PreparedData:
         """The prepared data of a folder.
 
         verify: compare every file with its checksum in the manifest (else only its presence and size). Raises
-        FileNotFoundError where the folder is missing, PreparedDataError (a ValueError) where it is cut, damaged or of
+        MissingFileError where the folder is missing, PreparedDataError (a ValueError) where it is cut, damaged or of
         another format version.
         """
         folder = Path(path)
@@ -111,9 +112,9 @@ class PreparedData:
         return Rows(event_N, item_N, label_N)
 
     def without(self, names: Sequence[str]) -> PreparedData:
-        """The same data in whose schema some features are not; nothing is copied. Raises ValueError for other names."""
+        """The same data in whose schema some features are not; nothing is copied. Raises UserError for other names."""
         if unknown := [name for name in names if name not in self.schema.features]:
-            raise ValueError(
+            raise UserError(
                 f"there is no feature {unknown[0]!r} to leave out; the schema has {', '.join(self.schema.features)}"
             )
         reduced = copy.copy(self)
@@ -129,9 +130,9 @@ class PreparedData:
         return np.concatenate([event_N, self.num_events + np.flatnonzero(is_asked_E[self.negative_event])])
 
     def vocabulary(self, table: str) -> Dict[str, int]:
-        """Raw value to row (from 1) of one table. Raises ValueError for a table that does not exist."""
+        """Raw value to row (from 1) of one table. Raises UserError for a table that does not exist."""
         if table not in self.table_rows:
-            raise ValueError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
+            raise UserError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
         frame = self._read(f"vocabulary/{table}.parquet")
         return dict(zip(frame["key"].to_list(), frame["row"].to_list()))
 

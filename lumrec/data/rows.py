@@ -18,6 +18,7 @@ from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN, moment_of_share
 from lumrec.data.statistics import Statistics
+from lumrec.errors import UserError
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
@@ -42,7 +43,7 @@ def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Seque
     """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
 
     window: shares of the training part by time: the rows after the first and until the second; () = all.
-    Raises ValueError where that leaves none, and for a window that is none.
+    Raises UserError where that leaves none, and for a window that is none.
     """
     is_training = data.split == TRAIN
     if window:
@@ -53,15 +54,15 @@ def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Seque
         is_training &= data.timestamp > knowledge.learnt_until
         logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
         if not is_training.any():
-            raise ValueError("the LUM has learnt from all training rows: lower pretrain.time_share")
+            raise UserError("the LUM has learnt from all training rows: lower pretrain.time_share")
     return np.flatnonzero(is_training)
 
 
 def _moments(data: PreparedData, window: Sequence[float]) -> tuple[float, float]:
     if len(window) != 2 or not 0.0 <= window[0] < window[1] <= 1.0:
-        raise ValueError(f"rank.time_window is {list(window)}; expected two shares, such as [0.75, 1]")
+        raise UserError(f"rank.time_window is {list(window)}; expected two shares, such as [0.75, 1]")
     if not data.absolute_time:
-        raise ValueError(
+        raise UserError(
             "rank.time_window needs one clock for all users, and this log only has the time between a user's own events"
         )
     after, until = (moment_of_share(data.split, data.timestamp, share) if share else -math.inf for share in window)
@@ -95,7 +96,7 @@ class RowBuilder:
         category: str = "",
     ) -> None:
         if max_history < 0:
-            raise ValueError(f"max_history is {max_history}; expected 0 or more events")
+            raise UserError(f"max_history is {max_history}; expected 0 or more events")
         self.data, self.knowledge, self.max_history = data, knowledge, max_history
         self.features, self.item_features = list(features), list(item_features)
         self.feedback_features, self.row_features = list(feedback_features), list(row_features)
@@ -227,7 +228,7 @@ class RowLoader:
     """Batches of an epoch in a seeded order; the state is (epoch, batches done), so any batch can be made again.
 
     Rows are dealt evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by one at most, so
-    that no step has a rank without rows, or a last batch of a few. Raises ValueError with fewer rows than ranks.
+    that no step has a rank without rows, or a last batch of a few. Raises UserError with fewer rows than ranks.
     Another number of ranks deals the rows anew that are left of the epoch (where fewer are left than ranks, up to R - 1
     rows come twice).
     """
@@ -243,9 +244,9 @@ class RowLoader:
         world_size: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+            raise UserError(f"batch_size is {batch_size}; expected at least 1")
         if len(rows) < world_size:
-            raise ValueError(
+            raise UserError(
                 f"the training part has {len(rows)} rows for {world_size} process(es); expected at least one each: "
                 "look at the split of the prepared data"
             )
@@ -331,7 +332,7 @@ def _categories(data: PreparedData, name: str) -> np.ndarray:
     """Category of each item, int64 [I]: the first value of an item feature, 0 ("unknown") where it has none."""
     multi = [feature for feature, column in data.item_columns.items() if column.offsets is not None]
     if not (name or multi) or (name and name not in data.item_columns):
-        raise ValueError(
+        raise UserError(
             f"rank.category is {name!r}; expected an item feature (a multi-valued one is found by itself): "
             f"{', '.join(data.item_columns)}"
         )

@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Dict, List
 
+from lumrec.errors import UserError
+
 ROLES = ("item", "condition", "feedback", "user", "context")
 KINDS = ("id", "multi", "dense")
 SCALES = ("log", "standard", "none")
@@ -67,28 +69,28 @@ class SchemaConfig:
 def validate(schema: SchemaConfig) -> SchemaConfig:
     """The schema with every default filled in (table and column names, tables that only features name).
 
-    Raises ValueError for an unknown role or kind, a reserved name, a table that no feature reads, a wish that is no
+    Raises UserError for an unknown role or kind, a reserved name, a table that no feature reads, a wish that is no
     condition, a schema without an item feature.
     """
     features = {}
     for name in [*schema.features, *schema.tables]:
         if not re.fullmatch(r"\w[\w.-]*", name):  # tables become file names
-            raise ValueError(f"schema: the name {name!r} is not made of letters, digits, _, - and . alone")
+            raise UserError(f"schema: the name {name!r} is not made of letters, digits, _, - and . alone")
     for name, feature in schema.features.items():
         if name in RESERVED:
-            raise ValueError(
+            raise UserError(
                 f"schema.features.{name}: this name is kept for a column of the prepared folder; choose another, with "
                 f"column: {name}. Kept names: {', '.join(RESERVED)}"
             )
         _check_choice(f"schema.features.{name}.role", feature.role, ROLES)
         _check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
         if feature.wish and feature.role != "condition":
-            raise ValueError(f"schema.features.{name}: wish: true needs role: condition, got role: {feature.role}")
+            raise UserError(f"schema.features.{name}: wish: true needs role: condition, got role: {feature.role}")
         if feature.kind == "dense":
             _check_choice(f"schema.features.{name}.scale", feature.scale, SCALES)
             if feature.role not in DENSE_ROLES or feature.table:
                 what = "reads no table" if feature.table else f"cannot have role: {feature.role}"
-                raise ValueError(
+                raise UserError(
                     f"schema.features.{name}: a dense feature {what}; it is a number that rankers read beside the "
                     f"tables, of role {', '.join(DENSE_ROLES)}"
                 )
@@ -96,17 +98,17 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
         else:
             features[name] = replace(feature, table=feature.table or name, column=feature.column or name)
     if not any(feature.role == "item" and feature.table for feature in features.values()):
-        raise ValueError(
+        raise UserError(
             "schema.features has no feature of role item with a table; declare at least item_id: {role: item}"
         )
     used = list(dict.fromkeys(feature.table for feature in features.values() if feature.table))
     for table in schema.tables:
         if table not in used:
-            raise ValueError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
+            raise UserError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
     tables = {table: schema.tables.get(table, TableConfig()) for table in used}
     for name, config in tables.items():
         if config.width < 1:
-            raise ValueError(f"schema.tables.{name}.width: expected a positive number, got {config.width}")
+            raise UserError(f"schema.tables.{name}.width: expected a positive number, got {config.width}")
     return SchemaConfig(tables=tables, features=features)
 
 
@@ -130,4 +132,4 @@ def _check_choice(key: str, got: str, choices: tuple) -> None:
     if got not in choices:
         near = difflib.get_close_matches(got, choices, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{key}: got {got!r}{hint}, expected one of {', '.join(choices)}")
+        raise UserError(f"{key}: got {got!r}{hint}, expected one of {', '.join(choices)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
+from lumrec.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Windows:
 def training_lengths(data: PreparedData) -> np.ndarray:
     """Number of training events of each user (int64 [U]); they are the beginning of the user's events.
 
-    Raises ValueError where a later event is marked as training: the LUM would read across its own targets.
+    Raises UserError where a later event is marked as training: the LUM would read across its own targets.
     """
     is_train = (data.split == TRAIN).astype(np.int64)
     count_E1 = np.concatenate([[0], is_train.cumsum()])
@@ -41,7 +42,7 @@ def training_lengths(data: PreparedData) -> np.ndarray:
     is_first = np.arange(data.num_events) - data.user_offsets[data.user] < length_U[data.user]
     if (is_first != is_train.astype(bool)).any():
         user = int(data.user[np.flatnonzero(is_first != is_train.astype(bool))[0]])
-        raise ValueError(f"user {user} has training events behind validation or test events; split the log by time")
+        raise UserError(f"user {user} has training events behind validation or test events; split the log by time")
     return length_U
 
 
@@ -132,10 +133,10 @@ def answering_windows(
         window 1                               . . a a          a: answered here
         window 2                                   . . a        .: read as history only
 
-    Raises ValueError unless 1 ≤ stride ≤ max_events.
+    Raises UserError unless 1 ≤ stride ≤ max_events.
     """
     if not 1 <= stride <= max_events:
-        raise ValueError(f"the window stride is {stride}; expected 1 to max_events = {max_events}")
+        raise UserError(f"the window stride is {stride}; expected 1 to max_events = {max_events}")
     more_U = (length_U - max_events).clamp(min=0)
     windows_U = torch.where(length_U > 0, 1 + (more_U + stride - 1) // stride, 0)
     index_W = torch.repeat_interleave(torch.arange(len(length_U)), windows_U)

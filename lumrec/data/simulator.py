@@ -40,6 +40,7 @@ from lumrec.data.simulator_users import (
 )
 from lumrec.data.simulator_world import DAY_S, NUM_PRICES, START_S, World, category_names, item_frame, make_world
 from lumrec.data.sources.raw_log import RawLog
+from lumrec.errors import UserError
 from lumrec.evaluation.metrics import auc
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
     """The simulated log, as Parquet files in `scratch`; the same for the same config and seed.
 
     threads: blocks that are simulated at a time; 0 = one for each core this process may use, at most MOST_THREADS.
-    Raises ValueError for sizes, shares and weights that make no log.
+    Raises UserError for sizes, shares and weights that make no log.
     """
     check(config)
     world = make_world(config, np.random.default_rng([seed, 0]))
@@ -172,7 +173,7 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
 
 
 def check(config: SimulatorConfig) -> None:
-    """Raises ValueError, with the field, for a size, share or weight that makes no log."""
+    """Raises UserError, with the field, for a size, share or weight that makes no log."""
     for field in dataclasses.fields(config):
         name, got = field.name, getattr(config, field.name)
         if name in ("late_items", "repeat_share", "drift"):
@@ -184,13 +185,13 @@ def check(config: SimulatorConfig) -> None:
         else:
             good, expected = got >= 1, "at least 1"
         if not good:
-            raise ValueError(f"data.simulator.{name}: got {got}, expected {expected}")
+            raise UserError(f"data.simulator.{name}: got {got}, expected {expected}")
     # what the numbers in the drafts and in the sort by user and item hold
     most = {"num_users": 1 << 31, "num_items": 1 << 24, "num_categories": 100_000, "num_scenarios": 1000, "days": 3650}
     for name, limit in {**most, "events_per_user": 500 * config.days}.items():
         if getattr(config, name) > limit:
             days = f" (500 a day, data.simulator.days={config.days})" if name == "events_per_user" else ""
-            raise ValueError(f"data.simulator.{name}: got {getattr(config, name)}, expected at most {limit}{days}")
+            raise UserError(f"data.simulator.{name}: got {getattr(config, name)}, expected at most {limit}{days}")
 
 
 def finished(

@@ -17,6 +17,8 @@ from typing import List, Optional, Sequence
 import numpy as np
 import polars as pl
 
+from lumrec.errors import UserError
+
 TRAIN, VALID, TEST = 0, 1, 2
 LATER = 3  # training events that a LUM leaves out, see `leave_out_later`
 PARTS = ("train", "valid", "test")
@@ -52,45 +54,45 @@ class SplitConfig:
 def check_split(config: SplitConfig) -> List[float]:
     """The fractions in use: three, or none for leave_one_out.
 
-    Raises ValueError for an unknown kind, for fractions that are not three numbers >= 0 that sum to 1, and for a
+    Raises UserError for an unknown kind, for fractions that are not three numbers >= 0 that sum to 1, and for a
     rotation of another split than that of users, or outside [0, 1).
     """
     if config.kind not in DEFAULT_FRACTIONS:
-        raise ValueError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
+        raise UserError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
     if config.times:
         _check_times(config)
     if config.rotation and config.kind != "user":
-        raise ValueError(
+        raise UserError(
             f"data.split.rotation: got {config.rotation} with kind {config.kind!r}; it belongs to kind user"
         )
     if not 0.0 <= config.rotation < 1.0:
-        raise ValueError(f"data.split.rotation: got {config.rotation}, expected a share of the users, 0 ≤ … < 1")
+        raise UserError(f"data.split.rotation: got {config.rotation}, expected a share of the users, 0 ≤ … < 1")
     fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
     if config.kind == "leave_one_out":
         if config.fractions:
-            raise ValueError("data.split.fractions has no meaning for leave_one_out; leave it out")
+            raise UserError("data.split.fractions has no meaning for leave_one_out; leave it out")
         return fractions
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise ValueError(
+        raise UserError(
             f"data.split.fractions: got {fractions}, expected three numbers ≥ 0 (train, valid, test) that sum to 1"
         )
     return fractions
 
 
 def _check_times(config: SplitConfig) -> List[int]:
-    """The two times of a time split in seconds. Raises ValueError for everything else."""
+    """The two times of a time split in seconds. Raises UserError for everything else."""
     if config.kind != "time" or config.fractions:
-        raise ValueError(
+        raise UserError(
             f"data.split.times: got {config.times} with kind {config.kind!r} and fractions {config.fractions}; times "
             "belong to kind time, in place of fractions"
         )
     try:
         moments = [datetime.fromisoformat(text.replace("Z", "+00:00")) for text in config.times]
     except ValueError as error:
-        raise ValueError(f"data.split.times: {error}; expected ISO 8601, such as 2022-05-05") from None
+        raise UserError(f"data.split.times: {error}; expected ISO 8601, such as 2022-05-05") from None
     seconds = [int((m if m.tzinfo else m.replace(tzinfo=timezone.utc)).timestamp()) for m in moments]
     if len(seconds) != 2 or seconds[0] > seconds[1]:
-        raise ValueError(
+        raise UserError(
             f"data.split.times: got {config.times}; expected two times, where validation and where test begin"
         )
     return seconds
@@ -100,13 +102,13 @@ def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: boo
     """Seconds at which validation and test begin (int64 [2]) for the time split; None for the others.
 
     blocks: Parquet files with the column timestamp. A cut by fractions is the earliest second before which at least
-    that share of all events lies; events of one second are never parted. Raises ValueError where the log has no times
+    that share of all events lies; events of one second are never parted. Raises UserError where the log has no times
     that can be compared between users.
     """
     if config.kind != "time":
         return None
     if not absolute_time:
-        raise ValueError(
+        raise UserError(
             "data.split.kind=time needs one clock for all users, and this log only has the time between a user's own "
             "events; use temporal, leave_one_out or user"
         )
@@ -176,10 +178,10 @@ def assign(
 def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> int:
     """Time (seconds) until which the earliest `share` of the training events are, those of the same second included.
 
-    Raises ValueError for a share that is not above 0 and at most 1.
+    Raises UserError for a share that is not above 0 and at most 1.
     """
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"pretrain.time_share is {share}; expected more than 0 and at most 1 (all training events)")
+        raise UserError(f"pretrain.time_share is {share}; expected more than 0 and at most 1 (all training events)")
     times = np.sort(timestamp[split == TRAIN])
     return int(times[max(0, math.ceil(share * len(times)) - 1)]) if len(times) else 0
 
@@ -195,13 +197,13 @@ def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
     """Fold (int8 [U], 0 … num_folds - 1) of each user, from a stable hash of the raw key alone.
 
     The same key has the same fold in every data set, run and version, so that a LUM trained with fold=k/K is known
-    never to have seen the users of fold k. Raises ValueError unless 1 <= num_folds <= 127.
+    never to have seen the users of fold k. Raises UserError unless 1 <= num_folds <= 127.
 
     >>> user_fold(["1", "2", "3"], 2)
     array([0, 1, 1], dtype=int8)
     """
     if not 1 <= num_folds <= 127:
-        raise ValueError(f"number of folds: got {num_folds}, expected 1 … 127")
+        raise UserError(f"number of folds: got {num_folds}, expected 1 … 127")
     return ((_hash(user_keys, _FOLD_SALT) >> np.uint64(11)) % np.uint64(num_folds)).astype(np.int8)
 
 

@@ -23,6 +23,7 @@ from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData, Rows
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
+from lumrec.errors import UserError
 
 KINDS = ("all", "user", "none")
 WINDOWS = (5, 10, 50)
@@ -52,7 +53,7 @@ def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
     """Statistics of every row of the prepared data, by row number, each column standardised by the training events.
 
     kind: "all" of them; "user" leaves out what needs other users (the item's, and every excess); "none" has no column.
-    Raises ValueError for another kind, and where the training part is empty (there is nothing to standardise by).
+    Raises UserError for another kind, and where the training part is empty (there is nothing to standardise by).
     """
     columns = raw_statistics(data, kind=kind)
     values_RF = np.empty((data.num_rows, len(columns)), dtype=np.float32)
@@ -70,15 +71,15 @@ def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.nda
     log count over earlier training events. And the log number of events so far, the log seconds since the last one.
     """
     if kind not in KINDS:
-        raise ValueError(f"the kind of statistics is {kind!r}; expected one of {', '.join(KINDS)}")
+        raise UserError(f"the kind of statistics is {kind!r}; expected one of {', '.join(KINDS)}")
     is_training_E = data.split == TRAIN
     if not is_training_E.any():
-        raise ValueError(f"{data.path}: the training part has no events; expected some to take statistics from")
+        raise UserError(f"{data.path}: the training part has no events; expected some to take statistics from")
     columns: dict[str, np.ndarray] = {}
     if kind == "none":
         return columns
     if kind == "all" and not data.absolute_time:
-        raise ValueError(
+        raise UserError(
             "rank.statistics=all reads what other users did before, and this log has no clock that they share: "
             "set rank.statistics=user"
         )

@@ -58,7 +58,7 @@ def build_vocabulary(counts: pl.DataFrame, min_count: int, older: pl.DataFrame |
 def read_vocabularies(folder: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
     """Fingerprint of a prepared folder, and the vocabulary of each of its tables.
 
-    Raises FileNotFoundError and PreparedDataError as read_manifest does, of the vocabularies' checksums too.
+    Raises MissingFileError and PreparedDataError as read_manifest does, of the vocabularies' checksums too.
     """
     manifest = read_manifest(folder, verify=False)
     vocabularies = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.errors import UserError
 from lumrec.evaluation.retrieval import Targets, metric_sums
 
 INDEXES = ("flat", "hnsw", "ivf")
@@ -45,12 +46,12 @@ class AnnConfig:
 class ItemIndex:
     """Catalogue items (int64) nearest to a user by inner product, out of those that `is_candidate_I` (bool [I]) marks.
 
-    Raises ValueError for an unknown kind of index.
+    Raises UserError for an unknown kind of index.
     """
 
     def __init__(self, e_IV: Tensor, is_candidate_I: np.ndarray, config: AnnConfig) -> None:
         if config.index not in INDEXES:
-            raise ValueError(f"ann.index is {config.index!r}; expected one of {', '.join(INDEXES)}")
+            raise UserError(f"ann.index is {config.index!r}; expected one of {', '.join(INDEXES)}")
         import faiss  # not at the top: every app loads this module with its config, and few have an index
 
         faiss.omp_set_num_threads(torch.get_num_threads())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lumrec.errors import UserError
 from lumrec.evaluation.metrics import auc_by_group, checked_rows, row_losses, sigmoid
 
 METRICS = ("auc", "gauc", "log_loss")
@@ -48,7 +49,7 @@ def intervals(
 
     Resamples in which a metric is not defined (AUC where only one class was drawn) are left out of its interval. One
     user alone (for gAUC: one with both classes) says nothing about another: the bounds are nan.
-    Raises ValueError for labels other than 0 and 1, lengths that differ, nan, a level outside 0 … 1, no resamples.
+    Raises UserError for labels other than 0 and 1, lengths that differ, nan, a level outside 0 … 1, no resamples.
 
     User 7 is in order, users 8 and 9 are not. Drawn three times, user 7 is there twice or more in 7 of 27 resamples,
     thrice in 1 of 27.
@@ -94,7 +95,7 @@ class _Rows:
     def __init__(self, label_N: ArrayLike, logits: list[ArrayLike], user_N: ArrayLike) -> None:
         user_N = np.asarray(user_N)
         if user_N.shape != np.shape(label_N):
-            raise ValueError(f"got {user_N.size} users for {np.size(label_N)} labels; expected one user for each row")
+            raise UserError(f"got {user_N.size} users for {np.size(label_N)} labels; expected one user for each row")
         _, user_N = np.unique(user_N, return_inverse=True)
         self.rows_U = np.bincount(user_N)
         self.num_users = len(self.rows_U)
@@ -138,7 +139,7 @@ class _Scores:
 def _resamples(rows: _Rows, num_resamples: int, level: float, seed: int) -> np.ndarray:
     """[R, S, M]: the metrics of each resample."""
     if num_resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"got {num_resamples} resamples and level={level}; expected at least 1, and between 0 and 1")
+        raise UserError(f"got {num_resamples} resamples and level={level}; expected at least 1, and between 0 and 1")
     generator, num = np.random.default_rng(seed), rows.num_users
     # As many draws as there are users, counted: what a multinomial gives, and faster than NumPy's.
     draws = (np.bincount(generator.integers(num, size=num), minlength=num) for _ in range(num_resamples if num else 0))

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.bootstrap import Comparison, Interval, compare
 
 SCORES = "scores.parquet"
@@ -42,13 +43,13 @@ def write_scores(folder: Path, scores: Scores) -> None:
 
 
 def read_scores(folder: Path) -> Scores:
-    """The scores that a finished run keeps. Raises FileNotFoundError without them, ValueError for another table."""
+    """The scores that a finished run keeps. Raises MissingFileError without them, UserError for another table."""
     if not (folder / "result.json").exists() or not (folder / SCORES).exists():
         what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
-        raise FileNotFoundError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
+        raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
     table, names = pq.read_table(folder / SCORES), [field.removesuffix("_N") for field in Scores._fields]
     if table.column_names != names:
-        raise ValueError(f"{folder / SCORES} has the columns {table.column_names}; expected {names}")
+        raise UserError(f"{folder / SCORES} has the columns {table.column_names}; expected {names}")
     return Scores(*(table[name].to_numpy() for name in names))
 
 
@@ -57,13 +58,13 @@ def compare_runs(
 ) -> tuple[Scores, dict[str, Comparison]]:
     """The rows of both runs (with the logits of a), and AUC, gAUC and log loss of a, of b and of b - a.
 
-    Raises FileNotFoundError where a run keeps no scores, ValueError where the two scored other rows.
+    Raises MissingFileError where a run keeps no scores, UserError where the two scored other rows.
     """
     of_a, of_b = read_scores(a), read_scores(b)
     for name in ("row", "label", "user"):
         ours, theirs = (np.asarray(getattr(of, f"{name}_N")) for of in (of_a, of_b))
         if not np.array_equal(ours, theirs):
-            raise ValueError(
+            raise UserError(
                 f"{a} ({len(ours)} rows) and {b} ({len(theirs)} rows) scored other rows (column {name}); expected two "
                 "rankers tested on the same prepared data"
             )

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lumrec.errors import UserError
+
 
 def auc(label_N: ArrayLike, score_N: ArrayLike) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs in the right order, a tie counting one half.
 
     `nan` where there is no such pair (no rows, or one class only). Scores need an order only: logits or probabilities.
-    Raises ValueError for labels other than 0 and 1, lengths that differ, or scores that are not numbers.
+    Raises UserError for labels other than 0 and 1, lengths that differ, or scores that are not numbers.
 
     Of the four pairs below one is tied and three are in order: (3 + 1/2) / 4.
 
@@ -51,7 +53,7 @@ def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> G
     label_N, score_N = checked_rows(label_N, score_N)
     group_N = np.asarray(group_N)
     if group_N.shape != label_N.shape:
-        raise ValueError(f"got {group_N.size} groups for {label_N.size} labels; expected one group for each row")
+        raise UserError(f"got {group_N.size} groups for {label_N.size} labels; expected one group for each row")
     _, group_N = np.unique(group_N, return_inverse=True)
     auc_G, rows_G = auc_by_group(label_N, score_N, group_N), np.bincount(group_N)
     usable_G = np.isfinite(auc_G)
@@ -142,7 +144,7 @@ def expected_calibration_error(label_N: ArrayLike, probability_N: ArrayLike, *, 
     label_N, probability_N = checked_rows(label_N, probability_N)
     _check_probabilities(probability_N)
     if num_bins < 1:
-        raise ValueError(f"got num_bins={num_bins}; expected at least 1")
+        raise UserError(f"got num_bins={num_bins}; expected at least 1")
     if not len(label_N):
         return float("nan")
     bin_N = np.minimum((probability_N * num_bins).astype(np.int64), num_bins - 1)
@@ -189,21 +191,21 @@ def _tie_averaged_rank(score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
 
 
 def checked_rows(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 vectors. Raises ValueError for labels but 0 and 1, lengths that differ, and nan."""
+    """Both as float64 vectors. Raises UserError for labels but 0 and 1, lengths that differ, and nan."""
     label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
-        raise ValueError(
+        raise UserError(
             f"got labels of shape {label_N.shape} and scores of shape {score_N.shape}; expected vectors of one length"
         )
     if not np.isin(label_N, (0.0, 1.0)).all():
-        raise ValueError(f"got label {label_N[~np.isin(label_N, (0.0, 1.0))][0]}; expected 0 and 1 only")
+        raise UserError(f"got label {label_N[~np.isin(label_N, (0.0, 1.0))][0]}; expected 0 and 1 only")
     if np.isnan(score_N).any():
-        raise ValueError(f"got {int(np.isnan(score_N).sum())} scores that are nan; expected numbers")
+        raise UserError(f"got {int(np.isnan(score_N).sum())} scores that are nan; expected numbers")
     return label_N, score_N
 
 
 def _check_probabilities(probability_N: np.ndarray) -> None:
     if len(probability_N) and not (probability_N.min() >= 0 and probability_N.max() <= 1):
-        raise ValueError(
+        raise UserError(
             f"got probabilities from {probability_N.min():g} to {probability_N.max():g}; expected 0 … 1, of a sigmoid"
         )

@@ -27,6 +27,7 @@ from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import PARTS
+from lumrec.errors import UserError
 from lumrec.query.conditions import condition_columns
 from lumrec.query.group_query import encode_items
 from lumrec.train.parallel import rank, world_size
@@ -76,7 +77,7 @@ def evaluate_retrieval(
     A user's history is the last max_events - 1 events before the target, whatever part they are of; without any, the
     LUM answers from the condition alone. users: bool [U], who is asked about (None: everybody); a LUM of cross-fitting
     must not be chosen by the users that it is kept from. Under DMP every rank calls this and gets the figures of all
-    users. Raises ValueError where no user has an event in the part, or for a condition that the LUM does not know.
+    users. Raises UserError where no user has an event in the part, or for a condition that the LUM does not know.
     """
     data = builder.data
     targets = last_events(data, part, users=users, max_users=config.max_users)
@@ -113,7 +114,7 @@ def last_events(
     among: bool [E], the events that may be a target; None = all.
     """
     if part not in PARTS:
-        raise ValueError(f"part is {part!r}; expected one of {PARTS}")
+        raise UserError(f"part is {part!r}; expected one of {PARTS}")
     is_asked = data.split == PARTS.index(part)
     if users is not None:
         is_asked &= users[data.user]
@@ -121,7 +122,7 @@ def last_events(
         is_asked &= among
     rows = np.flatnonzero(is_asked)
     if len(rows) == 0:
-        raise ValueError(f"no event of these users is in the part {part!r} of {data.path}: choose another data.split")
+        raise UserError(f"no event of these users is in the part {part!r} of {data.path}: choose another data.split")
     is_last = np.append(data.user[rows[1:]] != data.user[rows[:-1]], True)
     rows = rows[is_last]
     if 0 < max_users < len(rows):

@@ -33,6 +33,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN
+from lumrec.errors import UserError
 
 ALL = "*"
 TOP = re.compile(r"top (\d+)")
@@ -54,7 +55,7 @@ class Conditions:
     own, those of all histories behind each other. unknown_as_zero: a value that is not known is read as the log reads
     it, as row 0 ("unknown"); else it raises.
 
-    Raises ValueError for a feature or value that is not known, naming the nearest.
+    Raises UserError for a feature or value that is not known, naming the nearest.
     """
 
     def __init__(
@@ -122,14 +123,14 @@ def expand(
 ) -> list[dict[str, str]]:
     """The conditions with each "*" and "top k" replaced by what it stands for; see the head of the file.
 
-    Raises ValueError for an unknown feature, for more than `max_conditions` conditions, and for one named twice.
+    Raises UserError for an unknown feature, for more than `max_conditions` conditions, and for one named twice.
     """
     _check_features(data, features, conditions)
     choices = [{name: _choices(data, name, value) for name, value in each.items()} for each in conditions]
     counts = [math.prod(map(len, choice.values())) for choice in choices]
     if sum(counts) > max_conditions:
         parts = ", ".join(f"{condition} makes {count:,}" for condition, count in zip(conditions, counts) if count > 1)
-        raise ValueError(
+        raise UserError(
             f"query.conditions makes {sum(counts):,} conditions, and query.max_conditions is {max_conditions}"
             f"{f' ({parts})' if parts else ''}: ask for fewer, or raise query.max_conditions; each costs time and "
             "space for every user"
@@ -137,7 +138,7 @@ def expand(
     expanded = [dict(zip(choice, values)) for choice in choices for values in product(*choice.values())]
     twice = [slot for slot, count in Counter(tuple(sorted(slot.items())) for slot in expanded).items() if count > 1]
     if twice:
-        raise ValueError(f"query.conditions asks {dict(twice[0])} twice; leave one out")
+        raise UserError(f"query.conditions asks {dict(twice[0])} twice; leave one out")
     return expanded
 
 
@@ -153,7 +154,7 @@ def _choices(data: PreparedData, feature: str, value: str) -> list[str]:
     if match := TOP.fullmatch(value):
         number = int(match[1])
         if number < 1:
-            raise ValueError(f"condition {feature}: {value!r} asks for nothing; expected top 1 or more")
+            raise UserError(f"condition {feature}: {value!r} asks for nothing; expected top 1 or more")
         return [f"top {place} of {number}" for place in range(1, number + 1)]
     return [value]
 
@@ -164,7 +165,7 @@ def _place(value: str, known: Mapping[str, int]) -> int:
     if match is None or str(value) in known:
         return 0
     if not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"got the condition {value!r}; expected a place from 1 to {match[2]}")
+        raise UserError(f"got the condition {value!r}; expected a place from 1 to {match[2]}")
     return int(match[1])
 
 
@@ -209,13 +210,13 @@ def _filled(bags: Bags, own_Q: Tensor) -> Bags:
 def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
     """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
 
-    The value that training events like best comes first: `wish_score` holds it against the others. Raises ValueError
+    The value that training events like best comes first: `wish_score` holds it against the others. Raises UserError
     where that makes more than 16 conditions: then somebody has to choose.
     """
     wishes = [name for name in features if data.schema.features[name].wish]
     conditions = [{name: value} for name in wishes for value in _by_like_rate(data, name)]
     if len(conditions) > MAX_DEFAULT_CONDITIONS:
-        raise ValueError(
+        raise UserError(
             f"the wishes {wishes} have {len(conditions)} values, too many to ask them all; choose some of them in "
             f"query.conditions, such as [{{{wishes[0]}: {conditions[0][wishes[0]]}}}]"
         )
@@ -241,10 +242,10 @@ def condition_columns(
 ) -> dict[str, Column]:
     """Vocabulary rows of N conditions: feature -> Column of N entries, an empty one where the feature is not given.
 
-    features: the condition features that the LUM reads. Raises ValueError for another feature, or a value not known.
+    features: the condition features that the LUM reads. Raises UserError for another feature, or a value not known.
     """
     if not conditions:
-        raise ValueError("no condition is asked; give at least one, [{}] to ask without any")
+        raise UserError("no condition is asked; give at least one, [{}] to ask without any")
     _check_features(data, features, conditions)
     columns = {}
     for name in features:
@@ -264,7 +265,7 @@ def _check_features(data: PreparedData, features: Sequence[str], conditions: Seq
     for name in {name for condition in conditions for name in condition}:
         if name not in features:
             why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
-            raise ValueError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, features)}")
+            raise UserError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, features)}")
 
 
 def _rows_of(
@@ -273,7 +274,7 @@ def _rows_of(
     values = str(value).split("|") if data.schema.features[feature].kind == "multi" else [str(value)]
     for word in values:
         if word not in known and not unknown_as_zero:
-            raise ValueError(
+            raise UserError(
                 f"condition {feature}: {word!r} does not occur in the training part{_nearest(word, list(known))}; "
                 f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
             )

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.query.forget import forgotten_among, halves
 from lumrec.query.records import decode_records
 from lumrec.query.refresh import BLOCK, digests_of_stored, stored_users
@@ -55,11 +56,11 @@ METADATA = b"lumrec"
 def export_parquet(path: Path, folder: Path) -> dict[str, int]:
     """Writes the users and items of the knowledge published in run folder `path` to `folder`; how many of each.
 
-    Raises FileNotFoundError where nothing is published, ValueError where it is damaged or holds no users.
+    Raises MissingFileError where nothing is published, UserError where it is damaged or holds no users.
     """
     manifest = read_manifest(path)
     if USERS_FILE not in manifest["files"] or ITEMS_FILE not in manifest["files"]:
-        raise ValueError(
+        raise UserError(
             f"the knowledge in {path} holds no users or no item keys: run the query stage with query.users=true"
         )
     version = path / manifest["folder"]
@@ -84,13 +85,13 @@ def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
     """Manifest of what users.parquet and items.parquet of `folder` make, published in run folder `path`.
 
     A store that is there already is replaced, atomically; users who were forgotten in the folder around `path` are left
-    out. Raises FileNotFoundError for a missing file, ValueError for files that do not belong together, are damaged, or
+    out. Raises MissingFileError for a missing file, UserError for files that do not belong together, are damaged, or
     do not hold what their metadata says.
     """
     users, items = (_opened(folder / name) for name in (USERS, ITEMS))
     identity = _identity(users, folder / USERS)
     if identity != _identity(items, folder / ITEMS):
-        raise ValueError(f"{folder}: {USERS} and {ITEMS} were exported from different knowledge; export both again")
+        raise UserError(f"{folder}: {USERS} and {ITEMS} were exported from different knowledge; export both again")
     _check_columns(users, _users_schema(identity), folder / USERS)
     lums = [pa.field(f"e_{k}", pa.list_(pa.float32(), identity["dim"])) for k in range(len(identity["lums"]))]
     _check_columns(items, pa.schema([pa.field("item_key", pa.string()), *lums]), folder / ITEMS)
@@ -153,7 +154,7 @@ def _users_table(keys: list[bytes], record_B: np.ndarray, schema: pa.Schema) -> 
 def _stored_keys(batch: pa.RecordBatch) -> list[bytes]:
     texts, digests = batch["user_key"].to_pylist(), batch["key_sha256"].to_pylist()
     if any(text is None and digest is None for text, digest in zip(texts, digests)):
-        raise ValueError(f"{USERS} has a row without user_key and key_sha256; remove it")
+        raise UserError(f"{USERS} has a row without user_key and key_sha256; remove it")
     return [b"h" + digest if text is None else b"u" + text.encode() for text, digest in zip(texts, digests)]
 
 
@@ -179,22 +180,20 @@ def _tensor(vectors: pa.FixedSizeListArray) -> Tensor:
 
 def _opened(file: Path) -> pq.ParquetFile:
     if not file.exists():
-        raise FileNotFoundError(f"there is no {file}; make it with: python -m lumrec.query.exchange export")
+        raise MissingFileError(f"there is no {file}; make it with: python -m lumrec.query.exchange export")
     try:
         return pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is no Parquet file, or was cut off ({error}): copy it again") from None
+        raise UserError(f"{file} is no Parquet file, or was cut off ({error}): copy it again") from None
 
 
 def _identity(file: pq.ParquetFile, name: Path) -> dict[str, Any]:
     stored = (file.schema_arrow.metadata or {}).get(METADATA)
     if stored is None:
-        raise ValueError(f'{name} has no metadata "lumrec", which says what it holds: export it again, and keep that')
+        raise UserError(f'{name} has no metadata "lumrec", which says what it holds: export it again, and keep that')
     identity = json.loads(stored)
     if identity.pop("format") != FORMAT:
-        raise ValueError(
-            f"{name} has another format than {FORMAT}, which this version of lumrec reads: export it again"
-        )
+        raise UserError(f"{name} has another format than {FORMAT}, which this version of lumrec reads: export it again")
     return identity
 
 
@@ -203,7 +202,7 @@ def _check_columns(file: pq.ParquetFile, expected: pa.Schema, name: Path) -> Non
         index = file.schema_arrow.get_field_index(field.name)
         got = file.schema_arrow.field(index).type if index >= 0 else "(absent)"
         if got != field.type:
-            raise ValueError(f"{name}: column {field.name} is {got}; expected {field.type}, as its metadata says")
+            raise UserError(f"{name}: column {field.name} is {got}; expected {field.type}, as its metadata says")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.query.records import user_digest
 from lumrec.query.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
 from lumrec.query.store import ITEMS_FILE, MANIFEST, check_files, identity_of, read_item_keys, read_items, read_manifest
@@ -54,10 +55,10 @@ def forget(runs_dir: Path, user_keys: Sequence[str]) -> dict[str, int]:
     """Users removed from each knowledge store under `runs_dir`, by the run's name; see the top of this file.
 
     user_keys: raw keys; none at all completes what a killed call left. Everyone who was forgotten before is looked for
-    too. Raises ValueError, after all other stores are done, for those that are being written or cannot be read.
+    too. Raises UserError, after all other stores are done, for those that are being written or cannot be read.
     """
     if not runs_dir.is_dir():
-        raise FileNotFoundError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
+        raise MissingFileError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
     lock = RunFolder.locked(runs_dir)
     try:
         forgotten = _read_forgotten(runs_dir) | set(map(user_digest, user_keys))
@@ -71,7 +72,7 @@ def forget(runs_dir: Path, user_keys: Sequence[str]) -> dict[str, int]:
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
     if problems:
-        raise ValueError(
+        raise UserError(
             "the users are noted and will not be asked again, but some knowledge could not be written anew without "
             f"them; mend it and say the same again: {'; '.join(problems)}"
         )
@@ -109,7 +110,7 @@ def _forget_in(path: Path, forgotten: Sequence[str]) -> int:
 def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[str]) -> int:
     folder, identity = path / manifest["folder"], identity_of(manifest)
     if ITEMS_FILE not in manifest["files"] or (identity["rows"] and "users.npy" not in manifest["files"]):
-        raise ValueError(
+        raise UserError(
             f"the knowledge in {path} was made by an older version of lumrec, and does not say whose its rows are: run "
             "its query stage again with overwrite=true"
         )

@@ -44,6 +44,7 @@ from lumrec.data.columns import expand_ranges
 from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
+from lumrec.errors import UserError
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, expand
 
 # Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
@@ -64,7 +65,7 @@ class GroupQuery:
     several values (see conditions.py); self.conditions holds them expanded. stride: of `row_windows`; 0 = half a
     window.
 
-    Raises ValueError for a feature or value that the LUM does not know, naming the nearest, and for more than
+    Raises UserError for a feature or value that the LUM does not know, naming the nearest, and for more than
     `max_conditions` of them.
     """
 
@@ -86,7 +87,7 @@ class GroupQuery:
         self.max_events, self.max_conditions = max_events, max_conditions
         self.stride = stride or default_stride(max_events)
         if not 1 <= self.stride < max_events:
-            raise ValueError(
+            raise UserError(
                 f"the stride of the windows is {self.stride}; expected 1 to {max_events - 1} (max_events - 1), so that "
                 "every row of a long history is asked with some of it"
             )
@@ -112,13 +113,13 @@ class GroupQuery:
         a bias of time reads it); None = at the time of the last event. unknown_as_zero: a value that the LUM does not
         know, such as a new word of a search query, is read as the log reads it, as "unknown"; else it raises.
 
-        Raises ValueError for an unknown key, feature or value (naming the nearest), for lists of different lengths, and
+        Raises UserError for an unknown key, feature or value (naming the nearest), for lists of different lengths, and
         for a stretch that is too long for the LUM.
         """
         if isinstance(users, Windows):
             windows = users
             if windows.count and int(windows.length_W.max()) >= self.max_events:
-                raise ValueError(
+                raise UserError(
                     f"a history of {int(windows.length_W.max())} events is asked, but this LUM sees up to "
                     f"{self.max_events - 1} before a query (model.max_events - 1); give the last ones"
                 )
@@ -134,7 +135,7 @@ class GroupQuery:
             return Conditions(data, features, slots, unknown_as_zero=unknown_as_zero)
         counts = {len(each) for each in conditions}
         if len(conditions) != num_histories or len(counts) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{len(conditions)} lists of {sorted(counts)} conditions are given for {num_histories} users; expected "
                 "one list for each, all of the same length (a user with fewer may be asked {} too)"
             )
@@ -199,7 +200,7 @@ class GroupQuery:
 
 
 def user_rows(data: PreparedData, keys: Sequence[str]) -> Tensor:
-    """The users (int64) with these raw keys. Raises ValueError for one that the log does not hold, naming the nearest.
+    """The users (int64) with these raw keys. Raises UserError for one that the log does not hold, naming the nearest.
 
     The keys of all users are read once and kept.
     """
@@ -209,7 +210,7 @@ def user_rows(data: PreparedData, keys: Sequence[str]) -> Tensor:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(str(key), list(known), n=3, cutoff=0.0)
-            raise ValueError(f"the log holds no user {key!r}; the nearest of its {len(known):,} are {', '.join(near)}")
+            raise UserError(f"the log holds no user {key!r}; the nearest of its {len(known):,} are {', '.join(near)}")
     return torch.tensor([known[key] for key in keys], dtype=torch.int64)
 
 

@@ -25,6 +25,7 @@ import torch
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
+from lumrec.errors import UserError
 from lumrec.query.conditions import default_conditions
 from lumrec.query.group_query import GroupQuery, asked_moments, log_normalizer, serving_windows, user_rows
 from lumrec.query.stage import find_lums, spoken
@@ -81,18 +82,18 @@ class UserView(NamedTuple):
 def run(config: Config) -> dict[str, float | str]:
     """Prints what the LUM knows of the user `config.inspect.user`; gives back how much that was.
 
-    With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Raises FileNotFoundError for a
-    missing input, ValueError for an unknown user (it names the nearest), condition or setting.
+    With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Raises MissingFileError for a
+    missing input, UserError for an unknown user (it names the nearest), condition or setting.
     """
     device = init_distributed(threads=config.threads)
     settings = config.inspect
     if settings.top < 1 or settings.events < 0:
-        raise ValueError(f"inspect.top is {settings.top}, inspect.events {settings.events}; expected 1 and 0 or more")
+        raise UserError(f"inspect.top is {settings.top}, inspect.events {settings.events}; expected 1 and 0 or more")
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     if not settings.user:
         some = data.user_keys()[0]
-        raise ValueError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={some}")
+        raise UserError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={some}")
     user = int(user_rows(data, [settings.user])[0])
     lum = lums[int(user_fold([settings.user], len(lums))[0])]
     model = lum.trained.model

@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.packing import Queries
 from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.errors import UserError
 from lumrec.modules.lum import History, LargeUserModel
 from lumrec.query.group_query import GroupQuery, asked_moments
 
@@ -53,13 +54,13 @@ class KeptHistories:
         """Answers behind the event rows before `end_B`, o_BND (float32), and who was read anew (bool [B]).
 
         end_B: int64, row behind the last event that each user has by now; None = all of the log. Equal to asking
-        whole histories, to rounding. Raises ValueError where an end lies before the last one or outside the user's
+        whole histories, to rounding. Raises UserError where an end lies before the last one or outside the user's
         events.
         """
         query = self.query
         end_B = self.last_B if end_B is None else end_B
         if bool(((end_B < self.end_B) | (end_B > self.last_B)).any()):
-            raise ValueError(
+            raise UserError(
                 "some end lies before the one that the history was read to, or behind the user's last event; histories "
                 "only grow, so begin anew with a new KeptHistories"
             )

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumrec.errors import UserError
+
 DTYPES = ("float16", "float32", "int8")
 STEPS = 127
 # Bits of a float32 that a scale does without.
@@ -32,13 +34,13 @@ ABSENT_FOLD = -1
 def encode(x_XD: Tensor, dtype: str, *, what: str = "answers") -> tuple[np.ndarray, np.ndarray | None]:
     """Values [X, D] in `dtype` and, for int8, their scale (float32 [X]).
 
-    Raises ValueError where a number is too large for float16, or no number at all.
+    Raises UserError where a number is too large for float16, or no number at all.
     """
     x = x_XD.numpy().astype(np.float32, copy=False)
     with np.errstate(over="ignore"):
         values = x if dtype == "int8" else x.astype(np.dtype(dtype).newbyteorder("<"))
     if not np.isfinite(values).all():
-        raise ValueError(
+        raise UserError(
             f"the LUM's {what} hold values that are no {values.dtype.name} numbers (largest "
             f"{float(x_XD.abs().max()):g}); set query.dtype=float32, or look at the LUM's loss if they are not finite"
         )
@@ -86,10 +88,10 @@ def records_to_bytes(record_B: np.ndarray) -> list[bytes]:
 
 
 def bytes_to_records(values: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
-    """Records [B] of LMDB values. Raises ValueError where one has not the size that the manifest's dtype says."""
+    """Records [B] of LMDB values. Raises UserError where one has not the size that the manifest's dtype says."""
     wrong = {len(value) for value in values} - {dtype.itemsize}
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"the store holds a value of {min(wrong)} bytes; expected {dtype.itemsize}: build the knowledge anew"
         )
     return np.frombuffer(b"".join(values), dtype)

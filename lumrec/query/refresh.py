@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
+from lumrec.errors import UserError
 from lumrec.query.group_query import log_normalizer
 from lumrec.query.history import USER_INDEX
 from lumrec.query.records import bytes_to_records, decode, decode_records, identity_user_dtype
@@ -69,7 +70,7 @@ def stored_users(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[list[
 def find_earlier(path: Path, identity: dict[str, Any], *, required: bool) -> Earlier | None:
     """The version published in run folder `path`, where its answers can stand in one of `identity`; says why if not.
 
-    required: raise ValueError in place of saying so. Raises FileNotFoundError then where nothing is published.
+    required: raise UserError in place of saying so. Raises MissingFileError then where nothing is published.
     """
     if not (path / MANIFEST).exists() and not required:
         return None
@@ -83,12 +84,12 @@ def find_earlier(path: Path, identity: dict[str, Any], *, required: bool) -> Ear
         ]
         if differs:
             name = differs[0]
-            raise ValueError(
+            raise UserError(
                 f"the knowledge in {path} was made with other settings or LUMs: {name} is {before.get(name)!r} there, "
                 f"{identity.get(name)!r} here (they differ in: {', '.join(differs)})"
             )
         if "users.npy" not in manifest["files"]:
-            raise ValueError(f"the knowledge in {path} has no index of its users (users.npy): build it anew once")
+            raise UserError(f"the knowledge in {path} has no index of its users (users.npy): build it anew once")
         check_files(path / manifest["folder"], manifest["files"], checksums=True)
     except (ValueError, FileNotFoundError) as error:
         if required:

@@ -20,6 +20,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows
 from lumrec.data.splits import moment_of_share, user_fold
+from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.answers import rank_by_answers
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
 from lumrec.query.forget import drop_forgotten, forgotten_among
@@ -113,8 +114,8 @@ def run(config: Config) -> dict[str, float | str]:
     Among it "test/lum_auc": how well the answers rank the labels by themselves (evaluation/answers.py).
 
     The answers are kept where they were made from the same data, LUMs and settings; a killed build is continued; else
-    the next version is built beside the old one, which can be read meanwhile. Raises FileNotFoundError for a missing
-    input (with the command that makes it), ValueError for inputs that do not belong together.
+    the next version is built beside the old one, which can be read meanwhile. Raises MissingFileError for a missing
+    input (with the command that makes it), UserError for inputs that do not belong together.
     """
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config, make=False)
@@ -167,7 +168,7 @@ def run(config: Config) -> dict[str, float | str]:
 def find_lums(config: Config, data: PreparedData) -> list[AskedLum]:
     """The LUM runs of `config.inputs.lums`: LUM k is the one that has not seen fold k; or the only one, of all users.
 
-    Raises FileNotFoundError where a run is missing, ValueError where the runs are not the K folds of K, were trained on
+    Raises MissingFileError where a run is missing, UserError where the runs are not the K folds of K, were trained on
     other data than `data`, or differ in their model settings.
     """
     names = list(config.inputs.lums) or [f"{config.name}-pretrain"]
@@ -178,13 +179,13 @@ def find_lums(config: Config, data: PreparedData) -> list[AskedLum]:
     expected = [f"{place}/{len(lums)}" for place in range(len(lums))]
     if sorted(folds) != sorted(expected) or len(lums) == 1:
         got = ", ".join(f"{lum.run} has fold={lum.fold or '(none)'}" for lum in lums)
-        raise ValueError(
+        raise UserError(
             f"inputs.lums names {len(lums)} runs for cross-fitting, so they must be pre-trained with fold="
             f"{', fold='.join(expected)}, one each; but {got}. One LUM alone must be one without a fold"
         )
     models = {lum.run: lum.trained.model for lum in lums}
     if any(model != models[names[0]] for model in models.values()):
-        raise ValueError(f"the LUMs {names} have different settings of `model`; pre-train all folds with the same ones")
+        raise UserError(f"the LUMs {names} have different settings of `model`; pre-train all folds with the same ones")
     return [folds[fold] for fold in expected]
 
 
@@ -195,7 +196,7 @@ def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
     folder = Path(config.runs_dir) / name
     if not (folder / "result.json").exists():
         fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py --config <your config> "
             f"run={name}{fold}"
         )
@@ -208,16 +209,16 @@ def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
 
 
 def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
-    """Everything that decides the answers, as JSON holds it. Raises ValueError for settings that cannot work."""
+    """Everything that decides the answers, as JSON holds it. Raises UserError for settings that cannot work."""
     config = root.query
     if not (config.rows or config.users):
-        raise ValueError("query.rows and query.users are both false: there is nothing to ask about; set one of them")
+        raise UserError("query.rows and query.users are both false: there is nothing to ask about; set one of them")
     if config.dtype not in DTYPES:
-        raise ValueError(f"query.dtype is {config.dtype!r}; expected one of {DTYPES}")
+        raise UserError(f"query.dtype is {config.dtype!r}; expected one of {DTYPES}")
     if config.tokens_per_pack < 1:
-        raise ValueError(f"query.tokens_per_pack is {config.tokens_per_pack}; expected a positive number")
+        raise UserError(f"query.tokens_per_pack is {config.tokens_per_pack}; expected a positive number")
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
-        raise ValueError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
+        raise UserError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
     features = condition_features(model, data.schema)
     asked = config.conditions or default_conditions(data, features)
@@ -246,7 +247,7 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
 def _hazard(lums: list[AskedLum]) -> str:
     """How the LUMs are kept from the rows that rankers train on (see Knowledge)."""
     if len({lum.trained.pretrain.time_share for lum in lums}) > 1:
-        raise ValueError("the LUMs differ in pretrain.time_share; pre-train all folds with the same one")
+        raise UserError("the LUMs differ in pretrain.time_share; pre-train all folds with the same one")
     if len(lums) > 1:
         return "cross_fit"
     return "time_split" if lums[0].trained.pretrain.time_share < 1.0 else "in_sample"

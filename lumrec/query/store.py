@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.query.records import (
     ABSENT_FOLD,
     bytes_to_records,
@@ -83,19 +84,19 @@ class UserKnowledge(NamedTuple):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the version in force. Raises FileNotFoundError without one, ValueError for another format."""
+    """The manifest of the version in force. Raises MissingFileError without one, UserError for another format."""
     file = path / MANIFEST
     if not file.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no knowledge in {path} (no {MANIFEST}); make it with: torchx run apps/query.py "
             "--config <your config>"
         )
     try:
         manifest = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}); run the query stage again with overwrite=true") from None
+        raise UserError(f"{file} is no JSON ({error}); run the query stage again with overwrite=true") from None
     if manifest.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{file} has the format {manifest.get('format')!r}; this version of lumrec reads format {FORMAT}: run the "
             "query stage again"
         )
@@ -133,18 +134,18 @@ def environment(folder: Path) -> lmdb.Environment:
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:
-    """Raises FileNotFoundError for a missing file, ValueError for one cut off or (with `checksums`) changed."""
+    """Raises MissingFileError for a missing file, UserError for one cut off or (with `checksums`) changed."""
     for name, facts in files.items():
         file = folder / name
         if not file.exists():
-            raise FileNotFoundError(f"the knowledge lacks {file}; run the query stage again with overwrite=true")
+            raise MissingFileError(f"the knowledge lacks {file}; run the query stage again with overwrite=true")
         if file.stat().st_size != facts["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"{file} has {file.stat().st_size} bytes; expected {facts['bytes']}: it was cut off or replaced; run "
                 "the query stage again with overwrite=true"
             )
         if checksums and sha256(file) != facts["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{file} has changed since it was published (its SHA-256 differs from the manifest's); run the query "
                 "stage again with overwrite=true"
             )
@@ -201,17 +202,17 @@ class Knowledge:
         """The knowledge published in run folder `path`.
 
         verify: compare every file's SHA-256 with the manifest's, once, at opening. Sizes are always compared.
-        Raises FileNotFoundError where nothing was published, ValueError where it is damaged or made from other data.
+        Raises MissingFileError where nothing was published, UserError where it is damaged or made from other data.
         """
         path = Path(path)
         manifest = read_manifest(path)
         if "imported" in manifest:
-            raise ValueError(
+            raise UserError(
                 f"the knowledge in {path} was imported: it holds users and items for serving, and no rows to train on; "
                 "run the query stage to have them"
             )
         if manifest["data_fingerprint"] != data.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the knowledge in {path} was made from other data (fingerprint {manifest['data_fingerprint']}; the "
                 f"prepared data in {data.path} has {data.fingerprint}): run the query stage again"
             )
@@ -221,10 +222,10 @@ class Knowledge:
     def for_rows(self, rows_B: Tensor | np.ndarray) -> RowKnowledge:
         """Answers that the event rows `rows_B` (int64, any order, repeats allowed) got with the history before them.
 
-        Raises ValueError where the knowledge was built without rows (query.rows=false).
+        Raises UserError where the knowledge was built without rows (query.rows=false).
         """
         if self.o is None or self.present is None:
-            raise ValueError(f"the knowledge in {self.path} holds no rows: run the query stage with query.rows=true")
+            raise UserError(f"the knowledge in {self.path} holds no rows: run the query stage with query.rows=true")
         rows = np.asarray(rows_B)
         # Sorted reads touch each page of the file once.
         order = np.argsort(rows, kind="stable")
@@ -258,10 +259,10 @@ class KnowledgeStore:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
-        """The store published in run folder `path`. Raises like `Knowledge.open`, and ValueError without users."""
+        """The store published in run folder `path`. Raises like `Knowledge.open`, and UserError without users."""
         manifest = read_manifest(Path(path))
         if USERS_FILE not in manifest["files"]:
-            raise ValueError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
+            raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
         return cls(*_open_version(Path(path), [USERS_FILE], verify))
 
     @classmethod
@@ -310,6 +311,6 @@ class KnowledgeStore:
         names = [ITEMS_FILE, "items_e.npy", "items_scale.npy"]
         files = {name: facts for name, facts in self.manifest.get("files", {}).items() if name in names}
         if ITEMS_FILE not in files:
-            raise ValueError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
+            raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
         check_files(self.path, files, checksums=True)
         return read_item_keys(self.path), torch.from_numpy(read_items(self.path))

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 from torch import Tensor
 
+from lumrec.errors import UserError
 from lumrec.query.history import USER_INDEX
 from lumrec.query.records import encode, identity_user_dtype, records_to_bytes
 from lumrec.query.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE
@@ -71,7 +72,7 @@ def column_shapes(
 
 @contextlib.contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Turns the system's error about a full disk into a ValueError that says what became of the build in `path`."""
+    """Turns the system's error about a full disk into a UserError that says what became of the build in `path`."""
     try:
         yield
     except (OSError, lmdb.Error) as error:
@@ -79,7 +80,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
         text = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
         if number not in (errno.ENOSPC, errno.EDQUOT) and not any(words in str(error) for words in text):
             raise
-        raise ValueError(
+        raise UserError(
             f"no space left for the knowledge in {path} ({shutil.disk_usage(path).free / 2**20:,.0f} MiB free): a "
             "version is built beside the one in force, which can still be read. Make room and say the same again: the "
             "build goes on where it is"

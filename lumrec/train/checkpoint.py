@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
@@ -71,9 +72,9 @@ class Checkpointer:
         optimizer_state: str = "keep",
     ) -> None:
         if keep < 1:
-            raise ValueError(f"keep_checkpoints={keep} must be 1 or more: a run resumes from its newest checkpoint")
+            raise UserError(f"keep_checkpoints={keep} must be 1 or more: a run resumes from its newest checkpoint")
         if optimizer_state not in OPTIMIZER_STATE:
-            raise ValueError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATE)}")
+            raise UserError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATE)}")
         self.folder = folder
         self._model = model
         self._optimizer = optimizer
@@ -125,7 +126,7 @@ class Checkpointer:
     def load_latest(self) -> Loaded | None:
         """Restores model and optimizer from the newest complete checkpoint; None where there is none. Collective.
 
-        A checkpoint that is half-written or corrupt is set aside under another name, with a warning. Raises ValueError
+        A checkpoint that is half-written or corrupt is set aside under another name, with a warning. Raises UserError
         for one of another fingerprint or model, and for optimizer state that does not fit and is to be kept.
         """
         paths = sorted(self.folder.glob("step-*"), reverse=True)
@@ -185,7 +186,7 @@ class Checkpointer:
                         f"({there.get(name, 'unknown sharding')}), {ours.get(key, 'absent')} here ({here[name]})"
                     )
         if unfit and self._optimizer_state == "keep":
-            raise ValueError(
+            raise UserError(
                 f"{path} holds optimizer state that this run cannot go on with: {_some(list(unfit.values()))}. Use the "
                 "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
                 "begin that state anew"
@@ -213,13 +214,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def best_checkpoint(run: str | Path) -> Path:
     """The best checkpoint of a run folder, as its newest complete and readable checkpoint names it.
 
-    Raises FileNotFoundError where the run has none.
+    Raises MissingFileError where the run has none.
     """
     for path in reversed(complete_checkpoints(Path(run) / "checkpoints")):
         best = _best_of(path)
         if best is not None and (best / "COMPLETE").exists():
             return best
-    raise FileNotFoundError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
+    raise MissingFileError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
 
 
 def load_weights(
@@ -233,7 +234,7 @@ def load_weights(
 
     `mapping`: parameter name there → name in `target`; None loads every parameter and buffer of `target` under its own
     name. Each rank reads only the rows that it holds. `fingerprint`: refuse a checkpoint of another one. Raises
-    FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt, or names are missing
+    MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt, or names are missing
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
@@ -249,13 +250,13 @@ def load_weights(
 def verified_meta(path: Path) -> dict[str, Any]:
     """What meta.json of a checkpoint says, after all its files have been verified. Collective.
 
-    Raises FileNotFoundError where `path` is no complete checkpoint, ValueError where it is corrupt.
+    Raises MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt.
     """
     if not (path / "COMPLETE").exists():
-        raise FileNotFoundError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
+        raise MissingFileError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
     problem = _verify(path)
     if problem is not None:
-        raise ValueError(f"checkpoint {path} is corrupt: {problem}")
+        raise UserError(f"checkpoint {path} is corrupt: {problem}")
     return read_meta(path)
 
 
@@ -283,14 +284,14 @@ def _verify_share(path: Path) -> str | None:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What meta.json holds. Raises ValueError where that is not what `save` writes."""
+    """What meta.json holds. Raises UserError where that is not what `save` writes."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path / 'meta.json'} is not JSON ({error})") from None
+        raise UserError(f"{path / 'meta.json'} is not JSON ({error})") from None
     missing = ["everything"] if not isinstance(meta, dict) else sorted(_META_KEYS - meta.keys())
     if missing:
-        raise ValueError(f"{path / 'meta.json'} lacks {', '.join(missing)}")
+        raise UserError(f"{path / 'meta.json'} lacks {', '.join(missing)}")
     return meta
 
 
@@ -308,7 +309,7 @@ def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[st
     # A name that only one side has was not recorded by the version that wrote it.
     for name in sorted({*stored} & {*expected}):
         if stored.get(name) != expected.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path} is a checkpoint of another {name}: it was made with {stored.get(name)!r}, this run has "
                 f"{expected.get(name)!r}. Use the data and settings that it was made with, or start another run"
             )
@@ -320,7 +321,7 @@ def _check_parameters(
     ours: Mapping[str, list[int]],
     mapping: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises ValueError for parameters of `mapping` (default: all of both) that are missing or of another shape."""
+    """Raises UserError for parameters of `mapping` (default: all of both) that are missing or of another shape."""
     pairs = mapping if mapping is not None else {name: name for name in (*theirs, *ours)}
     problems = []
     for their_name, our_name in pairs.items():
@@ -333,7 +334,7 @@ def _check_parameters(
                 f"{their_name!r} is {theirs[their_name]} in the checkpoint, {our_name!r} is {ours[our_name]} here"
             )
     if problems:
-        raise ValueError(f"{path} does not fit this model: {_some(problems)}")
+        raise UserError(f"{path} does not fit this model: {_some(problems)}")
 
 
 def _some(problems: Sequence[str], limit: int = 6) -> str:
@@ -377,7 +378,7 @@ def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path) -> None:
         dcp.load(tensors, storage_reader=reader)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         first = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path} could not be loaded: {first}") from error
+        raise UserError(f"{path} could not be loaded: {first}") from error
 
 
 def _barrier() -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from lumrec.errors import UserError
+
 
 class Reader(dcp.FileSystemReader):
     """DCP's reader with a metadata file that cannot run code, and tensors only."""
@@ -19,7 +21,7 @@ class Reader(dcp.FileSystemReader):
             name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
         ]
         if others:
-            raise ValueError(f"{self.path} holds {others[0]!r}, which is no tensor: it was not written by lumrec")
+            raise UserError(f"{self.path} holds {others[0]!r}, which is no tensor: it was not written by lumrec")
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -31,16 +33,16 @@ class Reader(dcp.FileSystemReader):
 
 
 def metadata_of(folder: Path) -> Metadata:
-    """DCP's metadata of a checkpoint, whoever wrote it. Raises ValueError where it holds anything but DCP's classes."""
+    """DCP's metadata of a checkpoint, whoever wrote it. Raises UserError where it holds anything but DCP's classes."""
     with open(folder / ".metadata", "rb") as file:
         try:
             metadata = _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder}/.metadata was not written by lumrec or by DCP of this version: {error}"
             ) from error
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{folder}/.metadata holds {type(metadata).__name__}; expected DCP's Metadata")
+        raise UserError(f"{folder}/.metadata holds {type(metadata).__name__}; expected DCP's Metadata")
     return metadata
 
 

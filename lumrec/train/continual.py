@@ -27,6 +27,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
+from lumrec.errors import MissingFileError, UserError
 from lumrec.train.checkpoint import best_checkpoint, verified_meta
 from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.lum import ModelConfig, condition_features
@@ -76,8 +77,8 @@ class Growth(NamedTuple):
 def find_earlier(config: "Config", data: PreparedData) -> Earlier:
     """The run that pretrain.start_from names, once it is sure that the LUM of `config` can go on from it. Collective.
 
-    In the name, {fold} stands for "kofK" of config.fold. Raises FileNotFoundError where the run or its prepared data is
-    missing; ValueError, which says what differs and how to mend it, where the LUM would be another model, a feature
+    In the name, {fold} stands for "kofK" of config.fold. Raises MissingFileError where the run or its prepared data is
+    missing; UserError, which says what differs and how to mend it, where the LUM would be another model, a feature
     that it reads is gone or changed, a value has another row, or the earlier LUM has seen what this run holds out.
     """
     from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
@@ -85,15 +86,15 @@ def find_earlier(config: "Config", data: PreparedData) -> Earlier:
     name = config.pretrain.start_from.replace("{fold}", config.fold.replace("/", "of"))
     folder = find_run(config, name)
     if folder.resolve() == (Path(config.runs_dir) / run_name(config, "pretrain")).resolve():
-        raise ValueError(f"pretrain.start_from={name} is this run itself; choose another run=<name>")
+        raise UserError(f"pretrain.start_from={name} is this run itself; choose another run=<name>")
     if not (folder / "result.json").exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"pretrain.start_from={name}: there is no finished LUM in {folder}; expected the name of a run of "
             f"apps/pretrain.py under {config.runs_dir}, or its folder"
         )
     trained = load(folder / "config.yaml", [])
     if config.fold not in ("", trained.fold):
-        raise ValueError(
+        raise UserError(
             f"fold={config.fold} keeps users from this LUM, and {name} (fold={trained.fold or '(none)'}) has seen "
             "them: start from the LUM of the same fold; pretrain.start_from=…{fold} names it for each"
         )
@@ -104,7 +105,7 @@ def find_earlier(config: "Config", data: PreparedData) -> Earlier:
     manifest = on_rank_zero(lambda: read_manifest(prepared, verify=False))
     trained_on = meta["fingerprint"]["data"]
     if trained_on != manifest["fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"{prepared} is not what {name} was trained on (fingerprint {manifest['fingerprint']}, then {trained_on}), "
             "so the values of its rows are not known: prepare that log again as it was"
         )
@@ -124,7 +125,7 @@ def _check_settings(earlier: Earlier, model: ModelConfig) -> None:
         if getattr(earlier.model, name) != getattr(model, name)
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(differences)}. Use its settings, or "
             "train a new one without pretrain.start_from"
         )
@@ -137,7 +138,7 @@ def token_features(model: ModelConfig, schema: SchemaConfig) -> dict[str, list[s
 
 
 def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) -> None:
-    """Raises ValueError unless all that the earlier LUM reads is still there: in the same role, table and width."""
+    """Raises UserError unless all that the earlier LUM reads is still there: in the same role, table and width."""
     before, now = token_features(earlier.model, earlier.schema), token_features(model, schema)
     problems = []
     for kind, names in before.items():
@@ -154,14 +155,14 @@ def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) 
                     f"schema.tables.{old.table}.width={width}"
                 )
     if problems:
-        raise ValueError(
+        raise UserError(
             f"a LUM cannot go on from {earlier.run} with this schema: {'; '.join(dict.fromkeys(problems))}. Features "
             "may be added, none changed or taken away"
         )
 
 
 def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) -> None:
-    """Raises ValueError unless every value that the earlier LUM knows has the same row in `data`."""
+    """Raises UserError unless every value that the earlier LUM knows has the same row in `data`."""
     before, now = read_vocabularies(prepared)[1], read_vocabularies(data.path)[1]
     for parameter in earlier.parameters:
         if not parameter.startswith(TABLES):
@@ -171,7 +172,7 @@ def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) ->
         if len(moved):
             key, row, row_now = moved.row(0)
             place = "no row" if row_now is None else f"row {row_now}"
-            raise ValueError(
+            raise UserError(
                 f"the rows of {data.path} are not those of {prepared}, which {earlier.run} was trained on: table "
                 f"{table!r} has {len(moved):,} of {len(before[table]):,} values elsewhere ({key!r} was row {row}, now "
                 f"it has {place}). Prepare this log with data.vocabulary_from={prepared.name}"
@@ -179,7 +180,7 @@ def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) ->
 
 
 def _check_split(run: str, prepared: Path, split_before: dict[str, Any], data: PreparedData) -> None:
-    """Raises ValueError where the earlier LUM may have learned from an event that `data` holds out.
+    """Raises UserError where the earlier LUM may have learned from an event that `data` holds out.
 
     It has not where all it learned from is older than what is held out, nor where the same rule parted a log that has
     only grown: a user's first events, or users by a hash of their keys, stay in the training part.
@@ -191,7 +192,7 @@ def _check_split(run: str, prepared: Path, split_before: dict[str, Any], data: P
     training = pl.scan_parquet(prepared / "events" / "*.parquet").filter(pl.col("split") == TRAIN)
     last = training.select(pl.col("timestamp").max()).collect(engine="streaming").item()
     if not data.absolute_time or last >= held_out.min():
-        raise ValueError(
+        raise UserError(
             f"{run} may have learned from events that this data holds out for evaluation: its data.split was "
             f"{split_before}, up to {_date(last)}; here it is {split}, and held out is what comes from "
             f"{_date(held_out.min())} on. Use the same data.split, or kind: time with times after those"
@@ -209,11 +210,11 @@ def start_from(
 
     config, schema: of `model`. table_state: "keep" goes on with the tables' optimizer state too (new rows have none
     yet), so that trained rows go on in small steps; "fresh" begins it anew. The state of all else always begins anew.
-    Each rank reads only the rows that it holds. Raises ValueError, before anything is loaded, for parameters that do
+    Each rank reads only the rows that it holds. Raises UserError, before anything is loaded, for parameters that do
     not fit, and for state that is to be kept and does not fit.
     """
     if table_state not in TABLE_STATES:
-        raise ValueError(f"pretrain.table_state is {table_state!r}; expected one of {', '.join(TABLE_STATES)}")
+        raise UserError(f"pretrain.table_state is {table_state!r}; expected one of {', '.join(TABLE_STATES)}")
     theirs = earlier.parameters
     ours = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
     sources = {name: CONSTANT if name == BIAS and CONSTANT in theirs else name for name in ours}
@@ -274,7 +275,7 @@ def _first_columns(names: Sequence[str], schema: SchemaConfig) -> dict[str, int]
 def _check_parameters(
     earlier: Earlier, ours: Mapping[str, Any], sources: Mapping[str, str], columns: Collection[str]
 ) -> None:
-    """Raises ValueError for parameters that are missing in one of the two, or of a shape that no growth explains."""
+    """Raises UserError for parameters that are missing in one of the two, or of a shape that no growth explains."""
     theirs, known = earlier.parameters, set(sources.values())
     problems = [f"{name} is not in this model" for name in theirs if name not in known]
     for name, value in ours.items():
@@ -289,14 +290,14 @@ def _check_parameters(
             problems.append(f"{name} is {there or 'absent'} there, {here} here")
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(
+        raise UserError(
             f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(problems[:6])}{more}. Use the "
             "settings of `model` that it was trained with"
         )
 
 
 def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> None:
-    """Raises ValueError, on every rank, for a table's optimizer state that is not there or does not grow with its rows.
+    """Raises UserError, on every rank, for a table's optimizer state that is not there or does not grow with its rows.
 
     Collective.
     """
@@ -315,7 +316,7 @@ def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> No
     everywhere: list[list[str]] = [[]] * world_size()
     dist.all_gather_object(everywhere, problems)
     if problems := sorted({problem for part in everywhere for problem in part}):
-        raise ValueError(
+        raise UserError(
             f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
             "table_optimizer and sharding that it was trained with, or begin it anew: pretrain.table_state=fresh"
         )

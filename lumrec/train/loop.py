@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
+from lumrec.errors import UserError
 from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.files import write_atomically
 from lumrec.train.flops import Utilization
@@ -124,7 +125,7 @@ def fit(
     the FLOPs per event of the process's first step), data_wait (share of the training time), memory_gib, wall_s, and
     "valid/<name>" of the best evaluation.
 
-    Raises NonFiniteError for a loss or gradient that is not finite, ValueError for a config that cannot work and for a
+    Raises NonFiniteError for a loss or gradient that is not finite, UserError for a config that cannot work and for a
     checkpoint of something else. SIGINT (Ctrl-C) or SIGTERM at any rank ends the run on all ranks, behind the step (and
     the evaluation that is due there), with a checkpoint and an Interrupted that says how to go on.
     """
@@ -339,7 +340,7 @@ class _Fit:
             return False
         name = self.select.removeprefix("-")
         if name not in metrics:
-            raise ValueError(
+            raise UserError(
                 f"select={self.select!r}, but the evaluation gives {', '.join(sorted(metrics)) or 'nothing'}"
             )
         value = -metrics[name] if self.select.startswith("-") else metrics[name]
@@ -397,20 +398,20 @@ class _Fit:
 
 def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str, float]] | None, select: str) -> None:
     if config.epochs < 1 or config.log_every < 1:
-        raise ValueError(f"epochs={config.epochs} and log_every={config.log_every} must be 1 or more")
+        raise UserError(f"epochs={config.epochs} and log_every={config.log_every} must be 1 or more")
     for name in ("max_steps", "checkpoint_every", "eval_every", "patience"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+            raise UserError(f"{name}={getattr(config, name)} must be 0 or more")
     if evaluate is None and (select or config.patience):
-        raise ValueError(f"select={select!r} and patience={config.patience} need an evaluation, and there is none")
+        raise UserError(f"select={select!r} and patience={config.patience} need an evaluation, and there is none")
     if config.patience and not select:
-        raise ValueError(f"patience={config.patience} needs a metric to select by")
+        raise UserError(f"patience={config.patience} needs a metric to select by")
     lengths = [len(loader)]
     if world_size() > 1:
         lengths = [0] * world_size()
         dist.all_gather_object(lengths, len(loader))
     if len(set(lengths)) > 1 or lengths[0] == 0:
-        raise ValueError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
+        raise UserError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
 
 
 def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str, float]:
@@ -418,7 +419,7 @@ def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str
     own = {"loss": output.loss_sum, "count": output.count, "tokens": output.tokens, **others}
     taken = own.keys() & output.metrics.keys()
     if taken:
-        raise ValueError(f"a step's metrics may not be called {sorted(taken)}: fit logs these itself")
+        raise UserError(f"a step's metrics may not be called {sorted(taken)}: fit logs these itself")
     values = {**own, **{name: output.metrics[name] for name in sorted(output.metrics)}}
     device = output.loss_sum.device
     total = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values.values()])

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from lumrec.data.packing import PackBuilder
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.errors import MissingFileError, UserError
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
@@ -51,13 +52,13 @@ class ModelConfig:
 
 
 def condition_features(config: ModelConfig, schema: SchemaConfig) -> list[str]:
-    """The condition features that the model reads, in the schema's order. Raises ValueError for one not declared."""
+    """The condition features that the model reads, in the schema's order. Raises UserError for one not declared."""
     declared = features_by_role(schema, "condition")
     if config.conditions is None:
         return declared
     unknown = sorted(set(config.conditions) - set(declared))
     if unknown:
-        raise ValueError(f"model.conditions names {unknown}; the schema's condition features are {declared}")
+        raise UserError(f"model.conditions names {unknown}; the schema's condition features are {declared}")
     return [name for name in declared if name in config.conditions]
 
 
@@ -115,7 +116,7 @@ def build_lum(
 def build_user_encoder(config: ModelConfig) -> UserEncoder:
     """The user encoder of a config, with fresh weights on torch's current device ("meta" counts its parameters)."""
     if config.tokens not in TOKENS_PER_EVENT:
-        raise ValueError(f"model.tokens is {config.tokens!r}; expected one of {sorted(TOKENS_PER_EVENT)}")
+        raise UserError(f"model.tokens is {config.tokens!r}; expected one of {sorted(TOKENS_PER_EVENT)}")
     return UserEncoder(
         encoder=config.encoder,
         dim=config.dim,
@@ -138,14 +139,14 @@ def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict[str, str]:
 def check_lum_fits(run: str, checkpoint: Path, data: PreparedData) -> bool:
     """Whether a LUM's checkpoint was trained on this very data; False: on an older state of it, which fits too.
 
-    Raises ValueError for other data: its embeddings would stand for other values.
+    Raises UserError for other data: its embeddings would stand for other values.
     """
     made_with = read_meta(checkpoint)["fingerprint"]
     if made_with["data"] == data.fingerprint:
         return True
     if made_with.get("vocabulary") == data.vocabulary_fingerprint:
         return False
-    raise ValueError(
+    raise UserError(
         f"the LUM {run} was trained on other data (fingerprint {made_with['data']}) than {data.path} (fingerprint "
         f"{data.fingerprint}): ask with the data that it was trained on, with a newer log that has the same schema, "
         "split rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it again"
@@ -157,13 +158,13 @@ def load_lum(
 ) -> tuple[DistributedModelParallel, PackBuilder, "Config"]:
     """The trained LUM of run `run` in eval mode, its pack builder, and the config it was trained with.
 
-    Raises FileNotFoundError where the run has no finished checkpoint, ValueError where it was trained on other data.
+    Raises MissingFileError where the run has no finished checkpoint, UserError where it was trained on other data.
     """
     from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
 
     folder = Path(config.runs_dir) / run
     if not (folder / "result.json").exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no finished LUM in {folder}; make it with: "
             f"torchx run apps/pretrain.py --config <your config> run={run}"
         )

@@ -14,6 +14,8 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from lumrec.errors import UserError
+
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 TABLE_EPS = 1e-8  # FBGEMM's
 # Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
@@ -58,23 +60,23 @@ class OptimizerConfig:
 
 
 def check(config: OptimizerConfig) -> None:
-    """Raises ValueError for a name or a number that no optimizer can work with."""
+    """Raises UserError for a name or a number that no optimizer can work with."""
     if config.table_optimizer not in TABLE_OPTIMIZERS:
-        raise ValueError(
+        raise UserError(
             f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what "
             "FBGEMM fuses into the backward pass on CPU and CUDA alike (Adam has no fused kernel on CPU)"
         )
     if config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        raise UserError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
     for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be 0 or more")
+            raise UserError(f"{name}={getattr(config, name)} must be 0 or more")
     for name, rate in config.table_lrs.items():
         if rate < 0:
-            raise ValueError(f"table_lrs: {name} has {rate}; it must be 0 or more")
+            raise UserError(f"table_lrs: {name} has {rate}; it must be 0 or more")
     for name in ("decay_share", "min_lr_factor"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}={getattr(config, name)} must lie between 0 and 1")
+            raise UserError(f"{name}={getattr(config, name)} must lie between 0 and 1")
 
 
 def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterSharding]:
@@ -126,7 +128,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     """One optimizer for all parameters of a model that `parallel.shard` made, every parameter in exactly one part.
 
     Tables have theirs fused into the backward pass (`table_optimizer` and `table_lr` were given to `shard`); tables
-    that are data_parallel get its plain twin; the rest AdamW. Raises ValueError for an unknown name.
+    that are data_parallel get its plain twin; the rest AdamW. Raises UserError for an unknown name.
     """
     check(config)
     replicated = {

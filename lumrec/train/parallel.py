@@ -28,6 +28,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
+from lumrec.errors import UserError
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 
@@ -59,7 +60,7 @@ def init_distributed(device: str | torch.device | None = None, *, threads: int =
 
     Under torchrun the group comes from its environment variables; without them it is a group of one process over a file
     store. A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a
-    device; None takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises ValueError where CUDA is
+    device; None takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is
     asked for and absent.
     """
     if threads > 0:
@@ -67,7 +68,7 @@ def init_distributed(device: str | torch.device | None = None, *, threads: int =
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
+            raise UserError(
                 f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device"
             )
         if kind.index is None:
@@ -116,7 +117,7 @@ def shard(
     - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
 
     `model` itself is taken over: its EmbeddingBagCollections are replaced. One that several modules in it hold becomes
-    one sharded collection that they share. Raises ValueError for unknown names, a plan that does not fit, a table width
+    one sharded collection that they share. Raises UserError for unknown names, a plan that does not fit, a table width
     that is no multiple of 4, `fsdp` without any encoder, and tables that another DMP has taken over before.
     """
     device = torch.device(device)
@@ -126,7 +127,7 @@ def shard(
         raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
     collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
     if any(hasattr(module, _SHARDED) for module in collections):
-        raise ValueError(
+        raise UserError(
             "tables of this model were sharded before, in another model: two DistributedModelParallel over one "
             "EmbeddingBagCollection silently become two separate tables. Put both models into one nn.Module and shard "
             "that (docs/how-to/warm-start.md), or let the second begin from the first one's checkpoint"
@@ -135,7 +136,7 @@ def shard(
     plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
     encoders = _encoders(model) if fsdp else {}
     if fsdp and not encoders:
-        raise ValueError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
+        raise UserError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
     optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     tables = [
         (config.name, weight)
@@ -144,7 +145,7 @@ def shard(
     ]
     names = [name for name, _ in tables]
     if unknown := [name for name in optimizer.table_lrs if name not in names]:
-        raise ValueError(f"table_lrs names {unknown[0]!r}; the model's tables are {', '.join(names)}")
+        raise UserError(f"table_lrs names {unknown[0]!r}; the model's tables are {', '.join(names)}")
     for module in collections:
         setattr(module, _SHARDED, True)
     for name, weight in tables:

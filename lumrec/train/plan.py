@@ -29,6 +29,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.sharding_plan import column_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
+from lumrec.errors import UserError
 from lumrec.train.optimizers import table_shardings
 
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
@@ -47,7 +48,7 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
 
     "" asks for nothing, a sharding type for that type for all tables (row_wise: all that have rows for every rank, see
     `_lacks_rows`; the others table_wise), anything else is the path of a plan file.
-    Raises ValueError for what is neither, and for a plan that does not fit the model or the number of processes.
+    Raises UserError for what is neither, and for a plan that does not fit the model or the number of processes.
     """
     tables = _tables(model)
     if sharding in SHARDING_TYPES:
@@ -57,26 +58,26 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
         return {}
     path = Path(sharding)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}{_nearest(sharding, SHARDING_TYPES)}, nor "
             f"a plan file in {Path.cwd()}; '' is the planner's choice"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{path} holds {type(content).__name__}; expected table → sharding type, such as item: row_wise"
         )
     chosen = {}
     for name, entry in content.items():
         if name not in tables:
-            raise ValueError(f"{path}: this model has no table {name!r}{_nearest(str(name), tables)}")
+            raise UserError(f"{path}: this model has no table {name!r}{_nearest(str(name), tables)}")
         chosen[name] = _table_sharding(f"{path}, table {name!r}", entry)
         _check_ranks(f"{path}, table {name!r}", chosen[name], tables[name].embedding_dim, world_size)
         if chosen[name].sharding == "row_wise" and _lacks_rows(tables[name], world_size):
-            raise ValueError(
+            raise UserError(
                 f"{path}, table {name!r}: row_wise over {world_size} ranks would leave one without any of its "
                 f"{tables[name].num_embeddings} rows: make it table_wise"
             )
@@ -93,13 +94,13 @@ def _table_sharding(where: str, entry: Any) -> TableSharding:
     if isinstance(entry, str):
         entry = {"sharding": entry}
     if not isinstance(entry, dict) or "sharding" not in entry or not entry.keys() <= {"sharding", "ranks"}:
-        raise ValueError(f"{where}: got {entry!r}; expected a sharding type, or {{sharding: <type>, ranks: [0, 1, …]}}")
+        raise UserError(f"{where}: got {entry!r}; expected a sharding type, or {{sharding: <type>, ranks: [0, 1, …]}}")
     kind, ranks = entry["sharding"], entry.get("ranks", [])
     if kind not in SHARDING_TYPES:
         nearest = _nearest(str(kind), SHARDING_TYPES)
-        raise ValueError(f"{where}: sharding {kind!r} is not one of {', '.join(SHARDING_TYPES)}{nearest}")
+        raise UserError(f"{where}: sharding {kind!r} is not one of {', '.join(SHARDING_TYPES)}{nearest}")
     if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
-        raise ValueError(f"{where}: ranks is {ranks!r}; expected a list of ranks, such as [0, 1]")
+        raise UserError(f"{where}: ranks is {ranks!r}; expected a list of ranks, such as [0, 1]")
     return TableSharding(kind, tuple(ranks))
 
 
@@ -109,18 +110,18 @@ def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) 
         return
     beyond = [rank for rank in ranks if not 0 <= rank < world_size]
     if beyond:
-        raise ValueError(
+        raise UserError(
             f"{where}: rank {beyond[0]} does not exist, this run has {world_size} process(es), 0…{world_size - 1}: "
             "start as many as the plan is for, or leave ranks out"
         )
     if table.sharding == "table_wise" and len(ranks) != 1:
-        raise ValueError(f"{where}: table_wise lies whole on one rank; got ranks {list(ranks)}")
+        raise UserError(f"{where}: table_wise lies whole on one rank; got ranks {list(ranks)}")
     if table.sharding in ("row_wise", "data_parallel") and sorted(ranks) != list(range(world_size)):
-        raise ValueError(
+        raise UserError(
             f"{where}: {table.sharding} lies on all ranks, 0…{world_size - 1}; got ranks {list(ranks)}: leave them out"
         )
     if table.sharding == "column_wise" and width % (4 * len(ranks)):
-        raise ValueError(
+        raise UserError(
             f"{where}: its width {width} does not divide into {len(ranks)} parts that are multiples of 4 (FBGEMM): "
             "name fewer ranks"
         )
@@ -137,7 +138,7 @@ def make_plan(
     """TorchRec's plan that does what `chosen` (from `read_sharding`) asks for, and the sharders that carry it out.
 
     The planner places what `chosen` leaves open, by table_wise and, on CUDA, row_wise. Every rank computes the same
-    plan for itself: an error then shows on all of them and leaves none waiting. Raises ValueError for a table width
+    plan for itself: an error then shows on all of them and leaves none waiting. Raises UserError for a table width
     that is no multiple of 4.
     """
     allowed = {}
@@ -184,7 +185,7 @@ def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
         if isinstance(module, EmbeddingBagCollection):
             for table in module.embedding_bag_configs():
                 if table.name in tables:
-                    raise ValueError(
+                    raise UserError(
                         f"two tables are called {table.name!r}: give each table of the model a name of its own"
                     )
                 tables[table.name] = table
@@ -199,7 +200,7 @@ def _constraints(
     for name, table in _tables(model).items():
         width, types = table.embedding_dim, allowed[name]
         if width % 4:
-            raise ValueError(
+            raise UserError(
                 f"table {name!r} has width {width}; FBGEMM needs a multiple of 4: set "
                 f"schema.tables.{name}.width to {-(-width // 4) * 4}"
             )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lumrec.errors import UserError
+
 
 class Fetched(NamedTuple):
     """A batch on its device, the loader's state behind it, whether it ends the epoch, and how long it was waited for.
@@ -26,7 +28,7 @@ def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Generator[
 
     Close it (`contextlib.closing`) when leaving early: that ends the thread. The loader has then gone ahead of what was
     consumed: give it the last `loader_state` to bring it back. An exception of the loader is raised here. Raises
-    ValueError for an epoch without batches.
+    UserError for an epoch without batches.
     """
     ready: queue.Queue[tuple[Any, dict[str, Any], BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -56,7 +58,7 @@ def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Generator[
         started = time.perf_counter()
         batch, state, error = ready.get()
         if batch is None and error is None:
-            raise ValueError("the loader gave no batch for this epoch: is the training part empty?")
+            raise UserError("the loader gave no batch for this epoch: is the training part empty?")
         while batch is not None and error is None:
             # Whether this batch is the last is known once the next has come: that wait counts as waiting for data too.
             following = ready.get()

@@ -16,6 +16,7 @@ from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
 from lumrec.data.splits import leave_out_later, user_fold
+from lumrec.errors import UserError
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
@@ -73,15 +74,13 @@ class PretrainConfig:
 
 
 def parse_fold(fold: str) -> tuple[int, int] | None:
-    """(k, K) of "k/K", None of "". Raises ValueError for anything else."""
+    """(k, K) of "k/K", None of "". Raises UserError for anything else."""
     if not fold:
         return None
     left, _, right = fold.partition("/")
     if left.isdecimal() and right.isdecimal() and int(left) < int(right) and int(right) >= 2:
         return int(left), int(right)
-    raise ValueError(
-        f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users'
-    )
+    raise UserError(f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users')
 
 
 def training_users(data: PreparedData, fold: str) -> np.ndarray:
@@ -95,9 +94,9 @@ def training_users(data: PreparedData, fold: str) -> np.ndarray:
 def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]:
     """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
     if config.precision not in PRECISIONS:
-        raise ValueError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
+        raise UserError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
     if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"pretrain.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
+        raise UserError(f"pretrain.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
     dtype, negatives = PRECISIONS[config.precision], config.negatives
 
     def step(model: nn.Module, pack: Pack) -> StepOutput:
@@ -161,7 +160,7 @@ def run(config: "Config") -> dict[str, float | str]:
     production = None
     if config.pretrain.warm_start.source:
         if earlier is not None:
-            raise ValueError(
+            raise UserError(
                 "pretrain.start_from and pretrain.warm_start.source both fill the weights: give one of them"
             )
         production = config.pretrain.warm_start.open()

@@ -21,6 +21,7 @@ from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.data.statistics import Statistics, dense_inputs
+from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
@@ -144,16 +145,14 @@ def build_ranker(
     """A ranker with fresh weights for the features of the data's schema.
 
     tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
-    Raises ValueError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
+    Raises UserError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
     """
     if config.model not in MODELS:
-        raise ValueError(f"rank.model is {config.model!r}; expected one of {', '.join(MODELS)}")
+        raise UserError(f"rank.model is {config.model!r}; expected one of {', '.join(MODELS)}")
     if config.knowledge not in ("none", *MODES):
-        raise ValueError(f"rank.knowledge is {config.knowledge!r}; expected one of {', '.join(('none', *MODES))}")
+        raise UserError(f"rank.knowledge is {config.knowledge!r}; expected one of {', '.join(('none', *MODES))}")
     if (knowledge is None) != (config.knowledge == "none"):
-        raise ValueError(
-            f"rank.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
-        )
+        raise UserError(f"rank.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given")
     fusion = knowledge and KnowledgeFusion(
         config.knowledge,
         knowledge.num_conditions,
@@ -237,11 +236,11 @@ def build_rows(
 
 
 def lum_folder(config: "Config") -> Path:
-    """Folder of the LUM whose tables are taken, the first of `inputs.lums`. Raises FileNotFoundError without it."""
+    """Folder of the LUM whose tables are taken, the first of `inputs.lums`. Raises MissingFileError without it."""
     run = (config.inputs.lums or [f"{config.name}-pretrain"])[0]
     folder = Path(config.runs_dir) / run
     if not (folder / "result.json").exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
             f"torchx run apps/pretrain.py --config <your config> run={run}; or train with rank.tables=fresh"
         )
@@ -251,7 +250,7 @@ def lum_folder(config: "Config") -> Path:
 def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
     """Fills the tables that the LUM in `folder` has too with its weights; their names. The optimizer starts anew.
 
-    Raises ValueError where the LUM was trained on other data.
+    Raises UserError where the LUM was trained on other data.
     """
     from lumrec.config import load  # the root config nests RankConfig, so it cannot be imported from here at the top
 
@@ -277,14 +276,14 @@ def run(config: "Config") -> dict[str, float | str]:
     weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
     tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only.
     The test rows' scores are kept for lumrec.evaluation.compare.
-    Raises FileNotFoundError for a missing input, with the command that makes it.
+    Raises MissingFileError for a missing input, with the command that makes it.
     """
     settings, started = config.rank, time.perf_counter()
     device = init_distributed(threads=config.threads)
     if settings.tables not in TABLES:
-        raise ValueError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
+        raise UserError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
     if settings.tables == "lum" and settings.warm_start.source:
-        raise ValueError("rank.tables=lum and rank.warm_start.source both fill the tables: give one of them")
+        raise UserError("rank.tables=lum and rank.warm_start.source both fill the tables: give one of them")
     data = open_or_prepare(config)
     inputs = {"data": data.fingerprint}
     lum = production = None

@@ -19,6 +19,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import training_rows
 from lumrec.data.schema import features_by_role
 from lumrec.data.tower_rows import TowerBuilder, TowerLoader
+from lumrec.errors import UserError
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
 from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_targets, sum_over_ranks
 from lumrec.modules.losses import info_nce
@@ -93,7 +94,7 @@ def tower_features(config: RetrieveConfig, data: PreparedData) -> list[str]:
     declared = features_by_role(data.schema, "condition")
     unknown = sorted(set(config.conditions) - set(declared))
     if unknown:
-        raise ValueError(f"retrieve.conditions names {unknown}; the schema's condition features are {declared}")
+        raise UserError(f"retrieve.conditions names {unknown}; the schema's condition features are {declared}")
     return [
         *features_by_role(data.schema, "user"),
         *features_by_role(data.schema, "context"),
@@ -110,12 +111,12 @@ def build_towers(
 ) -> tuple[TwoTower, TowerBuilder]:
     """Towers with fresh weights for the features of the data's schema, and the builder that makes batches for them.
 
-    Raises ValueError for an unknown setting, and for knowledge that the config does not want, or the reverse.
+    Raises UserError for an unknown setting, and for knowledge that the config does not want, or the reverse.
     """
     if config.knowledge not in KNOWLEDGE:
-        raise ValueError(f"retrieve.knowledge is {config.knowledge!r}; expected one of {', '.join(KNOWLEDGE)}")
+        raise UserError(f"retrieve.knowledge is {config.knowledge!r}; expected one of {', '.join(KNOWLEDGE)}")
     if (knowledge is None) != (config.knowledge == "none"):
-        raise ValueError(
+        raise UserError(
             f"retrieve.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
         )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
@@ -152,7 +153,7 @@ def build_towers(
 def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepOutput]:
     """The step function of the training loop: InfoNCE of the batch's rows, the loss of step 1."""
     if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"retrieve.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
+        raise UserError(f"retrieve.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
     negatives = config.negatives
 
     def step(model: nn.Module, batch: TowerBatch) -> StepOutput:
@@ -174,9 +175,9 @@ def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepO
 
 
 def positive_events(config: RetrieveConfig, data: PreparedData) -> np.ndarray:
-    """Events that are learned from and aimed at, bool [E]. Raises ValueError for an unknown `positives`."""
+    """Events that are learned from and aimed at, bool [E]. Raises UserError for an unknown `positives`."""
     if config.positives not in POSITIVES:
-        raise ValueError(f"retrieve.positives is {config.positives!r}; expected one of {', '.join(POSITIVES)}")
+        raise UserError(f"retrieve.positives is {config.positives!r}; expected one of {', '.join(POSITIVES)}")
     return data.label > 0.5 if config.positives == "label" else np.ones(data.num_events, dtype=bool)
 
 
@@ -211,7 +212,7 @@ def retrieval_metrics(
 
     The target is each user's last positive event of the part, the history what is before it, and seen items are left
     out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
-    Raises ValueError where no user has such an event.
+    Raises UserError where no user has such an event.
     """
     targets = last_events(builder.data, part, among=positive_events(config, builder.data), max_users=max_users)
     training = dmp.training
@@ -257,7 +258,7 @@ def run(config: "Config") -> dict[str, float | str]:
 
     Keys: hr@k, ndcg@k, retrieval_users of the test part, exact over the catalogue; valid/… of the kept weights; ann/…
     of the FAISS index (see ann_metrics); lum/<condition>/… of the LUM's answers alone; rows_per_s, wall_s, best_step,
-    …; and as text knowledge and knowledge_hazard. Raises FileNotFoundError for a missing input, with the command that
+    …; and as text knowledge and knowledge_hazard. Raises MissingFileError for a missing input, with the command that
     makes it.
     """
     settings, started = config.retrieve, time.perf_counter()

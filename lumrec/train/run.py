@@ -24,6 +24,7 @@ import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 
+from lumrec.errors import UserError
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.files import finite, remove_folder, write_atomically
 from lumrec.train.parallel import rank, world_size
@@ -70,8 +71,8 @@ class RunFolder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
         - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
-        - other config: ValueError that names the keys; with overwrite=true, or where nothing was done yet, made anew.
-        - not a run folder, or in use by another process: ValueError, with overwrite too.
+        - other config: UserError that names the keys; with overwrite=true, or where nothing was done yet, made anew.
+        - not a run folder, or in use by another process: UserError, with overwrite too.
 
         Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
         rank 0 is raised on all.
@@ -82,7 +83,7 @@ class RunFolder:
 
     @classmethod
     def locked(cls, path: Path) -> "RunFolder":
-        """The folder `path`, locked until `close`, for work that goes by no config. Raises ValueError if in use."""
+        """The folder `path`, locked until `close`, for work that goes by no config. Raises UserError if in use."""
         run = cls(path)
         run._take_lock()
         return run
@@ -92,7 +93,7 @@ class RunFolder:
         path, config_path = self.path, self.path / "config.yaml"
         others = {entry.name for entry in path.iterdir()} - _FIRST_FILES if path.exists() else set()
         if others and not config_path.exists():
-            raise ValueError(f"{path} is not a run folder (no config.yaml): choose another run=<name> or remove it")
+            raise UserError(f"{path} is not a run folder (no config.yaml): choose another run=<name> or remove it")
         self._take_lock()
         resumed = config_path.exists()
         finished = resumed and (path / "result.json").exists()
@@ -102,7 +103,7 @@ class RunFolder:
             begun = others != {"config.yaml"}
             if changes and begun and not config.overwrite:
                 more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true "
                     "to replace it, or run=<name> for a folder of its own"
                 )
@@ -137,7 +138,7 @@ class RunFolder:
             owner = self._lock.read().strip()
             if owner != _PROCESS:  # an earlier run of this process may hold it still
                 pid = owner.partition(" ")[0] or "(unknown)"
-                raise ValueError(
+                raise UserError(
                     f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
                 ) from None
         except OSError as error:
@@ -179,7 +180,7 @@ class RunFolder:
         if rank() == 0:
             nested = [name for name, value in result.items() if not isinstance(value, (int, float, str))]
             if nested:
-                raise ValueError(
+                raise UserError(
                     f"a result is flat, name → number or text; {nested[0]!r} is a {type(result[nested[0]]).__name__}"
                 )
             write_atomically(self.path / "result.json", json.dumps(finite(result), indent=2) + "\n")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lumrec.errors import UserError
 from lumrec.train.parallel import rank, world_size
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.plan import Copy, Plan, Shard, flat, make_plan, shards_of
@@ -41,7 +42,7 @@ def warm_start(
     dry_run: the audit alone, from names, shapes and vocabularies. block_bytes: of the source in memory at a time.
 
     No rank holds more of a table than its own shard, its rows' numbers and a block. The source is only read. Raises
-    FileNotFoundError, and ValueError (PlanError for rules, with all problems) before anything in the model is changed.
+    MissingFileError, and UserError (PlanError for rules, with all problems) before anything in the model is changed.
     """
     source = source if isinstance(source, Source) else open_source(source)
     plan = make_plan(model, source, read_rules(rules), optimizer)
@@ -76,7 +77,7 @@ def _blocks(source: Source, name: str, block_bytes: int) -> Iterator[tuple[int, 
 def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
     """What new rows get, by copy: a row for each category and one for all ([G + 1, source's columns]). Collective.
 
-    Each rank reads every world_size-th block. Raises ValueError, on all ranks, for numbers that are not finite.
+    Each rank reads every world_size-th block. Raises UserError, on all ranks, for numbers that are not finite.
     """
     fills, problems = {}, []
     for copy in plan.copies:
@@ -111,7 +112,7 @@ def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
         everywhere = [[]] * world_size()
         dist.all_gather_object(everywhere, problems)
     if found := sorted({problem for part in everywhere for problem in part}):
-        raise ValueError(f"{source.path} cannot be taken; nothing was changed: {'; '.join(found[:6])}")
+        raise UserError(f"{source.path} cannot be taken; nothing was changed: {'; '.join(found[:6])}")
     return {name: _means(*sums) for name, sums in fills.items()} | _unknown_rows(plan, source)
 
 

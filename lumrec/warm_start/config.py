@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from lumrec.errors import UserError
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.parallel import rank
 from lumrec.warm_start.apply import warm_start
@@ -25,9 +26,9 @@ class WarmStartConfig:
     rules: str = ""
 
     def open(self) -> Source:
-        """The source. Collective. Raises ValueError where one of the two is not given, and as `open_source` does."""
+        """The source. Collective. Raises UserError where one of the two is not given, and as `open_source` does."""
         if not self.source or not self.rules:
-            raise ValueError(
+            raise UserError(
                 f"warm_start.source is {self.source!r} and warm_start.rules {self.rules!r}: a warm start needs both, a "
                 "checkpoint and rules for its names, see docs/how-to/warm-start.md"
             )

@@ -19,6 +19,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lumrec.errors import UserError
 from lumrec.train.parallel import world_size
 from lumrec.train.run import on_rank_zero
 from lumrec.warm_start.audit import Audit, AuditRow
@@ -29,7 +30,7 @@ from lumrec.warm_start.sources import Source
 SUMS_OF_SQUARES = ("momentum1", "sum")  # FBGEMM's and torch's name of what Adagrad keeps
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """Rules that do not fit; the message lists all problems, `audit` says what was found besides."""
 
     def __init__(self, message: str, audit: Audit) -> None:
@@ -84,7 +85,7 @@ def shards_of(value: Any) -> list[Shard]:
     shards = []
     for tensor, offset in parts:
         if tensor.dim() > 2 and any(offset[2:]):
-            raise ValueError(
+            raise UserError(
                 f"a tensor of {tensor.dim()} dimensions is sharded along the last ones; expected rows or columns"
             )
         view = (
@@ -225,7 +226,7 @@ def _add(
     (source_rows, source_columns), (target_rows, target_columns) = flat(stored.size), flat(tuple(value.size()))
     _check_dtype(rule, name, stored.dtype, target, value.dtype)
     if max(len(stored.size), len(value.size())) > 2 and stored.size[1:] != tuple(value.size())[1:]:
-        raise ValueError(
+        raise UserError(
             f"{target!r} is {list(value.size())}, {name!r} {list(stored.size)}: only two dimensions may differ"
         )
     parts = _parts(rule, name, source_columns, target, target_columns)
@@ -243,9 +244,7 @@ def _add(
     if rule.optimizer != "drop":
         note = _add_states(plan, source, f"{rules.optimizer_prefix}{name}.", rules, plan.copies[-1], value, states)
         if not note.startswith("kept") and rule.optimizer == "keep":
-            raise ValueError(
-                f"the optimizer state of {target!r} is to be kept, but would be {note}; say optimizer=drop"
-            )
+            raise UserError(f"the optimizer state of {target!r} is to be kept, but would be {note}; say optimizer=drop")
     taken = sum(number for _, number, _ in parts)
     plan.audit.rows.append(
         AuditRow(
@@ -274,33 +273,31 @@ def _dtype_note(source: torch.dtype, target: torch.dtype) -> str:
 
 def _check_dtype(rule: Rule, name: str, source: torch.dtype, target_name: str, target: torch.dtype) -> None:
     if source.is_floating_point != target.is_floating_point:
-        raise ValueError(
-            f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted"
-        )
+        raise UserError(f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted")
     if rule.dtype == "up" and torch.promote_types(source, target) != target:
-        raise ValueError(
+        raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: precision is lost; say dtype=cast to allow it"
         )
 
 
 def _parts(rule: Rule, name: str, source_C: int, target: str, target_C: int) -> list[tuple[int, int, int]]:
-    """(source column, number, target column) of all columns that are taken; raises ValueError for what has no leave."""
+    """(source column, number, target column) of all columns that are taken; raises UserError for what has no leave."""
     sizes = f"{target!r} has {target_C:,} columns, {name!r} {source_C:,}"
     if rule.columns == "error" and source_C != target_C:
         wanted = "slice" if source_C > target_C else "pad_zero or pad_fresh"
-        raise ValueError(f"{sizes}: say what becomes of the others by columns={wanted}")
+        raise UserError(f"{sizes}: say what becomes of the others by columns={wanted}")
     parts = [(part[0], part[1], part[2]) for part in rule.parts] or [(0, min(source_C, target_C), 0)]
     for place, (columns, side) in enumerate(((source_C, "source"), (target_C, "target"))):
         starts = sorted((part[2 * place], part[2 * place] + part[1]) for part in parts)
         if starts[-1][1] > columns or any(end > start for (_, end), (start, _) in zip(starts, starts[1:])):
-            raise ValueError(f"{sizes}: parts {rule.parts} overlap or go beyond the {side}'s columns")
+            raise UserError(f"{sizes}: parts {rule.parts} overlap or go beyond the {side}'s columns")
     taken = sum(number for _, number, _ in parts)
     if taken < source_C and not rule.columns.startswith("slice"):
-        raise ValueError(
+        raise UserError(
             f"{sizes}: {source_C - taken:,} of the source's would be left out; say columns=slice to allow it"
         )
     if taken < target_C and rule.columns == "slice":
-        raise ValueError(
+        raise UserError(
             f"{sizes}: slice leaves {target_C - taken:,} without a source; say columns=pad_zero or pad_fresh"
         )
     return parts

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.warm_start.rules import Rule
 
 NEW = -1
@@ -43,13 +44,13 @@ class RowMap:
 def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, what: str) -> RowMap:
     """The RowMap that a rule asks for. `what`: the parameter, for errors.
 
-    Raises ValueError for tables of other sizes than the rule allows, a vocabulary with an id or a row twice or a row
+    Raises UserError for tables of other sizes than the rule allows, a vocabulary with an id or a row twice or a row
     that its table has not, ids that share a row of the source without leave, and new rows about which nothing is said.
     """
     if rule.rows in ("error", "grow"):
         if source_rows != target_rows and (rule.rows == "error" or source_rows > target_rows):
             hint = "rows=grow or remap" if source_rows < target_rows else "rows=remap, by raw id"
-            raise ValueError(
+            raise UserError(
                 f"{what} has {target_rows:,} rows, {rule.source!r} {source_rows:,}: say what row is which by {hint}"
             )
         row_R = torch.arange(target_rows)
@@ -66,9 +67,9 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
     source_row_R[_tensor(pairs["row"])] = _tensor(pairs["source_row"])
     for row in rule.keep_rows:
         if not (0 <= row < source_rows and row < target_rows):
-            raise ValueError(f"{what}: keep_rows has {row}; there are {source_rows} and {target_rows} rows")
+            raise UserError(f"{what}: keep_rows has {row}; there are {source_rows} and {target_rows} rows")
         if (target["row"] == row).any():
-            raise ValueError(f"{what}: keep_rows has {row}, but {rule.target_vocabulary} gives that row to a raw id")
+            raise UserError(f"{what}: keep_rows has {row}, but {rule.target_vocabulary} gives that row to a raw id")
         source_row_R[row] = row
     row_map = RowMap(source_row_R, source_rows)
     if rule.new_rows == "category_mean":
@@ -86,21 +87,21 @@ def _join(target: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
 
 def _stated(rule: Rule, row_map: RowMap, what: str) -> RowMap:
     if rule.new_rows == "unknown" and row_map.source_row_R[0] == NEW:
-        raise ValueError(f"{what}: new_rows=unknown copies row 0, which has no source itself: say keep_rows: [0]")
+        raise UserError(f"{what}: new_rows=unknown copies row 0, which has no source itself: say keep_rows: [0]")
     if row_map.num_new and not rule.new_rows:
-        raise ValueError(
+        raise UserError(
             f"{what}: {row_map.num_new:,} of {len(row_map.source_row_R):,} rows have no source: say new_rows=mean, "
             "category_mean, unknown, zero or random"
         )
     if rule.new_rows in ("mean", "category_mean") and row_map.num_new == len(row_map.source_row_R):
-        raise ValueError(f"{what}: not one raw id is in both vocabularies, so there is no mean: are they of one table?")
+        raise UserError(f"{what}: not one raw id is in both vocabularies, so there is no mean: are they of one table?")
     return row_map
 
 
 def read_vocabulary(path: Path, columns: Sequence[str], rows: int, what: str) -> pl.DataFrame:
     """key (str, or i64 where Parquet has whole numbers), row (i64) of a Parquet or CSV file, in its order.
 
-    Raises FileNotFoundError, or ValueError for missing columns and values, an id or a row that stands twice, and a row
+    Raises MissingFileError, or UserError for missing columns and values, an id or a row that stands twice, and a row
     that a table of `rows` rows has not.
     """
     key, row = columns
@@ -109,19 +110,19 @@ def read_vocabulary(path: Path, columns: Sequence[str], rows: int, what: str) ->
     try:
         frame = frame.with_columns(pl.col("row").cast(pl.Int64))
     except pl.exceptions.InvalidOperationError:
-        raise ValueError(f"{path}: column {row!r} holds {frame['row'].dtype}; expected row numbers") from None
+        raise UserError(f"{path}: column {row!r} holds {frame['row'].dtype}; expected row numbers") from None
     if missing := int(frame.select(pl.any_horizontal(pl.all().is_null())).sum().item()):
-        raise ValueError(f"{path}: {missing:,} entries lack their raw id or their row")
+        raise UserError(f"{path}: {missing:,} entries lack their raw id or their row")
     for column, name in (("key", key), ("row", row)):
         twice = frame.filter(pl.col(column).is_duplicated())
         if len(twice):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} {twice[column][0]!r} stands {int((frame[column] == twice[column][0]).sum())} times "
                 f"({len(twice):,} such entries): a raw id has one row, and a row one raw id. Mend the vocabulary"
             )
     beyond = frame.filter((pl.col("row") < 0) | (pl.col("row") >= rows))
     if len(beyond):
-        raise ValueError(
+        raise UserError(
             f"{path}: {beyond['key'][0]!r} has row {beyond['row'][0]:,} ({len(beyond):,} such entries), but the table "
             f"of {what} has {rows:,} rows: it is shorter than the vocabulary says, or the vocabulary is another table's"
         )
@@ -130,7 +131,7 @@ def read_vocabulary(path: Path, columns: Sequence[str], rows: int, what: str) ->
 
 def _read(path: Path, columns: list[str]) -> pl.DataFrame:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no file {path}; expected Parquet or CSV with the columns {', '.join(columns)}"
         )
     try:
@@ -141,10 +142,10 @@ def _read(path: Path, columns: list[str]) -> pl.DataFrame:
             else pl.read_csv(path, schema_overrides={columns[0]: pl.String})
         )
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix or 'CSV'}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read as {path.suffix or 'CSV'}: {str(error).splitlines()[0]}") from None
     absent = [name for name in columns if name not in frame.columns]
     if absent:
-        raise ValueError(f"{path} has no column {absent[0]!r}; it has {', '.join(frame.columns)}")
+        raise UserError(f"{path} has no column {absent[0]!r}; it has {', '.join(frame.columns)}")
     return frame
 
 
@@ -152,10 +153,10 @@ def _categories(path: Path, target: pl.DataFrame, target_rows: int, what: str) -
     frame = _read(path, ["key", "category"]).select(pl.col("key").cast(pl.String), pl.col("category").cast(pl.String))
     twice = frame.filter(pl.col("key").is_duplicated())
     if len(twice):
-        raise ValueError(f"{path}: key {twice['key'][0]!r} has several categories; expected one for each")
+        raise UserError(f"{path}: key {twice['key'][0]!r} has several categories; expected one for each")
     known = _join(target, frame.drop_nulls())
     if not len(known):
-        raise ValueError(f"{path} has no raw id of {what}: are its keys of another table?")
+        raise UserError(f"{path} has no raw id of {what}: are its keys of another table?")
     codes = known["category"].rank("dense").cast(pl.Int64) - 1
     category_R = torch.full((target_rows,), -1)
     category_R[_tensor(known["row"])] = _tensor(codes)
@@ -174,7 +175,7 @@ def hash_rows(keys: pl.Series, function: str, rows: int, what: str = "a table") 
     try:
         id_N = keys.cast(pl.Int64).to_numpy()
     except pl.exceptions.InvalidOperationError:
-        raise ValueError(
+        raise UserError(
             f"{what}: hash={function} is of whole numbers, and the ids are text ({keys[0]!r}); use hash=fnv1a64"
         ) from None
     if function == "modulo":
@@ -201,7 +202,7 @@ def _check_collisions(rule: Rule, pairs: pl.DataFrame, source_rows: int, what: s
     shared = pairs.filter(pl.col("source_row").is_duplicated()).sort("source_row")
     if len(shared) and rule.collisions == "error":
         (one, two), row = shared["key"][:2], shared["source_row"][0]
-        raise ValueError(
+        raise UserError(
             f"{what}: {len(shared):,} of {len(pairs):,} raw ids share a row of the source under hash={rule.hash} "
             f"modulo {source_rows:,}, such as {one!r} and {two!r} (row {row:,}): "
             "say collisions=share to begin each with that row, as production answered them"

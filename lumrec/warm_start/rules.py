@@ -24,6 +24,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lumrec.errors import MissingFileError, UserError
+
 MATCHES = ("exact", "prefix", "regex")
 ROWS = ("error", "grow", "remap", "hash")
 COLUMNS = ("error", "slice", "pad_zero", "pad_fresh", "slice_pad_zero")
@@ -103,7 +105,7 @@ _CHOICES = {
 def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
     """Rules of a YAML file, or of a mapping of the same form. Relative paths begin at the file's folder.
 
-    Raises FileNotFoundError for a missing file; ValueError for broken YAML, an unknown key or value (with the nearest
+    Raises MissingFileError for a missing file; UserError for broken YAML, an unknown key or value (with the nearest
     valid one), and settings that contradict one another.
     """
     origin = "rules"
@@ -111,13 +113,13 @@ def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
         path = Path(rules)
         origin = str(path)
         if not path.is_file():
-            raise FileNotFoundError(f"warm_start.rules: there is no file {path} (from {Path.cwd()})")
+            raise MissingFileError(f"warm_start.rules: there is no file {path} (from {Path.cwd()})")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, Mapping):
-            raise ValueError(f"{path} holds {type(content).__name__}; expected keys such as rules, unused and fresh")
+            raise UserError(f"{path} holds {type(content).__name__}; expected keys such as rules, unused and fresh")
         rules = {"folder": str(path.parent), **content}
     if not isinstance(rules, Rules):
         rules = _parse(origin, rules)
@@ -130,28 +132,28 @@ def _parse(origin: str, content: Mapping[str, Any]) -> Rules:
     _check_keys(origin, content, Rules.__dataclass_fields__)
     rules = content.get("rules", [])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
-        raise ValueError(f"{origin}: rules is {rules!r}; expected a list of mappings, each with source and target")
+        raise UserError(f"{origin}: rules is {rules!r}; expected a list of mappings, each with source and target")
     for rule in rules:
         _check_keys(f"{origin}, rule {rule.get('source', rule)!r}", rule, Rule.__dataclass_fields__)
         if "source" not in rule:
-            raise ValueError(f"{origin}: rule {dict(rule)!r} has no source")
+            raise UserError(f"{origin}: rule {dict(rule)!r} has no source")
     try:
         return cast(Rules, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Rules), dict(content))))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from None
+        raise UserError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from None
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: Collection[str]) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
 
 
 def _check(where: str, rule: Rule) -> None:
     for name, choices in _CHOICES.items():
         value = getattr(rule, name)
         if value not in choices:
-            raise ValueError(f"{where}: {name} is {value!r}; expected one of {', '.join(filter(None, choices))}")
+            raise UserError(f"{where}: {name} is {value!r}; expected one of {', '.join(filter(None, choices))}")
     needed = {
         "source_vocabulary": rule.rows == "remap",
         "target_vocabulary": rule.rows in ("remap", "hash"),
@@ -161,15 +163,15 @@ def _check(where: str, rule: Rule) -> None:
         if is_needed != bool(getattr(rule, name)):
             said = "has no" if is_needed else "has"
             reason = "new_rows=" + rule.new_rows if name == "categories" else "rows=" + rule.rows
-            raise ValueError(f"{where} {said} {name}, with {reason}: give both or neither")
+            raise UserError(f"{where} {said} {name}, with {reason}: give both or neither")
     for name in ("source_columns", "target_columns"):
         if len(getattr(rule, name)) != 2:
-            raise ValueError(f"{where}: {name} is {getattr(rule, name)}; expected [<raw id>, <row>] of its vocabulary")
+            raise UserError(f"{where}: {name} is {getattr(rule, name)}; expected [<raw id>, <row>] of its vocabulary")
     for part in rule.parts:
         if len(part) != 3 or min(part) < 0 or part[1] < 1:
-            raise ValueError(f"{where}: parts has {part}; expected [source column, number of columns, target column]")
+            raise UserError(f"{where}: parts has {part}; expected [source column, number of columns, target column]")
     if rule.parts and rule.columns == "error":
-        raise ValueError(f"{where}: parts says that columns move; say too what is new, by columns=pad_zero, …")
+        raise UserError(f"{where}: parts says that columns move; say too what is new, by columns=pad_zero, …")
 
 
 def nearest(name: str, names: Collection[str], number: int = 2) -> str:

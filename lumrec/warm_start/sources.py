@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from lumrec.errors import MissingFileError, UserError
 from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import metadata_of
 
@@ -91,7 +92,7 @@ class Source:
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Rows first … last-1 of a tensor, all columns, in its own dtype; a scalar counts as one row.
 
-        Raises ValueError where the file is shorter than its header says.
+        Raises UserError where the file is shorter than its header says.
         """
         stored = self.tensors[name]
         size = stored.size or (1,)
@@ -129,20 +130,20 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
         while got < len(view) and (more := file.readinto(view[got:])):
             got += more
     if got < len(view):
-        raise ValueError(f"{what} is cut off: {place.file} ends {len(view) - got:,} bytes too early; copy it again")
+        raise UserError(f"{what} is cut off: {place.file} ends {len(view) - got:,} bytes too early; copy it again")
 
 
 def open_source(path: str | Path, *, verify: bool = True) -> Source:
     """The checkpoint in `path`: a DCP folder, a safetensors file, or a torch.save file. Collective.
 
     Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
-    its checksums too (not with verify=False). Raises FileNotFoundError where there is none; ValueError, which says what
+    its checksums too (not with verify=False). Raises MissingFileError where there is none; UserError, which says what
     was got and how to mend it, for a file that is cut off, of an unknown version, or that could be read only by running
     code that it holds.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
+        raise MissingFileError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
     if path.is_dir():
         source = _open_dcp(path, verify)
     elif path.suffix == ".safetensors":
@@ -162,13 +163,13 @@ def _check_pieces(what: str, stored: Stored) -> None:
             for offset, length, size in zip(piece.offsets, piece.sizes, stored.size)
         )
         if not inside:
-            raise ValueError(
+            raise UserError(
                 f"{what} is said to be {list(stored.size)}, but holds a piece of {list(piece.sizes)} at "
                 f"{list(piece.offsets)}: the checkpoint is damaged, or was put together from two"
             )
         covered += math.prod(piece.sizes)
     if covered != math.prod(stored.size):
-        raise ValueError(
+        raise UserError(
             f"{what} is said to be {list(stored.size)} ({math.prod(stored.size):,} numbers), but its pieces hold "
             f"{covered:,}: the table is narrower or shorter than said; save the checkpoint again"
         )
@@ -180,13 +181,13 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
     ):  # lumrec's own: checksums and format
         verified_meta(folder)
     if not (folder / ".metadata").is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no .metadata, so it is no complete DCP checkpoint: DCP writes that file last"
         )
     metadata = metadata_of(folder)
     version = getattr(metadata, "version", None)
     if version is not None and version not in DCP_VERSIONS:
-        raise ValueError(f"{folder} is a DCP checkpoint of version {version!r}; this lumrec reads {DCP_VERSIONS[0]}")
+        raise UserError(f"{folder} is a DCP checkpoint of version {version!r}; this lumrec reads {DCP_VERSIONS[0]}")
     places = {}
     lengths: dict[str, int] = {}
     for index, info in (metadata.storage_data or {}).items():
@@ -194,7 +195,7 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
         if not isinstance(entry, TensorStorageMetadata):
             continue
         if getattr(info, "transform_descriptors", None):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {index.fqn!r} was written through an extension ({info.transform_descriptors[0]!r}); save "
                 "it without extensions"
             )
@@ -203,7 +204,7 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
             lengths[info.relative_path] = file.stat().st_size if file.is_file() else -1
         if lengths[info.relative_path] < info.offset + info.length:
             there = f"has {lengths[info.relative_path]:,} bytes" if file.is_file() else "is missing"
-            raise ValueError(
+            raise UserError(
                 f"{folder} is cut off: {file.name} {there}, but {index.fqn!r} ends at byte "
                 f"{info.offset + info.length:,}; copy the checkpoint again"
             )
@@ -218,9 +219,7 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
         for chunk in entry.chunks:
             place = places.get((name, tuple(chunk.offsets)))
             if place is None:
-                raise ValueError(
-                    f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again"
-                )
+                raise UserError(f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again")
             sizes, dtype = tuple(chunk.sizes), entry.properties.dtype
             pieces.append(Piece(tuple(chunk.offsets), sizes, functools.partial(place_in, *place, sizes, dtype)))
         tensors[name] = Stored(tuple(entry.size), entry.properties.dtype, tuple(pieces))
@@ -228,12 +227,12 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
 
 
 def _place_in(file: Path, offset: int, length: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Place:
-    """Where a DCP file has the tensor that was saved at byte `offset`. Raises ValueError where that is another one."""
+    """Where a DCP file has the tensor that was saved at byte `offset`. Raises UserError where that is another one."""
     with open(file, "rb") as opened:
         tensor = _headers(file, _create_file_view(opened, offset, length))
     found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
     if found != (sizes, dtype):
-        raise ValueError(
+        raise UserError(
             f"{file} holds {found} at byte {offset:,}, but its .metadata says {(sizes, dtype)}: it is damaged"
         )
     return _place_of(file, tensor, offset)
@@ -259,13 +258,13 @@ def _headers(path: Path, file: IOBase | Path) -> Any:
         reason = next(
             (line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error)
         )
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors and plain values, and reading that could run code which it brings "
             f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); a "
             "sharded model by DCP"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as torch.save of this version writes it; it may be cut off or no checkpoint: "
             f"{str(error).splitlines()[0][:200]}"
         ) from None
@@ -274,13 +273,13 @@ def _headers(path: Path, file: IOBase | Path) -> Any:
 def _open_torch_save(path: Path) -> Source:
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
-            raise ValueError(
+            raise UserError(
                 f"{path} is no archive of torch.save (zip), nor named .safetensors: it is of another kind, cut off at "
                 "its start, or from before torch 1.6; load it where it was made and save it again"
             )
     content = _headers(path, path)
     if not isinstance(content, Mapping):
-        raise ValueError(
+        raise UserError(
             f"{path} holds {type(content).__name__}; expected a state dict: {{name: tensor}}, nested or not"
         )
     tensors, others = {}, []
@@ -289,7 +288,7 @@ def _open_torch_save(path: Path) -> Source:
             others.append(name)
             continue
         if value.layout != torch.strided or value.is_quantized:
-            raise ValueError(f"{path}: {name!r} is a {value.layout} or quantized tensor; save it as a plain one")
+            raise UserError(f"{path}: {name!r} is a {value.layout} or quantized tensor; save it as a plain one")
         place = _place_of(path, value)
         tensors[name] = Stored(
             tuple(value.shape),
@@ -316,24 +315,24 @@ def _open_safetensors(path: Path) -> Source:
         start = file.read(8)
         header_length = struct.unpack("<Q", start)[0] if len(start) == 8 else length
         if 8 + header_length > length:
-            raise ValueError(f"{path} is cut off in its header, or no safetensors file; copy it again")
+            raise UserError(f"{path} is cut off in its header, or no safetensors file; copy it again")
         try:
             header = json.loads(file.read(header_length))
         except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
+            raise UserError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         dtype, size = SAFETENSORS_TYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name!r} is of dtype {entry['dtype']}; expected one of {', '.join(SAFETENSORS_TYPES)}"
             )
         begin, end = (8 + header_length + byte for byte in entry["data_offsets"])
         if end > length:
-            raise ValueError(f"{path} is cut off: it has {length:,} bytes, and {name!r} ends at byte {end:,}")
+            raise UserError(f"{path} is cut off: it has {length:,} bytes, and {name!r} ends at byte {end:,}")
         if end - begin != math.prod(size) * torch.empty(0, dtype=dtype).element_size():
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name!r} is said to be {list(size)} of {entry['dtype']}, but {end - begin:,} bytes hold it: "
                 "the table is narrower or shorter than said; save it again"
             )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lumrec.data.prepare import open_or_prepare
+from lumrec.errors import UserError
 from lumrec.train.lum import build_lum
 from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.rank import open_knowledge, sharded_ranker
@@ -17,13 +18,13 @@ def run(config: "Config") -> dict[str, float | str]:
     """Prints the audit of what the stage with a `warm_start` would take: apps/pretrain.py for pretrain.warm_start,
     apps/rank.py for rank.warm_start. Nothing is written and no number is read.
 
-    Raises FileNotFoundError for a missing input, and ValueError for a source that cannot be read, for one of both
+    Raises MissingFileError for a missing input, and UserError for a source that cannot be read, for one of both
     stages, and for rules that do not fit, after what fits has been printed.
     """
     device = init_distributed(threads=config.threads)
     of_lum = bool(config.pretrain.warm_start.source)
     if of_lum and config.rank.warm_start.source:
-        raise ValueError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
+        raise UserError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
     settings = config.pretrain.warm_start if of_lum else config.rank.warm_start
     source = settings.open()
     data = open_or_prepare(config)

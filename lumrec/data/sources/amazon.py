@@ -42,6 +42,7 @@ from lumrec.data.sources.lines import (
 )
 from lumrec.data.sources.published import Place, find_folder, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -140,7 +141,7 @@ DEFAULT_SCHEMAS = {
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     """The raw log of one category; JSON is decoded into Parquet in `scratch` first. `seed` is not used.
 
-    Raises DataSetMissing where the category's files are not found (naming the categories that are), ValueError for a
+    Raises DataSetMissing where the category's files are not found (naming the categories that are), UserError for a
     missing data.category and for a label that is not made of the rating.
     """
     if data.source == SEQUENCES:
@@ -201,7 +202,7 @@ def _find(data: DataConfig, folders: Tuple[str, ...], page: str, names: Tuple[st
     categories = _categories(there[0], names) if there else []
     listed = f"; {there[0]} holds: {', '.join(categories)}" if there and categories else ""
     if not data.category:
-        raise ValueError(f"data.category is not given; {data.source} is read by category (Books, Beauty, …){listed}")
+        raise UserError(f"data.category is not given; {data.source} is read by category (Books, Beauty, …){listed}")
 
     def missing(folder: Path) -> List[str]:
         return [] if _first(folder, names, data.category) else [names[0].format(data.category) + listed]
@@ -275,7 +276,7 @@ def _catalogue(rows: pl.LazyFrame) -> pl.LazyFrame:
 
 def _read_sequences(data: DataConfig) -> RawLog:
     if data.label != LabelConfig():
-        raise ValueError(f"data.label: {SEQUENCES} has no rating, every event is positive; leave data.label out")
+        raise UserError(f"data.label: {SEQUENCES} has no rating, every event is positive; leave data.label out")
     names = ("{}.seq_gap.txt",)
     folders = (f"amazon-{data.category.lower()}-5core", SEQUENCES) if data.category else (SEQUENCES,)
     page = f"{RELEASES['amazon-2014'].page} (the 5-core there, made into sequences)"
@@ -328,7 +329,7 @@ def _sequences(path: Path) -> pl.LazyFrame:
 
 
 def _attributes(path: Path) -> pl.LazyFrame:
-    """Items of a file item → attributes, in its order. Raises ValueError where it is something else."""
+    """Items of a file item → attributes, in its order. Raises UserError where it is something else."""
     try:
         content = json.loads(path.read_bytes())
         columns = {
@@ -336,7 +337,7 @@ def _attributes(path: Path) -> pl.LazyFrame:
             "attributes": [list(map(str, of)) for of in content.values()],
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected one JSON object, item → list of attributes; {error}") from error
+        raise UserError(f"{path}: expected one JSON object, item → list of attributes; {error}") from error
     items = pl.LazyFrame(columns, schema={"item_id": pl.Int64, "attributes": pl.List(pl.String)})
     return items.with_columns(
         pl.col("attributes").list.first().alias("attribute"), pl.lit(None, pl.String).alias("reason")

@@ -32,6 +32,7 @@ from typing import Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
+from lumrec.errors import UserError
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 18
@@ -61,7 +62,7 @@ def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_ha
     """`target`, a new folder that holds `files` of the archive; it appears whole or not at all.
 
     Where another process fetches the same archive, it is waited for. Raises DataSetMissing where the publisher cannot
-    be reached (it ends with `by_hand`: how to do without), and ValueError for another checksum or a broken archive.
+    be reached (it ends with `by_hand`: how to do without), and UserError for another checksum or a broken archive.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     name = archive.url.rsplit("/", 1)[-1]
@@ -187,14 +188,14 @@ def _version(part: Path, archive: Archive) -> str:
 
 
 def _check(archive: Archive, part: Path) -> None:
-    """Raises ValueError where the archive has another checksum than the published one."""
+    """Raises UserError where the archive has another checksum than the published one."""
     kind, _, expected = (archive.checksum or "sha256:").partition(":")
     digest = file_digest(part, kind)
     if not expected:
         changes = "has no published checksum, since it changes from time to time"
         log.warning("%s %s; this one has %s %s", archive.url, changes, kind, digest)
     elif digest != expected:
-        raise ValueError(
+        raise UserError(
             f"wrong checksum: {archive.url} has {kind} {digest}, expected {expected}; nothing was kept.\n"
             "The download was changed on its way, or the publisher has changed the archive: try again, or place the "
             "files by hand."
@@ -216,11 +217,11 @@ def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) ->
     try:
         (_unpack_zip if archive.url.endswith(".zip") else _unpack_tar)(part, archive.folder, files, work)
         if missing := [name for name in files if not (work / name).is_file()]:
-            raise ValueError(f"{archive.url} does not hold {', '.join(missing)} in {archive.folder}/; nothing was kept")
+            raise UserError(f"{archive.url} does not hold {', '.join(missing)} in {archive.folder}/; nothing was kept")
         work.chmod(0o755)  # mkdtemp makes folders that nobody else can read
         os.rename(work, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive.url} cannot be unpacked: {error}; nothing was kept, try again") from error
+        raise UserError(f"{archive.url} cannot be unpacked: {error}; nothing was kept, try again") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 import polars as pl
 
 from lumrec.data.sources.lines import open_bytes, scan_lines
+from lumrec.errors import UserError
 
 BLOCK_BYTES = 1 << 26  # text held at a time: bounds the memory
 DECODED_LINES = 2048  # lines of JSON decoded at a time: far more are slower, since their values no longer fit a cache
@@ -26,7 +27,7 @@ def decode_file(
 
     Beside them order (i64, line number), decoded (bool), and raw: the line as it stands where it could not be decoded.
     path: of text or a .gz file. fields: name → String, or List(String). decode: decode_json or decode_python. Raises
-    ValueError where a .gz file is cut or broken.
+    UserError where a .gz file is cut or broken.
     """
     into.mkdir()
     first = 0
@@ -53,7 +54,7 @@ def line_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[pl.Serie
                 else:
                     rest += block
     except (EOFError, BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is cut or broken: {error}; get it again") from error
+        raise UserError(f"{path} is cut or broken: {error}; get it again") from error
     if rest or not blocks:
         yield _split(rest)
 

@@ -32,6 +32,7 @@ from lumrec.data.sources.download import Archive
 from lumrec.data.sources.lines import check_header, scan_fields, scan_lines
 from lumrec.data.sources.published import Place, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -149,13 +150,13 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     Where KuaiRand-Pure is not there but its late part is (25 April to 8 May), that is read, and the note says so. With
     data.allow_other_files a folder that has some of the logs will do.
 
-    Raises DataSetMissing where the files are not found and cannot be downloaded, ValueError for a file without a column
+    Raises DataSetMissing where the files are not found and cannot be downloaded, UserError for a file without a column
     that it is published with, and for a label that is no outcome.
     """
     release = RELEASES[data.source]
     label = label_in_use(data.label, POSITIVE, columns=[*FLAGS, *DURATIONS], source=data.source)
     if label.column in DURATIONS and label.at_least is None and not label.values:
-        raise ValueError(f"data.label.column={label.column} is a time; say from which on it is positive: at_least")
+        raise UserError(f"data.label.column={label.column} is a time; say from which on it is positive: at_least")
     folder, found = resolve(_place(release, allow_part=data.allow_other_files), data.path)
     logs = _logs_to_read(folder, release, allow_part=data.allow_other_files)
     whole = len(logs) == len(release.logs)
@@ -249,7 +250,7 @@ def _parquet_rows(path: Path, first: int) -> pl.LazyFrame:
     rows = pl.scan_parquet(path, row_index_name="order", row_index_offset=first)
     names = [name for name in rows.collect_schema().names() if name != "order"]
     if missing := [name for name in NEEDED if name not in names]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
     raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in names], separator=",")
     return rows.select(
         raw.alias("raw"), pl.col("order").cast(pl.Int64), pl.lit(True).alias("whole"), pl.col(NEEDED).cast(pl.String)

@@ -8,6 +8,8 @@ from typing import BinaryIO, List, Sequence, Tuple, Union, cast
 
 import polars as pl
 
+from lumrec.errors import UserError
+
 _NEVER = "\x01"  # in no file that means well: it makes the CSV reader hand over whole lines
 NO_VALUE = ("", "null", "NULL", "NaN", "nan", "None", r"\N")
 
@@ -78,10 +80,10 @@ def read_header(path: Path, *, separator: str = ",") -> List[str]:
 
 
 def check_header(path: Path, needed: Sequence[str]) -> List[str]:
-    """Names in the first line. Raises ValueError where one of those `needed` is not among them."""
+    """Names in the first line. Raises UserError where one of those `needed` is not among them."""
     names = read_header(path)
     if missing := [name for name in needed if name not in names]:
-        raise ValueError(
+        raise UserError(
             f"{path}: the first line has no column {', '.join(missing)}; it reads {','.join(names)!r}, "
             f"and a published file has {', '.join(needed)}"
         )

@@ -22,6 +22,7 @@ from lumrec.data.sources.lines import NO_VALUE
 from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, nearest, open_table
 from lumrec.data.sources.log_time import as_microseconds, choose_unit, time_checks
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, positive
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -106,7 +107,7 @@ class Tables:
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     """The raw log of the files that `data.log` names. Nothing is collected; CSV is put into Parquet in `scratch` first.
 
-    Raises DataSetMissing where a name leads to no file; ValueError, which names the file and the column, for a file
+    Raises DataSetMissing where a name leads to no file; UserError, which names the file and the column, for a file
     that is cut, empty, or has no header, for a column that is missing, that has another type in another file or cannot
     be what it is taken for, and for settings that do not fit.
     """
@@ -116,7 +117,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
 def open_tables(config: LogConfig, scratch: Path) -> Tables:
     """The tables of a log. Raises as `read` does for the files."""
     if not as_list(config.events):
-        raise ValueError(
+        raise UserError(
             "data.log.events is not given; expected the files of the log, such as data.log.events=clicks.parquet, a "
             "folder of them, or a glob"
         )
@@ -170,19 +171,19 @@ def as_list(names: Names) -> List[str]:
 
 
 def label_column(data: DataConfig, events: Table) -> str:
-    """The column that the label is made of, "" where every event is positive. Raises ValueError where there is none."""
+    """The column that the label is made of, "" where every event is positive. Raises UserError where there is none."""
     config: LabelConfig = data.label
     if data.log.all_positive:
         if config.column:
-            raise ValueError(
+            raise UserError(
                 f"data.log.all_positive says that there is no label, and data.label.column is {config.column!r}; "
                 "give one of the two"
             )
         return ""
     if config.values and config.at_least is not None:
-        raise ValueError("data.label: values and at_least are both given; expected one of the two")
+        raise UserError("data.label: values and at_least are both given; expected one of the two")
     if not config.column and "label" not in events.schema:
-        raise ValueError(
+        raise UserError(
             f"data.label.column is not given, and the events have no column 'label'; they have: "
             f"{', '.join(events.schema)}. Where every event is a positive one (a log of purchases, say), set "
             "data.log.all_positive=true"
@@ -191,7 +192,7 @@ def label_column(data: DataConfig, events: Table) -> str:
     events.require(column, "data.label.column")
     kind = events.schema[column]
     if not (kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Null)):
-        raise ValueError(
+        raise UserError(
             f"data.label.column: column {column!r} of {events.origin[column]} is of type {kind}; expected numbers, "
             "text or true/false"
         )
@@ -201,7 +202,7 @@ def label_column(data: DataConfig, events: Table) -> str:
 def id_type(columns: Sequence[Tuple[Table, str]]) -> pl.DataType:
     """Int64 where every id in these columns is an integer, else String.
 
-    Text of a CSV counts as an integer where it is spelt as one ("007" is not). Raises ValueError for ids that are
+    Text of a CSV counts as an integer where it is spelt as one ("007" is not). Raises UserError for ids that are
     numbers with a fraction, or neither text nor numbers.
     """
     whole = [_is_whole(table, name) for table, name in columns]
@@ -213,13 +214,13 @@ def _is_whole(table: Table, name: str) -> bool:
     if kind in _WHOLE_TYPES or kind == pl.Null:
         return True
     if kind.is_float() or (isinstance(kind, pl.Decimal) and kind.scale):
-        raise ValueError(
+        raise UserError(
             f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text. "
             "A column of integers becomes one of floats where some are missing (pandas does so), and 12.0 is then not "
             f"the id 12: write it as integers (df[{name!r}].astype('Int64')) or as text"
         )
     if not (kind in (pl.String, pl.UInt64) or isinstance(kind, pl.Decimal)):
-        raise ValueError(
+        raise UserError(
             f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text"
         )
     if not table.is_text or kind != pl.String:
@@ -238,7 +239,7 @@ def _is_whole(table: Table, name: str) -> bool:
         .row(0, named=True)
     )
     if facts["num_float"] and facts["num_whole"] + facts["num_float"] == facts["num"]:
-        raise ValueError(
+        raise UserError(
             f"{table.origin[name]}: the ids in column {name!r} are numbers such as {facts['example']!r}; expected "
             "integers or text. A column of integers becomes one of floats where some are missing (pandas does so), and "
             f"{facts['example']} is then not the id {float(facts['example']):.0f}: write them as integers"
@@ -321,19 +322,19 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
 
 
 def _check_names(config: LogConfig, tables: Tables) -> None:
-    """Raises ValueError for a name in lists, known_after or title that no table has."""
+    """Raises UserError for a name in lists, known_after or title that no table has."""
     everywhere = list(dict.fromkeys(name for table in tables for name in table.schema))
     for name in as_list(config.lists):
         if name not in everywhere:
-            raise ValueError(f"data.log.lists: no table has a column {name!r}{nearest(name, everywhere)}")
+            raise UserError(f"data.log.lists: no table has a column {name!r}{nearest(name, everywhere)}")
     for name in as_list(config.known_after):
         tables.events.require(name, "data.log.known_after")
     if config.title:
         if tables.items is None:
-            raise ValueError(f"data.log.title is {config.title!r}, and there are no items; give data.log.items too")
+            raise UserError(f"data.log.title is {config.title!r}, and there are no items; give data.log.items too")
         tables.items.require(config.title, "data.log.title")
     if not config.list_separator:
-        raise ValueError("data.log.list_separator: got '', expected the text between the values of a list")
+        raise UserError("data.log.list_separator: got '', expected the text between the values of a list")
 
 
 def _id_check(table: Table, name: str) -> Tuple[pl.Expr, str]:

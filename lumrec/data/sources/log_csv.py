@@ -21,6 +21,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lumrec.data.sources.log_files import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique, undecodable
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.sources.log import LogConfig
@@ -74,7 +75,7 @@ class Utf8Stream(io.RawIOBase):
 def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> List[Part]:
     """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
 
-    All headers are read first. Raises ValueError, which names the file, for one that is empty, cut or no CSV, for a
+    All headers are read first. Raises UserError, which names the file, for one that is empty, cut or no CSV, for a
     header with a name twice, and for a quote that is never closed.
     """
     _check_settings(config)
@@ -89,13 +90,11 @@ def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Pat
 def _check_settings(config: LogConfig) -> None:
     for key, value, lengths in (("separator", config.separator, (1,)), ("quote", config.quote, (0, 1))):
         if len(value.encode()) not in lengths:
-            raise ValueError(
-                f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}"
-            )
+            raise UserError(f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
     try:
         codecs.lookup(config.encoding)
     except LookupError:
-        raise ValueError(
+        raise UserError(
             f"data.log.encoding: got {config.encoding!r}, expected the name of an encoding, such as utf8, latin-1, gbk"
         ) from None
 
@@ -106,7 +105,7 @@ def separator(file: Path, config: LogConfig) -> str:
 
 
 def _open(file: Path, config: LogConfig) -> Utf8Stream:
-    """The file as UTF-8. Raises ValueError where its first bytes are those of another format."""
+    """The file as UTF-8. Raises UserError where its first bytes are those of another format."""
     packed = file.suffix == ".gz"
     with open(file, "rb") as start:
         magic = start.read(4)
@@ -116,7 +115,7 @@ def _open(file: Path, config: LogConfig) -> Utf8Stream:
         (b"PK\x03\x04", "a zip file (or a spreadsheet)", "unpack it, or save it as CSV"),
     ):
         if magic.startswith(first) and not (packed and what == "a gzip file"):
-            raise ValueError(f"{file} is {what}, not CSV; {mend}")
+            raise UserError(f"{file} is {what}, not CSV; {mend}")
     source = pa.OSFile(str(file))
     is_utf8 = codecs.lookup(config.encoding).name == "utf-8"
     return Utf8Stream(
@@ -127,7 +126,7 @@ def _open(file: Path, config: LogConfig) -> Utf8Stream:
 
 
 def _header(file: Path, config: LogConfig) -> List[str]:
-    """The fields of the first line, as they stand. Raises ValueError where there are none, or two of one name."""
+    """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
     quoting: Any = {"quotechar": config.quote} if config.quote else {"quoting": csv.QUOTE_NONE}
     try:
         with io.TextIOWrapper(io.BufferedReader(_open(file, config)), encoding="utf-8", newline="") as text:
@@ -135,7 +134,7 @@ def _header(file: Path, config: LogConfig) -> List[str]:
     except (OSError, csv.Error) as error:
         raise _damaged(file, error) from None
     if not fields:
-        raise ValueError(f"{file} is empty; expected a first line with the names of the columns")
+        raise UserError(f"{file} is empty; expected a first line with the names of the columns")
     check_unique(_names(fields), file)
     return fields
 
@@ -145,8 +144,8 @@ def _names(header: Sequence[str]) -> List[str]:
     return [field.strip() or f"column_{place}" for place, field in enumerate(header, 1)]
 
 
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
 
 
 class _BadRows:
@@ -164,7 +163,7 @@ class _BadRows:
         return "error" if self.too_many else "skip"
 
     def take(self, file: Path) -> Dict[str, list]:
-        """ROW (in the file), REASON, RAW of the rows since the last call. Raises ValueError for an open quote."""
+        """ROW (in the file), REASON, RAW of the rows since the last call. Raises UserError for an open quote."""
         rows, self.rows = self.rows, []
         for row in rows:
             if row.text.count("\n") > MAX_BREAKS:
@@ -184,8 +183,8 @@ class _BadRows:
         return good + np.searchsorted(self.places, good, side="right")
 
 
-def _open_quote(file: Path, line: int) -> ValueError:
-    return ValueError(
+def _open_quote(file: Path, line: int) -> UserError:
+    return UserError(
         f"{file}: a quote that opens in or near line {line} is not closed within {MAX_BREAKS} lines. Where quotes are "
         "plain characters in this file, set data.log.quote=''; where fields hold that many lines, set "
         "data.log.line_breaks=true"
@@ -222,7 +221,7 @@ def _convert(file: Path, header: Sequence[str], target: Path, config: LogConfig,
     except pa.ArrowInvalid as error:
         if bad_rows.too_many:
             row = bad_rows.rows[0]
-            raise ValueError(
+            raise UserError(
                 f"{file}: over {MAX_BAD_ROWS:,} rows in a row have another number of fields than the header "
                 f"({row.actual_columns}, expected {row.expected_columns}), the first of them: {row.text[:200]!r}. Is "
                 "data.log.separator right, and does the first line name every column?"
@@ -257,7 +256,7 @@ def _batches(
 def _reasons(
     batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: Set[str], rows: np.ndarray
 ) -> pa.Array:
-    """Why each row cannot be used (text, null where it seems sound). Raises ValueError for an open quote.
+    """Why each row cannot be used (text, null where it seems sound). Raises UserError for an open quote.
 
     rows: numbers of the rows in the file, for that message.
     """

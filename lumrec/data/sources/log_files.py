@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumrec.data.sources.raw_log import DataSetMissing, first_reason
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.sources.log import LogConfig
@@ -73,9 +74,9 @@ class Table:
         return self.format != "Parquet"
 
     def require(self, column: str, key: str) -> None:
-        """Raises ValueError, which names the nearest column, where a file lacks that column; `key` asked for it."""
+        """Raises UserError, which names the nearest column, where a file lacks that column; `key` asked for it."""
         if column in self.lacking:
-            raise ValueError(
+            raise UserError(
                 f"{key}: {self.lacking[column]} has no column {column!r}, which {self.origin[column]} has; expected "
                 "it in all files. Write that file again, or leave it out"
             )
@@ -89,7 +90,7 @@ class Table:
             message += ". That looks like data: the first line of each file must name the columns"
         elif self.is_text and len(self.schema) == 1:
             message += f". That is a single column: is data.log.separator right for {next(iter(self.schema))!r}?"
-        raise ValueError(message)
+        raise UserError(message)
 
     def __str__(self) -> str:
         number = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else str(self.files[0].name)
@@ -99,7 +100,7 @@ class Table:
 def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: Path) -> Table:
     """The table of the files that `patterns` lead to; CSV is put into Parquet files in `scratch` first.
 
-    Every header and every Parquet footer is read before anything else. Raises DataSetMissing and ValueError, see
+    Every header and every Parquet footer is read before anything else. Raises DataSetMissing and UserError, see
     `lumrec.data.sources.log.read`.
     """
     files = find_files(patterns, f"data.log.{name}")
@@ -112,10 +113,10 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         parts = to_parquet(files, name, config, scratch)
     for part in parts:
         if part.num_rows == 0:
-            raise ValueError(f"{part.file} holds no row; leave it out of data.log.{name}, or write it again")
+            raise UserError(f"{part.file} holds no row; leave it out of data.log.{name}, or write it again")
     num_rows = sum(part.num_rows for part in parts)
     if num_rows > MAX_ROWS:
-        raise ValueError(
+        raise UserError(
             f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
         )
     schema, origin = _common_schema(parts)
@@ -170,33 +171,33 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _one_format(files: Sequence[Path], key: str) -> str:
-    """The format of all files, by their names. Raises ValueError for an unknown one, and for several."""
+    """The format of all files, by their names. Raises UserError for an unknown one, and for several."""
     first: Dict[str, Path] = {}
     for file in files:
         suffix = "".join(file.suffixes[-2:]).lower() if file.suffix == ".gz" else file.suffix.lower()
         if suffix not in FORMATS:
-            raise ValueError(
+            raise UserError(
                 f"{key}: {file} is of no format that can be read; expected a name that ends in {', '.join(FORMATS)}. "
                 "Where other files lie among those of the log, name these by a glob, such as log/*.parquet"
             )
         first.setdefault(FORMATS[suffix], file)
     if len(first) > 1:
         (one, file), (other, other_file) = list(first.items())[:2]
-        raise ValueError(
+        raise UserError(
             f"{key}: files of several formats: {file} is {one}, {other_file} is {other}; expected one format"
         )
     return next(iter(first))
 
 
 def _parquet_part(file: Path) -> Part:
-    """Types and rows from the footer. Raises ValueError for a file that is cut or damaged, or names a column twice."""
+    """Types and rows from the footer. Raises UserError for a file that is cut or damaged, or names a column twice."""
     try:
         metadata = pq.read_metadata(file)
         names = metadata.schema.to_arrow_schema().names
         check_unique(names, file)
         schema = pl.read_parquet_schema(file)
     except (pa.ArrowInvalid, OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
             f"({str(error).splitlines()[0]}). Copy or write it again"
         ) from None
@@ -204,18 +205,18 @@ def _parquet_part(file: Path) -> Part:
 
 
 def check_unique(names: Sequence[str], file: Path) -> None:
-    """Raises ValueError where a column name occurs twice."""
+    """Raises UserError where a column name occurs twice."""
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         number = list(names).count(twice[0])
         hint = ". The first line of a CSV file must name the columns" if is_number(twice[0]) else ""
-        raise ValueError(f"{file}: column {twice[0]!r} occurs {number} times; names must be unique{hint}")
+        raise UserError(f"{file}: column {twice[0]!r} occurs {number} times; names must be unique{hint}")
 
 
 def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
     """Every column of any file, with a type that holds what each file has, and a file that made it that type.
 
-    Raises ValueError, which names two files, where a column is of different kinds (text and numbers, say). A column
+    Raises UserError, which names two files, where a column is of different kinds (text and numbers, say). A column
     that a file lacks is missing for all its rows.
     """
     common: Dict[str, pl.DataType] = {}
@@ -229,7 +230,7 @@ def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
                 continue
             wider = wider_type(common[name], kind)
             if wider is None:
-                raise ValueError(
+                raise UserError(
                     f"column {name!r} is {common[name]} in {origin[name]}, and {kind} in {part.file}; expected one "
                     "kind of values in all files. Write one of them again, or leave it out"
                 )

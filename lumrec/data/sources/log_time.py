@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, List, Tuple
 import polars as pl
 
 from lumrec.data.sources.raw_log import LAST_POSSIBLE_S, microseconds
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.sources.log_files import Table
@@ -21,22 +22,22 @@ MIXED = 0.05  # of the rows in another unit: then nobody can say which of the tw
 def choose_unit(table: Table, name: str, given: str) -> Tuple[str, str]:
     """The unit of a time column ("s", "ms", "us", "ns", "iso", "datetime") and how it was found, in words.
 
-    `given` is what the config says; "auto" reads the whole column, as a stream. Raises ValueError where the column
+    `given` is what the config says; "auto" reads the whole column, as a stream. Raises UserError where the column
     cannot hold times, its type does not fit `given`, or its values fit no unit, or two.
     """
     if given not in UNITS:
-        raise ValueError(f"data.log.time_unit: got {given!r}, expected one of {', '.join(UNITS)}")
+        raise UserError(f"data.log.time_unit: got {given!r}, expected one of {', '.join(UNITS)}")
     kind = table.schema[name]
     if kind in (pl.Date, pl.Datetime):
         if given not in ("auto", "iso"):
-            raise ValueError(
+            raise UserError(
                 f"data.log.time_unit is {given!r}, and column {name!r} of {table.origin[name]} holds times already "
                 f"({kind}); leave it at auto"
             )
         zone = getattr(kind, "time_zone", None)
         return "datetime", f"times ({f'zone {zone}' if zone else 'without a zone: taken as UTC'})"
     if not (kind.is_numeric() or kind in (pl.String, pl.Null)) or (kind.is_numeric() and given == "iso"):
-        raise ValueError(
+        raise UserError(
             f"data.log.timestamp: column {name!r} of {table.origin[name]} is of type {kind}; expected "
             f"{'ISO 8601 text (data.log.time_unit is iso)' if given == 'iso' else 'times, numbers or ISO 8601 text'}"
         )
@@ -60,13 +61,13 @@ def _by_content(table: Table, name: str) -> Tuple[str, str]:
     (unit, most), (second, fewer) = sorted(facts.items(), key=lambda pair: -pair[1])[:2]
     where = f"data.log.timestamp: column {name!r} of {table.origin[name]}"
     if not most:
-        raise ValueError(
+        raise UserError(
             f"{where} holds no time that tells its unit (the first value is {shown!r}); expected seconds, "
             "milliseconds, microseconds or nanoseconds since 1970, or ISO 8601 text such as 2024-05-01T12:00:00Z. For "
             "small numbers say data.log.time_unit=s (or ms, us); write 20240501 as 2024-05-01"
         )
     if fewer > MIXED * (most + fewer):
-        raise ValueError(
+        raise UserError(
             f"{where} mixes units: {most:,} values read as {NAMES[unit]}, {fewer:,} as {NAMES[second]}. Say which is "
             f"meant, data.log.time_unit={unit}, and the others are quarantined; or write them in one unit"
         )

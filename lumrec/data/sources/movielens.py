@@ -39,6 +39,7 @@ from lumrec.data.sources.lines import (
 from lumrec.data.sources.published import Place, label_in_use
 from lumrec.data.sources.published import resolve as resolve_place
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
+from lumrec.errors import UserError
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -145,7 +146,7 @@ def resolve(path: str = "", source: str = "movielens-1m") -> Tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA/ml-…, else the cache, else a download.
 
     The cache is $LUMREC_CACHE or ~/.cache/lumrec. Raises DataSetMissing where the folder named does not hold the files,
-    or nothing is found and the publisher cannot be reached; ValueError where the download has another checksum.
+    or nothing is found and the publisher cannot be reached; UserError where the download has another checksum.
     """
     return resolve_place(RELEASES[source].place, path)
 
@@ -153,7 +154,7 @@ def resolve(path: str = "", source: str = "movielens-1m") -> Tuple[Path, str]:
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     """The raw log of one of RELEASES. Streamed from the files in the CSV layout; `seed` and `scratch` are not used.
 
-    Raises DataSetMissing (see `resolve`), and ValueError for a file with another checksum than the published one unless
+    Raises DataSetMissing (see `resolve`), and UserError for a file with another checksum than the published one unless
     data.allow_other_files, which logs a warning instead, and for a label that is not made of the rating.
     """
     release = RELEASES[data.source]
@@ -162,7 +163,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     other = _other_files(release, folder)
     if other and not data.allow_other_files:
         lines = "\n".join(f"  {folder / name}: md5 {got}, expected {release.md5[name]}" for name, got in other.items())
-        raise ValueError(
+        raise UserError(
             f"wrong checksum: these are not the published {release.title} files:\n{lines}\n"
             f"Get {release.archive.url} and unpack it there, or set data.allow_other_files=true to use the files as "
             "they are (figures are then not comparable with published ones)."

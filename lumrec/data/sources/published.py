@@ -9,6 +9,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from lumrec.data.sources.download import Archive, fetch_archive
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
+from lumrec.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, the cache, a stand-in, a download.
 
     Raises DataSetMissing where the folder found lacks files, or there is none and the publisher cannot be reached or
-    has no address for it; ValueError where the download has another checksum.
+    has no address for it; UserError where the download has another checksum.
     """
     found = find_folder(path, place.folders) or find_folder("", place.stand_ins)
     if found is None and place.archive is not None:
@@ -95,11 +96,11 @@ def find_folder(path: str, names: Sequence[str]) -> Optional[Tuple[Path, str]]:
 def label_in_use(asked: LabelConfig, default: LabelConfig, *, columns: Sequence[str], source: str) -> LabelConfig:
     """What counts as positive: what the config asks for, else what the source takes.
 
-    Raises ValueError for a column that is not among `columns`, those of the source that may be a label.
+    Raises UserError for a column that is not among `columns`, those of the source that may be a label.
     """
     column = asked.column or default.column
     if column not in columns:
-        raise ValueError(
+        raise UserError(
             f"data.label.column: got {column!r}; the columns of {source} that can be a label: {', '.join(columns)}"
         )
     if column == default.column and asked.at_least is None and not asked.values:

@@ -8,13 +8,15 @@ from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
+from lumrec.errors import MissingFileError
+
 # Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
 # seconds lie far beyond.
 FIRST_POSSIBLE_S, LAST_POSSIBLE_S = 1, 4_102_444_800
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 
 
-class DataSetMissing(FileNotFoundError):
+class DataSetMissing(MissingFileError):
     """The data set is not on this machine and could not be fetched; the message says how to place it."""
 
 

@@ -7,8 +7,8 @@
         COMPLETE                    checksum of meta.json; written last, before the folder gets its name
 
 The tensors do not depend on how they were sharded: another number of ranks and another plan read them, the optimizer's
-state too, with one exception (see `Checkpointer`). A folder without a right COMPLETE does not count. Nothing is
-unpickled but DCP's own metadata, by an unpickler that knows only DCP's classes.
+state too, with one exception (see `Checkpointer`). A folder without a right COMPLETE does not count. Nothing in it is
+executed, whoever wrote it (see checkpoint_reader.py).
 """
 
 import json
@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from lumrec.errors import MissingFileError, UserError
-from lumrec.train.checkpoint_reader import Reader
+from lumrec.train.checkpoint_reader import Reader, load_tensors
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
@@ -154,12 +153,11 @@ class Checkpointer:
         meta = read_meta(path)
         _check_fingerprint(path, meta, self._fingerprint)
         _check_parameters(path, meta["parameters"], _shapes(self._model))
-        reader = Reader(path)
-        stored = reader.sizes()
+        stored = Reader(path).sizes()
         _create_state(self._optimizer)
         _drop_state_not_in(self._optimizer, stored)
         tensors = {"model": self._model.state_dict(), "optim": self._state_that_fits(path, meta, stored)}
-        _dcp_load(tensors, reader, path)
+        load_tensors(tensors, path)
         same_ranks = meta["world_size"] == world_size()
         own = path / f"rank-{rank() if same_ranks else 0}.json"
         return Loaded(meta["step"], meta["state"], json.loads(own.read_text(encoding="utf-8")), same_ranks)
@@ -244,7 +242,7 @@ def load_weights(
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
-    _dcp_load({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, Reader(path), path)
+    load_tensors({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, path)
 
 
 def verified_meta(path: Path) -> dict[str, Any]:
@@ -371,14 +369,6 @@ def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, A
             has_state = any(f"optim.{name}.{entry}" in stored for entry in part.state.get(parameter, {}))
             if not has_state and name not in optimizer.table_names:
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
-
-
-def _dcp_load(tensors: dict[str, Any], reader: Reader, path: Path) -> None:
-    try:
-        dcp.load(tensors, storage_reader=reader)
-    except CheckpointException as error:  # a BaseException, which callers would not expect
-        first = next(iter(error.failures.values()))[0]
-        raise UserError(f"{path} could not be loaded: {first}") from error
 
 
 def _barrier() -> None:

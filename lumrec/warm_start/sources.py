@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import IOBase
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -21,11 +22,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from lumrec.errors import MissingFileError, UserError
 from lumrec.train.checkpoint import verified_meta
-from lumrec.train.checkpoint_reader import metadata_of
+from lumrec.train.checkpoint_reader import FileSlice, check_archive, metadata_of
 
 SAFETENSORS_TYPES = {
     "F64": torch.float64,
@@ -39,8 +39,9 @@ SAFETENSORS_TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DCP_VERSIONS = ("1.0.0",)
 _ENDS_BYTES = 1 << 16
+_MAX_HEADER = 100_000_000  # of safetensors, as its own library has it
+_MAX_DEPTH, _MAX_VALUES = 64, 5_000_000
 
 
 class Place(NamedTuple):
@@ -145,34 +146,10 @@ def open_source(path: str | Path, *, verify: bool = True) -> Source:
     if not path.exists():
         raise MissingFileError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
     if path.is_dir():
-        source = _open_dcp(path, verify)
-    elif path.suffix == ".safetensors":
-        source = _open_safetensors(path)
-    else:
-        source = _open_torch_save(path)
-    for name, stored in source.tensors.items():
-        _check_pieces(f"{path}: {name!r}", stored)
-    return source
-
-
-def _check_pieces(what: str, stored: Stored) -> None:
-    covered = 0
-    for piece in stored.pieces:
-        inside = len(piece.sizes) == len(stored.size) and all(
-            0 <= offset and offset + length <= size
-            for offset, length, size in zip(piece.offsets, piece.sizes, stored.size)
-        )
-        if not inside:
-            raise UserError(
-                f"{what} is said to be {list(stored.size)}, but holds a piece of {list(piece.sizes)} at "
-                f"{list(piece.offsets)}: the checkpoint is damaged, or was put together from two"
-            )
-        covered += math.prod(piece.sizes)
-    if covered != math.prod(stored.size):
-        raise UserError(
-            f"{what} is said to be {list(stored.size)} ({math.prod(stored.size):,} numbers), but its pieces hold "
-            f"{covered:,}: the table is narrower or shorter than said; save the checkpoint again"
-        )
+        return _open_dcp(path, verify)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    return _open_torch_save(path)
 
 
 def _open_dcp(folder: Path, verify: bool) -> Source:
@@ -180,25 +157,13 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
         (folder / "meta.json").exists() or (folder / "COMPLETE").exists()
     ):  # lumrec's own: checksums and format
         verified_meta(folder)
-    if not (folder / ".metadata").is_file():
-        raise MissingFileError(
-            f"{folder} has no .metadata, so it is no complete DCP checkpoint: DCP writes that file last"
-        )
     metadata = metadata_of(folder)
-    version = getattr(metadata, "version", None)
-    if version is not None and version not in DCP_VERSIONS:
-        raise UserError(f"{folder} is a DCP checkpoint of version {version!r}; this lumrec reads {DCP_VERSIONS[0]}")
     places = {}
     lengths: dict[str, int] = {}
-    for index, info in (metadata.storage_data or {}).items():
+    for index, info in metadata.storage_data.items():
         entry = metadata.state_dict_metadata.get(index.fqn)
         if not isinstance(entry, TensorStorageMetadata):
             continue
-        if getattr(info, "transform_descriptors", None):
-            raise UserError(
-                f"{folder}: {index.fqn!r} was written through an extension ({info.transform_descriptors[0]!r}); save "
-                "it without extensions"
-            )
         file = folder / info.relative_path
         if info.relative_path not in lengths:
             lengths[info.relative_path] = file.stat().st_size if file.is_file() else -1
@@ -217,9 +182,7 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
             continue
         pieces = []
         for chunk in entry.chunks:
-            place = places.get((name, tuple(chunk.offsets)))
-            if place is None:
-                raise UserError(f"{folder}: no file holds {name!r} at {list(chunk.offsets)}; save the checkpoint again")
+            place = places[name, tuple(chunk.offsets)]
             sizes, dtype = tuple(chunk.sizes), entry.properties.dtype
             pieces.append(Piece(tuple(chunk.offsets), sizes, functools.partial(place_in, *place, sizes, dtype)))
         tensors[name] = Stored(tuple(entry.size), entry.properties.dtype, tuple(pieces))
@@ -229,7 +192,7 @@ def _open_dcp(folder: Path, verify: bool) -> Source:
 def _place_in(file: Path, offset: int, length: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Place:
     """Where a DCP file has the tensor that was saved at byte `offset`. Raises UserError where that is another one."""
     with open(file, "rb") as opened:
-        tensor = _headers(file, _create_file_view(opened, offset, length))
+        tensor = _headers(file, FileSlice(opened, offset, length))
     found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
     if found != (sizes, dtype):
         raise UserError(
@@ -240,7 +203,8 @@ def _place_in(file: Path, offset: int, length: int, sizes: tuple[int, ...], dtyp
 
 def _place_of(file: Path, tensor: Tensor, offset: int = 0) -> Place:
     start = tensor.untyped_storage()._checkpoint_offset  # set by torch.load in a FakeTensorMode
-    assert start is not None
+    if start is None or tensor.is_conj() or tensor.is_neg():
+        raise UserError(f"{file} holds a tensor without numbers of its own ({tensor.device}); save plain tensors")
     byte = offset + start + int(tensor.storage_offset()) * tensor.element_size()
     return Place(file, byte, tuple(tensor.stride()))
 
@@ -251,6 +215,7 @@ def _same(place: Place) -> Place:
 
 def _headers(path: Path, file: IOBase | Path) -> Any:
     """What torch.save wrote, its tensors without their numbers: they know the byte at which these begin."""
+    check_archive(file, str(path))  # type: ignore[arg-type]
     try:
         with FakeTensorMode():
             return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
@@ -263,10 +228,11 @@ def _headers(path: Path, file: IOBase | Path) -> Any:
             f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); a "
             "sharded model by DCP"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file can make torch's reader raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path} cannot be read as torch.save of this version writes it; it may be cut off or no checkpoint: "
-            f"{str(error).splitlines()[0][:200]}"
+            f"{reason[:200]}"
         ) from None
 
 
@@ -282,31 +248,43 @@ def _open_torch_save(path: Path) -> Source:
         raise UserError(
             f"{path} holds {type(content).__name__}; expected a state dict: {{name: tensor}}, nested or not"
         )
+    length = path.stat().st_size
     tensors, others = {}, []
-    for name, value in _leaves(content):
+    for name, value in _leaves(path, content):
         if not isinstance(value, Tensor):
             others.append(name)
             continue
         if value.layout != torch.strided or value.is_quantized:
             raise UserError(f"{path}: {name!r} is a {value.layout} or quantized tensor; save it as a plain one")
-        place = _place_of(path, value)
-        tensors[name] = Stored(
-            tuple(value.shape),
-            value.dtype,
-            (Piece((0,) * value.dim(), tuple(value.shape), functools.partial(_same, place)),),
-        )
+        place, size = _place_of(path, value), tuple(value.shape)
+        if math.prod(size) * value.dtype.itemsize > length:
+            raise UserError(
+                f"{path}: {name!r} is said to be {list(size)}, more numbers than the file has bytes for: it is "
+                "expanded or damaged; save it as .contiguous()"
+            )
+        pieces = (Piece((0,) * len(size), size, functools.partial(_same, place)),)
+        tensors[name] = Stored(size, value.dtype, pieces)
     return Source(path, "torch.save", tensors, tuple(others))
 
 
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted name, value) of all that nested mappings and lists hold."""
-    if isinstance(value, Mapping):
-        items = [(str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, (list, tuple)):
-        items = [(str(place), inner) for place, inner in enumerate(value)]
-    else:
-        return [(prefix, value)]
-    return [leaf for key, inner in items for leaf in _leaves(inner, f"{prefix}.{key}" if prefix else key)]
+def _leaves(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all that nested mappings and lists hold. Raises UserError for a bottomless one."""
+    stack: list[tuple[str, Any, int]] = [("", content, 0)]
+    num_values = 0
+    while stack:
+        prefix, value, depth = stack.pop()
+        num_values += 1
+        if depth > _MAX_DEPTH or num_values > _MAX_VALUES:
+            raise UserError(
+                f"{path} holds more than {_MAX_VALUES:,} values, or nested deeper than {_MAX_DEPTH} times; save "
+                "{name: tensor} only, such as model.state_dict()"
+            )
+        if isinstance(value, (Mapping, list, tuple)):
+            items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+            dot = f"{prefix}." if prefix else ""
+            stack += [(f"{dot}{key}", inner, depth + 1) for key, inner in reversed(items)]
+        else:
+            yield prefix, value
 
 
 def _open_safetensors(path: Path) -> Source:
@@ -316,27 +294,64 @@ def _open_safetensors(path: Path) -> Source:
         header_length = struct.unpack("<Q", start)[0] if len(start) == 8 else length
         if 8 + header_length > length:
             raise UserError(f"{path} is cut off in its header, or no safetensors file; copy it again")
+        if header_length > _MAX_HEADER:
+            raise UserError(f"{path} is no safetensors file: its header has {header_length:,} bytes")
         try:
-            header = json.loads(file.read(header_length))
-        except ValueError as error:
+            header = json.loads(file.read(header_length), object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        dtype, size = SAFETENSORS_TYPES.get(entry["dtype"]), tuple(entry["shape"])
-        if dtype is None:
+    tensors, end_before = {}, 8 + header_length
+    entries = [_safetensors_entry(path, name, entry, 8 + header_length, length) for name, entry in header.items()]
+    for name, dtype, size, begin, end in sorted(entries, key=itemgetter(3, 4)):
+        if begin != end_before:
             raise UserError(
-                f"{path}: {name!r} is of dtype {entry['dtype']}; expected one of {', '.join(SAFETENSORS_TYPES)}"
+                f"{path}: {name!r} begins at byte {begin:,}, expected {end_before:,}: tensors overlap, or leave gaps"
             )
-        begin, end = (8 + header_length + byte for byte in entry["data_offsets"])
-        if end > length:
-            raise UserError(f"{path} is cut off: it has {length:,} bytes, and {name!r} ends at byte {end:,}")
-        if end - begin != math.prod(size) * torch.empty(0, dtype=dtype).element_size():
-            raise UserError(
-                f"{path}: {name!r} is said to be {list(size)} of {entry['dtype']}, but {end - begin:,} bytes hold it: "
-                "the table is narrower or shorter than said; save it again"
-            )
+        end_before = end
         strides = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
         place = Place(path, begin, strides)
         tensors[name] = Stored(size, dtype, (Piece((0,) * len(size), size, functools.partial(_same, place)),))
+    if end_before != length:
+        raise UserError(f"{path}: its tensors end at byte {end_before:,}, the file at {length:,}; save it again")
     return Source(path, "safetensors", tensors)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name is there twice")
+    return content
+
+
+def _safetensors_entry(
+    path: Path, name: str, entry: Any, start: int, length: int
+) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
+    """Name, dtype, size, first byte and byte after the last one, of an entry of the header. Raises UserError."""
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        raise UserError(f"{path}: {name!r} is no entry of safetensors; expected dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (_are_numbers(shape) and _are_numbers(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise UserError(
+            f"{path}: {name!r} has the shape {shape!r:.100} and bytes {offsets!r:.100}; expected numbers from 0"
+        )
+    dtype = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise UserError(
+            f"{path}: {name!r} is of dtype {entry['dtype']}; expected one of {', '.join(SAFETENSORS_TYPES)}"
+        )
+    begin, end = start + offsets[0], start + offsets[1]
+    if end > length:
+        raise UserError(f"{path} is cut off: it has {length:,} bytes, and {name!r} ends at byte {end:,}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(
+            f"{path}: {name!r} is said to be {shape} of {entry['dtype']}, but {end - begin:,} bytes hold it: the table "
+            "is narrower or shorter than said; save it again"
+        )
+    return name, dtype, tuple(shape), begin, end
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -2,7 +2,8 @@
 #   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
 #   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
 #   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
-#   ARGS="..."        further words for quickstart, test and bench, e.g. make test ARGS="-k packing"
+#   ARGS="..."        further words for quickstart, test, fuzz and bench, e.g. make test ARGS="-k packing"
+#   MINUTES=60        how long make fuzz draws new examples
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ VENV := .venv
 DEVICE ?= $(or $(strip $(shell cat $(VENV)/device 2>/dev/null)),cpu)
 TORCH_INDEX ?=
 JOBS ?= 2
+MINUTES ?= 60
 LOCK := requirements/$(DEVICE).txt
 $(if $(wildcard $(LOCK)),,$(error DEVICE is '$(DEVICE)'; expected cpu or cuda))
 STAMP := $(VENV)/installed-$(DEVICE)
@@ -19,11 +21,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
 TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
 
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test fuzz lint format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
-	@echo "  variables: DEVICE=cpu|cuda  TORCH_INDEX=URL  PYTHON=...  ARGS=\"...\"  (see the top of the Makefile)"
+	@echo "  variables: DEVICE=cpu|cuda  TORCH_INDEX=URL  PYTHON=...  ARGS=\"...\"  MINUTES=60  (see the top of the Makefile)"
 
 setup: $(STAMP) ## create .venv with the pinned versions (DEVICE=cuda for the CUDA build)
 
@@ -40,6 +42,9 @@ quickstart: $(STAMP) ## prepare, pre-train, query, rank without and with LUM, re
 
 test: $(STAMP) ## the whole test suite, two processes, one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet $(ARGS)
+
+fuzz: $(STAMP) ## MINUTES=60 of examples that make test does not draw; every find with what reproduces it
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(MINUTES) --numprocesses $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .

@@ -1,15 +1,44 @@
-"""What tests of several folders share: a small simulated log, prepared, and MovieLens-1M where this machine has it."""
+"""What tests of several folders share: how examples are drawn, a small simulated log, and MovieLens-1M where it is."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+sys.path.insert(0, str(Path(__file__).parent / "train"))
+
+from forks import ForkServer  # noqa: E402
 
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
+
+# `make test` draws the same examples on every machine, and does not shrink one that fails: that takes minutes.
+# `make fuzz` (tests/fuzz.py) draws other examples, FUZZ_FACTOR times as many, and shrinks those that fail.
+FUZZ, FUZZ_FACTOR = bool(os.environ.get("LUMREC_FUZZ")), 5
+if FUZZ:
+    settings.register_profile(
+        "lumrec", print_blob=True, suppress_health_check=list(HealthCheck), deadline=None, database=None
+    )
+else:
+    phases, too_slow = [Phase.explicit, Phase.generate], [HealthCheck.too_slow]
+    settings.register_profile(
+        "lumrec", derandomize=True, phases=phases, suppress_health_check=too_slow, deadline=None, database=None
+    )
+settings.load_profile("lumrec")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With LUMREC_FUZZ, more examples than a test itself asks for."""
+    tests = {test for item in items if hasattr(test := getattr(item, "obj", None), "hypothesis")} if FUZZ else set()
+    for test in tests:
+        asked = test._hypothesis_internal_use_settings  # a number in a test's own @settings goes over any profile's
+        test._hypothesis_internal_use_settings = settings(asked, max_examples=FUZZ_FACTOR * asked.max_examples)
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +75,14 @@ def tiny_prepared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactor
     runs = tmp_path_factory.mktemp("tiny")
     run(load(None, [*tiny_words, f"runs_dir={runs}"]))
     return PreparedData.open(runs / "tiny-prepare")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts runs of one or several processes in tens of milliseconds."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -281,8 +281,19 @@ def test_wall_time_adds_up_over_calls(config, tmp_path):
     assert by_stage["query"] == 5.0
 
 
-@pytest.mark.slow
-def test_from_a_simulated_log_to_the_report(tiny_words, tmp_path, capsys):
+def test_a_stage_as_a_torchx_job(tiny_words, tmp_path, capsys):
+    words = [*tiny_words, f"runs_dir={tmp_path}", "run=all", "pipeline.knowledge=[none]", "rank.train.epochs=1"]
+    config = load(None, words)
+    prepared = plan(config)[0]
+    prepare(prepared.config, prepared.path)
+    result = run(config)
+    told = capsys.readouterr().out
+    assert "2 stages, 1 finished before" in told and "rank-din-none-s0: done in" in told
+    assert 0 < result["rank/din/none/auc"] < 1 and result["stages_run"] == 1
+    assert "rank finished: " in (tmp_path / "all" / "logs" / "rank-din-none-s0.log").read_text()
+
+
+def test_from_a_simulated_log_to_the_report(tiny_words, stages_in_forks, tmp_path, capsys):
     config = load(None, [*tiny_words, f"runs_dir={tmp_path}", "run=all", "pipeline.knowledge=[none, both]"])
     result = run(config)
     told = capsys.readouterr().out

@@ -92,8 +92,7 @@ def test_gains_are_of_the_rankers_that_have_both_rows():
     assert "dlrm/gain/paper_auc" not in gains
 
 
-@pytest.mark.slow
-def test_a_table_on_the_simulator(tiny_words, tmp_path):
+def test_a_table_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     words = [*tiny_words, f"runs_dir={tmp_path}/runs", "pipeline.seeds=[0]", "pipeline.rankers=[din]"]
     words.remove("name=tiny")
     result = reproduce.run(words, table="4", dataset="simulator", out=str(tmp_path / "results"))
@@ -172,8 +171,7 @@ def test_the_towers_table_has_a_gain_and_no_column_of_the_papers():
     assert "average" not in text
 
 
-@pytest.mark.slow
-def test_the_towers_on_the_simulator(tiny_words, tmp_path):
+def test_the_towers_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     words = [*tiny_words, f"runs_dir={tmp_path}/runs", "run=towers", "pipeline.seeds=[0,1]", "pipeline.folds=1"]
     words += ["pipeline.knowledge=[none,direct]", "retrieve.train.epochs=1"]
     result = towers.run(load(None, words), ["hr@10"])
@@ -223,8 +221,7 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
     assert "the earliest 80% of the training events" in text and "segment_category" in text
 
 
-@pytest.mark.slow
-def test_the_warm_up_rows_on_the_simulator(tiny_words, tmp_path):
+def test_the_warm_up_rows_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     """Without the rows of the plain ranker, which are of the same kind."""
     words = [*tiny_words, f"runs_dir={tmp_path}/runs", "run=study", "pipeline.seeds=[0]", "data.split.kind=time"]
     config = reproduce.read_config("simulator", "-warm-up", words)

@@ -53,7 +53,7 @@ def test_base_and_knowledge_get_the_same_trials_and_none_reads_the_test_part(tin
     assert all(len(of_place) == 1 for of_place in settings.values())
 
 
-def test_a_search_ends_with_settings_that_the_pipeline_takes(tiny_words, tmp_path, capsys):
+def test_a_search_ends_with_settings_that_the_pipeline_takes(tiny_words, stages_in_forks, tmp_path, capsys):
     words = [*tiny_words, f"runs_dir={tmp_path}", "run=all", "pipeline.knowledge=[none]", "pipeline.seeds=[0, 1]"]
     search = [*words, "tune.trials=3", 'tune.space=["rank.train.optimizer.dense_lr=1e-5|1e-2"]']
     result = run(load(None, search))

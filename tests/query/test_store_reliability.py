@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_store import KEYS, publish
 
@@ -52,11 +52,12 @@ stage.run(load(sys.argv[1], sys.argv[2:]))
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=1) | st.just([0.0]), max_size=9))
+@example([[1.401298464324817e-45]])  # so small that a step of it is no number of its own
 def test_int8_is_half_a_step_off_and_writing_it_again_changes_nothing(columns):
     x_XD = torch.tensor([[row[0], row[0] / 3, 1e-3 * row[0]] for row in columns]).view(len(columns), 3)
     values, scale = encode(x_XD, "int8")
     x = decode(values, scale)
-    assert np.abs(x - x_XD.numpy()).max(initial=0) <= 0.501 * scale.max(initial=0)
+    assert np.abs(x - x_XD.numpy()).max(initial=0) <= 0.501 * scale.max(initial=0) + 1e-38
     normal = scale > 1e-30
     again, scale_again = encode(torch.from_numpy(x), "int8")
     assert np.array_equal(again[normal], values[normal]) and np.array_equal(scale_again[normal], scale[normal])

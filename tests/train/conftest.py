@@ -1,13 +1,11 @@
-"""One job of two gloo processes, run once for all tests that need it, and a server that forks runs."""
+"""One job of two gloo processes, run once for all tests that need it."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +20,3 @@ def two_ranks(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory) -> Iterator[ForkServer]:
-    """Starts runs of one or several processes in tens of milliseconds."""
-    server = ForkServer(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()

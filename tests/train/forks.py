@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -84,6 +85,25 @@ class ForkServer:
         self._process.wait(timeout=30)
 
 
+def run_app(stage: str, words: list[str]) -> None:
+    """What `python apps/<stage>.py <words>` does."""
+    from lumrec.stages import run_stage
+
+    run_stage(stage, "", words)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system hands out, so that nobody gets it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
+
+
 def serve() -> None:
     import tiny_training  # noqa: F401 (with it comes all that is slow to import)
     import torch.utils.tensorboard
@@ -99,9 +119,7 @@ def serve() -> None:
         if "wait" in request:
             answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
         else:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
+            port = free_port()
             answer = [_fork(request, rank, port) for rank in range(len(request["logs"]))]
         print(json.dumps(answer), flush=True)
 
@@ -127,7 +145,7 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
         code = 0
     except BaseException as error:
         traceback.print_exc()
-        code = getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", getattr(error, "code", 1))
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # whatever happens, a child never goes on as a second server

@@ -5,7 +5,6 @@ The processes are forked from this one, which has imported everything and run no
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torch.multiprocessing
 import torch.utils.tensorboard  # noqa: F401 (imported once, before the processes part)
+from forks import free_port
 from tiny_training import TinyConfig
 from torch.distributed.tensor import DTensor
 
@@ -152,10 +152,9 @@ def work(local_rank: int, world_size: int, port: int, folder: str, prepared: str
 def main(folder: str, prepared: str) -> None:
     (Path(folder) / "plan.yaml").write_text(json.dumps(PLAN))
     for size in WORLD_SIZES:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(work, (size, port, folder, prepared), nprocs=size, start_method="fork")
+        torch.multiprocessing.start_processes(
+            work, (size, free_port(), folder, prepared), nprocs=size, start_method="fork"
+        )
 
 
 if __name__ == "__main__":

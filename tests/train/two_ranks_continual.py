@@ -4,11 +4,11 @@ FOLDER holds what two_logs.py and a run "before-pretrain" of one rank made; answ
 """
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
+from forks import free_port
 from two_logs import answers, config_of
 
 from lumrec.data.prepared import PreparedData
@@ -40,10 +40,7 @@ def work(local_rank: int, port: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(work, (port, folder), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(work, (free_port(), folder), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A production checkpoint that lumrec had no part in, made once, and a server that forks runs of two ranks."""
+"""A production checkpoint that lumrec had no part in, made once."""
 
 import hashlib
 import os
@@ -34,8 +34,6 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def warm_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Starts runs of one or several processes in tens of milliseconds."""
-    server = ForkServer(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
+def warm_forks(forks: ForkServer) -> ForkServer:
+    """The fork server under the name that these tests know it by."""
+    return forks

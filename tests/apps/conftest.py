@@ -1,0 +1,24 @@
+"""A pipeline whose stages need not each start an interpreter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from forks import ForkServer
+
+from lumrec import pipeline
+from lumrec.jobs import Job
+
+
+@pytest.fixture
+def stages_in_forks(forks: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline's stages, with the words of their jobs, in forks of one process; by TorchX each takes 8 s to start."""
+
+    def run_jobs(jobs: Sequence[Job], **_: Any) -> dict[str, float]:
+        for job in jobs:
+            app, _, processes, *words = job.command[job.command.index("local_cwd") + 1 :]
+            assert processes == "1x1"
+            forks.run("forks:run_app", stage=app.rpartition(":")[2], words=list(words))
+        return {job.name: 1.0 for job in jobs}
+
+    monkeypatch.setattr(pipeline, "run_jobs", run_jobs)

@@ -24,6 +24,7 @@ import polars as pl
 from lumrec.data.facts import ColumnFacts, column_facts, whole_days
 from lumrec.data.guess import Guess, guess_data
 from lumrec.data.intake import Intake, count_reasons, take_in
+from lumrec.data.parts import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
 from lumrec.data.prepare import DataConfig, read_source
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.sources.log import as_list, label_column, open_tables, raw_log
@@ -93,7 +94,8 @@ def check(config: Any, scratch: Path, report: Report) -> None:
         raw, schema = read_source(config, scratch / "source")
         report.section("log", [raw.note])
         report.section("columns", _column_lines(column_facts(raw)))
-        _check_intake(raw, schema, data, report, scratch / "intake")
+        found = _check_intake(raw, schema, data, report, scratch / "intake")
+        _check_split(report, raw, data, found, choose=False)
         report.yaml = as_yaml(data, DataConfig(source=""), schema, {}, {})
     except pl.exceptions.PolarsError as error:
         raise UserError(f"the log cannot be read to its end: {str(error).splitlines()[0]}") from None
@@ -138,9 +140,8 @@ def _check_log(config: Any, report: Report, scratch: Path) -> None:
     own = bool(config.schema.features)
     schema = validate(config.schema if own else as_schema(suggestions))
     _warn_of_columns(report, facts, after, only_days, config.data)
-    median = _check_intake(raw, schema, data, report, scratch / "intake")
-    if config.data.split == SplitConfig():
-        data = replace(data, split=SplitConfig(_split(median, log.all_positive)))
+    found = _check_intake(raw, schema, data, report, scratch / "intake")
+    data = replace(data, split=_check_split(report, raw, data, found, choose=config.data.split == SplitConfig()))
     notes, left_out = _notes(suggestions) if not own else ({}, {})
     shown = config.schema if own else as_schema(suggestions)
     report.yaml = as_yaml(data, DataConfig(source=""), shown, notes, left_out)
@@ -157,15 +158,25 @@ def _notes(suggestions: Sequence[Suggestion]) -> Tuple[Dict[str, str], Dict[str,
     return notes, {s.column: s.why for s in suggestions if s.feature is None}
 
 
-def _split(median_events: float, all_positive: bool) -> str:
-    """temporal needs ten events of a user for a test event, leave_one_out three."""
-    if median_events >= 10:
-        return "temporal"
-    return "leave_one_out" if all_positive and median_events >= 3 else "user"
+def _check_split(report: Report, raw: RawLog, data: DataConfig, intake: Intake, *, choose: bool) -> SplitConfig:
+    """Tells how large the parts would be and warns of small ones; the config's split, or (`choose`) one that fits."""
+    split, absolute = data.split, raw.absolute_time
+    kinds = candidate_kinds(all_positive=data.log.all_positive, absolute_time=absolute) if choose else [split.kind]
+    splits = {kind: split if kind == split.kind else SplitConfig(kind) for kind in kinds}
+    ids = intake.users["user_id"].cast(pl.String)
+    counts = {kind: count_parts(one, intake.blocks, ids, absolute_time=absolute) for kind, one in splits.items()}
+    best = fitting_split(counts) if choose else split.kind
+    width = max(map(len, kinds))
+    report.section(
+        "data.split.kind",
+        [f"{kind:{width}}  {part_line(counts[kind])}{'  ← suggested' * (choose and kind == best)}" for kind in kinds],
+    )
+    report.warnings += split_warnings(splits[best], counts[best], absolute_time=absolute)
+    return splits[best]
 
 
-def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: Report, scratch: Path) -> float:
-    """Does what `prepare` does up to the sorted events, and tells what comes out; the median of events per user."""
+def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: Report, scratch: Path) -> Intake:
+    """Does what `prepare` does up to the sorted events, and tells what comes out."""
     intake = take_in(
         raw,
         schema,
@@ -180,7 +191,6 @@ def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: R
     ).collect(engine="streaming")  # fmt: skip
     users = events.group_by("user").len().collect(engine="streaming")
     found = totals.row(0, named=True)
-    median = float(users["len"].median())  # type: ignore[arg-type]
     report.section(
         "prepared, that would be",
         [
@@ -198,7 +208,7 @@ def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: R
         "quarantined, with the reason", [f"{count:,} {reason}" for reason, count in left_out.items()] or ["none"]
     )
     _warn_of_events(report, raw, data, intake, left_out, found, users["len"])
-    return median
+    return intake
 
 
 def _warn_of_events(

@@ -188,7 +188,8 @@ def encode_features(
 def count(intake: Intake, catalogues: Dict[str, Catalogue], left_out: Dict[str, int]) -> Dict[str, int]:
     """Rows read, kept and left out, users and items, and the events of each part."""
     blocks = pl.scan_parquet(intake.blocks)
-    of_part = dict(blocks.group_by("split").len().collect(engine="streaming").iter_rows())
+    of_part = blocks.group_by("split").agg(events=pl.len(), users=pl.col("user").n_unique()).collect(engine="streaming")
+    of_part = {row["split"]: row for row in of_part.iter_rows(named=True)}
     users, items = (
         blocks.select(name).unique().select(pl.len()).collect(engine="streaming").item() for name in ("user", "item")
     )
@@ -202,7 +203,11 @@ def count(intake: Intake, catalogues: Dict[str, Catalogue], left_out: Dict[str, 
         "items_with_events": items,
         "items_in_training": int((catalogues["item"].count_N > 0).sum()),
         "catalogue_rows_quarantined": sum(n for reason, n in left_out.items() if not reason.startswith("events: ")),
-        **{f"{part}_events": of_part.get(code, 0) for code, part in enumerate(PARTS)},
+        **{
+            f"{part}_{what}": of_part[code][what] if code in of_part else 0
+            for what in ("events", "users")
+            for code, part in enumerate(PARTS)
+        },
     }
 
 

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from lumrec.data.convert import convert
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows
+from lumrec.data.parts import part_line, split_warnings
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
@@ -269,8 +270,7 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         f"prepared {note}",
         f"  {counts['events']:,} events of {counts['users']:,} users on {counts['items']:,} items "
         f"({counts['items_in_training']:,} of them in the training part)",
-        f"  split {manifest['split']['kind']}: {counts['train_events']:,} train, {counts['valid_events']:,} valid, "
-        f"{counts['test_events']:,} test",
+        f"  split {manifest['split']['kind']}: {part_line(counts)}",
         f"  quarantined: {counts['events_quarantined']:,} of {counts['events_read']:,} events, "
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]
@@ -288,7 +288,14 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         by_popularity = facts["popularity_auc"]
         told = "" if by_popularity is None else f"; AUC by item popularity on the test part {by_popularity:.4f}"
         lines.append(f"  {counts['negatives']:,} negative rows drawn beside the events{told}")
+    lines += [f"  ! {warning}" for warning in warnings(manifest)]
     return "\n".join([*lines, f"  {path} ({wall_s:.1f} s)"])
+
+
+def warnings(manifest: Dict[str, Any]) -> List[str]:
+    """What of a prepared folder makes figures misleading, a sentence each."""
+    split = SplitConfig(**manifest["split"])
+    return split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
 
 
 def _plain_split(split: SplitConfig) -> Dict[str, Any]:

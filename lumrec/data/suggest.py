@@ -82,7 +82,8 @@ def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with
     role, why = _role(column, label, known_after, with_files)
     if column.missing == 1.0 or column.distinct <= 1:
         return Suggestion(column.name, None, "the same in every row" if column.missing < 1.0 else "no value at all")
-    if not (column.is_list or column.kind.is_numeric() or column.kind in (pl.String, pl.Boolean)):
+    kind = column.kind.inner if isinstance(column.kind, pl.List) else column.kind
+    if not (kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum)):
         return Suggestion(column.name, None, f"of type {column.kind}, which is no feature as it is")
     if column.is_time or (column.table == "events" and is_time(column.name)):
         return Suggestion(column.name, None, "a time; test data has times that training has never seen")
@@ -190,5 +191,7 @@ def _differing(value: Any, default: Any) -> Dict[str, Any]:
         mine, usual = getattr(value, field.name), getattr(default, field.name)
         if mine == usual:
             continue
-        found[field.name] = _differing(mine, usual) if is_dataclass(mine) else mine
+        found[field.name] = (
+            _differing(mine, usual if is_dataclass(usual) else type(mine)()) if is_dataclass(mine) else mine
+        )
     return found

@@ -8,6 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import time as clock
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
@@ -263,6 +266,65 @@ def test_warnings(look: Callable, columns: dict, warning: str | None):
     sound = {"every event", "fewer than 2", "future", "time of day", "quarantined"}
     for line in warnings:
         assert warning is None or re.search(warning, line) or not any(text in line for text in sound), line
+
+
+ODD = {
+    "lists of lists": pl.Series([[[1, 2], [k]] for k in range(60)]),
+    "arrays in lists": pl.Series([[[k, 2]] for k in range(60)], dtype=pl.List(pl.Array(pl.Int64, 2))),
+    "structs": pl.Series([{"a": k, "b": "x"} for k in range(60)]),
+    "structs in lists": pl.Series([[{"a": k}] for k in range(60)]),
+    "bytes": pl.Series([b"abc", b"d"] * 30),
+    "decimals": pl.Series([Decimal(k % 7) / 4 for k in range(60)], dtype=pl.Decimal(10, 2)),
+    "durations": pl.Series([timedelta(seconds=k) for k in range(60)]),
+    "durations in lists": pl.Series([[timedelta(seconds=k)] for k in range(60)]),
+    "clock": pl.Series([clock(1, 2, k) for k in range(60)]),
+    "categories": pl.Series(["a", "b", "c"] * 20, dtype=pl.Categorical),
+    "categories in lists": pl.Series([["a", "b"], ["c"]] * 30, dtype=pl.List(pl.Categorical)),
+    "nothing": pl.Series([None] * 60),
+    "nothing in lists": pl.Series([[None]] * 60, dtype=pl.List(pl.Null)),
+    "truths in lists": pl.Series([[True], [False, True]] * 30),
+    "large numbers": pl.Series([2**63 + k % 3 for k in range(60)], dtype=pl.UInt64),
+}
+
+
+def test_columns_of_any_type_may_be_there(look: Callable, tmp_path: Path):
+    report = look(shop_log(**ODD))
+    assert {"decimals", "categories", "categories in lists"} <= {
+        feature.get("column", name) for name, feature in features(report).items()
+    }
+    assert "lists of lists: left out: of type List(List(Int64)), which is no feature as it is" in report.yaml
+    (config := tmp_path / "c.yaml").write_text(report.yaml)
+    assert prepare(load(config), tmp_path / "prepared")["events"] == 60
+
+
+def test_negatives_are_checked_and_kept(look: Callable, tmp_path: Path):
+    log = {name: values for name, values in shop_log(sku=[k % 11 for k in range(60)]).items() if name != "clicked"}
+    report = look(log, "data.log.all_positive=true", "data.negatives={per_positive: 2, seed: 3}")
+    assert yaml.safe_load(report.yaml)["data"]["negatives"] == {"per_positive": 2, "seed": 3}
+    (config := tmp_path / "c.yaml").write_text(report.yaml)
+    assert prepare(load(config), tmp_path / "prepared")["negatives"] == 120
+
+
+def test_a_split_with_too_few_test_events_is_told_with_one_that_fits(look: Callable, tmp_path: Path, capsys):
+    many = {"uid": [f"u{k % 400}" for k in range(2400)], "sku": [k % 97 for k in range(2400)]}
+    many |= {"ts": [1_714_521_600 + 3600 * k for k in range(2400)], "clicked": [int(k % 3 == 0) for k in range(2400)]}
+    report = look(many)
+    told = str(report)
+    assert re.search(r"temporal +2,000 train, 400 valid \(16.7%\), 0 test \(0.0%\) events; 0 users with test", told), (
+        told
+    )
+    assert re.search(r"user +1,\d+ train.* users with test events  ← suggested", told)
+    assert yaml.safe_load(report.yaml)["data"]["split"] == {"kind": "user"}
+    assert not any("split" in warning for warning in report.warnings)
+    kept = look(many, "data.split.kind=temporal", "data.split.fractions=[0.8,0.1,0.1]").warnings
+    wanted = "a user needs 10 events to have one there; data.split.kind=user (whole users) or time"
+    assert any(wanted in warning for warning in kept), kept
+    pl.DataFrame(many).write_parquet(tmp_path / "log.parquet")
+    (config := tmp_path / "c.yaml").write_text(report.yaml)
+    words = [f"data.log.events={tmp_path / 'log.parquet'}", "data.split.kind=temporal"]
+    result = prepare(load(config, words), tmp_path / "prepared")
+    assert (result["test_events"], result["test_users"], result["valid_users"]) == (0, 0, 400)
+    assert wanted in capsys.readouterr().out
 
 
 def test_what_would_be_quarantined_is_what_prepare_quarantines(look: Callable, tmp_path: Path):

@@ -308,12 +308,14 @@ def handed_on(table: Table, config: LogConfig, label: str = "") -> Dict[str, str
 
 
 def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[str, pl.Expr]:
-    """Every column of the table under its new name, lists as lists of text."""
+    """Every column of the table under its new name, lists as lists of text; a list of what is no text stays one."""
     features = {}
     for name, new in names.items():
         column, kind = pl.col(name), table.schema[name]
         if isinstance(kind, (pl.List, pl.Array)):
-            column = column.cast(pl.List(kind.inner)).cast(pl.List(pl.String))
+            column = column.cast(pl.List(kind.inner))
+            if not (kind.inner.is_nested() or kind.inner == pl.Duration):  # type: ignore[union-attr]
+                column = column.cast(pl.List(pl.String))
         elif name in as_list(config.lists):
             parts = column.cast(pl.String).str.split(config.list_separator)
             column = parts.list.eval(pl.element().filter(pl.element() != ""))

@@ -1,0 +1,90 @@
+"""How many events and users a split gives to each part, and whether the test part is enough to measure by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, List, Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, assign, check_split, cut_times
+
+FEW_USERS = 30  # in the test part: an interval over fewer users says little
+LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should have at least, where nothing is asked
+
+
+def count_parts(
+    split: SplitConfig, blocks: Sequence[Path], user_ids: pl.Series, *, absolute_time: bool = True
+) -> Dict[str, int]:
+    """ "train_events", "train_users", … of each part under `split`; the blocks (user, timestamp) stay as they are."""
+    cuts = cut_times(split, blocks, absolute_time=absolute_time)
+    counts = {f"{part}_{what}": 0 for what in ("events", "users") for part in PARTS}
+    for path in blocks:
+        block = pl.read_parquet(path, columns=["user", "timestamp"])
+        user_E = block["user"].to_numpy()
+        first, last = int(user_E[0]), int(user_E[-1]) + 1
+        offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
+        split_E = assign(split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts)
+        for code, part in enumerate(PARTS):
+            counts[f"{part}_events"] += int((split_E == code).sum())
+            counts[f"{part}_users"] += len(np.unique(user_E[split_E == code]))
+    return counts
+
+
+def part_line(counts: Mapping[str, int]) -> str:
+    """The parts in a line: 8,200 train, 1,036 valid (10.1%), 1,025 test (10.0%) events; 400 users with test events."""
+    total = max(sum(counts[f"{part}_events"] for part in PARTS), 1)
+    held_out = ", ".join(
+        f"{counts[f'{part}_events']:,} {part} ({counts[f'{part}_events'] / total:.1%})" for part in ("valid", "test")
+    )
+    return f"{counts['train_events']:,} train, {held_out} events; {counts['test_users']:,} users with test events"
+
+
+def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_time: bool) -> List[str]:
+    """What makes figures of these parts misleading, a sentence each; [] where nothing does."""
+    fractions, total = check_split(split), max(sum(counts[f"{part}_events"] for part in PARTS), 1)
+    others = (
+        "data.split.kind=user (whole users) or time (one moment for all)" if absolute_time else "data.split.kind=user"
+    )
+    warnings = [
+        f"the {part} part has no events ({split.kind} split): {what}"
+        for part, what in (
+            ("train", "nothing can be trained"),
+            ("valid", "no weights can be chosen by it, and the last ones are taken"),
+            ("test", "nothing is measured"),
+        )
+        if not counts[f"{part}_events"]
+    ]
+    if split.kind == "temporal" and counts["test_events"] < 0.5 * fractions[2] * total:
+        least = next((n for n in range(1, 1000) if n > np.ceil(n * (fractions[0] + fractions[1]) - 1e-9)), 1000)
+        warnings.append(
+            f"the temporal split leaves {counts['test_events']:,} of {total:,} events "
+            f"({counts['test_events'] / total:.1%}) to the test part, as a user needs {least} events to have one there; "
+            f"{others} tests on more"
+        )
+    if 0 < counts["test_users"] < FEW_USERS:
+        warnings.append(
+            f"{counts['test_users']} users have test events ({split.kind} split): too few to say whether one model is "
+            "better than another"
+        )
+    return warnings
+
+
+def fitting_split(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """The first kind whose parts are large enough; the one with the most test events where none is."""
+    for kind, of_kind in counts.items():
+        total = max(sum(of_kind[f"{part}_events"] for part in PARTS), 1)
+        is_large = all(of_kind[f"{part}_events"] >= share * total for part, share in LEAST.items())
+        if is_large and of_kind["test_users"] >= FEW_USERS and of_kind["train_events"] >= 0.5 * total:
+            return kind
+    return max(counts, key=lambda kind: min(counts[kind]["test_events"], counts[kind]["train_events"]))
+
+
+def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> List[str]:
+    """Kinds of split that a log may have, the one to prefer first."""
+    leave_one_out = {"leave_one_out"} if all_positive else set()
+    wanted = ["temporal", "leave_one_out", "user", "time"]
+    known = {"temporal", "user", *leave_one_out, *({"time"} if absolute_time else set())}
+    assert set(wanted) == set(DEFAULT_FRACTIONS)
+    return [kind for kind in wanted if kind in known]

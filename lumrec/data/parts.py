@@ -60,7 +60,7 @@ def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_ti
         least = next((n for n in range(1, 1000) if n > np.ceil(n * (fractions[0] + fractions[1]) - 1e-9)), 1000)
         warnings.append(
             f"the temporal split leaves {counts['test_events']:,} of {total:,} events "
-            f"({counts['test_events'] / total:.1%}) to the test part, as a user needs {least} events to have one there; "
+            f"({counts['test_events'] / total:.1%}) to the test part: a user needs {least} events to have one there; "
             f"{others} tests on more"
         )
     if 0 < counts["test_users"] < FEW_USERS:

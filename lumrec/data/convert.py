@@ -188,8 +188,8 @@ def encode_features(
 def count(intake: Intake, catalogues: Dict[str, Catalogue], left_out: Dict[str, int]) -> Dict[str, int]:
     """Rows read, kept and left out, users and items, and the events of each part."""
     blocks = pl.scan_parquet(intake.blocks)
-    of_part = blocks.group_by("split").agg(events=pl.len(), users=pl.col("user").n_unique()).collect(engine="streaming")
-    of_part = {row["split"]: row for row in of_part.iter_rows(named=True)}
+    counted = blocks.group_by("split").agg(events=pl.len(), users=pl.col("user").n_unique()).collect(engine="streaming")
+    of_part = {row["split"]: row for row in counted.iter_rows(named=True)}
     users, items = (
         blocks.select(name).unique().select(pl.len()).collect(engine="streaming").item() for name in ("user", "item")
     )

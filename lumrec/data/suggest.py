@@ -191,7 +191,7 @@ def _differing(value: Any, default: Any) -> Dict[str, Any]:
         mine, usual = getattr(value, field.name), getattr(default, field.name)
         if mine == usual:
             continue
-        found[field.name] = (
-            _differing(mine, usual if is_dataclass(usual) else type(mine)()) if is_dataclass(mine) else mine
-        )
+        if is_dataclass(mine) and not isinstance(mine, type):
+            mine = _differing(mine, usual if is_dataclass(usual) else type(mine)())
+        found[field.name] = mine
     return found

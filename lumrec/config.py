@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, List, cast, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lumrec.data.prepare import DataConfig
 from lumrec.data.schema import SchemaConfig
@@ -31,6 +30,18 @@ from lumrec.train.pretrain import PretrainConfig
 from lumrec.train.rank import RankConfig
 from lumrec.train.retrieve import RetrieveConfig
 from lumrec.tune import TuneConfig
+from lumrec.typed_yaml import (
+    Text,
+    UnknownKey,
+    built,
+    defaults,
+    dotted,
+    field_types,
+    overlaid,
+    parse,
+    read,
+    section_of,
+)
 from lumrec.warm_up import WarmUpConfig
 
 
@@ -80,12 +91,13 @@ class Config:
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file (None: defaults alone) with `key=value` words over it.
 
-    In a word, key is dotted ("model.dim=64"), and a value that opens with [ or { is read as YAML ("seeds=[0, 1]").
+    In a word, key is dotted ("model.dim=64", 'schema.features."a.b".role=item'), and the value of a list or a mapping
+    is YAML ("seeds=[0, 1]"). Text stays as it is written, in words and in files (lumrec/typed_yaml.py).
     Raises MissingFileError for a missing file, and UserError for broken YAML, a word without "=", an unknown key (it
     names the nearest valid one) and a value of the wrong type.
     """
-    layers = [*(_files(Path(path)) if path is not None else []), ("the command line", _words(overrides))]
-    config = _merged(OmegaConf.structured(Config), layers, origin=str(path or "the command line"))
+    layers = [*(_files(Path(path)) if path is not None else []), *_words(overrides, "the command line")]
+    config = _merged(defaults(Config), layers, origin=str(path or "the command line"))
     if not config.name:
         config = dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")
     return config
@@ -93,23 +105,23 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def with_words(config: Config, words: Sequence[str], *, origin: str) -> Config:
     """`config` with `key=value` words over it; raises as `load` does, naming `origin` as where the words stand."""
-    return _merged(OmegaConf.structured(config), [(origin, _words(words))], origin=origin)
+    return _merged(to_dict(config), _words(words, origin), origin=origin)
 
 
-def _merged(merged: Any, layers: Sequence[tuple[str, Any]], *, origin: str) -> Config:
-    """The layers over what `merged` holds, each over the one before it, as dataclasses."""
-    for name, values in layers:
-        unknown = [key for key, _ in _leaves(values) if not _is_valid(key)]
-        if unknown:
-            raise UserError(f"{name}: unknown key {unknown[0]!r}{_suggestion(unknown[0])}")
+def _merged(values: dict[str, Any], layers: Sequence[tuple[str, Any]], *, origin: str) -> Config:
+    """The layers over plain values, each over the one before it, as dataclasses."""
+    for name, given in layers:
         try:
-            merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{name}: {_explain(error, values)}") from None
+            values = overlaid(Config, values, given)
+        except UnknownKey as error:
+            key = dotted(error.path)
+            raise UserError(f"{name}: unknown key {key!r}{_suggestion(key)}") from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     try:
-        return cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {_explain(error, {})}") from None
+        return cast(Config, built(Config, values))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -117,14 +129,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def to_yaml(config: Any) -> str:
-    """A config as YAML, in the order of declaration; `load` reads it back."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
 def leaves(config: Any) -> dict[str, Any]:
     """A config as a flat dictionary, dotted key → value; lists and empty sections are values."""
-    return dict(_leaves(to_dict(config)))
+    return {dotted(path): value for path, value in _leaves(to_dict(config))}
+
+
+def as_word(value: Any) -> str:
+    """A value of `leaves` as `load` reads it from a word."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
@@ -136,86 +151,70 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
         raise MissingFileError(
             f"no config file {path} (from {Path.cwd()})" + (f"; there are: {', '.join(near)}" if near else "")
         )
-    try:
-        content = OmegaConf.load(path)
-        values = OmegaConf.to_container(content, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, DictConfig) or not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections and keys at the top, got a list")
-    base = values.pop("base", None) or []
+    values = read(path)
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        what = "a list" if isinstance(values, list) else "text"
+        raise UserError(f"{path}: expected sections and keys at the top, got {what}")
+    base = values.pop("base", [])
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: base is {base!r}; expected the name of a YAML file, or a list of names")
-    below = [layer for name in names for layer in _files(path.parent / name, (*above, path.resolve()))]
+    below = [layer for name in names if name for layer in _files(path.parent / name, (*above, path.resolve()))]
     return [*below, (str(path), values)]
 
 
-def _words(words: Sequence[str]) -> dict[str, Any]:
-    """key=value words as nested dictionaries; a scalar stays text, which the field's type then reads."""
-    nested: dict[str, Any] = {}
+_KEY = r'"(?:[^"\\]|\\.)*"|[^."=]+'
+_WORD = re.compile(rf"((?:{_KEY})(?:\.(?:{_KEY}))*)=(.*)", re.DOTALL)
+
+
+def _words(words: Sequence[str], origin: str) -> list[tuple[str, Any]]:
+    """Each key=value word as a layer: (origin, nested mappings)."""
+    layers = []
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not all(key.split(".")):
+        match = _WORD.fullmatch(word)
+        if not match:
             raise UserError(f"got {word!r} on the command line; expected key=value, such as model.dim=64")
-        value: Any = None if text == "null" else text
-        if text[:1] in ("[", "{"):
+        path = tuple(str(parse(part, word)) if part[0] == '"' else part for part in re.findall(_KEY, match[1]))
+        given: Any = Text(match[2])
+        if match[2][:1] in ("[", "{") and _type_at(path) not in (str, int, float, bool):
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
+                given = parse(match[2], word)
+            except UserError:
                 raise UserError(f"{word!r}: the value is not a valid YAML list or mapping") from None
-        *sections, last = key.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"{word!r} contradicts another word, which gives {section!r} a value")
-        place[last] = value
-    return nested
+        for name in reversed(path):
+            given = {name: given}
+        layers.append((origin, given))
+    return layers
 
 
-def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(values, Mapping) and values:
-        for key, value in values.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, values
+        for name, value in values.items():
+            yield from _leaves(value, (*path, name))
+    elif path:
+        yield path, values
 
 
-def _type_at(key: str) -> Any:
-    """The declared type of a dotted key (of an optional section the section's); None where there is no such key."""
+def _type_at(path: Sequence[str]) -> Any:
+    """The declared type of a key; None where there is no such key."""
     kind: Any = Config
-    for part in key.split("."):
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            kind = _fields(kind).get(part)
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
+    for name in path:
+        kind = section_of(kind)
+        if dataclasses.is_dataclass(kind):
+            kind = field_types(kind).get(name)
         else:
-            return None
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
     return kind
-
-
-@functools.cache
-def _fields(kind: Any) -> dict[str, Any]:
-    return {name: _section(hint) for name, hint in get_type_hints(kind).items()}
-
-
-def _section(hint: Any) -> Any:
-    """The dataclass of an optional section; any other type as it is."""
-    sections = [kind for kind in get_args(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
-    return sections[0] if get_origin(hint) is Union and sections else hint
-
-
-def _is_valid(key: str) -> bool:
-    return _type_at(key) is not None
 
 
 def valid_keys() -> list[str]:
     """Every dotted key of a config; "<name>" stands for a name of the user's own (a feature, a table)."""
 
     def walk(kind: Any, prefix: str) -> Iterator[str]:
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            for name, inner in _fields(kind).items():
+        kind = section_of(kind)
+        if dataclasses.is_dataclass(kind):
+            for name, inner in field_types(kind).items():
                 yield from walk(inner, f"{prefix}.{name}" if prefix else name)
         elif get_origin(kind) is dict:
             yield from walk(get_args(kind)[1], f"{prefix}.<name>")
@@ -237,28 +236,3 @@ def _suggestion(key: str) -> str:
     if not near:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     return f"; the nearest valid key is {' or '.join(map(repr, near))}"
-
-
-def _explain(error: Exception, values: Any) -> str:
-    """OmegaConf's complaint in one line: the key, what was got, what was expected."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is not given, and has no default"
-    for key, value in _leaves(values):
-        try:
-            OmegaConf.merge(OmegaConf.structured(Config), _nested(key, value))
-        except (OmegaConfBaseException, TypeError):
-            kind = _type_at(key)
-            expected = str(kind).replace("typing.", "") if get_args(kind) else kind.__name__
-            return f"{key}: got {value!r}, expected {'a section (a mapping of keys)' if _is_section(key) else expected}"
-    return str(error).splitlines()[0]
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return cast("dict[str, Any]", value)
-
-
-def _is_section(key: str) -> bool:
-    kind = _type_at(key)
-    return dataclasses.is_dataclass(kind) or get_origin(kind) is dict

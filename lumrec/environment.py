@@ -18,7 +18,7 @@ from pathlib import Path
 PYTHON = (3, 10), (3, 14)
 # Built against each other: another pairing fails at import with an undefined symbol.
 SET = {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu-cpu": "1.8", "fbgemm-gpu": "1.8"}
-NEEDED = ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "omegaconf", "safetensors", "tqdm")
+NEEDED = ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "pyyaml", "safetensors", "tqdm")
 REPAIR = "run `make setup` (CPU) or `make setup DEVICE=cuda`"
 ANEW = "remove .venv, then " + REPAIR
 

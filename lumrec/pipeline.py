@@ -99,7 +99,7 @@ def make(
     of each stage, in seconds, with those of earlier calls. only: names of those that run now, the others later.
     Raises as `run` does.
     """
-    from lumrec.config import to_yaml
+    from lumrec.typed_yaml import to_yaml
 
     left = pending(stages, overwrite=config.overwrite)
     # All that is to be made anew goes before anything is made: after a kill, no stage that read the old one stands.
@@ -287,15 +287,10 @@ def differences(stage: Stage) -> list[str]:
 
 def stage_words(stage: Stage, base: Config) -> list[str]:
     """key=value words that turn the pipeline's config into the stage's."""
-    from lumrec.config import leaves
+    from lumrec.config import as_word, leaves
 
     before = leaves(base)
-    return [f"{key}={_word(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]
-
-
-def _word(value: Any) -> str:
-    """A value as `config.load` reads it from a word; JSON is the part of YAML that needs no guessing."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [f"{key}={as_word(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]
 
 
 def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lumrec.config import Config, load, to_yaml, valid_keys
+from lumrec.config import Config, load, valid_keys
 from lumrec.train.lum import build_user_encoder
+from lumrec.typed_yaml import to_yaml
 
 
 def message(*words, path=None):
@@ -102,9 +103,9 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
     [
         ("model.dim=wide", "model.dim: got 'wide', expected int"),
         ("pipeline.seeds=3", "pipeline.seeds: got '3', expected List[int]"),
-        ("query.conditions=[1]", "query.conditions: got [1], expected List[Dict[str, str]]"),
+        ("query.conditions=[1]", "query.conditions[0]: got '1', expected a mapping of keys"),
         ("rank.train=4", "rank.train: got '4', expected a section (a mapping of keys)"),
-        ("seed=null", "seed: got None, expected int"),
+        ("seed=null", "seed: got 'null', expected int"),
         ("schema.features.x.kind=id", "schema.features.x.role is not given, and has no default"),
         ("model.dim", "got 'model.dim' on the command line; expected key=value"),
         ("pipeline.seeds=[1", "not a valid YAML list or mapping"),

@@ -57,7 +57,7 @@ def bare(tmp_path):
 
     def build(**given: str) -> Path:
         found = {
-            **dict.fromkeys("torchx numpy polars pyarrow lmdb omegaconf safetensors tqdm".split(), "9.9.9"),
+            **dict.fromkeys("torchx numpy polars pyarrow lmdb pyyaml safetensors tqdm".split(), "9.9.9"),
             **given,
         }
         for name, version in found.items():

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import polars as pl
-from omegaconf import OmegaConf
 
 from lumrec.data.convert import convert
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
@@ -38,6 +37,7 @@ from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
+from lumrec.typed_yaml import to_yaml
 
 DUPLICATES = ("drop", "keep")
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
@@ -173,7 +173,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             "wall_s": round(time.perf_counter() - start, 3),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }
-        (work / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         _publish(work, path)
     print(summary(raw.note, manifest, path, result["wall_s"]), flush=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional  # noqa: UP035 (OmegaConf reads the old spelling on every Python)
+from typing import TYPE_CHECKING, List, Optional  # noqa: UP035 (the spelling of all dataclasses of the config)
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel

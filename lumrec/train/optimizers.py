@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict  # noqa: UP035 (OmegaConf reads the old spelling on every Python)
+from typing import Any, Dict  # noqa: UP035 (the spelling of all dataclasses of the config)
 
 import torch
 from torch import Tensor, nn

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -31,6 +30,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from lumrec.errors import UserError
 from lumrec.train.optimizers import table_shardings
+from lumrec.typed_yaml import overlaid, read
 
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
@@ -62,14 +62,10 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
             f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}{_nearest(sharding, SHARDING_TYPES)}, nor "
             f"a plan file in {Path.cwd()}; '' is the planner's choice"
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    content = read(path)
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds {type(content).__name__}; expected table → sharding type, such as item: row_wise"
-        )
+        what = "a list" if isinstance(content, list) else "nothing" if content is None else "text"
+        raise UserError(f"{path} holds {what}; expected table → sharding type, such as item: row_wise")
     chosen = {}
     for name, entry in content.items():
         if name not in tables:
@@ -95,13 +91,15 @@ def _table_sharding(where: str, entry: Any) -> TableSharding:
         entry = {"sharding": entry}
     if not isinstance(entry, dict) or "sharding" not in entry or not entry.keys() <= {"sharding", "ranks"}:
         raise UserError(f"{where}: got {entry!r}; expected a sharding type, or {{sharding: <type>, ranks: [0, 1, …]}}")
-    kind, ranks = entry["sharding"], entry.get("ranks", [])
+    kind, given = entry["sharding"], entry.get("ranks", [])
     if kind not in SHARDING_TYPES:
         nearest = _nearest(str(kind), SHARDING_TYPES)
         raise UserError(f"{where}: sharding {kind!r} is not one of {', '.join(SHARDING_TYPES)}{nearest}")
-    if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
-        raise UserError(f"{where}: ranks is {ranks!r}; expected a list of ranks, such as [0, 1]")
-    return TableSharding(kind, tuple(ranks))
+    try:
+        ranks = overlaid(list[int], None, given)
+    except UserError:
+        raise UserError(f"{where}: ranks is {given!r}; expected a list of ranks, such as [0, 1]") from None
+    return TableSharding(str(kind), tuple(ranks))
 
 
 def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) -> None:

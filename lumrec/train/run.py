@@ -4,6 +4,7 @@ The truth about a run is in two files: `config.yaml` (written before anything el
 a folder without the latter is an unfinished run, which the same command continues.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -13,21 +14,20 @@ import platform
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-import yaml
-from omegaconf import OmegaConf
 
 from lumrec.errors import UserError
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.files import finite, remove_folder, write_atomically
 from lumrec.train.parallel import rank, world_size
+from lumrec.typed_yaml import defaults, field_types, overlaid, plain, read, section_of, to_yaml
 
 __all__ = ["RunFolder", "best_checkpoint", "config_differences", "on_rank_zero", "run_name"]
 
@@ -124,7 +124,7 @@ class RunFolder:
         else:
             write_atomically(path / "versions.json", json.dumps(_versions(), indent=2) + "\n")
             write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-            write_atomically(config_path, OmegaConf.to_yaml(OmegaConf.create(_plain(config)), resolve=True))
+            write_atomically(config_path, to_yaml(config))
         return finished, resumed
 
     def _take_lock(self) -> None:
@@ -224,17 +224,6 @@ def on_rank_zero(make: Callable[[], Value]) -> Value:
     return outcome[0]
 
 
-def _plain(value: Any) -> Any:
-    """A dataclass as nested dictionaries, lists and plain values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
     """What the config.yaml of the run folder `path` and `config`, a dataclass, do not share for a run of `stage`:
     dotted key → "key: stored → now".
@@ -243,7 +232,7 @@ def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
     of lumrec did not have yet counts as its default.
     """
     ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section != stage)}
-    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    stored = read(path / "config.yaml") or {}
     return {
         key: f"{key}: {old!r} → {new!r}"
         for key, old, new in _changes(stored, config)
@@ -251,23 +240,25 @@ def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
     }
 
 
-def _changes(stored: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, stored, now) of each value that differs."""
-    if is_dataclass(now) and isinstance(stored, Mapping):
-        stored = {**{field.name: _default(field) for field in fields(now)}, **stored}
-        now = {field.name: getattr(now, field.name) for field in fields(now)}
-    if isinstance(stored, Mapping) and isinstance(now, Mapping):
-        for name in sorted({*stored, *now}):
+def _changes(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, stored, now) of each value that differs. kind: the type of the value, None where nobody knows it."""
+    section = type(now) if is_dataclass(now) else section_of(kind)
+    if is_dataclass(section) and isinstance(stored, Mapping):
+        stored = {**dict.fromkeys(field_types(section), "(absent)"), **defaults(section), **stored}
+    if isinstance(stored, Mapping) and (isinstance(now, Mapping) or is_dataclass(now)):
+        values = vars(now) if is_dataclass(now) else now
+        types = (
+            field_types(section) if is_dataclass(section) else dict.fromkeys(values, (*get_args(kind), None, None)[1])
+        )
+        for name in sorted({*stored, *values}):
             part = f"{key}.{name}" if key else str(name)
-            yield from _changes(stored.get(name, "(absent)"), now.get(name, "(absent)"), part)
-    elif stored != _plain(now):
-        yield key, stored, _plain(now)
-
-
-def _default(field: Field[Any]) -> Any:
-    if field.default_factory is not MISSING:
-        return _plain(field.default_factory())
-    return "(absent)" if field.default is MISSING else _plain(field.default)
+            yield from _changes(stored.get(name, "(absent)"), values.get(name, "(absent)"), types.get(name), part)
+        return
+    if kind is not None:
+        with contextlib.suppress(UserError):  # a value of another type differs as it is
+            stored = overlaid(kind, None, stored)
+    if stored != plain(now):
+        yield key, stored, plain(now)
 
 
 def _input_differences(path: Path, inputs: Mapping[str, str]) -> Iterator[str]:

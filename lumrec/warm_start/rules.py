@@ -20,11 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional, cast
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from lumrec.errors import MissingFileError, UserError
+from lumrec.typed_yaml import Text, built, defaults, overlaid, parse, read, to_yaml
 
 MATCHES = ("exact", "prefix", "regex")
 ROWS = ("error", "grow", "remap", "hash")
@@ -114,15 +111,13 @@ def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
         origin = str(path)
         if not path.is_file():
             raise MissingFileError(f"warm_start.rules: there is no file {path} (from {Path.cwd()})")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        content = read(path)
         if not isinstance(content, Mapping):
-            raise UserError(f"{path} holds {type(content).__name__}; expected keys such as rules, unused and fresh")
-        rules = {"folder": str(path.parent), **content}
-    if not isinstance(rules, Rules):
-        rules = _parse(origin, rules)
+            what = "a list" if isinstance(content, list) else "nothing" if content is None else "text"
+            raise UserError(f"{path} holds {what}; expected keys such as rules, unused and fresh")
+        rules = _parse(origin, {"folder": Text(str(path.parent), is_plain=False), **content})
+    elif not isinstance(rules, Rules):
+        rules = _parse(origin, parse(to_yaml(rules), origin))
     for rule in rules.rules:
         _check(f"{origin}, rule {rule.source!r}", rule)
     return rules
@@ -138,9 +133,9 @@ def _parse(origin: str, content: Mapping[str, Any]) -> Rules:
         if "source" not in rule:
             raise UserError(f"{origin}: rule {dict(rule)!r} has no source")
     try:
-        return cast(Rules, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Rules), dict(content))))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from None
+        return cast(Rules, built(Rules, overlaid(Rules, defaults(Rules), content)))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.config import load, to_yaml, with_words
+from lumrec.config import load, with_words
 from lumrec.data.prepare import prepare
 from lumrec.jobs import JobFailed
 from lumrec.pipeline import (
@@ -28,6 +28,7 @@ from lumrec.pipeline import (
 )
 from lumrec.report.page import write_page
 from lumrec.report.table import comparison, rows
+from lumrec.typed_yaml import to_yaml
 
 SHOP = Path(__file__).parents[1] / "data" / "own_log"
 

@@ -58,8 +58,8 @@ def test_a_plan_file_in_yaml_and_json(tmp_path):
         ("t0: {sharding: table_wise, ranks: [0, 1]}", "table_wise lies whole on one rank"),
         ("t0: {sharding: row_wise, ranks: [1]}", "row_wise lies on all ranks"),
         ("t0: {sharding: column_wise, ranks: [0, 1, 0]}", "width 8 does not divide into 3 parts"),
-        ("- row_wise", "holds list; expected table → sharding type"),
-        ("t0: [", "is not valid YAML or JSON"),
+        ("- row_wise", "holds a list; expected table → sharding type"),
+        ("t0: [", "is not valid YAML"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(tmp_path, text, message):

@@ -104,8 +104,8 @@ def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) 
     for key in ("item_id", "user_id") if names else ():
         same = [(pl.col(name).hash().min() == pl.col(name).hash().max()).alias(name) for name in names]
         some = events.filter(pl.col(key).hash() % (num_rows // SHARE_ROWS + 1) == 0)
-        entities = some.group_by(key).agg(pl.len().alias("len of entity"), *same).filter(pl.col("len of entity") > 1)
-        size = pl.col("len of entity")
+        size = pl.col("lumrec.len")
+        entities = some.group_by(key).agg(pl.len().alias("lumrec.len"), *same).filter(size > 1)
         row = entities.select((size.filter(pl.col(name)).sum() / size.sum()).alias(name) for name in names)
         found = row.collect(engine="streaming").row(0, named=True)
         # NaN where no entity has two events

@@ -22,6 +22,8 @@ PORTION_ROWS = 250_000  # events that are dealt out to the blocks at a time
 # What `with_derived_columns` makes for every source, and what of it is known only after the item was shown.
 TIMES_OF_DAY = ("night", "morning", "afternoon", "evening")
 DERIVED_AFTER = ("feedback",)
+# Columns of the work in hand; no feature and no column of a log has a name with this prefix.
+USER, ITEM, BLOCK, PLACE = "lumrec.user", "lumrec.item", "lumrec.block", "lumrec.place"
 QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw": pl.String}
 
 
@@ -216,8 +218,8 @@ def _part_by_users(
 ) -> List[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
     counts = _counts(events, "user_id")
-    users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("user"))
-    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias("item"))
+    users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(USER))
+    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(ITEM))
     no_item = pl.col("item_id").is_in(
         _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"].implode()
     )
@@ -232,10 +234,10 @@ def _part_by_users(
     intake.quarantine.append(bad)
     before = pl.col("events").fill_null(0).cum_sum() - pl.col("events").fill_null(0)
     users = users.join(counts, on="user_id", how="left", maintain_order="left").select(
-        "user_id", "user", (before // BLOCK_ROWS).cast(pl.Int32).alias("block")
+        "user_id", USER, (before // BLOCK_ROWS).cast(pl.Int32).alias(BLOCK)
     )
-    kept = ["block", "user", "item", "time_us", "order", "label"]
-    kept += ["probability"] if "probability" in columns else []
+    kept = [pl.col(BLOCK), pl.col(USER).alias("user"), pl.col(ITEM).alias("item"), pl.col("time_us", "order", "label")]
+    kept += [pl.col("probability")] if "probability" in columns else []
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
     # maintain_order: without it the events that come while the size of the other side is not known yet are held too.
     for catalogue, key in ((items, "item_id"), (users, "user_id")):
@@ -243,7 +245,7 @@ def _part_by_users(
     # Not a sink with pl.PartitionBy: that holds tens of MB for each file which it has open.
     numbers = set()
     for portion in events.select(*kept, *features).collect_batches(chunk_size=PORTION_ROWS, engine="streaming"):
-        for (number,), part in portion.partition_by("block", include_key=False, as_dict=True).items():
+        for (number,), part in portion.partition_by(BLOCK, include_key=False, as_dict=True).items():
             numbers.add(number)
             with open(_part_path(scratch, number), "ab") as file:
                 part.write_ipc_stream(file, compression="lz4")
@@ -281,11 +283,11 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
     is_again = pl.repeat(False, len(block), eager=True)
     if drop_duplicates:
         # Rows that agree stand in one run of (user, time): only the few rows of such runs are compared as a whole.
-        place = pl.int_range(pl.len()).alias("place")
+        place = pl.int_range(pl.len()).alias(PLACE)
         same = (pl.col("user") == pl.col("user").shift()) & (pl.col("time_us") == pl.col("time_us").shift())
         alike = block.with_columns(place).filter(same | same.shift(-1))
         is_again = is_again.scatter(
-            alike.filter(~pl.struct(pl.exclude("order", "place")).is_first_distinct())["place"], True
+            alike.filter(~pl.struct(pl.exclude("order", PLACE)).is_first_distinct())[PLACE], True
         )
     again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
     block = block.filter(~is_again).with_columns((pl.col("time_us") // 1_000_000).alias("timestamp"))

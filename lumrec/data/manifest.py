@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Dict
 
@@ -55,7 +56,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
     if not folder.is_dir():
         raise MissingFileError(
             f"no prepared data at {folder}. Make it: torchx run apps/prepare.py --config <your YAML> "
-            f"runs_dir={folder.parent} run={folder.name}"
+            + shlex.join([f"runs_dir={folder.parent}", f"run={folder.name}"])
         )
     again = "Prepare it again: apps/prepare.py with overwrite=true."
     if not (folder / NAME).is_file():

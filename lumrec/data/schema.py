@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from dataclasses import dataclass, field, replace
-from typing import Dict, List
+from typing import Dict, List, Sequence
+
+from torch import nn
 
 from lumrec.errors import UserError
 
@@ -28,6 +31,8 @@ RESERVED = (
 )
 DENSE_ROLES = ("item", "user", "context")
 EVENT_ROLES = ("condition", "feedback", "context")  # these features are columns of the events
+MOST_NAME = 200  # bytes of a table's name, which names a file: file systems take 255, its ending among them
+_MODULES = nn.ModuleDict()
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,14 @@ class SchemaConfig:
 def validate(schema: SchemaConfig) -> SchemaConfig:
     """The schema with every default filled in (table and column names, tables that only features name).
 
-    Raises UserError for an unknown role or kind, a reserved name, a table that no feature reads, a wish that is no
-    condition, a schema without an item feature.
+    Raises UserError for an unknown role or kind, a name that cannot be one, a table that no feature reads, a wish that
+    is no condition, a schema without an item feature.
     """
     features = {}
-    for name in [*schema.features, *schema.tables]:
-        if not re.fullmatch(r"\w[\w.-]*", name):  # tables become file names
-            raise UserError(f"schema: the name {name!r} is not made of letters, digits, _, - and . alone")
+    for name in schema.features:
+        check_name("schema.features", name, f"; the column keeps its name: column: {name!r}")
+    for name in schema.tables:
+        check_name("schema.tables", name)
     for name, feature in schema.features.items():
         if name in RESERVED:
             raise UserError(
@@ -102,6 +108,7 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
             "schema.features has no feature of role item with a table; declare at least item_id: {role: item}"
         )
     used = list(dict.fromkeys(feature.table for feature in features.values() if feature.table))
+    check_tables(used)
     for table in schema.tables:
         if table not in used:
             raise UserError(f"schema.tables.{table}: no feature reads this table; tables in use: {', '.join(used)}")
@@ -110,6 +117,44 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
         if config.width < 1:
             raise UserError(f"schema.tables.{name}.width: expected a positive number, got {config.width}")
     return SchemaConfig(tables=tables, features=features)
+
+
+def check_name(key: str, name: str, hint: str = "") -> None:
+    """Raises UserError for what cannot name a feature or a table: it becomes a key, a column, a file, a module."""
+    if not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > MOST_NAME:
+        shown = repr(name if len(name) <= 80 else f"{name[:80]}…")
+        raise UserError(
+            f"{key}: got the name {shown}, expected letters, digits, _ and -, at most {MOST_NAME} bytes, and no - in "
+            f"front{hint if len(name) <= 80 else ''}"
+        )
+
+
+def check_tables(names: Sequence[str]) -> None:
+    """Raises UserError for names that tables cannot have, alone or beside one another."""
+    twins: Dict[str, str] = {}
+    for name in names:
+        check_name("the table of a feature", name)
+        if is_taken_by_torch(name):
+            raise UserError(
+                f"a table cannot be called {name!r}, as modules of torch have something of this name: give its "
+                f"features another one, such as table: {name}_table"
+            )
+        other = twins.setdefault(folded(name), name)
+        if other != name:
+            raise UserError(
+                f"the tables {other!r} and {name!r} differ only in case, and the files of their vocabularies would be "
+                f"one on macOS and Windows: give the features of one another name, such as table: {name}_2"
+            )
+
+
+def is_taken_by_torch(name: str) -> bool:
+    """Whether no table can have this name, as nn.Module has an attribute of it (type, values, …)."""
+    return hasattr(_MODULES, name)
+
+
+def folded(name: str) -> str:
+    """The name as file systems compare it that know no case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) -> List[str]:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import polars as pl
 import yaml
 
 from lumrec.data.facts import ColumnFacts
 from lumrec.data.guess import is_code, is_condition, is_known_after, is_time
-from lumrec.data.schema import DENSE_ROLES, RESERVED, FeatureConfig, SchemaConfig, TableConfig
+from lumrec.data.schema import (
+    DENSE_ROLES,
+    RESERVED,
+    FeatureConfig,
+    SchemaConfig,
+    TableConfig,
+    folded,
+    is_taken_by_torch,
+)
+from lumrec.typed_yaml import in_quotes
 
 OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
 MANY = 100  # distinct whole numbers from which on they are taken as quantities
+LONGEST_NAME = 40  # letters of a feature's name
 CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
@@ -24,17 +34,15 @@ DERIVED = ("feedback", "hour", "weekday", "time_of_day")
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One line of the suggested schema: a feature, or None for a column that is left out; and why."""
+    """One line of the suggested schema: a feature, or None for a column that is left out; and why.
+
+    name: of the feature, the column's where that can be a feature's name; given by `suggest`.
+    """
 
     column: str
     feature: Optional[FeatureConfig]
     why: str
-
-    @property
-    def name(self) -> str:
-        """Name of the feature: the column's, where that can be a feature's name."""
-        name = re.sub(r"[^\w.-]", "_", self.column).lstrip(".-") or "column"
-        return f"{name}_of_log" if name in RESERVED else name
+    name: str = ""
 
 
 def suggest(
@@ -73,9 +81,22 @@ def suggest(
         )
     suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
     seen: Dict[str, Suggestion] = {}
-    for suggestion in suggestions:  # a name in two tables is one feature: the item's goes before the user's
-        seen.setdefault(suggestion.name, suggestion)
-    return list(seen.values())
+    for suggestion in suggestions:  # a column of two tables is one feature: the item's goes before the user's
+        seen.setdefault(suggestion.column, suggestion)
+    taken: Set[str] = set()
+    return [replace(suggestion, name=_name(suggestion.column, taken)) for suggestion in seen.values()]
+
+
+def _name(column: str, taken: Set[str]) -> str:
+    """A feature's name made of a column's, which may be anything; unlike all in `taken`, to which it is added."""
+    base = re.sub(r"[^\w-]", "_", column)[:LONGEST_NAME].lstrip("-") or "column"
+    base = f"{base}_of_log" if base in RESERVED or is_taken_by_torch(base) else base
+    name, number = base, 1
+    while folded(name) in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(folded(name))
+    return name
 
 
 def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Suggestion:
@@ -181,7 +202,8 @@ def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Text as a comment can hold it."""
+    return text if text.isprintable() else in_quotes(text)
 
 
 def _differing(value: Any, default: Any) -> Dict[str, Any]:

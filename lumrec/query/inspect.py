@@ -15,6 +15,7 @@ Shape suffixes: N conditions, D width, I catalogue items, k items shown.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple, Sequence
@@ -93,7 +94,9 @@ def run(config: Config) -> dict[str, float | str]:
     lums = find_lums(config, data)
     if not settings.user:
         some = data.user_keys()[0]
-        raise UserError(f"no user is given; expected inspect.user=<raw key>, such as inspect.user={some}")
+        raise UserError(
+            f"no user is given; expected inspect.user=<raw key>, such as {shlex.quote(f'inspect.user={some}')}"
+        )
     user = int(user_rows(data, [settings.user])[0])
     lum = lums[int(user_fold([settings.user], len(lums))[0])]
     model = lum.trained.model

@@ -104,11 +104,14 @@ def decode_records(record_B: np.ndarray) -> np.ndarray:
 
 
 def user_key_bytes(key: str) -> bytes:
-    """The LMDB key of a raw user key. LMDB takes 1 … 511 bytes, so a very long one is stored by its SHA-256."""
-    raw = key.encode()
+    """The LMDB key of a raw user key. LMDB takes 1 … 511 bytes, so a very long one is stored by its SHA-256.
+
+    Half a surrogate pair, which no log can hold and JSON can, gives a key that no user has.
+    """
+    raw = key.encode(errors="surrogatepass")
     return b"u" + raw if len(raw) <= 256 else b"h" + hashlib.sha256(raw).digest()
 
 
 def user_digest(key: str) -> str:
     """SHA-256 of a raw user key in hexadecimal: how a forgotten user is remembered."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()

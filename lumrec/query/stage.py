@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
         fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
         raise MissingFileError(
             f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py --config <your config> "
-            f"run={name}{fold}"
+            f"{shlex.quote(f'run={name}')}{fold}"
         )
     checkpoint = best_checkpoint(folder)
     if not check_lum_fits(name, checkpoint, data):

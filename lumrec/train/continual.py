@@ -11,6 +11,7 @@ the same gradient, and the table behind zero columns is drawn at random.
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -175,7 +176,7 @@ def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) ->
             raise UserError(
                 f"the rows of {data.path} are not those of {prepared}, which {earlier.run} was trained on: table "
                 f"{table!r} has {len(moved):,} of {len(before[table]):,} values elsewhere ({key!r} was row {row}, now "
-                f"it has {place}). Prepare this log with data.vocabulary_from={prepared.name}"
+                f"it has {place}). Prepare this log with " + shlex.quote(f"data.vocabulary_from={prepared.name}")
             )
 
 

@@ -1,5 +1,6 @@
 """A LUM from its config and the prepared data, and a trained one from its run folder."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def load_lum(
     if not (folder / "result.json").exists():
         raise MissingFileError(
             f"there is no finished LUM in {folder}; make it with: "
-            f"torchx run apps/pretrain.py --config <your config> run={run}"
+            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}"
         )
     trained = load(folder / "config.yaml", [])
     model, builder = build_lum(trained.model, data)

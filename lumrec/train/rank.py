@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,7 @@ def lum_folder(config: "Config") -> Path:
     if not (folder / "result.json").exists():
         raise MissingFileError(
             f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
-            f"torchx run apps/pretrain.py --config <your config> run={run}; or train with rank.tables=fresh"
+            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with rank.tables=fresh"
         )
     return folder
 

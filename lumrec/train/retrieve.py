@@ -1,6 +1,7 @@
 """Step 3 for retrieval: a two-tower model on the log, without or with what the LUM knows (LUM sections 3 and 4.3)."""
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -233,6 +234,11 @@ def _exact(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets, ks:
     return {name: value / num_users for name, value in sums.items()} | {"retrieval_users": float(num_users)}
 
 
+def _in_key(value: str) -> str:
+    """A raw value as a part of a metric's name, in quotes where it could be taken for more than a value."""
+    return value if value.isprintable() and not set(value) & set(',=/"') else json.dumps(value)
+
+
 def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets, ks: List[int]) -> dict[str, float]:
     """{"lum/feedback=like/hr@10": …, …}: retrieval by o · e of the stored answers themselves, for each condition.
 
@@ -241,7 +247,7 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
     answers = knowledge.for_rows(targets.row_B.numpy())
     result: dict[str, float] = {}
     for place, condition in enumerate(knowledge.conditions):
-        name = ",".join(f"{feature}={value}" for feature, value in condition.items()) or "no condition"
+        name = ",".join(f"{feature}={_in_key(value)}" for feature, value in condition.items()) or "no condition"
         sums: dict[str, float] = dict.fromkeys(metric_sums(torch.zeros(0, dtype=torch.int64), ks), 0.0)
         for fold in range(knowledge.num_folds):
             theirs = answers.fold_B == fold

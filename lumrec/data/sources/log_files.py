@@ -9,11 +9,12 @@ import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars import selectors
 
 from lumrec.data.sources.raw_log import DataSetMissing, first_reason
 from lumrec.errors import UserError
@@ -120,10 +121,15 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
             f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
         )
     schema, origin = _common_schema(parts)
+    names = readable(list(schema))
     lacking = {column: part.file for part in reversed(parts) for column in schema if column not in part.schema}
     for column, file in lacking.items():
         log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, file)
-    frame = _scan(parts, schema)
+    frame = _scan(parts, schema, names)
+    schema, origin, lacking = pl.Schema(_renamed(schema, names)), _renamed(origin, names), _renamed(lacking, names)
+    for column, new in names.items():
+        if new != column:
+            log.warning("%s: column %r is read as %r", name, column, new)
     if format == "Parquet":
         frame, schema = _parquet_columns(frame, schema)
     else:
@@ -274,8 +280,30 @@ def _has_bytes(kind: pl.DataType) -> bool:
     return kind == pl.Binary
 
 
-def _scan(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
-    """All rows of all files with the common types, and their numbers; files in a row that agree are one scan."""
+def readable(names: Sequence[str]) -> Dict[str, str]:
+    """Each name of a column → the name that it is read by.
+
+    polars takes "*" and "^…$" for patterns, and no name means the default in a config: these get a _ in front.
+    """
+    new: Dict[str, str] = {}
+    for name in names:
+        new[name] = name
+        while not new[name] or new[name] == "*" or (new[name][0] == "^" and new[name][-1] == "$"):
+            new[name] = f"_{new[name]}"
+        while new[name] != name and new[name] in names:
+            new[name] = f"_{new[name]}"
+    return new
+
+
+def _renamed(columns: Mapping[str, Any], names: Dict[str, str]) -> Dict[str, Any]:
+    return {names[name]: value for name, value in columns.items()}
+
+
+def _scan(parts: Sequence[Part], schema: pl.Schema, names: Dict[str, str]) -> pl.LazyFrame:
+    """All rows of all files with the common types, and their numbers; files in a row that agree are one scan.
+
+    names: what each column is to be called.
+    """
     frames, first = [], 0
     for kinds, group in itertools.groupby(parts, key=lambda part: tuple(part.schema.items())):
         same, own = list(group), dict(kinds)
@@ -283,7 +311,7 @@ def _scan(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
         files = [part.parquet for part in same]
         frame = pl.scan_parquet(files, glob=False, hive_partitioning=False, **numbered)  # type: ignore[arg-type]
         first += sum(part.num_rows for part in same)
-        columns = [_widened(name, own.get(name), kind) for name, kind in schema.items()]
+        columns = [_widened(name, own.get(name), kind).alias(names[name]) for name, kind in schema.items()]
         frames.append(frame.select(pl.col(ROW).cast(pl.Int64), *columns))
     return pl.concat(frames) if len(frames) > 1 else frames[0]
 
@@ -291,13 +319,13 @@ def _scan(parts: Sequence[Part], schema: pl.Schema) -> pl.LazyFrame:
 def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr:
     """A column of one file in the common type; null where the file lacks it."""
     if own is None:
-        return pl.lit(None, common).alias(name)
-    column = pl.col(name)
+        return pl.lit(None, common)
+    column = selectors.by_name(name).as_expr()  # pl.col would take some names for patterns
     if isinstance(own, pl.Datetime) and isinstance(common, pl.Datetime) and own.time_zone != common.time_zone:
         zone = common.time_zone
         column = column.dt.convert_time_zone(zone) if own.time_zone and zone else column.dt.replace_time_zone(zone)
     elif own == pl.Date and isinstance(common, pl.Datetime):
-        return column.cast(pl.Datetime("us")).dt.replace_time_zone(common.time_zone).alias(name)
+        return column.cast(pl.Datetime("us")).dt.replace_time_zone(common.time_zone)
     return column if own == common else column.cast(common)
 
 

@@ -243,7 +243,8 @@ def lum_folder(config: "Config") -> Path:
     if not (folder / "result.json").exists():
         raise MissingFileError(
             f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
-            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with rank.tables=fresh"
+            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with "
+            "rank.tables=fresh"
         )
     return folder
 

@@ -434,7 +434,7 @@ def test_folders_globs_and_single_names(write: Callable, scratch: Path, tmp_path
     assert load(config, ["data.log.events=[a.csv, b.csv]"]).data.log.events == ["a.csv", "b.csv"]
     assert load(None, ["data.log.events=x.csv"]).data.log.events == "x.csv"
     with pytest.raises(ValueError, match="data.log.events: got"):
-        load(None, ["data.log.events=[1]"])
+        load(None, ["data.log.events={a: b}"])
 
 
 def test_reading_twice_gives_the_same(write: Callable, scratch: Path, tmp_path: Path):

@@ -74,7 +74,7 @@ def convert(
     drawn = negatives and NegativeRows(negatives, catalogues["item"].count_N, intake.users["user_id"])
     for part, path in enumerate(intake.blocks):
         block = pl.read_parquet(path)
-        kept = block.select(pl.col("user", "item", "timestamp", "order", "label", "split"), pl.col("^probability$"))
+        kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
         encoded = encode_features({name: block[name] for name in features}, features, vocabularies, moments, unknown)
         write(kept.with_columns(encoded), folder / "events" / f"part-{part:05d}.parquet")
         if drawn:
@@ -85,6 +85,7 @@ def convert(
     left_out = count_reasons(intake.quarantine)
     counts = count(intake, catalogues, left_out)
     facts = _facts(folder / "events", len(catalogues["item"].frame))
+    facts["same_moment_share"] = intake.num_with_earlier / intake.num_events
     if drawn:
         check_features_of_the_moment(schema, folder / "events")
         counts["negatives"] = drawn.num_rows
@@ -95,6 +96,7 @@ def convert(
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
         "scales": {name: one.facts() for name, one in moments.items()},
         "absolute_time": raw.absolute_time,
+        "has_clock": raw.has_clock,
         "unknown_values": unknown,
         "quarantine": left_out,
     }
@@ -112,7 +114,10 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) 
         user_E = block["user"].to_numpy()
         first, last = int(user_E[0]), int(user_E[-1]) + 1
         offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
-        split_E = assign(split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts)
+        before_E = np.arange(len(block)) - block["rows_back"].to_numpy()
+        split_E = assign(
+            split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts, before_E=before_E
+        )
         is_train_E = split_E == TRAIN
         item_N += np.bincount(block["item"].to_numpy()[is_train_E], minlength=len(item_N))
         user_N[first:last] += np.bincount(user_E[is_train_E] - first, minlength=last - first)

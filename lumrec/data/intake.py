@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from lumrec.data.moments import first_of_moment
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
-from lumrec.data.sources.raw_log import RawLog, first_reason
+from lumrec.data.sources.raw_log import SHOWN_WITH, RawLog, first_reason
 from lumrec.errors import UserError
 
 BLOCK_ROWS = 2_000_000  # events of the users that are sorted together: bounds the memory
@@ -24,6 +26,7 @@ TIMES_OF_DAY = ("night", "morning", "afternoon", "evening")
 DERIVED_AFTER = ("feedback",)
 # Columns of the work in hand; no feature and no column of a log has a name with this prefix.
 USER, ITEM, BLOCK, PLACE = "lumrec.user", "lumrec.item", "lumrec.block", "lumrec.place"
+OPTIONAL = ("probability", SHOWN_WITH)  # columns of events that only some sources have
 QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw": pl.String}
 
 
@@ -33,8 +36,10 @@ class Intake:
 
     items, users: the catalogues in memory (item_id or user_id, feature columns, title); a row's number is its index,
     users are in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32),
-    timestamp (i64, seconds), order, label, the raw values of each feature by its name. quarantine: Parquet files of
-    rows left out. num_read: events read; num_events: those in the blocks.
+    timestamp (i64, seconds), rows_back (u32, how many rows before each its moment begins; lumrec/data/moments.py),
+    order, label, the raw values of each feature by its name. quarantine: Parquet files of rows left out. num_read:
+    events read; num_events: those in the blocks; num_with_earlier: those of them whose moment begins before them;
+    num_by_themselves: those without a value of data.request, where there is one.
     """
 
     items: pl.DataFrame
@@ -43,6 +48,8 @@ class Intake:
     quarantine: List[Path] = field(default_factory=list)
     num_read: int = 0
     num_events: int = 0
+    num_with_earlier: int = 0
+    num_by_themselves: int = 0
 
 
 def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_duplicates: bool, scratch: Path) -> Intake:
@@ -66,6 +73,10 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     landed.unlink()
     for path in parted:
         block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates)
+        if SHOWN_WITH in block.columns:
+            intake.num_by_themselves += block[SHOWN_WITH].null_count()
+        block = with_moments(block, has_clock=raw.has_clock)
+        intake.num_with_earlier += int((block["rows_back"] > 0).sum())
         intake.quarantine.append(_written(_quarantined(_with_keys(again, intake)), path.with_suffix(".again.parquet")))
         intake.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
         intake.num_events += len(block)
@@ -132,7 +143,8 @@ def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> Lis
             check_columns(features, f"{role}s", frame.collect_schema().names())
     check_columns(of_roles(schema, EVENT_ROLES), "events", names.names())
     _check_kinds(wanted, names)
-    columns = ["user_id", "item_id", "time_us", "order", "label", *(["probability"] if "probability" in names else [])]
+    columns = ["user_id", "item_id", "time_us", "order", "label"]
+    columns += [name for name in OPTIONAL if name in names]
     return list(dict.fromkeys([*columns, *(feature.column for feature in wanted.values())]))
 
 
@@ -237,7 +249,7 @@ def _part_by_users(
         "user_id", USER, (before // BLOCK_ROWS).cast(pl.Int32).alias(BLOCK)
     )
     kept = [pl.col(BLOCK), pl.col(USER).alias("user"), pl.col(ITEM).alias("item"), pl.col("time_us", "order", "label")]
-    kept += [pl.col("probability")] if "probability" in columns else []
+    kept += [pl.col(name) for name in OPTIONAL if name in columns]
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
     # maintain_order: without it the events that come while the size of the other side is not known yet are held too.
     for catalogue, key in ((items, "item_id"), (users, "user_id")):
@@ -290,8 +302,22 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
             alike.filter(~pl.struct(pl.exclude("order", PLACE)).is_first_distinct())[PLACE], True
         )
     again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
-    block = block.filter(~is_again).with_columns((pl.col("time_us") // 1_000_000).alias("timestamp"))
-    return block.drop("time_us"), again
+    return block.filter(~is_again), again
+
+
+def with_moments(block: pl.DataFrame, *, has_clock: bool) -> pl.DataFrame:
+    """A sorted block with `rows_back` and, in place of time_us, `timestamp` in seconds; the requests are used up.
+
+    Without a clock every event is a moment of its own, in the order of the log.
+    """
+    timestamp = (pl.col("time_us") // 1_000_000).alias("timestamp")
+    back_E = np.zeros(len(block), np.uint32)
+    if has_clock:
+        user_E, time_E = block["user"].to_numpy(), block["time_us"].to_numpy()
+        request_E = block[SHOWN_WITH] if SHOWN_WITH in block.columns else None
+        back_E = (np.arange(len(block)) - first_of_moment(user_E, time_E, request_E)).astype(np.uint32)
+    block = block.with_columns(timestamp, pl.Series("rows_back", back_E))
+    return block.drop("time_us", SHOWN_WITH, strict=False)
 
 
 def _gathered(column: pl.Series, order: pl.Series) -> pl.Series:

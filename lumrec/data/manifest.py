@@ -14,7 +14,7 @@ from typing import Any, Dict
 
 from lumrec.errors import MissingFileError, UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAME = "manifest.json"
 UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; these hold times and paths
 

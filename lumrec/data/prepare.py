@@ -275,6 +275,7 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]
     lines += [f"    {count:,} {reason}" for reason, count in manifest["quarantine"].items()]
+    lines.append(f"  {same_moment(facts['same_moment_share'], has_clock=manifest['has_clock'])}")
     if "vocabulary_from" in manifest:
         tables = manifest["vocabulary_from"]["tables"].items()
         told = "; ".join(f"{table} {rows['taken']:,} taken, {rows['new']:,} new" for table, rows in tables)
@@ -296,6 +297,18 @@ def warnings(manifest: Dict[str, Any]) -> List[str]:
     """What of a prepared folder makes figures misleading, a sentence each."""
     split = SplitConfig(**manifest["split"])
     return split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
+
+
+def same_moment(share: float, *, has_clock: bool) -> str:
+    """What follows for rankers from the share of rows that share their moment with an earlier row, in one line."""
+    if not has_clock:
+        return "the log has no clock: every row sees the rows of its user before it, in the order of the log"
+    if not share:
+        return "no two rows of a user have the same time: every row sees all rows of its user before it"
+    return (
+        f"{share:.1%} of the rows have the time of an earlier row of the same user: they do not see it, nor its "
+        "feedback, as both may have been shown together"
+    )
 
 
 def _plain_split(split: SplitConfig) -> Dict[str, Any]:

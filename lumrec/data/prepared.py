@@ -47,6 +47,8 @@ class PreparedData:
     num_users, num_items, num_events. num_rows: events and drawn rows.
     user_offsets: i64 [U + 1], events of user u are user_offsets[u]:user_offsets[u + 1], maybe none.
     user, item, timestamp (seconds), order (row of the original log): i64 [E]. label: f32 [E]. split: i8 [E].
+    before: i64 [E], first row of each event's moment (lumrec/data/moments.py): the event sees its user's rows up to
+    there, without that one, and its own time is timestamp[before].
     probability: f32 [E], the true P(label = 1) of a simulated log, else None.
     event_columns, item_columns, user_columns: feature name to `Column`, indexed by event, item, user.
     dense: name of each dense feature to its scaled numbers, f32, indexed by item, user or event after its role.
@@ -77,6 +79,7 @@ class PreparedData:
         self.label = _array(events, "label", np.float32)
         self.split = _array(events, "split", np.int8)
         self.probability = _array(events, "probability", np.float32) if "probability" in events.columns else None
+        self.before = np.arange(self.num_events) - _array(events, "rows_back", np.int64)
         self.user_offsets = np.searchsorted(self.user, np.arange(self.num_users + 1)).astype(np.int64)
         self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
         event_features = [name for role in EVENT_ROLES for name in features_by_role(self.schema, role)]

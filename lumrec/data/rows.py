@@ -42,23 +42,24 @@ class RowTokens(NamedTuple):
 def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Sequence[float] = ()) -> np.ndarray:
     """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
 
-    window: shares of the training part by time: the rows after the first and until the second; () = all.
+    window: shares of the training part by time: the rows after the first and until the second; () = all. A row's time
+    is that of its moment.
     Raises UserError where that leaves none, and for a window that is none.
     """
-    is_training = data.split == TRAIN
+    is_training, time_E = data.split == TRAIN, data.timestamp[data.before]
     if window:
-        after, until = _moments(data, window)
-        is_training &= (data.timestamp > after) & (data.timestamp <= until)
+        after, until = _bounds_of(data, window)
+        is_training &= (time_E > after) & (time_E <= until)
         logger.info("rows in the window %s of the training part: %s", list(window), f"{is_training.sum():,}")
     if knowledge is not None and knowledge.learnt_until is not None:
-        is_training &= data.timestamp > knowledge.learnt_until
+        is_training &= time_E > knowledge.learnt_until
         logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
         if not is_training.any():
             raise UserError("the LUM has learnt from all training rows: lower pretrain.time_share")
     return np.flatnonzero(is_training)
 
 
-def _moments(data: PreparedData, window: Sequence[float]) -> tuple[float, float]:
+def _bounds_of(data: PreparedData, window: Sequence[float]) -> tuple[float, float]:
     if len(window) != 2 or not 0.0 <= window[0] < window[1] <= 1.0:
         raise UserError(f"rank.time_window is {list(window)}; expected two shares, such as [0.75, 1]")
     if not data.absolute_time:
@@ -73,7 +74,8 @@ class RowBuilder:
     """Makes batches out of rows (events of the prepared data) for a ranker that reads the given features.
 
     features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
-    row_features: of the user, or of the event itself (context). max_history: events before the row at most; 0 = none.
+    row_features: of the user, or of the event itself (context). max_history: events before the row's moment
+    (lumrec/data/moments.py) at most; 0 = none.
     statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has for some rankers alone
     (Ranker.reads). category: the item feature whose first value is an item's category; "" = the first multi-valued one.
 
@@ -109,7 +111,7 @@ class RowBuilder:
         if self.reads & {"category_U", "category_count_T"}:
             self.category_I = _categories(data, category)
         if "category_count_T" in self.reads:
-            self.category_count_E = _earlier_of_category(data.user, self.category_I[data.item])
+            self.category_count_E = _earlier_of_category(data.user, self.category_I[data.item], data.before)
         self._scratch = threading.local()
 
     def batch(self, rows: np.ndarray) -> RankBatch:
@@ -141,9 +143,10 @@ class RowBuilder:
 
     def tokens(self, rows: np.ndarray, items_C: np.ndarray) -> RowTokens:
         """Tokens of the rows' histories and of some catalogue items (int64 [C]), each once, and the rows' own bags."""
-        begin_B = np.maximum(self.first_E[rows], rows - self.max_history)
-        offsets_B1 = np.concatenate([[0], np.cumsum(rows - begin_B)])
-        history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(rows - begin_B)).numpy()
+        end_B = self.data.before[rows]
+        begin_B = np.maximum(self.first_E[rows], end_B - self.max_history)
+        offsets_B1 = np.concatenate([[0], np.cumsum(end_B - begin_B)])
+        history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(end_B - begin_B)).numpy()
         ids = np.concatenate([self.token_E[history_events_T], len(self.event_of_pair) + items_C])
         token_U, place = self._unique(ids)
         return RowTokens(
@@ -167,7 +170,8 @@ class RowBuilder:
             if "category_U" in self.reads:
                 extras["category_U"] = torch.from_numpy(self.category_I[item_U])
         if "age_T" in self.reads:
-            age_T = np.repeat(data.timestamp[rows], np.diff(offsets_B1)) - data.timestamp[history_events_T]
+            asked_at_B = data.timestamp[data.before[rows]]
+            age_T = np.repeat(asked_at_B, np.diff(offsets_B1)) - data.timestamp[history_events_T]
             extras["age_T"] = torch.from_numpy(age_T.astype(np.float32))
         if "category_count_T" in self.reads:
             extras["category_count_T"] = torch.from_numpy(self.category_count_E[history_events_T])
@@ -344,12 +348,19 @@ def _categories(data: PreparedData, name: str) -> np.ndarray:
     return with_padding[np.where(first_I < end_I, first_I, len(with_padding) - 1)]
 
 
-def _earlier_of_category(user_E: np.ndarray, category_E: np.ndarray) -> np.ndarray:
-    """How many events of its category each event's user had before it, int64 [E]; events are sorted by user, time."""
+def _earlier_of_category(user_E: np.ndarray, category_E: np.ndarray, before_E: np.ndarray) -> np.ndarray:
+    """How many events of its category each event's user had before its moment, int64 [E]; see lumrec/data/moments.py.
+
+    >>> _earlier_of_category(np.array([0, 0, 0, 1]), np.array([7, 7, 7, 7]), np.array([0, 1, 1, 3])).tolist()
+    [0, 1, 1, 0]
+    """
     order_E = np.lexsort([category_E, user_E])  # stable: by time within a user's category
     is_first_E = np.ones(len(order_E), bool)
     is_first_E[1:] = (np.diff(user_E[order_E]) != 0) | (np.diff(category_E[order_E]) != 0)
-    first_E = np.maximum.accumulate(np.where(is_first_E, np.arange(len(order_E)), 0))
+    run_E = np.cumsum(is_first_E) - 1  # number of the user's category, in that order
+    # The rows of a run ascend, and each run is kept apart by its number.
+    key_E = run_E * len(order_E) + order_E
     count_E = np.empty(len(order_E), np.int64)
-    count_E[order_E] = np.arange(len(order_E)) - first_E
+    end_E = np.searchsorted(key_E, run_E * len(order_E) + before_E[order_E])
+    count_E[order_E] = end_E - np.flatnonzero(is_first_E)[run_E]
     return count_E

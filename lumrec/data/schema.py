@@ -27,7 +27,7 @@ SCALES = ("log", "standard", "none")
 # columns of the prepared folder that are not features
 RESERVED = (
     *("user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key"),
-    *("time_us", "block"),
+    *("time_us", "block", "rows_back"),
 )
 DENSE_ROLES = ("item", "user", "context")
 EVENT_ROLES = ("condition", "feedback", "context")  # these features are columns of the events

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
 from lumrec.errors import UserError
@@ -110,23 +111,45 @@ def deal(cost_W: Tensor, step_W: Tensor, num_ranks: int) -> Tensor:
 
 
 class AnsweringWindows(NamedTuple):
-    """windows, and the moments that each answers: first_W ≤ moment < last_W, counted in events from its start.
+    """windows, and where in each of them answers are asked for.
 
-    A moment is the number of events of its window that a query sees; moment m of a window is the row start + m.
+    answers_W: int64, how many each window gives. seen_R: int64 [R], how many events of its window each answer sees, in
+    ascending order within a window, windows in order. What is seen ends before the row start + seen.
     """
 
     windows: Windows
-    first_W: Tensor
-    last_W: Tensor
+    answers_W: Tensor
+    seen_R: Tensor
+
+    @property
+    def window_R(self) -> Tensor:
+        """The window of each answer (int64 [R])."""
+        return torch.repeat_interleave(torch.arange(self.windows.count), self.answers_W)
+
+    @property
+    def row_R(self) -> Tensor:
+        """The row before which each answer's history ends (int64 [R])."""
+        return self.windows.start_W[self.window_R] + self.seen_R
+
+    def take(self, index_W: Tensor) -> "AnsweringWindows":
+        """The windows `index_W`, in that order, with their answers."""
+        first_W = self.answers_W.cumsum(0) - self.answers_W
+        answers_R = expand_ranges(first_W[index_W], self.answers_W[index_W])
+        return AnsweringWindows(self.windows[index_W], self.answers_W[index_W], self.seen_R[answers_R])
+
+
+def behind(windows: Windows) -> AnsweringWindows:
+    """One answer for each window, behind its last event."""
+    return AnsweringWindows(windows, torch.ones_like(windows.length_W), windows.length_W)
 
 
 def answering_windows(
     start_U: Tensor, length_U: Tensor, user_U: Tensor, *, max_events: int, stride: int
 ) -> AnsweringWindows:
-    """Windows in which each of a user's first `length` events is asked for exactly once, with the history before it.
+    """Windows in which an answer before each of a user's first `length` events is asked for exactly once.
 
     A user with up to max_events is one window. A longer one is covered by windows that begin every `stride` events and
-    answer only moments with at least max_events - stride events before them::
+    answer only where at least max_events - stride events are seen::
 
         max_events 4, stride 2     events  0 1 2 3 4 5 6
         window 0                           a a a a
@@ -144,4 +167,5 @@ def answering_windows(
     begin_W = number_W * stride
     length_W = torch.minimum(length_U[index_W] - begin_W, torch.tensor(max_events))
     first_W = torch.where(number_W == 0, 0, max_events - stride)
-    return AnsweringWindows(Windows(start_U[index_W] + begin_W, length_W, user_U[index_W]), first_W, length_W)
+    windows = Windows(start_U[index_W] + begin_W, length_W, user_U[index_W])
+    return AnsweringWindows(windows, length_W - first_W, expand_ranges(first_W, length_W - first_W))

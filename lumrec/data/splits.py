@@ -1,9 +1,10 @@
 """Which part of the log each event belongs to, and which fold each user belongs to.
 
-temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events
+temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events; no cut
+                                                     parts a moment (lumrec/data/moments.py)
 leave_one_out     user a: t t t t t t t t v s        the last event, the one before it, the rest
 user              user a: t t t t t   user b: s s s  whole users, by a seeded hash of the user's key (DIN's protocol)
-time              t t t t t t t t | v v | s s s      one clock for all users: what is before a moment trains
+time              t t t t t t t t | v v | s s s      one clock for all users: what begins before a moment trains
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import List, Optional, Sequence
 import numpy as np
 import polars as pl
 
+from lumrec.data.moments import inseparable
 from lumrec.errors import UserError
 
 TRAIN, VALID, TEST = 0, 1, 2
@@ -136,11 +138,15 @@ def assign(
     offsets: np.ndarray,
     timestamp_E: Optional[np.ndarray] = None,
     cuts: Optional[np.ndarray] = None,
+    *,
+    before_E: Optional[np.ndarray] = None,
 ) -> np.ndarray:
     """Part of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and, within the user, by time.
 
     user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1]. timestamp_E
-    (seconds) and cuts (see `cut_times`) are read by the time split alone: an event at a cut is behind it.
+    (seconds) and cuts (see `cut_times`) are read by the time split alone: an event at a cut is behind it. before_E:
+    where the moment of each event begins (lumrec/data/moments.py; by default each event is one): temporal and time go
+    by the first event of a moment for all of it. leave_one_out keeps the published protocol, the order of the log.
     Labels, feedback and items are no input, so that they cannot move an event.
 
     Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, those up to ceil(0.9 n)
@@ -152,9 +158,10 @@ def assign(
     """
     fractions = check_split(config)
     counts_U = np.diff(offsets)
+    first_E = np.arange(offsets[-1]) if before_E is None else inseparable(before_E)
     if config.kind == "time":
         assert timestamp_E is not None and cuts is not None
-        return np.searchsorted(cuts, timestamp_E, side="right").astype(np.int8)
+        return np.searchsorted(cuts, timestamp_E[first_E], side="right").astype(np.int8)
     if config.kind == "user":
         share_U = _hash(user_keys, config.seed).astype(np.float64) / 2.0**64
         if config.rotation:
@@ -170,6 +177,8 @@ def assign(
         valid_from_U = np.ceil(counts_U * fractions[0] - 1e-9).astype(np.int64)
         test_from_U = np.ceil(counts_U * (fractions[0] + fractions[1]) - 1e-9).astype(np.int64)
     place_E = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts_U)
+    if config.kind == "temporal":
+        place_E = place_E[first_E]
     return (place_E >= np.repeat(valid_from_U, counts_U)).astype(np.int8) + (
         place_E >= np.repeat(test_from_U, counts_U)
     ).astype(np.int8)

@@ -4,7 +4,8 @@
     rows        c1 i1 c2 i2 c3 i3              one pass for all rows of a window: row 2 is asked with event 1 alone,
                       a b   a b                row 3 with events 1 and 2, as it would have been asked at that time
 
-A query never sees another query, the event that it asks for, or a later one. Row 1 has no history and is not asked.
+A query never sees another query, or an event of the moment that it asks for or of a later one. Rows of one moment
+(lumrec/data/moments.py) share one answer. Rows of a user's first moment have no history and are not asked.
 
 From nothing to the ten best items for two users, each asked twice (`load_lum` gives a trained LUM):
 
@@ -27,7 +28,7 @@ A request brings conditions of its own; `ask` takes raw user keys:
 >>> query.ask(["3", "7"], [{"category": "top 2"}, {"feedback": "like"}]).shape
 torch.Size([2, 3, 64])
 
-Shape suffixes: B users, R answers (moments asked), N conditions, D width, I catalogue items, W windows.
+Shape suffixes: B users, R answers (moments asked), E event rows, N conditions, D width, I catalogue items, W windows.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from lumrec.data.columns import expand_ranges
 from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows
+from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows, behind
 from lumrec.errors import UserError
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, expand
 
@@ -126,7 +127,7 @@ class GroupQuery:
         else:
             windows = serving_windows(self.data, user_rows(self.data, users), max_events=self.max_events).windows
         asked = self._of_request(windows.count, conditions, unknown_as_zero)
-        return self._answer_all(AnsweringWindows(windows, windows.length_W, windows.length_W + 1), asked, asked_at_B)
+        return self._answer_all(behind(windows), asked, asked_at_B)
 
     def _of_request(self, num_histories: int, conditions: Sequence[Any], unknown_as_zero: bool) -> Conditions:
         data, features = self.data, self.builder.condition_features
@@ -143,19 +144,20 @@ class GroupQuery:
         return Conditions(data, features, slots, num_histories=num_histories, unknown_as_zero=unknown_as_zero)
 
     def rows(self, user_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Every event row of these users but each one's first (int64 [R]) and its answers, o_RND.
+        """Every event row of these users but those of each one's first moment (int64 [E]), and its answers, o_END.
 
-        Each row is asked with the events before it, see `row_windows`.
+        Each row is asked with the events before its moment, see `row_windows`.
         """
         answering = row_windows(self.data, user_B, max_events=self.max_events, stride=self.stride)
-        return asked_rows(answering), self._answer_all(answering, self.asked)
+        row_E, answer_E = answered_rows(self.data, answering)
+        return row_E, self._answer_all(answering, self.asked)[answer_E]
 
     def items(self) -> Tensor:
         """Every catalogue item as the LUM sees it, e_ID (float32), to be matched with answers by a dot product."""
         return encode_items(self.model, self.builder)
 
     def answer(self, answering: AnsweringWindows) -> Tensor:
-        """One forward pass: the answers of these windows' moments, in order, o_RND. No window at all is allowed.
+        """One forward pass: the answers of these windows, in order, o_RND. No window at all is allowed.
 
         Under DMP every rank has to call this equally often, with nothing to ask where it has run out of windows.
         """
@@ -165,12 +167,12 @@ class GroupQuery:
     def _answer(
         self, answering: AnsweringWindows, asked: Conditions, number_W: Tensor, asked_at_W: Tensor | None = None
     ) -> Tensor:
-        window_R, moment_R = asked_moments(answering)
+        window_R, seen_R = answering.window_R, answering.seen_R
         window_Q = window_R.repeat_interleave(asked.count)
         queries = Queries(
             window_Q,
-            moment_R.repeat_interleave(asked.count),
-            asked.bags(answering.windows, window_R, moment_R, number_W=number_W),
+            seen_R.repeat_interleave(asked.count),
+            asked.bags(answering.windows, window_R, seen_R, number_W=number_W),
             None if asked_at_W is None else asked_at_W[window_Q],
         )
         # TorchRec cannot look up nothing at all, so an empty pack reads one item.
@@ -180,7 +182,7 @@ class GroupQuery:
         return o_QD.float().cpu().view(len(window_R), asked.count, o_QD.shape[1])
 
     def _answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
-        answers_W = answering.last_W - answering.first_W
+        answers_W = answering.answers_W
         starts_W = answers_W.cumsum(0) - answers_W
         places, parts = [], []
         training = self.model.training
@@ -190,7 +192,7 @@ class GroupQuery:
                 torch.zeros(0, dtype=torch.int64)
             ]:
                 at = None if asked_at_W is None else asked_at_W[index]
-                parts.append(self._answer(take(answering, index), asked, index, at))
+                parts.append(self._answer(answering.take(index), asked, index, at))
                 places.append(expand_ranges(starts_W[index], answers_W[index]))
         finally:
             self.model.train(training)
@@ -226,18 +228,38 @@ def serving_windows(data: PreparedData, user_B: Tensor, *, max_events: int) -> A
     """
     end_B = torch.from_numpy(data.user_offsets)[user_B + 1]
     length_B = (end_B - torch.from_numpy(data.user_offsets)[user_B]).clamp(max=max_events - 1)
-    return AnsweringWindows(Windows(end_B - length_B, length_B, user_B), length_B, length_B + 1)
+    return behind(Windows(end_B - length_B, length_B, user_B))
 
 
 def row_windows(data: PreparedData, user_B: Tensor, *, max_events: int, stride: int) -> AnsweringWindows:
-    """Windows in which every event of these users, but the first of each, is asked for exactly once.
+    """Windows in which every moment of these users, but the first of each, is asked for exactly once.
 
-    A row of a history that is longer than a window has between max_events - stride and max_events - 1 events before it.
+    A moment of a history that is longer than a window has between max_events - stride and max_events - 1 events before
+    it. Its time is that of its first row.
     """
-    start_B = torch.from_numpy(data.user_offsets)[user_B]
-    length_B = torch.from_numpy(data.user_offsets)[user_B + 1] - start_B
-    windows, first_W, last_W = answering_windows(start_B, length_B, user_B, max_events=max_events, stride=stride)
-    return AnsweringWindows(windows, first_W.clamp(min=1), last_W)
+    offsets = torch.from_numpy(data.user_offsets)
+    start_B, end_B = offsets[user_B], offsets[user_B + 1]
+    is_asked_E = torch.zeros(data.num_events, dtype=torch.bool)
+    is_asked_E[torch.from_numpy(data.before)] = True
+    is_asked_E[start_B[start_B < end_B]] = False
+    every = answering_windows(start_B, end_B - start_B, user_B, max_events=max_events, stride=stride)
+    is_asked_R = is_asked_E[every.row_R]
+    answers_W = torch.bincount(every.window_R[is_asked_R], minlength=every.windows.count)
+    return AnsweringWindows(every.windows, answers_W, every.seen_R[is_asked_R]).take(answers_W.nonzero().squeeze(1))
+
+
+def answered_rows(data: PreparedData, answering: AnsweringWindows) -> tuple[Tensor, Tensor]:
+    """Event rows that these answers are for, and the number of each one's answer (both int64 [E]).
+
+    An answer is for all rows of the moment that begins where its history ends, wherever these are recorded.
+    """
+    offsets, users = torch.from_numpy(data.user_offsets), torch.unique(answering.windows.user_W)
+    row_E = expand_ranges(offsets[users], offsets[users + 1] - offsets[users])
+    before_E = torch.from_numpy(data.before)[row_E]
+    asked, number = torch.sort(answering.row_R)
+    place_E = torch.searchsorted(asked, before_E).clamp(max=max(0, len(asked) - 1))
+    is_answered_E = asked[place_E] == before_E if len(asked) else torch.zeros(len(row_E), dtype=torch.bool)
+    return row_E[is_answered_E], number[place_E[is_answered_E]]
 
 
 def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: int) -> list[Tensor]:
@@ -246,7 +268,7 @@ def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: 
     Windows alike in length and number of answers go together, so that little is padded; within blocks of neighbours
     only, so that their answers are written near to each other.
     """
-    length_W, answers_W = answering.windows.length_W, answering.last_W - answering.first_W
+    length_W, answers_W = answering.windows.length_W, answering.answers_W
     block_W = torch.arange(len(length_W)) // SORTED_WINDOWS
     order = np.lexsort((-answers_W, -length_W, block_W))
     tokens = (2 * length_W + num_conditions * answers_W)[order]
@@ -254,24 +276,6 @@ def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: 
     pack = (tokens.cumsum(0) - tokens) // tokens_per_pack
     _, sizes = torch.unique_consecutive(pack, return_counts=True)
     return list(torch.from_numpy(order).split(sizes.tolist())) if len(order) else []
-
-
-def take(answering: AnsweringWindows, index_W: Tensor) -> AnsweringWindows:
-    """The windows `index_W`, in that order."""
-    return AnsweringWindows(answering.windows[index_W], answering.first_W[index_W], answering.last_W[index_W])
-
-
-def asked_moments(answering: AnsweringWindows) -> tuple[Tensor, Tensor]:
-    """Window and moment (int64 [R]) of each answer, windows in order, moments ascending."""
-    answers_W = answering.last_W - answering.first_W
-    window_R = torch.repeat_interleave(torch.arange(answering.windows.count), answers_W)
-    return window_R, expand_ranges(answering.first_W, answers_W)
-
-
-def asked_rows(answering: AnsweringWindows) -> Tensor:
-    """Event row that each answer is asked for (int64 [R]): the one behind the history that it sees."""
-    window_R, moment_R = asked_moments(answering)
-    return answering.windows.start_W[window_R] + moment_R
 
 
 @torch.no_grad()

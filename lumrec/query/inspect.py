@@ -28,7 +28,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.errors import UserError
 from lumrec.query.conditions import default_conditions
-from lumrec.query.group_query import GroupQuery, asked_moments, log_normalizer, serving_windows, user_rows
+from lumrec.query.group_query import GroupQuery, log_normalizer, serving_windows, user_rows
 from lumrec.query.stage import find_lums, spoken
 from lumrec.train.lum import condition_features, load_lum
 from lumrec.train.parallel import init_distributed
@@ -130,7 +130,7 @@ def look(
     ]
     events = last_events(query, range(max(start, end - num_events), end), titles)
     asked = serving_windows(data, torch.tensor([user]), max_events=query.max_events)
-    conditions = query.asked.spelled(asked.windows, *asked_moments(asked), number_W=torch.tensor([0]))
+    conditions = query.asked.spelled(asked.windows, asked.window_R, asked.seen_R, number_W=torch.tensor([0]))
     return UserView(data.user_keys()[user], end - start, events, conditions, matches)
 
 

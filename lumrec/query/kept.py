@@ -15,10 +15,10 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.packing import Queries
-from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.sequences import Windows, behind
 from lumrec.errors import UserError
 from lumrec.modules.lum import History, LargeUserModel
-from lumrec.query.group_query import GroupQuery, asked_moments
+from lumrec.query.group_query import GroupQuery
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class KeptHistories:
                 )  # fmt: skip
                 length_R = torch.full_like(anew_R, query.max_events - 1)
                 windows = Windows(end_B[anew_R] - length_R, length_R, self.user_B[anew_R])
-                o_BND[anew_R] = query.answer(AnsweringWindows(windows, length_R, length_R + 1))
+                o_BND[anew_R] = query.answer(behind(windows))
         finally:
             query.model.train(training)
         self.end_B = end_B.clone()
@@ -94,8 +94,8 @@ class KeptHistories:
         query, data, kept = self.query, self.query.data, self.kept_K
         first_K, user_K = self.first_B[kept], self.user_B[kept]
         whole = Windows(first_K, end_K - first_K, user_K)
-        window_R, moment_R = asked_moments(AnsweringWindows(whole, whole.length_W, whole.length_W + 1))
-        bags = query.asked.bags(whole, window_R, moment_R, number_W=window_R)
+        window_R = torch.arange(len(kept))
+        bags = query.asked.bags(whole, window_R, whole.length_W, number_W=window_R)
         new = Windows(self.end_B[kept], end_K - self.end_B[kept], user_K)
         window_Q = window_R.repeat_interleave(query.asked.count)
         time_K = torch.from_numpy(data.timestamp)[(end_K - 1).clamp(min=0)]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
-from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.sequences import AnsweringWindows, Windows, behind
 from lumrec.data.splits import moment_of_share, user_fold
 from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.answers import rank_by_answers
@@ -27,13 +27,12 @@ from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditio
 from lumrec.query.forget import drop_forgotten, forgotten_among
 from lumrec.query.group_query import (
     GroupQuery,
-    asked_rows,
+    answered_rows,
     default_stride,
     log_normalizer,
     packs,
     row_windows,
     serving_windows,
-    take,
 )
 from lumrec.query.history import key_digests, user_index
 from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_S = 30.0
+# In a version's identity: what was built by another rule is another version, of which nothing is taken over.
+ROWS_SEE = "events before their moment"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class QueryConfig:
         history with fewer is asked without). With several such features every combination is asked. In a multi-valued
         feature, red|shoes is one condition with two values.
     max_conditions: conditions that may come of it; more is an error.
-    rows: ask for every row of the log, with the history before it (what rankers train on).
+    rows: ask for every row of the log, with the history before its moment (what rankers train on).
     users: ask for every user, after the last event (what serving reads).
     stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
         asked with at least max_events - stride events before it; 0 = half a window.
@@ -103,10 +104,7 @@ class Unit(NamedTuple):
     windows: AnsweringWindows
 
 
-NOTHING = AnsweringWindows(
-    Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3))),
-    *(torch.zeros(0, dtype=torch.int64) for _ in range(2)),
-)
+NOTHING = behind(Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3))))
 
 
 def run(config: Config) -> dict[str, float | str]:
@@ -238,6 +236,7 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
         "temperature": model.temperature,
         "window": {"max_events": model.max_events, "stride": config.stride or default_stride(model.max_events)},
         "rows": config.rows,
+        "rows_see": ROWS_SEE,
         "users": config.users,
         "log_normalizer": config.log_normalizer,
         "tokens_per_pack": config.tokens_per_pack,
@@ -325,7 +324,7 @@ class _Job:
                 num_conditions=len(self.identity["conditions"]),
                 tokens_per_pack=self.identity["tokens_per_pack"],
             )
-            units += [Unit(f"{kind}/{place}/{n}", kind, take(answering, index)) for n, index in enumerate(parts)]
+            units += [Unit(f"{kind}/{place}/{n}", kind, answering.take(index)) for n, index in enumerate(parts)]
         return [unit for unit in units if unit.name not in self.writer.finished]
 
     def ask(self, place: int, units: list[Unit], query: GroupQuery) -> None:
@@ -350,7 +349,8 @@ class _Job:
             if self.identity["log_normalizer"]:
                 log_z_RN = log_normalizer(o_RND.flatten(0, 1), e_ID).view(o_RND.shape[:2])
             if unit.kind == "rows":
-                self.writer.write_rows(asked_rows(unit.windows).numpy(), o_RND, log_z_RN)
+                row_E, answer_E = answered_rows(self.data, unit.windows)
+                self.writer.write_rows(row_E.numpy(), o_RND[answer_E], None if log_z_RN is None else log_z_RN[answer_E])
             elif unit.kind == "users":
                 self._write_users(unit.windows, place, o_RND, log_z_RN)
             if unit.name:
@@ -390,8 +390,9 @@ class _Job:
             gone_U[place_U[place_U >= 0]] = False
             counts["users_removed"] = int(gone_U.sum())
         if self.identity["rows"]:
-            # A user's first event has no history: the LUM was not asked, as it would not have been at that time.
-            rows = int(self.length_U[self.answered_U].sum()) - answered
+            # A user's first moment has no history: the LUM was not asked, as it would not have been at that time.
+            has_history_E = self.data.before > self.data.user_offsets[self.data.user]
+            rows = int((has_history_E & self.answered_U[self.data.user]).sum())
             counts |= {"rows": rows, "rows_absent": self.data.num_events - rows}
         if self.identity["users"]:
             counts |= {"users": answered, "users_absent": self.data.num_users - answered}

@@ -111,7 +111,7 @@ def test_unreadable_manifest(copy: Path, content: bytes):
 def test_another_format_version(copy: Path):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 2"):
+    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 3"):
         PreparedData.open(copy)
 
 

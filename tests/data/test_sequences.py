@@ -75,16 +75,17 @@ def test_answering_windows_ask_each_event_once_with_enough_history(lengths, stri
     answering = answering_windows(
         starts, torch.tensor(lengths), torch.arange(len(lengths)), max_events=8, stride=stride
     )
-    asked = []
-    windows = answering.windows
-    columns = (windows.start_W, windows.length_W, windows.user_W, answering.first_W, answering.last_W)
-    for start, length, user, first, last in zip(*(column.tolist() for column in columns), strict=True):
-        assert length <= 8 and last <= length
-        for moment in range(first, last):
-            place = start + moment - int(starts[user])
-            assert moment == place or moment >= 8 - stride
-            asked.append(start + moment)
-    assert asked == list(range(sum(lengths)))
+    windows, window_R = answering.windows, answering.window_R
+    assert bool((windows.length_W <= 8).all())
+    assert bool((answering.seen_R < windows.length_W[window_R]).all())
+    place_R = answering.row_R - starts[windows.user_W[window_R]]
+    assert bool(((answering.seen_R == place_R) | (answering.seen_R >= 8 - stride)).all())
+    assert answering.row_R.tolist() == list(range(sum(lengths)))
+    order = torch.randperm(windows.count)
+    parts = [answering.take(torch.tensor([window])) for window in order.tolist()]
+    for name in ("answers_W", "seen_R", "row_R"):
+        some = torch.cat([getattr(part, name) for part in parts] or [torch.zeros(0, dtype=torch.int64)])
+        assert torch.equal(getattr(answering.take(order), name), some)
 
 
 def deal_plainly(cost_W: list[float], step_W: list[int], num_ranks: int) -> list[int]:

@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 
 from lumrec.data.columns import Column
 from lumrec.data.packing import PackBuilder, Queries
-from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.sequences import Windows, behind
 from lumrec.modules import lum as lum_module
 from lumrec.modules.user_encoder import ENCODERS
 from lumrec.query.conditions import condition_columns, default_conditions
 from lumrec.query.group_query import (
     GroupQuery,
-    asked_rows,
+    answered_rows,
     encode_items,
     log_normalizer,
     packs,
     row_windows,
     serving_windows,
-    take,
 )
 from lumrec.train.lum import ModelConfig, build_lum
 
@@ -206,9 +205,7 @@ def test_another_user_changes_nothing(lum):
 def test_an_empty_history_is_answered_from_the_condition_alone(lum):
     model, builder = lum
     query = make_query(lum)
-    nobody = AnsweringWindows(Windows(*(torch.zeros(2, dtype=torch.int64),) * 3), torch.zeros(2, dtype=torch.int64),
-                              torch.ones(2, dtype=torch.int64))  # fmt: skip
-    o_RND = query.answer(nobody)
+    o_RND = query.answer(behind(Windows(*(torch.zeros(2, dtype=torch.int64),) * 3)))
     assert torch.equal(o_RND[0], o_RND[1])
     assert (o_RND[0, 0] - o_RND[0, 1]).abs().max() > 1e-4
 
@@ -230,18 +227,28 @@ def test_asking_nobody_gives_nothing(lum):
 def test_windows_ask_each_row_once_with_enough_history(lengths, max_events, stride_share, budget):
     stride = 1 + int(stride_share * (max_events - 2))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    data = type("Offsets", (), {"user_offsets": offsets})()
+    # A moment of three rows here and there; each of its rows has the answer before the first of them.
+    place = np.concatenate([np.arange(length) for length in lengths]).astype(np.int64)
+    back = np.where(place % 7 < 3, place % 7, 0)
+    before = np.arange(offsets[-1]) - back
+    data = type("Log", (), {"user_offsets": offsets, "before": before, "num_events": int(offsets[-1])})()
     users = torch.arange(len(lengths))
     answering = row_windows(data, users, max_events=max_events, stride=stride)
-    parts = [take(answering, index) for index in packs(answering, num_conditions=2, tokens_per_pack=budget)]
-    rows = sorted(row for part in parts for row in asked_rows(part).tolist())
-    assert rows == [row for user in range(len(lengths)) for row in range(offsets[user] + 1, offsets[user + 1])]
+    parts = [answering.take(index) for index in packs(answering, num_conditions=2, tokens_per_pack=budget)]
+    asked = sorted(row for part in parts for row in part.row_R.tolist())
+    assert asked == np.flatnonzero((place > 0) & (back == 0)).tolist()
+    answered = {}
     for part in parts:
-        tokens_W = 2 * part.windows.length_W + 2 * (part.last_W - part.first_W)
+        tokens_W = 2 * part.windows.length_W + 2 * part.answers_W
         assert int(tokens_W[:-1].sum()) < budget
+        row_E, answer_E = answered_rows(data, part)
+        assert not {*row_E.tolist()} & {*answered}
+        answered |= dict(zip(row_E.tolist(), part.row_R[answer_E].tolist()))
+    assert answered == {row: before[row] for row in np.flatnonzero(place > back).tolist()}
     assert int(answering.windows.length_W.max() if answering.windows.count else 0) <= max_events
-    later = answering.windows.start_W > torch.from_numpy(offsets)[answering.windows.user_W]
-    assert bool((answering.first_W[later] >= max_events - stride).all())
+    start_R, user_R = answering.row_R - answering.seen_R, answering.windows.user_W[answering.window_R]
+    later_R = start_R > torch.from_numpy(offsets)[user_R]
+    assert bool((answering.seen_R[later_R] >= max_events - stride).all())
     serving = serving_windows(data, users, max_events=max_events)
     assert serving.windows.length_W.tolist() == [min(length, max_events - 1) for length in lengths]
     assert (serving.windows.start_W + serving.windows.length_W).tolist() == offsets[1:].tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.sequences import Windows, behind
 from lumrec.query.group_query import GroupQuery
 from lumrec.query.kept import KeptHistories
 from lumrec.train.lum import ModelConfig, build_lum
@@ -31,7 +31,7 @@ def at_once(query: GroupQuery, user_B: torch.Tensor, end_B: torch.Tensor) -> tor
     """Answers from the whole histories before these rows, or as much of them as the LUM sees."""
     first_B = torch.from_numpy(query.data.user_offsets)[user_B]
     length_B = (end_B - first_B).clamp(max=MAX_EVENTS - 1)
-    return query.answer(AnsweringWindows(Windows(end_B - length_B, length_B, user_B), length_B, length_B + 1))
+    return query.answer(behind(Windows(end_B - length_B, length_B, user_B)))
 
 
 def test_reading_on_equals_reading_everything(query, caplog):

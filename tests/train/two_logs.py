@@ -13,7 +13,7 @@ import torch
 
 from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import AnsweringWindows, Windows
+from lumrec.data.sequences import Windows, behind
 from lumrec.data.simulator import SimulatorConfig, simulate
 from lumrec.query.group_query import GroupQuery, encode_items
 
@@ -95,7 +95,7 @@ def answers(
     query = GroupQuery(lum, builder, asked, max_events=max_events)
     training = lum.training
     lum.eval()
-    o_BND = query.answer(AnsweringWindows(windows, length_B, length_B + 1))
+    o_BND = query.answer(behind(windows))
     e_ID = encode_items(lum, builder)[torch.tensor([items[key] for key in before.item_keys()])]
     lum.train(training)
     return o_BND, e_ID

@@ -13,6 +13,7 @@ from lumrec.errors import MissingFileError
 # Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
 # seconds lie far beyond.
 FIRST_POSSIBLE_S, LAST_POSSIBLE_S = 1, 4_102_444_800
+SHOWN_WITH = "lumrec.shown_with"  # a column of events, see RawLog
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 
 
@@ -40,13 +41,15 @@ class RawLog:
     events: one row for each row read: user_id, item_id (each Int64 or String), time_us (i64, microseconds UTC, null
         where there is none), order (i64, original row number, unique), label (f32, 0 or 1), and the columns that
         features read; where the source can have bad rows: `reason` (why the row cannot be used, null where it can) and
-        `raw` (the row as read). Simulated events have `probability` (f32, the true P(label = 1)).
+        `raw` (the row as read). Simulated events have `probability` (f32, the true P(label = 1)). Where the
+        source tells it, SHOWN_WITH: rows of a user with the same value were shown together (null: by itself).
     items, users: one row for each row of the catalogue or user file: item_id or user_id (of the events' type), feature
         columns, and `title`, order, raw, reason where there are such. None: there is no such file; ids and features are
         then taken from the events, features from the first event (in `order`) of each id.
     known_after: columns of events that are known only after the item was shown, the label's among them.
     utc_offset_hours: local time of the users, for hour, weekday and time_of_day, which `convert` makes of time_us.
     absolute_time: False where times of different users cannot be compared.
+    has_clock: False where only the order of events is known, and equal times say nothing.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
@@ -58,6 +61,7 @@ class RawLog:
     known_after: Tuple[str, ...] = ()
     utc_offset_hours: float = 0.0
     absolute_time: bool = True
+    has_clock: bool = True
     extra: Dict[str, object] = field(default_factory=dict)
 
 

@@ -1,0 +1,53 @@
+"""The moment of an event: the events of one user that were shown or recorded together.
+
+::
+
+    row          0   1   2   3   4
+    time         9   9  12  12  15
+    request      -   -   A   -   A        rows 2 and 4 are one page, of which one row was recorded later
+    before       0   0   2   2   2        row 4 was shown with row 2, so it does not see row 3 either
+
+A row sees what is strictly earlier than its moment: the rows of its user from the first one up to, and without, the
+row `before`. Row 3 sees rows 0 and 1. Its own page is all that a request hides: row 3 was recorded at 12, and a row at
+15 without a request sees rows 0 to 3.
+
+Shape suffixes: E events, in order of user, time and original row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+
+def first_of_moment(user_E: np.ndarray, time_E: np.ndarray, request_E: pl.Series | None = None) -> np.ndarray:
+    """`before`, int64 [E]: the first row of the user with the earliest time at which a row of this one's request is.
+
+    request_E: of any type that can be compared; null: the row was shown by itself.
+
+    >>> request_E = pl.Series([None, None, "A", None, "A"])
+    >>> first_of_moment(np.zeros(5), np.array([9, 9, 12, 12, 15]), request_E).tolist()
+    [0, 0, 2, 2, 2]
+    """
+    is_new_E = np.ones(len(time_E), bool)
+    is_new_E[1:] = (user_E[1:] != user_E[:-1]) | (time_E[1:] != time_E[:-1])
+    first_E = np.maximum.accumulate(np.where(is_new_E, np.arange(len(time_E)), 0))
+    if request_E is None:
+        return first_E
+    frame = pl.DataFrame({"first": first_E, "user": user_E, "request": request_E})
+    of_request = pl.col("first").min().over("user", "request")
+    together = pl.when(pl.col("request").is_null()).then(pl.col("first")).otherwise(of_request)
+    return frame.select(together).to_series().to_numpy()
+
+
+def inseparable(before_E: np.ndarray) -> np.ndarray:
+    """First row (int64 [E]) of the stretch of rows around each that no cut may part, lest a moment be parted.
+
+    >>> inseparable(np.array([0, 0, 2, 2, 2, 5])).tolist()
+    [0, 0, 2, 2, 2, 5]
+    >>> inseparable(np.array([0, 1, 2, 1])).tolist()  # rows 1 and 3 are one moment, and row 2 lies between them
+    [0, 1, 1, 1]
+    """
+    reached_E = np.minimum.accumulate(before_E[::-1])[::-1]  # by this row or a later one
+    place_E = np.arange(len(before_E))
+    return np.maximum.accumulate(np.where(reached_E == place_E, place_E, 0))

@@ -30,7 +30,7 @@ from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.sources.log import as_list, label_column, open_tables, raw_log
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import SplitConfig
-from lumrec.data.suggest import Suggestion, as_schema, as_yaml, sounds_known_after, suggest
+from lumrec.data.suggest import Suggestion, as_schema, as_yaml, sounds_known_after, suggest, training_yaml
 from lumrec.errors import UserError
 
 CUT = "# " + "-" * 30 + " {} " + "-" * 30
@@ -145,6 +145,8 @@ def _check_log(config: Any, report: Report, scratch: Path) -> None:
     notes, left_out = _notes(suggestions) if not own else ({}, {})
     shown = config.schema if own else as_schema(suggestions)
     report.yaml = as_yaml(data, DataConfig(source=""), shown, notes, left_out)
+    if not own:
+        report.yaml += training_yaml(len(found.items), found.num_events)
 
 
 def _known_after(data: DataConfig, suspected: Sequence[str], columns: Sequence[str]) -> List[str]:

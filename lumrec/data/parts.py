@@ -72,13 +72,14 @@ def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_ti
 
 
 def fitting_split(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """The first kind whose parts are large enough; the one with the most test events where none is."""
+    """The first kind with large enough parts; where none has, the one with events in all parts and most test users."""
     for kind, of_kind in counts.items():
         total = max(sum(of_kind[f"{part}_events"] for part in PARTS), 1)
         is_large = all(of_kind[f"{part}_events"] >= share * total for part, share in LEAST.items())
         if is_large and of_kind["test_users"] >= FEW_USERS and of_kind["train_events"] >= 0.5 * total:
             return kind
-    return max(counts, key=lambda kind: min(counts[kind]["test_events"], counts[kind]["train_events"]))
+    smallest = {kind: min(of_kind[f"{part}_events"] for part in PARTS) for kind, of_kind in counts.items()}
+    return max(counts, key=lambda kind: (smallest[kind] > 0, counts[kind]["test_users"]))
 
 
 def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> List[str]:

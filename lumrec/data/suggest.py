@@ -25,6 +25,8 @@ from lumrec.typed_yaml import in_quotes
 OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
 MANY = 100  # distinct whole numbers from which on they are taken as quantities
 LONGEST_NAME = 40  # letters of a feature's name
+FEW_ITEMS = 10_000  # catalogues up to this size are negatives as a whole
+MANY_EVENTS = 1_000_000  # up to which three seeds of a ranker take minutes
 CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
@@ -189,6 +191,39 @@ def as_yaml(data: Any, default: Any, schema: SchemaConfig, notes: Dict[str, str]
         lines.append(f"    {line}  # {note}" if note else f"    {line}")
     lines += [f"    # {_one_line(name)}: left out: {why}" for name, why in left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def training_yaml(num_items: int, num_events: int) -> str:
+    """The sections of the stages for a log of this size, as text with comments.
+
+    Batches, epochs and warm-up are those of a large log; min_steps fits them to a small one when a stage begins.
+    """
+    full = num_items <= FEW_ITEMS
+    catalogue = f"the whole catalogue of {num_items:,}" if full else f"true is for less than {FEW_ITEMS:,} items"
+    seeds = "[0, 1, 2]" if num_events <= MANY_EVENTS else "[0]"
+    return f"""
+model: {{similarity: dot}}
+
+pretrain:
+  select: ""  # the last weights: the schedule ends at 0
+  negatives: {{full: {str(full).lower()}}}  # {catalogue}; false: the items of the same pack
+  train:
+    epochs: 4
+    min_steps: 300  # a small log gets smaller batches, then more epochs
+    optimizer: {{table_lr: 0.1, dense_lr: 2.0e-3, weight_decay: 0.01, warmup_steps: 100, schedule: cosine}}
+
+rank:
+  tables: lum  # of the rankers with knowledge; the pipeline's base always has fresh ones
+  train:
+    epochs: 2
+    min_steps: 300
+    optimizer: {{table_lr: 0.2, dense_lr: 4.0e-3, weight_decay: 0.01, warmup_steps: 50, schedule: linear}}
+
+pipeline:
+  rankers: [din]
+  knowledge: [none, both]
+  seeds: {seeds}  # what differs between seeds is chance
+"""
 
 
 def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:

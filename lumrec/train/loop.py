@@ -47,6 +47,8 @@ class TrainConfig:
     epochs, max_steps: training ends after this many (max_steps 0: epochs alone count). A run that goes on with another
     number of processes has epochs of another number of steps: max_steps and the learning rate's schedule then go by the
     steps that the run began with.
+    min_steps: where epochs would be fewer steps than this, the batch is made smaller, then epochs are added, and the
+    warm-up is cut to a tenth of the steps (see lumrec.train.length); 0 = as configured.
     log_every: steps between two lines of metrics.jsonl.
     checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
     keep_checkpoints: how many of the newest stay, beside the best.
@@ -59,6 +61,7 @@ class TrainConfig:
 
     epochs: int = 1
     max_steps: int = 0
+    min_steps: int = 0
     log_every: int = 50
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -399,7 +402,7 @@ class _Fit:
 def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str, float]] | None, select: str) -> None:
     if config.epochs < 1 or config.log_every < 1:
         raise UserError(f"epochs={config.epochs} and log_every={config.log_every} must be 1 or more")
-    for name in ("max_steps", "checkpoint_every", "eval_every", "patience"):
+    for name in ("max_steps", "min_steps", "checkpoint_every", "eval_every", "patience"):
         if getattr(config, name) < 0:
             raise UserError(f"{name}={getattr(config, name)} must be 0 or more")
     if evaluate is None and (select or config.patience):

@@ -1,5 +1,6 @@
 """Step 1: pre-training of a LUM by next-condition-item prediction (LUM section 4.1)."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
-from lumrec.data.splits import leave_out_later, user_fold
+from lumrec.data.splits import TRAIN, leave_out_later, user_fold
 from lumrec.errors import UserError
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.continual import find_earlier, growth_table, start_from
+from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.negatives import gather_candidates
@@ -173,7 +175,11 @@ def run(config: "Config") -> dict[str, float | str]:
     data.split = leave_out_later(data.split, data.timestamp, config.pretrain.time_share)
     model, builder = build_lum(config.model, data)
     settings, users = config.pretrain, training_users(data, config.fold)
-    train = settings.train
+    num_events = int(((data.split == TRAIN) & users[data.user]).sum())
+    train, packing = settings.train, settings.packing
+    train, size = fit_length(train, packing.events_per_pack, num_events, smallest=config.model.max_events)
+    tell_length("pretrain", train, size, num_events, (settings.train, packing.events_per_pack))
+    settings = dataclasses.replace(settings, packing=dataclasses.replace(packing, events_per_pack=size))
     _tell(model, settings, device)
     cost = _token_cost(model, settings, num_items=data.num_items)
     dmp = shard(model, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
@@ -196,6 +202,10 @@ def run(config: "Config") -> dict[str, float | str]:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+    if short := too_short(train, len(loader)):
+        result["note"] = short
+        logger.warning("pretrain: %s", short)
 
     def evaluate(part: str) -> dict[str, float]:
         # Not even its weights may be chosen by the users that a fold's LUM is kept from.

@@ -35,6 +35,7 @@ from lumrec.modules.rankers.sim import Sim
 from lumrec.modules.rankers.twin import Twin
 from lumrec.query.store import Knowledge
 from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import condition_features, data_tables, lum_fingerprint
 from lumrec.train.optimizers import OptimizerConfig
@@ -372,11 +373,13 @@ def _train(
 ) -> dict[str, float | str]:
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank
-    train, select, note = settings.train, settings.select, ""
+    select, notes = settings.select, []
     rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge, settings.time_window))
-    loader = RowLoader(
-        builder, rows, batch_size=settings.batch_size, seed=config.seed, rank=rank(), world_size=world_size()
-    )
+    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
+    tell_length("rank", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    loader = RowLoader(builder, rows, batch_size=batch_size, seed=config.seed, rank=rank(), world_size=world_size())
+    if short := too_short(train, len(loader)):
+        notes.append(short)
 
     def validate() -> dict[str, float]:
         metrics = evaluate(dmp, builder, VALID, batch_size=settings.batch_size)
@@ -384,7 +387,7 @@ def _train(
 
     has_validation = bool((builder.data.split == VALID).any())
     if not has_validation:
-        note = "the validation part has no rows: the last weights are kept and tested"
+        notes.append("the validation part has no rows: the last weights are kept and tested")
         train, select = dataclasses.replace(train, patience=0), ""
     metrics = fit(
         model=dmp,
@@ -400,8 +403,8 @@ def _train(
     result: dict[str, float | str] = {}
     result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in metrics.items()}
     if select and f"valid/{select.removeprefix('-')}" not in result:
-        note = f"{select} is nan over the validation part: the last weights are kept and tested"
-    if note:
-        result["note"] = note
-        logger.warning("rank: %s", note)
+        notes.append(f"{select} is nan over the validation part: the last weights are kept and tested")
+    if notes:
+        result["note"] = "; ".join(notes)
+        logger.warning("rank: %s", result["note"])
     return result

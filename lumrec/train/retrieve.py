@@ -26,6 +26,7 @@ from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_
 from lumrec.modules.losses import info_nce
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.query.store import Knowledge
+from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import data_tables
 from lumrec.train.negatives import gather_candidates
@@ -279,14 +280,16 @@ def run(config: "Config") -> dict[str, float | str]:
         return run_folder.result()
     torch.manual_seed(config.seed)
     towers, builder = build_towers(settings, data, knowledge=knowledge)
-    train = settings.train
-    dmp = shard(towers, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     rows = training_rows(data, knowledge)
+    rows = rows[positive_events(settings, data)[rows]]
+    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
+    tell_length("retrieve", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    dmp = shard(towers, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = TowerLoader(
         builder,
-        rows[positive_events(settings, data)[rows]],
+        rows,
         negatives=settings.negatives,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         seed=config.seed,
         rank=rank(),
         world_size=world_size(),
@@ -296,6 +299,9 @@ def run(config: "Config") -> dict[str, float | str]:
     result: dict[str, float | str] = {"knowledge": settings.knowledge}
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard
+    if short := too_short(train, len(loader)):
+        result["note"] = short
+        logger.warning("retrieve: %s", short)
     metrics = fit(
         model=dmp,
         loader=loader,

@@ -1,0 +1,68 @@
+"""How long a run trains: fitted to the size of the log where min_steps asks for it; and whether that is too short."""
+
+import dataclasses
+import logging
+
+from lumrec.train.loop import TrainConfig
+from lumrec.train.parallel import rank
+
+logger = logging.getLogger(__name__)
+SMALLEST_BATCH, MOST_EPOCHS = 32, 20  # what min_steps goes down and up to
+WARM_UP = 0.1  # highest share of the steps that min_steps leaves to the warm-up
+FEW_STEPS, FEW_WARM_UPS = 100, 3  # fewer steps, or fewer than so many warm-ups, are too short to learn in
+
+
+def fit_length(
+    config: TrainConfig, batch: int, num_rows: int, *, smallest: int = SMALLEST_BATCH
+) -> tuple[TrainConfig, int]:
+    """The config and the rows (or events) of a batch with which `num_rows` give config.min_steps steps or more.
+
+    While there are too few: the batch is halved, to `smallest` at least, then epochs are added, up to 20 in all. The
+    warm-up is then at most a tenth of the steps. A run that has as many steps anyway stays as configured. The batch of
+    one process is fitted, so that a run may go on with another number of processes.
+
+    >>> train, batch = fit_length(TrainConfig(epochs=2, min_steps=300), 2048, 8000)
+    >>> batch, train.epochs
+    (32, 2)
+    """
+    wanted = min(config.min_steps, config.max_steps or config.min_steps)
+    fitted, epochs = batch, config.epochs
+    if num_rows < 1 or epochs * _steps(num_rows, batch) >= wanted:
+        return config, batch
+    while fitted // 2 >= smallest and epochs * _steps(num_rows, fitted) < wanted:
+        fitted //= 2
+    while epochs < MOST_EPOCHS and epochs * _steps(num_rows, fitted) < wanted:
+        epochs += 1
+    steps, optimizer = epochs * _steps(num_rows, fitted), config.optimizer
+    optimizer = dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, int(WARM_UP * steps)))
+    return dataclasses.replace(config, epochs=epochs, optimizer=optimizer), fitted
+
+
+def tell_length(name: str, config: TrainConfig, batch: int, num_rows: int, before: tuple[TrainConfig, int]) -> None:
+    """Logs what `fit_length` changed, on rank 0."""
+    train, rows = before
+    if (config, batch) != before and rank() == 0:
+        logger.info(
+            "%s: %s rows would be %d steps, fewer than min_steps %d: batches of %d (not %d), %d epochs (not %d), a "
+            "warm-up of %d steps (not %d)",
+            name, f"{num_rows:,}", train.epochs * _steps(num_rows, rows), train.min_steps, batch, rows, config.epochs,
+            train.epochs, config.optimizer.warmup_steps, train.optimizer.warmup_steps,
+        )  # fmt: skip
+
+
+def too_short(config: TrainConfig, steps_per_epoch: int) -> str:
+    """A sentence where a training of so many steps is too short to learn in; "" where it is not."""
+    steps, warm_up = config.epochs * steps_per_epoch, config.optimizer.warmup_steps
+    if config.max_steps:
+        steps = min(steps, config.max_steps)
+    if steps >= FEW_STEPS and steps >= FEW_WARM_UPS * warm_up:
+        return ""
+    under = f" with a warm-up of {warm_up}" if steps < FEW_WARM_UPS * warm_up else ""
+    return (
+        f"{steps} steps of training{under} are too few to learn in, and the figures say little; min_steps: 300 beside "
+        "epochs fits batches, epochs and warm-up to the log"
+    )
+
+
+def _steps(num_rows: int, batch: int) -> int:
+    return -(-num_rows // batch)

@@ -17,15 +17,17 @@ LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should
 def count_parts(
     split: SplitConfig, blocks: Sequence[Path], user_ids: pl.Series, *, absolute_time: bool = True
 ) -> Dict[str, int]:
-    """ "train_events", "train_users", … of each part under `split`; the blocks (user, timestamp) stay as they are."""
+    """ "train_events", "train_users", … of each part under `split`; the blocks stay as they are."""
     cuts = cut_times(split, blocks, absolute_time=absolute_time)
     counts = {f"{part}_{what}": 0 for what in ("events", "users") for part in PARTS}
     for path in blocks:
-        block = pl.read_parquet(path, columns=["user", "timestamp"])
+        block = pl.read_parquet(path, columns=["user", "timestamp", "rows_back"])
         user_E = block["user"].to_numpy()
         first, last = int(user_E[0]), int(user_E[-1]) + 1
         offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
-        split_E = assign(split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts)
+        before_E = np.arange(len(block)) - block["rows_back"].to_numpy()
+        ids, time_E = user_ids[first:last].to_list(), block["timestamp"].to_numpy()
+        split_E = assign(split, ids, offsets, time_E, cuts, before_E=before_E)
         for code, part in enumerate(PARTS):
             counts[f"{part}_events"] += int((split_E == code).sum())
             counts[f"{part}_users"] += len(np.unique(user_E[split_E == code]))

@@ -9,7 +9,11 @@ from lumrec.train.files import write_atomically
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One parameter: its source, rows and columns taken, new and unused, and what became of its optimizer state."""
+    """One parameter: its source, rows and columns taken, new and unused, and what became of its optimizer state.
+
+    joined: share of the target's raw ids that the source's vocabulary has; None where rows are not by raw id. zeroed:
+    numbers that the target's dtype rounded to 0. checked: rows that were compared with production's.
+    """
 
     target: str
     source: str
@@ -20,11 +24,14 @@ class AuditRow:
     rows_new: int
     rows_unused: int
     new_rows: str
+    joined: float | None
     columns_taken: int
     columns_new: int
     columns_unused: int
     new_columns: str
     optimizer: str
+    zeroed: int = 0
+    checked: int = 0
 
 
 @dataclass
@@ -32,8 +39,9 @@ class Audit:
     """rows: of parameters that have a source. fresh: those that stay as initialised. unused: the source's that are
     left.
 
-    others: what the source holds beside tensors, never read. applied: whether the model was filled, or this is a dry
-    run.
+    states_left: the source's optimizer state that is not taken. others: what the source holds beside tensors, never
+    read. applied: whether the model was filled and passed all checks, or this is a dry run. checked: scores that were
+    compared with production's.
     """
 
     source: str
@@ -41,8 +49,10 @@ class Audit:
     rows: list[AuditRow] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    states_left: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     applied: bool = False
+    checked: int = 0
 
     def text(self) -> str:
         """The audit as a table for the terminal."""
@@ -67,18 +77,22 @@ class Audit:
         ]
         return "\n".join(lines) + "\n"
 
-    def save(self, folder: Path) -> None:
-        """Writes warm_start.json and warm_start.md into `folder`, each whole or not at all."""
+    def save(self, folder: str | Path) -> None:
+        """Writes warm_start.json and warm_start.md into `folder`, which is made, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "warm_start.json", json.dumps(asdict(self), indent=1) + "\n")
         write_atomically(folder / "warm_start.md", self.markdown())
 
     def _state(self) -> str:
-        return "taken" if self.applied else "dry run, nothing is changed"
+        checked = f", {self.checked:,} scores equal production's" if self.checked else ""
+        return f"taken{checked}" if self.applied else "dry run, nothing is changed"
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         return [
             ("stay as initialised", self.fresh),
             ("of the source, unused", self.unused),
+            ("of the source, optimizer state not taken", self.states_left),
             ("of the source, no tensors", self.others),
         ]
 
@@ -92,12 +106,14 @@ def _cells(row: AuditRow) -> list[str]:
     shape = "×".join(map(str, row.target_size)) or "1"
     columns = [] if not row.columns_new else [f"{row.columns_new} new ({row.new_columns})"]
     columns += [] if not row.columns_unused else [f"{row.columns_unused} unused"]
+    taken = f"{row.rows_taken:,}" + ("" if row.joined is None else f" ({row.joined:.1%} of the raw ids)")
+    dtype = row.dtype + (f", {row.zeroed:,} rounded to 0" if row.zeroed else "")
     return [
         row.target,
         "same name" if row.source == row.target else row.source,
         shape if same else f"{'×'.join(map(str, row.source_size)) or '1'} → {shape}",
-        row.dtype,
-        f"{row.rows_taken:,}",
+        dtype,
+        taken + (f", {row.checked:,} checked" if row.checked else ""),
         f"{row.rows_new:,}" + (f" ({row.new_rows})" if row.rows_new else ""),
         f"{row.rows_unused:,}",
         ", ".join(columns) or "all",

@@ -4,30 +4,30 @@ Shape suffixes: R rows, C columns of the target. A tensor of one dimension has o
 its further dimensions; a scalar is one row.
 """
 
-import fnmatch
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lumrec.errors import UserError
-from lumrec.train.parallel import world_size
 from lumrec.train.run import on_rank_zero
+from lumrec.warm_start import states
 from lumrec.warm_start.audit import Audit, AuditRow
+from lumrec.warm_start.names import SECOND, match_names, without_prefix
+from lumrec.warm_start.quantized import dequantised
+from lumrec.warm_start.routing import routing_problems
 from lumrec.warm_start.rows import RowMap, map_rows
 from lumrec.warm_start.rules import Rule, Rules, nearest
-from lumrec.warm_start.sources import Source
+from lumrec.warm_start.sources import Source, open_source
 
-SUMS_OF_SQUARES = ("momentum1", "sum")  # FBGEMM's and torch's name of what Adagrad keeps
+_PER = {"": "something unknown", "scalar": "tensor", "shard": "row and column shard"}
 
 
 class PlanError(UserError):
@@ -49,26 +49,33 @@ class Shard(NamedTuple):
 class Copy(NamedTuple):
     """One tensor of the source into one of the target.
 
-    parts: (source column, number, target column). average: all columns of the source become one, their mean. spread:
-    the one column of the source goes to every column that has a source. fill: what new rows get; fresh_columns: new
-    columns stay as they are, and are zero otherwise.
+    parts: (source column, number, target column). dtype: of the target. fill: what new rows get. fresh_columns: new
+    columns stay as they are, and are zero otherwise. average: all columns of the source become one, their mean. spread:
+    the one column of the source goes to every column that has a source. is_positive: no number may be negative.
     """
 
     name: str
     source: str
     rows: RowMap
     parts: list[tuple[int, int, int]]
+    dtype: torch.dtype
     fill: str
     fresh_columns: bool = False
     average: bool = False
     spread: bool = False
+    is_positive: bool = False
 
 
 @dataclass
 class Plan:
-    """The copies (states among them), the tensors that they go to, as far as this rank holds them, and the audit."""
+    """The copies (states among them), the tensors that they go to, as far as this rank holds them, and the audit.
+
+    source: what the copies name. rules: of each filled parameter.
+    """
 
     audit: Audit
+    source: Source
+    rules: dict[str, Rule] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
     targets: dict[str, Any] = field(default_factory=dict)
 
@@ -88,13 +95,16 @@ def shards_of(value: Any) -> list[Shard]:
             raise UserError(
                 f"a tensor of {tensor.dim()} dimensions is sharded along the last ones; expected rows or columns"
             )
-        view = (
-            tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1) if tensor.numel() else tensor.detach()
-        )
+        if not tensor.numel():
+            continue
+        if tensor.dim() > 2 and not tensor.is_contiguous():
+            raise UserError(f"a tensor of size {list(tensor.shape)} is not contiguous; call .contiguous() on it first")
+        view = tensor.detach()
+        if tensor.dim() != 2:
+            view = view.unsqueeze(-1) if tensor.dim() == 1 else view.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
         assert view.data_ptr() == tensor.data_ptr(), "a copy would be filled in place of the parameter"
-        if tensor.numel():
-            inner = math.prod(tensor.shape[2:])
-            shards.append(Shard(view, offset[0] if offset else 0, offset[1] * inner if len(offset) > 1 else 0))
+        inner = math.prod(tensor.shape[2:])
+        shards.append(Shard(view, offset[0] if offset else 0, offset[1] * inner if len(offset) > 1 else 0))
     return shards
 
 
@@ -113,15 +123,29 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     """
     targets = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
     audit = Audit(str(source.path), source.kind)
-    plan = Plan(audit)
     problems: list[str] = []
-    pairs = _match(source, rules, targets, audit, problems)
-    states = _states(model, optimizer)
+    if meta := [name for name, value in targets.items() if _is_meta(value)]:
+        problems.append(
+            f"{meta[0]!r} ({len(meta):,} such) is on the meta device and holds no numbers: call "
+            "model.to_empty(device=…), or DistributedModelParallel, first"
+        )
+    source, rules = _with_second_source(source, rules)
+    pairs = match_names(source, rules, targets, audit, problems)
+    theirs = states.SourceStates(source, rules, without_prefix(source, rules)[0])
+    problems += routing_problems(source, targets, pairs)
+    source, problems_of_bytes = _with_numbers(source, pairs, targets)
+    problems += problems_of_bytes
+    plan = Plan(audit, source)
+    ours = states.model_states(model, optimizer, targets)
     for target, (name, full, rule) in pairs.items():
         try:
-            _add(plan, source, rules, rule, name, full, target, targets[target], states.get(target, {}))
+            _add(plan, rules, rule, name, full, target, targets[target])
+            note = _state_note(plan, rule, name, targets[target], ours.get(target, []), theirs)
+            audit.rows[-1] = replace(audit.rows[-1], optimizer=note)
         except ValueError as error:
             problems.append(str(error))
+    taken = {copy.source for copy in plan.copies}
+    audit.states_left = [name.removeprefix(SECOND) for name in theirs.names if name not in taken]
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -131,98 +155,42 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     return plan
 
 
-def _match(
-    source: Source, rules: Rules, targets: Mapping[str, Any], audit: Audit, problems: list[str]
-) -> dict[str, tuple[str, str, Rule]]:
-    """Target → (name in the source without its prefix, with it, rule)."""
-    theirs = {}
-    for full in source.tensors:
-        if not (rules.optimizer_prefix and full.startswith(rules.optimizer_prefix)):
-            theirs[full.removeprefix(rules.source_prefix)] = full
-    if rules.source_prefix and not any(full.startswith(rules.source_prefix) for full in source.tensors):
-        near = nearest(rules.source_prefix, source.tensors)
-        problems.append(f"source_prefix {rules.source_prefix!r} begins no name of the source{near}")
-    unused = _listed("unused", rules.unused, theirs, problems)
-    fresh = _listed("fresh", rules.fresh, targets, problems)
-    pairs: dict[str, tuple[str, str, Rule]] = {}
-    used = set()
-    for rule in rules.rules:
-        found = [name for name in theirs if name not in unused and _matches(rule, name)]
-        if not found:
-            hidden = " but what is listed as unused" if any(_matches(rule, name) for name in unused) else ""
-            problems.append(
-                f"rule {rule.source!r} ({rule.match}) matches nothing{hidden}{nearest(rule.source, theirs)}"
-            )
-        for name in found:
-            target = _target_of(rule, name)
-            if target not in targets:
-                problems.append(f"{name!r} is to go to {target!r}, which the model has not{nearest(target, targets)}")
-            elif target in fresh:
-                problems.append(f"{target!r} is listed as fresh, and rule {rule.source!r} fills it")
-            elif target in pairs:
-                problems.append(f"{target!r} is matched twice: by {pairs[target][2].source!r} and {rule.source!r}")
-            else:
-                pairs[target] = (name, theirs[name], rule)
-            used.add(name)
-    for name in theirs:
-        if name not in used and name not in unused:
-            problems.append(
-                f"{name!r} of the source is left over{nearest(name, targets)}; give it a rule or list it as unused"
-            )
-    for target in targets:
-        if target not in pairs and target not in fresh:
-            problems.append(f"{target!r} has no source{nearest(target, theirs)}; give it a rule or list it as fresh")
-    audit.fresh = [name for name in targets if name not in pairs]
-    audit.unused = [theirs[name] for name in theirs if name not in used]
-    audit.others = list(source.others)
-    return pairs
+def _is_meta(value: Any) -> bool:
+    parts = [part.tensor for part in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+    return any(part.is_meta for part in parts)
 
 
-def _listed(what: str, patterns: list[str], names: Mapping[str, Any], problems: list[str]) -> set[str]:
-    listed = set()
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            problems.append(f"{what} lists {pattern!r}, which matches nothing{nearest(pattern, names)}")
-        listed |= set(found)
-    return listed
+def _with_second_source(source: Source, rules: Rules) -> tuple[Source, Rules]:
+    """The source with the tensors of rules.optimizer_source beside its own, and rules that find them."""
+    if not rules.optimizer_source:
+        return source, rules
+    second = open_source(Path(rules.folder) / rules.optimizer_source)
+    tensors = {f"{SECOND}{name}": stored for name, stored in second.tensors.items()}
+    values = {f"{SECOND}{name}": value for name, value in second.values.items()}
+    if not any(name.startswith(rules.optimizer_prefix) for name in second.tensors):
+        near = nearest(rules.optimizer_prefix, second.tensors)
+        raise UserError(f"optimizer_prefix {rules.optimizer_prefix!r} begins no name of {second.path}{near}")
+    both = replace(source, tensors={**source.tensors, **tensors}, values={**source.values, **values})
+    return both, replace(rules, optimizer_prefix=f"{SECOND}{rules.optimizer_prefix}")
 
 
-def _matches(rule: Rule, name: str) -> bool:
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.exclude):
-        return False
-    if rule.match == "exact":
-        return name == rule.source
-    if rule.match == "prefix":
-        return name.startswith(rule.source)
-    return re.fullmatch(rule.source, name) is not None
+def _with_numbers(
+    source: Source, pairs: Mapping[str, tuple[str, str, Rule]], targets: Mapping[str, Any]
+) -> tuple[Source, list[str]]:
+    """The source with its tables of bytes as numbers, where a rule says how to read them; and what is wrong there."""
+    decoded, problems = {}, []
+    for target, (_, full, rule) in pairs.items():
+        if rule.quantized:
+            try:
+                decoded[full] = dequantised(source, full, rule, flat(tuple(targets[target].size()))[1])
+            except ValueError as error:
+                problems.append(str(error))
+    return replace(source, tensors={**source.tensors, **decoded}), problems
 
 
-def _target_of(rule: Rule, name: str) -> str:
-    if rule.target is None:
-        return name
-    if rule.match == "exact":
-        return rule.target
-    if rule.match == "prefix":
-        return rule.target + name.removeprefix(rule.source)
-    match = re.fullmatch(rule.source, name)
-    assert match is not None
-    return match.expand(rule.target)
-
-
-def _add(
-    plan: Plan,
-    source: Source,
-    rules: Rules,
-    rule: Rule,
-    name: str,
-    full: str,
-    target: str,
-    value: Any,
-    states: Mapping[str, Any],
-) -> None:
-    """Adds the copies of one parameter and its state, and its row of the audit."""
-    stored = source.tensors[full]
+def _add(plan: Plan, rules: Rules, rule: Rule, name: str, full: str, target: str, value: Any) -> None:
+    """Adds the copy of one parameter, and its row of the audit."""
+    stored = plan.source.tensors[full]
     (source_rows, source_columns), (target_rows, target_columns) = flat(stored.size), flat(tuple(value.size()))
     _check_dtype(rule, name, stored.dtype, target, value.dtype)
     if max(len(stored.size), len(value.size())) > 2 and stored.size[1:] != tuple(value.size())[1:]:
@@ -237,14 +205,13 @@ def _add(
 
     # Vocabularies need more memory than the rows' numbers: one rank has them.
     row_map = on_rank_zero(row_map_of) if rule.target_vocabulary else row_map_of()
+    if row_map.num_new and rule.new_rows in ("mean", "category_mean") and not value.dtype.is_floating_point:
+        raise UserError(
+            f"{target!r} holds whole numbers ({value.dtype}), of which new_rows={rule.new_rows} has no mean"
+        )
     fresh = rule.columns == "pad_fresh"
-    plan.copies.append(Copy(target, full, row_map, parts, rule.new_rows, fresh))
-    plan.targets[target] = value
-    note = "dropped, as the rule says"
-    if rule.optimizer != "drop":
-        note = _add_states(plan, source, f"{rules.optimizer_prefix}{name}.", rules, plan.copies[-1], value, states)
-        if not note.startswith("kept") and rule.optimizer == "keep":
-            raise UserError(f"the optimizer state of {target!r} is to be kept, but would be {note}; say optimizer=drop")
+    plan.copies.append(Copy(target, full, row_map, parts, value.dtype, rule.new_rows, fresh))
+    plan.targets[target], plan.rules[target] = value, rule
     taken = sum(number for _, number, _ in parts)
     plan.audit.rows.append(
         AuditRow(
@@ -252,16 +219,17 @@ def _add(
             source=full,
             target_size=list(value.size()),
             source_size=list(stored.size),
-            dtype=_dtype_note(stored.dtype, value.dtype),
+            dtype=_dtype_note(stored.dtype, value.dtype) + (f" (from {rule.quantized})" if rule.quantized else ""),
             rows_taken=target_rows - row_map.num_new,
             rows_new=row_map.num_new,
-            rows_unused=int((~row_map.taken_S).sum()),
+            rows_unused=row_map.num_unused,
             new_rows=rule.new_rows if row_map.num_new else "",
+            joined=row_map.joined,
             columns_taken=taken,
             columns_new=target_columns - taken,
             columns_unused=source_columns - taken,
             new_columns=("fresh" if fresh else "zero") if target_columns > taken else "",
-            optimizer=note,
+            optimizer="",
         )
     )
 
@@ -272,8 +240,11 @@ def _dtype_note(source: torch.dtype, target: torch.dtype) -> str:
 
 
 def _check_dtype(rule: Rule, name: str, source: torch.dtype, target_name: str, target: torch.dtype) -> None:
-    if source.is_floating_point != target.is_floating_point:
-        raise UserError(f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted")
+    if (source.is_floating_point, source.is_complex) != (target.is_floating_point, target.is_complex):
+        hint = "; a quantised table is read by quantized=int8 or int8_fused" if source == torch.uint8 else ""
+        raise UserError(
+            f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted{hint}"
+        )
     if rule.dtype == "up" and torch.promote_types(source, target) != target:
         raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: precision is lost; say dtype=cast to allow it"
@@ -303,77 +274,95 @@ def _parts(rule: Rule, name: str, source_C: int, target: str, target_C: int) -> 
     return parts
 
 
-def _states(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """Parameter → entry → (size, tensor or None where another rank holds it), equal in order on all ranks.
-    Collective."""
-    if optimizer is None:
-        optimizer = getattr(model, "fused_optimizer", None)
-    if optimizer is None:
-        return {}
-    state = optimizer.state_tensors() if hasattr(optimizer, "state_tensors") else optimizer.state_dict()["state"]
-    ours = {
-        str(name): {str(entry): value for entry, value in entries.items() if hasattr(value, "size")}
-        for name, entries in state.items()
-    }
-    sizes = {name: {entry: tuple(value.size()) for entry, value in entries.items()} for name, entries in ours.items()}
-    everywhere: list[Any] = [sizes]
-    if world_size() > 1:
-        everywhere = [None] * world_size()
-        dist.all_gather_object(everywhere, sizes)
-    merged: dict[str, dict[str, Any]] = {}
-    for part in everywhere:
-        for name, entries in part.items():
-            for entry, size in entries.items():
-                merged.setdefault(name, {})[entry] = (size, ours.get(name, {}).get(entry))
-    return {name: dict(sorted(merged[name].items())) for name in sorted(merged)}
-
-
-def _add_states(
-    plan: Plan, source: Source, prefix: str, rules: Rules, weight: Copy, value: Any, states: Mapping[str, Any]
+def _state_note(
+    plan: Plan, rule: Rule, name: str, value: Any, ours: list[states.Entry], theirs: states.SourceStates
 ) -> str:
-    """Adds the copies of a parameter's optimizer state; what became of it, in words."""
-    stored = {
-        name.removeprefix(prefix): name for name in source.tensors if rules.optimizer_prefix and name.startswith(prefix)
-    }
-    if not stored:
-        return "none in the source" if rules.optimizer_prefix else "none: no optimizer_prefix"
-    if not states:
-        return "dropped: the model's optimizer has no state for it"
-    target_size, source_size = tuple(value.size()), source.tensors[weight.source].size
-    copies, notes = [], []
-    for entry, (size, tensor) in states.items():
-        kind = _kind(entry)
-        name = next((full for their, full in stored.items() if _kind(their) == kind), None)
-        if name is None:
-            return f"dropped: the source has {', '.join(sorted(map(_kind, stored)))}, the optimizer needs {kind}"
-        ours, theirs = _form(size, target_size), _form(source.tensors[name].size, source_size)
-        key = f"{weight.name} {entry}"
-        new = weight._replace(name=key, source=name, fill="zero", fresh_columns=False)
-        if "" in (ours, theirs) or (ours != theirs and kind != SUMS_OF_SQUARES[0]):
-            return f"dropped: {name.removeprefix(prefix)} is {list(source.tensors[name].size)}, here it is {list(size)}"
-        if ours == "scalar":
-            new = new._replace(rows=RowMap(torch.zeros(1, dtype=torch.int64), 1), parts=[(0, 1, 0)])
-        elif ours == "row":
-            new = new._replace(average=theirs == "element", parts=weight.parts if theirs == "element" else [(0, 1, 0)])
-        elif theirs == "row":
-            new = new._replace(spread=True)
-        if ours != theirs:
-            notes.append("per element → per row (mean)" if ours == "row" else "per row → per element (equal columns)")
-        copies.append(new)
-        plan.targets[key] = tensor
-    plan.copies += copies
+    """Adds the copies of the state of the parameter that was added last; what became of its state, in words."""
+    if rule.optimizer == "drop":
+        return "dropped, as the rule says"
+    weight = plan.copies[-1]
+    try:
+        if not theirs.names:
+            raise states.Dropped("none: no optimizer_prefix")
+        found = theirs.of(name)
+        if not ours:
+            raise states.Dropped("dropped: the model's optimizer has no state for it")
+        source_size = plan.source.tensors[weight.source].size
+        stored = states.read_state(found, source_size, kind=rule.optimizer_kind)
+        copies, notes = _state_copies(plan, rule, weight, states.read_state(ours, tuple(value.size())), stored, value)
+    except states.Dropped as reason:
+        note = str(reason) if str(reason).startswith("none") else f"dropped: {str(reason).removeprefix('dropped: ')}"
+        if rule.optimizer == "keep":
+            raise UserError(
+                f"the optimizer state of {weight.name!r} is to be kept, but would be {note}; say optimizer=drop"
+            ) from None
+        return note
+    for copy, tensor in copies:
+        plan.copies.append(copy)
+        plan.targets[copy.name] = tensor
     return "kept" + "".join(f", {note}" for note in dict.fromkeys(notes))
 
 
-def _kind(entry: str) -> str:
-    last = entry.split(".")[-1]
-    return SUMS_OF_SQUARES[0] if last in SUMS_OF_SQUARES else last
+def _state_copies(
+    plan: Plan, rule: Rule, weight: Copy, ours: states.State, theirs: states.State, value: Any
+) -> tuple[list[tuple[Copy, Any]], list[str]]:
+    """The copies of a state, with their tensors, and how they are converted. Raises Dropped where they cannot be."""
+    copies, notes = [], []
+    for meaning in states.matched(ours, theirs):
+        to, of = ours.entries[meaning], theirs.entries[meaning]
+        form, their_form = ours.forms[meaning], theirs.forms[meaning]
+        squares = meaning in states.SQUARES
+        new = weight._replace(
+            name=f"{weight.name} {to.name}",
+            source=of.name,
+            dtype=to.dtype,
+            fill="zero",
+            fresh_columns=False,
+            is_positive=squares or meaning == "step",
+        )
+        if rule.dtype == "up" and torch.promote_types(of.dtype, to.dtype) != to.dtype:
+            raise states.Dropped(f"{of.last} is {of.dtype}, here {to.dtype}; say dtype=cast to round it")
+        if (
+            "" in (form, their_form)
+            or form != their_form
+            and not (squares and {form, their_form} == {"row", "element"})
+        ):
+            raise states.Dropped(
+                f"the source's {of.last} {list(of.size)} has one number per {_PER.get(their_form, their_form)}, the "
+                f"model's {list(to.size)} one per {_PER.get(form, form)}"
+            )
+        if form == "scalar":
+            new = new._replace(rows=RowMap(1, 1), parts=[(0, 1, 0)])
+        elif form == "shard":
+            number = _same_shards(plan, weight, value, to, of)
+            new = new._replace(rows=weight.rows.stacked(number), parts=[(0, 1, 0)])
+        elif form == "row":
+            is_mean = their_form == "element"
+            new = new._replace(average=is_mean, parts=weight.parts if is_mean else [(0, 1, 0)])
+        elif their_form == "row":
+            new = new._replace(spread=True)
+        if form != their_form:
+            notes.append("per element → per row (mean)" if form == "row" else "per row → per element (equal columns)")
+        copies.append((new, to.tensor))
+    if "step" not in ours.entries and "exp_avg" in ours.entries:
+        notes.append("the step count of the fused optimizer begins at 0")
+    return copies, notes
 
 
-def _form(size: tuple[int, ...], parameter: tuple[int, ...]) -> str:
-    """How an entry of the state belongs to its parameter: "element", "row" or "scalar"; "" if in none of these ways."""
-    if size == parameter:
-        return "element"
-    if len(parameter) == 2 and size in ((parameter[0],), (parameter[0], 1)):
-        return "row"
-    return "scalar" if math.prod(size) == 1 else ""
+def _same_shards(plan: Plan, weight: Copy, value: Any, ours: states.Entry, theirs: states.Entry) -> int:
+    """The number of column shards, of each of which row-wise state has a sum. Raises Dropped unless both sides cut the
+    table's columns at the same places.
+    """
+    stored = plan.source.tensors[weight.source]
+    columns = flat(stored.size)[1]
+    number = theirs.size[0] // stored.size[0]
+    here = sorted({shard.shard_offsets[1] for shard in value.metadata().shards_metadata})
+    there = sorted({piece.offsets[1] for piece in stored.pieces})
+    whole = weight.parts == [(0, columns, 0)] and columns == value.size()[1]
+    if not whole or here != there or not number == len(here) == ours.size[0] // value.size()[0]:
+        known = f"at columns {there}" if len(there) == number else "where it does not say"
+        raise states.Dropped(
+            f"the source's {theirs.last} has a sum for each row and column shard; its {number} shards begin {known}, "
+            f"those here at {here}"
+        )
+    return number

@@ -15,6 +15,8 @@ fresh: [knowledge.*]             # of the model, stay as they were initialised
 """
 
 import difflib
+import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ ROWS = ("error", "grow", "remap", "hash")
 COLUMNS = ("error", "slice", "pad_zero", "pad_fresh", "slice_pad_zero")
 NEW_ROWS = ("", "mean", "category_mean", "unknown", "zero", "random")
 HASHES = ("modulo", "splitmix64", "fnv1a64")
+KINDS = ("", "adagrad", "rowwise_adagrad", "adam", "lamb", "partial_rowwise_adam", "partial_rowwise_lamb", "sgd")
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,27 @@ class Rule:
     with a column of raw ids and one of rows (source_columns, target_columns); relative to the rules file. keep_rows:
     rows without a raw id that keep their number, such as 0 for "unknown". hash: "modulo" (whole numbers), "splitmix64"
     (whole numbers) or "fnv1a64" (text), of the id, modulo the source's rows. collisions: "error", or "share": ids that
-    had one row in the source begin with equal rows. new_rows: what rows without a source begin with, to be stated where
-    there are any: "mean" of the rows taken, "category_mean" of those of the same category (categories: file of key,
-    category; "mean" where a category has none), "unknown" (as row 0), "zero", or "random" (as the model was
-    initialised).
+    had one row in the source begin with equal rows; so a vocabulary may be written by any hash. min_joined: lowest
+    share of the target's raw ids that the source's vocabulary must have. lookalikes: "error" where an id without a
+    source differs only in its form from one of the source's (`7` and `7.0`, `7` and `007`, trailing blanks), or "new".
+    new_rows: what rows without a source begin with, to be stated where there are any: "mean" of the rows taken,
+    "category_mean" of those of the same category (categories: file of key, category; "mean" where a category has none),
+    "unknown" (as row 0), "zero", or "random" (as the model was initialised).
 
     columns: "error" (as many), "slice" (the first ones), "pad_zero" or "pad_fresh" (the source's come first; new ones
     are zero, or as initialised), "slice_pad_zero" (some of the source's, as parts says, and new ones that are zero).
     parts: [[source column, number, target column], …] where old columns are not the first. dtype: "up" (no number may
-    lose precision) or "cast". optimizer: "auto" keeps the state, converted where it has to be, and drops it with a word
-    where it cannot; "keep" refuses then; "drop".
+    lose precision) or "cast" (rounded; what the target's dtype cannot hold is an error). quantized: how a table of
+    bytes is read as numbers, value = byte * scale + bias of its row: "int8" (TorchRec's quantize_embeddings: scale and
+    bias as fp16 in front of the row, or as <name>_qscale and <name>_qbias), "int8_fused" (FBGEMM's
+    FloatToFused8BitRowwiseQuantized: as fp32 behind the row).
+
+    optimizer: "auto" keeps the state, converted where it has to be, and drops it with the reason where its meaning is
+    not known or another; "keep" refuses then; "drop". optimizer_kind: the source's optimizer, where the entries do not
+    say it (FBGEMM calls the first state of every optimizer momentum1).
+
+    check: a Parquet file of rows that production has, compared with the model's after the takeover: columns "key" (a
+    raw id; without a vocabulary "row") and "values" (list of the source's columns). tolerance: highest difference.
     """
 
     source: str
@@ -67,21 +81,34 @@ class Rule:
     keep_rows: List[int] = field(default_factory=list)
     hash: str = "modulo"
     collisions: str = "error"
+    min_joined: float = 0.1
+    lookalikes: str = "error"
     new_rows: str = ""
     categories: str = ""
     columns: str = "error"
     parts: List[List[int]] = field(default_factory=list)
     dtype: str = "up"
+    quantized: str = ""
     optimizer: str = "auto"
+    optimizer_kind: str = ""
+    check: str = ""
+    tolerance: float = 1e-5
 
 
 @dataclass(frozen=True)
 class Rules:
-    """All rules, what is left behind and what stays fresh on purpose. folder: where relative paths begin."""
+    """All rules, what is left behind and what stays fresh on purpose. folder: where relative paths begin.
+
+    optimizer_source: another checkpoint that holds the optimizer's state, under optimizer_prefix; "": the source does.
+    optimizer_parameters: parameters in the order of the source's optimizer, where it keeps its state by index
+    (torch.optim's `state: {0: …}`), as the source names them without source_prefix.
+    """
 
     rules: List[Rule] = field(default_factory=list)
     source_prefix: str = ""
     optimizer_prefix: str = ""
+    optimizer_source: str = ""
+    optimizer_parameters: List[str] = field(default_factory=list)
     unused: List[str] = field(default_factory=list)
     fresh: List[str] = field(default_factory=list)
     folder: str = "."
@@ -94,8 +121,21 @@ _CHOICES = {
     "new_rows": NEW_ROWS,
     "hash": HASHES,
     "collisions": ("error", "share"),
+    "lookalikes": ("error", "new"),
     "dtype": ("up", "cast"),
+    "quantized": ("", "int8", "int8_fused"),
     "optimizer": ("auto", "keep", "drop"),
+    "optimizer_kind": KINDS,
+}
+# Settings that do nothing but under some values of `rows`.
+_ONLY_WITH = {
+    "keep_rows": ("remap",),
+    "hash": ("hash",),
+    "collisions": ("remap", "hash"),
+    "min_joined": ("remap",),
+    "lookalikes": ("remap",),
+    "source_columns": ("remap",),
+    "target_columns": ("remap", "hash"),
 }
 
 
@@ -120,6 +160,9 @@ def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
         rules = _parse(origin, parse(to_yaml(rules), origin))
     for rule in rules.rules:
         _check(f"{origin}, rule {rule.source!r}", rule)
+    for name in ("optimizer_source", "optimizer_parameters"):
+        if getattr(rules, name) and not (rules.optimizer_prefix or rules.optimizer_source):
+            raise UserError(f"{origin}: {name} is given without optimizer_prefix, so no optimizer state is read")
     return rules
 
 
@@ -159,6 +202,17 @@ def _check(where: str, rule: Rule) -> None:
             said = "has no" if is_needed else "has"
             reason = "new_rows=" + rule.new_rows if name == "categories" else "rows=" + rule.rows
             raise UserError(f"{where} {said} {name}, with {reason}: give both or neither")
+    if rule.new_rows == "category_mean" and rule.rows not in ("remap", "hash"):
+        raise UserError(f"{where}: new_rows=category_mean needs the raw ids of the rows; say rows=remap or hash")
+    default = Rule(source="")
+    for name, rows in _ONLY_WITH.items():
+        if getattr(rule, name) != getattr(default, name) and rule.rows not in rows:
+            if name == "keep_rows" and rule.rows == "hash":
+                raise UserError(
+                    f"{where}: keep_rows is {rule.keep_rows}, but with rows=hash all the source's rows are of raw ids: "
+                    "say new_rows for rows that have none"
+                )
+            raise UserError(f"{where}: {name} has no effect with rows={rule.rows}; it is of rows={' and '.join(rows)}")
     for name in ("source_columns", "target_columns"):
         if len(getattr(rule, name)) != 2:
             raise UserError(f"{where}: {name} is {getattr(rule, name)}; expected [<raw id>, <row>] of its vocabulary")
@@ -167,6 +221,17 @@ def _check(where: str, rule: Rule) -> None:
             raise UserError(f"{where}: parts has {part}; expected [source column, number of columns, target column]")
     if rule.parts and rule.columns == "error":
         raise UserError(f"{where}: parts says that columns move; say too what is new, by columns=pad_zero, …")
+    if not 0 <= rule.min_joined <= 1:
+        raise UserError(f"{where}: min_joined is {rule.min_joined}; expected a share between 0 and 1")
+    if not 0 <= rule.tolerance < math.inf:
+        raise UserError(f"{where}: tolerance is {rule.tolerance}; expected 0 or more")
+    if rule.match == "regex":
+        try:
+            re.compile(rule.source)
+        except re.error as error:
+            raise UserError(f"{where}: source is no regular expression: {error}") from None
+    if rule.match != "exact" and rule.check:
+        raise UserError(f"{where}: check is of one table; expected match=exact")
 
 
 def nearest(name: str, names: Collection[str], number: int = 2) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import IOBase
 from operator import itemgetter
 from pathlib import Path
@@ -62,21 +62,29 @@ class Piece:
 
 
 class Stored(NamedTuple):
-    """A tensor of a source: its whole size, dtype, and the pieces that cover it."""
+    """A tensor of a source: its whole size, dtype, and the pieces that cover it.
+
+    decode: gives the rows first … last-1 of what is worked out from other tensors, and has no pieces.
+    """
 
     size: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+    decode: Callable[[int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: its tensors by name ("model.over_arch.0.weight"), and names of what is no tensor and never read."""
+    """A checkpoint: its tensors by name ("model.over_arch.0.weight"), and names of what is no tensor and never read.
+
+    values: text and whole numbers among the latter, where the header holds them (torch.save).
+    """
 
     path: Path
     kind: str
     tensors: Mapping[str, Stored]
     others: tuple[str, ...] = ()
+    values: Mapping[str, str | int] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Changes with the names, lengths, first or last bytes of its files: cheap, for files that nobody forges."""
@@ -96,6 +104,8 @@ class Source:
         Raises UserError where the file is shorter than its header says.
         """
         stored = self.tensors[name]
+        if stored.decode is not None:
+            return stored.decode(first, last)
         size = stored.size or (1,)
         rows = torch.empty((last - first, *size[1:]), dtype=stored.dtype)
         for piece in stored.pieces:
@@ -135,7 +145,7 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
 
 
 def open_source(path: str | Path, *, verify: bool = True) -> Source:
-    """The checkpoint in `path`: a DCP folder, a safetensors file, or a torch.save file. Collective.
+    """The checkpoint in `path`: a DCP folder, a safetensors file or its index, or a torch.save file. Collective.
 
     Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
     its checksums too (not with verify=False). Raises MissingFileError where there is none; UserError, which says what
@@ -147,6 +157,8 @@ def open_source(path: str | Path, *, verify: bool = True) -> Source:
         raise MissingFileError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
     if path.is_dir():
         return _open_dcp(path, verify)
+    if path.name.endswith(".safetensors.index.json"):
+        return _open_safetensors_index(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return _open_torch_save(path)
@@ -249,10 +261,15 @@ def _open_torch_save(path: Path) -> Source:
             f"{path} holds {type(content).__name__}; expected a state dict: {{name: tensor}}, nested or not"
         )
     length = path.stat().st_size
-    tensors, others = {}, []
+    tensors: dict[str, Stored] = {}
+    values: dict[str, Any] = {}
     for name, value in _leaves(path, content):
+        if name in tensors or name in values:
+            raise UserError(
+                f"{path} holds two values that are called {name!r}, nested in different ways: give each its own name"
+            )
         if not isinstance(value, Tensor):
-            others.append(name)
+            values[name] = value
             continue
         if value.layout != torch.strided or value.is_quantized:
             raise UserError(f"{path}: {name!r} is a {value.layout} or quantized tensor; save it as a plain one")
@@ -264,7 +281,8 @@ def _open_torch_save(path: Path) -> Source:
             )
         pieces = (Piece((0,) * len(size), size, functools.partial(_same, place)),)
         tensors[name] = Stored(size, value.dtype, pieces)
-    return Source(path, "torch.save", tensors, tuple(others))
+    plain = {name: value for name, value in values.items() if isinstance(value, (str, int))}
+    return Source(path, "torch.save", tensors, tuple(values), plain)
 
 
 def _leaves(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -316,6 +334,33 @@ def _open_safetensors(path: Path) -> Source:
         tensors[name] = Stored(size, dtype, (Piece((0,) * len(size), size, functools.partial(_same, place)),))
     if end_before != length:
         raise UserError(f"{path}: its tensors end at byte {end_before:,}, the file at {length:,}; save it again")
+    return Source(path, "safetensors", tensors)
+
+
+def _open_safetensors_index(path: Path) -> Source:
+    """The tensors of the files beside `path` that it names ("weight_map": tensor → file)."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        file_of = {name: str(file) for name, file in index["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(
+            f'{path} is no index of safetensors files; expected {{"weight_map": {{tensor: file, …}}}}'
+        ) from None
+    files = {}
+    for name in sorted(set(file_of.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names the file {name!r}; expected names of .safetensors files in its own folder")
+        if not (path.parent / name).is_file():
+            raise MissingFileError(f"{path} names the file {name!r}, which is missing; copy the whole checkpoint")
+        files[name] = _open_safetensors(path.parent / name).tensors
+    tensors = {}
+    for name, file in file_of.items():
+        if name not in files[file]:
+            raise UserError(f"{path} says that {file} holds {name!r}, which it does not: they are of two checkpoints")
+        tensors[name] = files[file][name]
+    for file, inside in files.items():
+        if left := sorted(name for name in inside if file_of.get(name) != file):
+            raise UserError(f"{file} holds {left[0]!r}, of which {path} knows nothing: they are of two checkpoints")
     return Source(path, "safetensors", tensors)
 
 

@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -17,6 +18,12 @@ from lumrec.warm_start.plan import shards_of
 ROWS, WIDTH, NUM_DENSE = {"item": 50, "user": 40}, 8, 5
 TABLES = "sparse_arch.embedding_bag_collection.embedding_bags"
 FIRST = "dense_arch.model._mlp.0._linear.weight"
+
+
+def vocabulary(path: Path, keys: Any, rows: Any = None) -> None:
+    """Writes a file of raw id → row."""
+    frame = pl.DataFrame({"key": keys, "row": list(range(len(keys))) if rows is None else rows})
+    frame.write_csv(path) if path.suffix == ".csv" else frame.write_parquet(path)
 
 
 def dlrm(*, rows: dict[str, int] = ROWS, width: int = WIDTH, num_dense: int = NUM_DENSE, seed: int = 7) -> DLRM:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from takeover import vocabulary
 from torch import nn
 
 from lumrec.warm_start import PlanError, warm_start
-from lumrec.warm_start.rows import hash_rows
 from lumrec.warm_start.rules import read_rules
+from lumrec.warm_start.vocabulary import hash_rows
 
 
 class Shop(nn.Module):
@@ -31,11 +32,6 @@ def shop(tmp_path):
     }
     torch.save(state, tmp_path / "shop.pt")
     return tmp_path / "shop.pt", state
-
-
-def vocabulary(path, keys, rows=None):
-    frame = pl.DataFrame({"key": keys, "row": list(range(len(keys))) if rows is None else rows})
-    frame.write_csv(path) if path.suffix == ".csv" else frame.write_parquet(path)
 
 
 def of_item(**rule):

@@ -1,0 +1,129 @@
+"""Which tensor of the source goes to which parameter, by name."""
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lumrec.errors import UserError
+from lumrec.warm_start.audit import Audit
+from lumrec.warm_start.quantized import is_companion
+from lumrec.warm_start.rules import Rule, Rules, nearest
+from lumrec.warm_start.sources import Source
+
+SECOND = "optimizer_source:"  # in front of the names of a second source
+
+
+def match_names(
+    source: Source, rules: Rules, targets: Mapping[str, Any], audit: Audit, problems: list[str]
+) -> dict[str, tuple[str, str, Rule]]:
+    """Target → (name in the source without its prefix, with it, rule)."""
+    theirs, collisions = without_prefix(source, rules)
+    problems += collisions
+    if rules.source_prefix and not any(full.startswith(rules.source_prefix) for full in source.tensors):
+        near = nearest(rules.source_prefix, source.tensors)
+        problems.append(f"source_prefix {rules.source_prefix!r} begins no name of the source{near}")
+    unused = _listed("unused", rules.unused, theirs, problems)
+    fresh = _listed("fresh", rules.fresh, targets, problems)
+    pairs: dict[str, tuple[str, str, Rule]] = {}
+    used = set()
+    for rule in rules.rules:
+        found = [name for name in theirs if name not in unused and _matches(rule, name)]
+        if not found:
+            hidden = " but what is listed as unused" if any(_matches(rule, name) for name in unused) else ""
+            problems.append(
+                f"rule {rule.source!r} ({rule.match}) matches nothing{hidden}{nearest(rule.source, theirs)}"
+            )
+        for name in found:
+            target = _target_of(rule, name)
+            if target not in targets:
+                problems.append(f"{name!r} is to go to {target!r}, which the model has not{nearest(target, targets)}")
+            elif target in fresh:
+                problems.append(f"{target!r} is listed as fresh, and rule {rule.source!r} fills it")
+            elif target in pairs:
+                problems.append(f"{target!r} is matched twice: by {pairs[target][2].source!r} and {rule.source!r}")
+            else:
+                pairs[target] = (name, theirs[name], rule)
+            used.add(name)
+    for name in theirs:
+        if name not in used and name not in unused:
+            problems.append(
+                f"{name!r} of the source is left over{nearest(name, targets)}; give it a rule or list it as unused"
+            )
+    for target in targets:
+        if target not in pairs and target not in fresh:
+            problems.append(f"{target!r} has no source{nearest(target, theirs)}; give it a rule or list it as fresh")
+    _check_ties(targets, pairs, problems)
+    audit.fresh = [name for name in targets if name not in pairs]
+    audit.unused = [theirs[name] for name in theirs if name not in used]
+    audit.others = list(source.others)
+    return pairs
+
+
+def _check_ties(targets: Mapping[str, Any], pairs: Mapping[str, tuple[str, str, Rule]], problems: list[str]) -> None:
+    """Parameters that share their memory must have one source."""
+    first: dict[tuple[Any, ...], str] = {}
+    for target in pairs:
+        value = targets[target]
+        if type(value) in (Tensor, nn.Parameter) and value.numel() and not value.is_meta:
+            place = (value.device, value.data_ptr(), tuple(value.shape))
+            other = first.setdefault(place, target)
+            if pairs[other][1] != pairs[target][1]:
+                problems.append(
+                    f"{other!r} and {target!r} are one tensor, and get {pairs[other][1]!r} and {pairs[target][1]!r}"
+                )
+
+
+def _listed(what: str, patterns: list[str], names: Mapping[str, Any], problems: list[str]) -> set[str]:
+    listed = set()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            problems.append(f"{what} lists {pattern!r}, which matches nothing{nearest(pattern, names)}")
+        listed |= set(found)
+    return listed
+
+
+def _matches(rule: Rule, name: str) -> bool:
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.exclude):
+        return False
+    if rule.match == "exact":
+        return name == rule.source
+    if rule.match == "prefix":
+        return name.startswith(rule.source)
+    return re.fullmatch(rule.source, name) is not None
+
+
+def _target_of(rule: Rule, name: str) -> str:
+    if rule.target is None:
+        return name
+    if rule.match == "exact":
+        return rule.target
+    if rule.match == "prefix":
+        return rule.target + name.removeprefix(rule.source)
+    match = re.fullmatch(rule.source, name)
+    assert match is not None
+    try:
+        return match.expand(rule.target)
+    except (re.error, IndexError) as error:
+        raise UserError(f"rule {rule.source!r}: target {rule.target!r} cannot be expanded: {error}") from None
+
+
+def without_prefix(source: Source, rules: Rules) -> tuple[dict[str, str], list[str]]:
+    """Name without source_prefix → whole name, and problems. State and scales of bytes are left out."""
+    theirs: dict[str, str] = {}
+    problems = []
+    for full in source.tensors:
+        is_state = bool(rules.optimizer_prefix) and full.startswith(rules.optimizer_prefix)
+        if is_state or full.startswith(SECOND) or is_companion(full, source):
+            continue
+        name = full.removeprefix(rules.source_prefix)
+        if name in theirs:
+            problems.append(
+                f"{theirs[name]!r} and {full!r} of the source are both {name!r} without source_prefix "
+                f"{rules.source_prefix!r}: give another source_prefix, or save them under names of their own"
+            )
+        theirs[name] = full
+    return theirs, problems

@@ -175,16 +175,19 @@ def _with_second_source(source: Source, rules: Rules) -> tuple[Source, Rules]:
 
 
 def _with_numbers(
-    source: Source, pairs: Mapping[str, tuple[str, str, Rule]], targets: Mapping[str, Any]
+    source: Source, pairs: dict[str, tuple[str, str, Rule]], targets: Mapping[str, Any]
 ) -> tuple[Source, list[str]]:
-    """The source with its tables of bytes as numbers, where a rule says how to read them; and what is wrong there."""
+    """The source with its tables of bytes as numbers, where a rule says how to read them; and problems, without whose
+    tables `pairs` is left.
+    """
     decoded, problems = {}, []
-    for target, (_, full, rule) in pairs.items():
+    for target, (_, full, rule) in list(pairs.items()):
         if rule.quantized:
             try:
                 decoded[full] = dequantised(source, full, rule, flat(tuple(targets[target].size()))[1])
             except ValueError as error:
                 problems.append(str(error))
+                pairs.pop(target)
     return replace(source, tensors={**source.tensors, **decoded}), problems
 
 

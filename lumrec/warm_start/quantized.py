@@ -30,31 +30,34 @@ def dequantised(source: Source, name: str, rule: Rule, columns: int) -> Stored:
         )
     rows, width = stored.size
     scale, bias = (f"{name}{end}" for end in COMPANIONS)
-    if rule.quantized == "int8" and scale in source.tensors:
-        if bias not in source.tensors or any(source.tensors[beside].size[0] != rows for beside in (scale, bias)):
-            raise UserError(f"{what} has {rows:,} rows; expected as many numbers in both {scale!r} and {bias!r}")
-        columns, first_byte, pair = width, 0, None
-    elif rule.quantized == "int8":
-        expected = range(columns + 4, -(-(columns + 4) // _ALIGNMENT) * _ALIGNMENT + 1)
-        columns, first_byte, pair = columns, 4, (0, torch.float16)
-    else:
-        aligned = -(-columns // 4) * 4
-        expected = range(aligned + 8, aligned + 9)
-        columns, first_byte, pair = columns, 0, (aligned, torch.float32)
-    if pair is not None and (width not in expected or rule.columns != "error"):
+    beside = rule.quantized == "int8" and scale in source.tensors
+    aligned = [columns + -columns % by for by in (1, 4)]
+    widths = [width] if beside else range(columns + 4, columns + 5 + -(columns + 4) % _ALIGNMENT)
+    if rule.quantized == "int8_fused":
+        widths = [number + 8 for number in aligned]
+    if beside and (bias not in source.tensors or any(source.tensors[n].size[0] != rows for n in (scale, bias))):
+        raise UserError(f"{what} has {rows:,} rows; expected as many numbers in both {scale!r} and {bias!r}")
+    if width not in widths or not beside and rule.columns != "error":
         raise UserError(
-            f"{what} has {width:,} bytes a row, which hold its scale and bias too; expected {expected[0]:,} to "
-            f"{expected[-1]:,} for the target's {columns:,} columns, and columns=error"
+            f"{what} has {width:,} bytes a row, which hold its scale and bias too; expected {widths[0]:,} to "
+            f"{widths[-1]:,} for the target's {columns:,} columns, and columns=error"
         )
+    columns = width if beside else columns
 
     def decode(first: int, last: int) -> Tensor:
         byte_NC = source.read(name, first, last)
-        if pair is None:
-            scale_N1, bias_N1 = (source.read(beside, first, last).reshape(-1, 1).float() for beside in (scale, bias))
+        if beside:
+            scale_N1, bias_N1 = (source.read(n, first, last).reshape(-1, 1).float() for n in (scale, bias))
+        elif rule.quantized == "int8":
+            scale_N1, bias_N1 = byte_NC[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)
+            byte_NC = byte_NC[:, 4 : 4 + columns]
         else:
-            start, dtype = pair
-            both_N2 = byte_NC[:, start : start + 2 * dtype.itemsize].contiguous().view(dtype).float()
-            scale_N1, bias_N1 = both_N2[:, :1], both_N2[:, 1:]
-        return byte_NC[:, first_byte : first_byte + columns].float() * scale_N1 + bias_N1
+            scale_N1, bias_N1 = byte_NC[:, width - 8 :].contiguous().view(torch.float32).split(1, dim=1)
+            byte_NC = byte_NC[:, :columns]
+        # A row's least number is byte 0 or its greatest byte 255, whichever way the bias was rounded.
+        is_quantised_N = (byte_NC == 0).any(1) | (byte_NC == 255).any(1)
+        if is_quantised_N.float().mean() < 0.9:
+            raise UserError(f"{what} does not look so: its rows do not span the bytes from 0 to 255")
+        return byte_NC.float() * scale_N1 + bias_N1
 
     return Stored((rows, columns), torch.float32, (), decode)

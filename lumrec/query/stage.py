@@ -21,7 +21,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.sequences import AnsweringWindows, Windows, behind
 from lumrec.data.splits import moment_of_share, user_fold
-from lumrec.errors import MissingFileError, UserError
+from lumrec.errors import UserError
 from lumrec.evaluation.answers import rank_by_answers
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
 from lumrec.query.forget import drop_forgotten, forgotten_among
@@ -39,8 +39,7 @@ from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
 from lumrec.query.refresh import Earlier, find_earlier, take_over
 from lumrec.query.store import MANIFEST, Knowledge, check_files, read_manifest
 from lumrec.query.writer import KnowledgeWriter, full_disk_told, version_name
-from lumrec.train.checkpoint import best_checkpoint
-from lumrec.train.lum import ModelConfig, check_lum_fits, condition_features, load_lum
+from lumrec.train.lum import ModelConfig, check_lum_fits, condition_features, load_lum, open_lum_run
 from lumrec.train.parallel import init_distributed, rank, world_size
 from lumrec.train.run import RunFolder, on_rank_zero
 
@@ -190,21 +189,16 @@ def find_lums(config: Config, data: PreparedData) -> list[AskedLum]:
 
 def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
     """What is known about a LUM run without loading it."""
-    from lumrec.config import load  # the root config nests QueryConfig, so it cannot be imported from here at the top
-
     folder = Path(config.runs_dir) / name
-    if not (folder / "result.json").exists():
-        fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
-        raise MissingFileError(
-            f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py --config <your config> "
-            f"{shlex.quote(f'run={name}')}{fold}"
-        )
-    checkpoint = best_checkpoint(folder)
-    if not check_lum_fits(name, checkpoint, data):
+    fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
+    lum = open_lum_run(
+        folder,
+        missing=f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py "
+        f"--config <your config> {shlex.quote(f'run={name}')}{fold}",
+    )
+    if not check_lum_fits(lum, data):
         logger.info("the LUM %s was trained on another state of this log, with the same vocabularies", name)
-    trained = load(folder / "config.yaml", [])
-    # COMPLETE holds the checksum of meta.json, which holds those of all weights.
-    return AskedLum(name, trained.fold, (checkpoint / "COMPLETE").read_text(encoding="utf-8").strip(), trained)
+    return AskedLum(name, lum.config.fold, lum.fingerprint, lum.config)
 
 
 def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:

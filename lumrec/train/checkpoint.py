@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,36 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from lumrec.errors import MissingFileError, UserError
+from lumrec.train.checkpoint_meta import (
+    FORMAT,
+    Fingerprint,
+    best_checkpoint,
+    best_of,
+    check_fingerprint,
+    complete_checkpoints,
+    read_meta,
+    read_object,
+    some,
+    step_folder,
+    unusable,
+)
 from lumrec.train.checkpoint_reader import Reader, load_tensors
 from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
 
+__all__ = [
+    "Checkpointer",
+    "Loaded",
+    "best_checkpoint",
+    "complete_checkpoints",
+    "load_weights",
+    "read_meta",
+    "verified_meta",
+]
+
 logger = logging.getLogger(__name__)
-FORMAT = 1
 OPTIMIZER_STATE = ("keep", "drop")
-_META_KEYS = {"format", "step", "best_step", "world_size", "fingerprint", "parameters", "state", "files"}
 
 
 class Loaded(NamedTuple):
@@ -52,8 +73,8 @@ class Loaded(NamedTuple):
 class Checkpointer:
     """Saves and restores one training run.
 
-    `fingerprint` says what the checkpoint belongs to (data, schema, model settings; text by name): a checkpoint with
-    another one is refused. The newest `keep` checkpoints stay, and beside them the best of each.
+    `fingerprint` says what the checkpoint belongs to (data, schema, model settings; by name): a checkpoint with another
+    one is refused. The newest `keep` checkpoints stay, and beside them the best of each.
 
     `optimizer_state` says what becomes of a table's optimizer state that does not fit this run: "keep" refuses to load,
     "drop" begins that state anew. That is so for row-wise Adagrad to and from column_wise (one sum per row and shard,
@@ -66,7 +87,7 @@ class Checkpointer:
         *,
         model: DistributedModelParallel,
         optimizer: TableAndDenseOptimizer,
-        fingerprint: Mapping[str, str] | None = None,
+        fingerprint: Fingerprint | None = None,
         keep: int = 2,
         optimizer_state: str = "keep",
     ) -> None:
@@ -106,7 +127,7 @@ class Checkpointer:
                 "step": step,
                 "best_step": best_step,
                 "world_size": world_size(),
-                "fingerprint": self._fingerprint,
+                "fingerprint": {name: str(value) for name, value in self._fingerprint.items()},
                 "parameters": _shapes(self._model),
                 "sharding": _sharding_types(self._model),
                 "state": dict(state),
@@ -151,16 +172,24 @@ class Checkpointer:
 
     def _load(self, path: Path) -> Loaded:
         meta = read_meta(path)
-        _check_fingerprint(path, meta, self._fingerprint)
+        check_fingerprint(path, meta, self._fingerprint)
+        best = step_folder(path, meta["best_step"])
+        if best != path and (problem := unusable(best)):
+            raise UserError(
+                f"{path} names {best.name} as the best checkpoint so far, but {problem}. Copy it back, or start the "
+                "run again with overwrite=true"
+            )
         _check_parameters(path, meta["parameters"], _shapes(self._model))
         stored = Reader(path).sizes()
         _create_state(self._optimizer)
         _drop_state_not_in(self._optimizer, stored)
         tensors = {"model": self._model.state_dict(), "optim": self._state_that_fits(path, meta, stored)}
-        load_tensors(tensors, path)
+        load_tensors(tensors, path, files=meta["files"])
         same_ranks = meta["world_size"] == world_size()
         own = path / f"rank-{rank() if same_ranks else 0}.json"
-        return Loaded(meta["step"], meta["state"], json.loads(own.read_text(encoding="utf-8")), same_ranks)
+        if own.name not in meta["files"]:
+            raise UserError(f"{path} is damaged: its meta.json does not list {own.name}")
+        return Loaded(meta["step"], meta["state"], read_object(own), same_ranks)
 
     def _state_that_fits(
         self, path: Path, meta: Mapping[str, Any], stored: Mapping[str, list[int]]
@@ -185,18 +214,18 @@ class Checkpointer:
                     )
         if unfit and self._optimizer_state == "keep":
             raise UserError(
-                f"{path} holds optimizer state that this run cannot go on with: {_some(list(unfit.values()))}. Use the "
+                f"{path} holds optimizer state that this run cannot go on with: {some(list(unfit.values()))}. Use the "
                 "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
                 "begin that state anew"
             )
         if unfit and rank() == 0:
-            logger.warning("%s: optimizer state begins anew, as asked: %s", path, _some(list(unfit.values())))
+            logger.warning("%s: optimizer state begins anew, as asked: %s", path, some(list(unfit.values())))
         return {name: entries for name, entries in state.items() if name not in unfit}
 
     def _remove_old(self) -> None:
         complete = complete_checkpoints(self.folder)
         kept = complete[-self._keep :]
-        best = {_best_of(path) for path in kept}
+        best = {best_of(path) for path in kept}
         for path in complete:
             if path not in kept and path not in best:
                 remove_folder(path)
@@ -204,29 +233,12 @@ class Checkpointer:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The folders that hold a COMPLETE marker, oldest first; their contents are not verified here."""
-    return sorted(path for path in folder.glob("step-*") if (path / "COMPLETE").exists())
-
-
-def best_checkpoint(run: str | Path) -> Path:
-    """The best checkpoint of a run folder, as its newest complete and readable checkpoint names it.
-
-    Raises MissingFileError where the run has none.
-    """
-    for path in reversed(complete_checkpoints(Path(run) / "checkpoints")):
-        best = _best_of(path)
-        if best is not None and (best / "COMPLETE").exists():
-            return best
-    raise MissingFileError(f"{Path(run) / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
-
-
 def load_weights(
     path: str | Path,
     target: nn.Module,
     mapping: Mapping[str, str] | None = None,
     *,
-    fingerprint: Mapping[str, str] | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> None:
     """Loads weights of the checkpoint folder `path` into `target` (plain, or sharded by DMP), in place. Collective.
 
@@ -238,11 +250,12 @@ def load_weights(
     path = Path(path)
     meta = verified_meta(path)
     if fingerprint is not None:
-        _check_fingerprint(path, meta, fingerprint)
+        check_fingerprint(path, meta, fingerprint)
     ours = {name: value for name, value in target.state_dict().items() if hasattr(value, "size")}
     mapping = mapping if mapping is not None else {name: name for name in ours}
     _check_parameters(path, meta["parameters"], _shapes(target), mapping)
-    load_tensors({"model": {theirs: ours[name] for theirs, name in mapping.items()}}, path)
+    tensors = {"model": {theirs: ours[name] for theirs, name in mapping.items()}}
+    load_tensors(tensors, path, files=meta["files"])
 
 
 def verified_meta(path: Path) -> dict[str, Any]:
@@ -250,7 +263,7 @@ def verified_meta(path: Path) -> dict[str, Any]:
 
     Raises MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt.
     """
-    if not (path / "COMPLETE").exists():
+    if not (path / "COMPLETE").is_file():
         raise MissingFileError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
     problem = _verify(path)
     if problem is not None:
@@ -266,51 +279,16 @@ def _verify(path: Path) -> str | None:
 
 def _verify_share(path: Path) -> str | None:
     try:
-        if sha256(path / "meta.json") != (path / "COMPLETE").read_text(encoding="utf-8", errors="replace").strip():
-            return "meta.json does not have the checksum that COMPLETE states"
-        meta = read_meta(path)
-        if meta["format"] != FORMAT:
-            return f"its format is {meta['format']}, this lumrec reads format {FORMAT}"
-        for name, digest in sorted(meta["files"].items())[rank() :: world_size()]:
+        for name, digest in sorted(read_meta(path)["files"].items())[rank() :: world_size()]:
+            if not (path / name).is_file():
+                return f"{name} is missing"
             if sha256(path / name) != digest:
                 return f"{name} does not have the checksum that meta.json states"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror or error})"
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return None
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What meta.json holds. Raises UserError where that is not what `save` writes."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / 'meta.json'} is not JSON ({error})") from None
-    missing = ["everything"] if not isinstance(meta, dict) else sorted(_META_KEYS - meta.keys())
-    if missing:
-        raise UserError(f"{path / 'meta.json'} lacks {', '.join(missing)}")
-    return meta
-
-
-def _best_of(path: Path) -> Path | None:
-    """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
-    try:
-        return path.with_name(f"step-{read_meta(path)['best_step']:08d}")
-    except (OSError, ValueError) as error:
-        logger.warning("checkpoint %s cannot be read: %s", path, error)
-        return None
-
-
-def _check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    stored = meta["fingerprint"]
-    # A name that only one side has was not recorded by the version that wrote it.
-    for name in sorted({*stored} & {*expected}):
-        if stored.get(name) != expected.get(name):
-            raise UserError(
-                f"{path} is a checkpoint of another {name}: it was made with {stored.get(name)!r}, this run has "
-                f"{expected.get(name)!r}. Use the data and settings that it was made with, or start another run"
-            )
 
 
 def _check_parameters(
@@ -332,12 +310,7 @@ def _check_parameters(
                 f"{their_name!r} is {theirs[their_name]} in the checkpoint, {our_name!r} is {ours[our_name]} here"
             )
     if problems:
-        raise UserError(f"{path} does not fit this model: {_some(problems)}")
-
-
-def _some(problems: Sequence[str], limit: int = 6) -> str:
-    """The first of them in one line, and how many more there are."""
-    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+        raise UserError(f"{path} does not fit this model: {some(problems)}")
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -39,10 +39,16 @@ _LARGEST = 2**63 - 1
 _FILE_NAME = re.compile(r"[\w.,=+@ -]{1,200}(/[\w.,=+@ -]{1,200})*", re.ASCII)
 
 
-def load_tensors(tensors: dict[str, Any], folder: Path) -> None:
-    """Fills the tensors of a nested dict, in place, from a checkpoint folder. Collective. Raises UserError."""
+def load_tensors(tensors: dict[str, Any], folder: Path, *, files: Container[str]) -> None:
+    """Fills the tensors of a nested dict, in place, from a checkpoint folder. Collective.
+
+    files: those that may be read. Raises UserError.
+    """
     reader = Reader(folder)
-    reader.read_metadata()  # its errors are clearer than DCP's, which then looks for a description for each rank
+    # Read here, since its errors are clearer than DCP's, which then looks for a description for each rank.
+    for index, info in reader.read_metadata().storage_data.items():
+        if info.relative_path not in files:
+            raise UserError(f"{folder}: {index.fqn!r} is in {info.relative_path}, which its meta.json does not list")
     try:
         dcp.load(tensors, storage_reader=reader, planner=_TensorsOnly())
     except CheckpointException as error:  # a BaseException, which callers would not expect

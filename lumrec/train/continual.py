@@ -28,10 +28,10 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
-from lumrec.errors import MissingFileError, UserError
-from lumrec.train.checkpoint import best_checkpoint, verified_meta
+from lumrec.errors import UserError
+from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import Reader
-from lumrec.train.lum import ModelConfig, condition_features
+from lumrec.train.lum import ModelConfig, condition_features, open_lum_run
 from lumrec.train.optimizers import table_shardings
 from lumrec.train.parallel import world_size
 from lumrec.train.run import on_rank_zero, run_name
@@ -82,35 +82,32 @@ def find_earlier(config: "Config", data: PreparedData) -> Earlier:
     missing; UserError, which says what differs and how to mend it, where the LUM would be another model, a feature
     that it reads is gone or changed, a value has another row, or the earlier LUM has seen what this run holds out.
     """
-    from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
-
     name = config.pretrain.start_from.replace("{fold}", config.fold.replace("/", "of"))
     folder = find_run(config, name)
     if folder.resolve() == (Path(config.runs_dir) / run_name(config, "pretrain")).resolve():
         raise UserError(f"pretrain.start_from={name} is this run itself; choose another run=<name>")
-    if not (folder / "result.json").exists():
-        raise MissingFileError(
-            f"pretrain.start_from={name}: there is no finished LUM in {folder}; expected the name of a run of "
-            f"apps/pretrain.py under {config.runs_dir}, or its folder"
-        )
-    trained = load(folder / "config.yaml", [])
+    lum = open_lum_run(
+        folder,
+        missing=f"pretrain.start_from={name}: there is no finished LUM in {folder}; expected the name of a run of "
+        f"apps/pretrain.py under {config.runs_dir}, or its folder",
+    )
+    trained = lum.config
     if config.fold not in ("", trained.fold):
         raise UserError(
             f"fold={config.fold} keeps users from this LUM, and {name} (fold={trained.fold or '(none)'}) has seen "
             "them: start from the LUM of the same fold; pretrain.start_from=…{fold} names it for each"
         )
-    checkpoint = best_checkpoint(folder)
-    meta = verified_meta(checkpoint)
+    meta = verified_meta(lum.checkpoint)
     runs_dir = folder.absolute().parents[len(Path(run_name(trained, "pretrain")).parts) - 1]
     prepared = prepared_path(dataclasses.replace(trained, runs_dir=str(runs_dir)))
     manifest = on_rank_zero(lambda: read_manifest(prepared, verify=False))
-    trained_on = meta["fingerprint"]["data"]
+    trained_on = meta["fingerprint"].get("data", "not recorded")
     if trained_on != manifest["fingerprint"]:
         raise UserError(
             f"{prepared} is not what {name} was trained on (fingerprint {manifest['fingerprint']}, then {trained_on}), "
             "so the values of its rows are not known: prepare that log again as it was"
         )
-    earlier = Earlier(name, checkpoint, meta["parameters"], trained.model, schema_from_dict(manifest["schema"]))
+    earlier = Earlier(name, lum.checkpoint, meta["parameters"], trained.model, schema_from_dict(manifest["schema"]))
     _check_settings(earlier, config.model)
     _check_features(earlier, config.model, data.schema)
     if trained_on != data.fingerprint:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lumrec.errors import UserError
 from lumrec.train.checkpoint import Checkpointer, Loaded
+from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.files import write_atomically
 from lumrec.train.flops import Utilization
 from lumrec.train.interrupt import SIGNALS, Interrupted, Interrupts
@@ -112,7 +113,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     select: str = "",
     progress: str = "train",
-    fingerprint: Mapping[str, str] | None = None,
+    fingerprint: Fingerprint | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Trains `model` (from `parallel.shard`) and leaves its best weights in it; gives back the run's flat metrics.
@@ -146,7 +147,7 @@ class _Fit:
         evaluate: Callable[[], dict[str, float]] | None,
         select: str,
         progress: str,
-        fingerprint: Mapping[str, str] | None,
+        fingerprint: Fingerprint | None,
         dtype: torch.dtype,
     ) -> None:
         _check(config, loader, evaluate, select)
@@ -211,11 +212,18 @@ class _Fit:
         self.model.train()
 
     def _resume(self, loaded: Loaded) -> None:
-        self.state = TrainState(**loaded.state)
-        self.loader.load_state_dict(loaded.local["loader"])
-        if loaded.same_ranks:
-            set_random_state(loaded.local["random"])
-        else:
+        self.state = TrainState.of(loaded.state)
+        try:
+            self.loader.load_state_dict(loaded.local["loader"])
+            if loaded.same_ranks:
+                set_random_state(loaded.local["random"])
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint of step {loaded.step} holds no usable position in the data or random state "
+                f"({type(error).__name__}: {error}); remove it to go on from the one before, or start the run again "
+                "with overwrite=true"
+            ) from error
+        if not loaded.same_ranks:
             seed_generators(torch.initial_seed(), self.state.step, rank())
             if rank() == 0:
                 logger.warning(

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional  # noqa: UP035 (the spelling of all dataclasses of the config)
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional  # noqa: UP035 (the spelling of all configs)
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -17,7 +17,9 @@ from lumrec.errors import MissingFileError, UserError
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
-from lumrec.train.checkpoint import best_checkpoint, load_weights, read_meta
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint_meta import best_checkpoint, check_fingerprint, read_meta
+from lumrec.train.identity import Settings
 from lumrec.train.parallel import shard
 
 if TYPE_CHECKING:
@@ -132,25 +134,67 @@ def build_user_encoder(config: ModelConfig) -> UserEncoder:
     )
 
 
-def lum_fingerprint(config: ModelConfig, data: PreparedData) -> dict[str, str]:
-    """What must agree for a checkpoint to fit: the data, its vocabularies by themselves, and the model's config."""
-    return {"data": data.fingerprint, "vocabulary": data.vocabulary_fingerprint, "model": repr(config)}
+def lum_fingerprint(
+    config: ModelConfig, data: PreparedData, *, fold: str, time_share: float
+) -> dict[str, str | Settings]:
+    """What must agree for a checkpoint to fit: the data, its vocabularies by themselves, and what it was trained as."""
+    recorded = {"data": data.fingerprint, "vocabulary": data.vocabulary_fingerprint}
+    return {**recorded, **_trained_as(config, fold=fold, time_share=time_share)}
 
 
-def check_lum_fits(run: str, checkpoint: Path, data: PreparedData) -> bool:
-    """Whether a LUM's checkpoint was trained on this very data; False: on an older state of it, which fits too.
+def _trained_as(config: ModelConfig, *, fold: str, time_share: float) -> dict[str, str | Settings]:
+    """The model, and which events it has not seen: "k/K" of users, and those after a share of the training part."""
+    model = Settings.of(config, ignored=("compile", "checkpoint_activations"))
+    return {"model": model, "fold": fold, "time_share": repr(float(time_share))}
 
-    Raises UserError for other data: its embeddings would stand for other values.
+
+class TrainedLum(NamedTuple):
+    """A finished LUM's run: its best checkpoint, what meta.json of it says, and the config it was trained with."""
+
+    folder: Path
+    checkpoint: Path
+    meta: dict[str, Any]
+    config: "Config"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of the checkpoint."""
+        return (self.checkpoint / "COMPLETE").read_text(encoding="utf-8").strip()
+
+
+def open_lum_run(folder: Path, *, missing: str) -> TrainedLum:
+    """The LUM of a run folder, as its checkpoint and its config.yaml agree on it; no weights are read.
+
+    Raises MissingFileError (`missing`) where there is no finished run, UserError where the checkpoint is damaged, or
+    was made with another model, fold or share of the training part than config.yaml says.
     """
-    made_with = read_meta(checkpoint)["fingerprint"]
-    if made_with["data"] == data.fingerprint:
+    from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
+
+    if not (folder / "result.json").exists():
+        raise MissingFileError(missing)
+    trained = load(folder / "config.yaml", [])
+    checkpoint = best_checkpoint(folder)
+    meta = read_meta(checkpoint)
+    expected = _trained_as(trained.model, fold=trained.fold, time_share=trained.pretrain.time_share)
+    check_fingerprint(checkpoint, meta, expected, here=f"{folder / 'config.yaml'} says")
+    return TrainedLum(folder, checkpoint, meta, trained)
+
+
+def check_lum_fits(lum: TrainedLum, data: PreparedData) -> bool:
+    """Whether a LUM was trained on this very data; False: on an older state of it, which fits too.
+
+    Raises UserError for other data: its embeddings would be those of other values.
+    """
+    made_with = lum.meta["fingerprint"]
+    if made_with.get("data") == data.fingerprint:
         return True
     if made_with.get("vocabulary") == data.vocabulary_fingerprint:
         return False
     raise UserError(
-        f"the LUM {run} was trained on other data (fingerprint {made_with['data']}) than {data.path} (fingerprint "
-        f"{data.fingerprint}): ask with the data that it was trained on, with a newer log that has the same schema, "
-        "split rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it again"
+        f"the LUM {lum.folder.name} was trained on other data (fingerprint {made_with.get('data')}) than {data.path} "
+        f"(fingerprint {data.fingerprint}): ask with the data that it was trained on, with a newer log that has the "
+        "same schema, split rule and vocabularies (a time split at fixed data.split.times keeps them), or pre-train it "
+        "again"
     )
 
 
@@ -161,17 +205,14 @@ def load_lum(
 
     Raises MissingFileError where the run has no finished checkpoint, UserError where it was trained on other data.
     """
-    from lumrec.config import load  # the root config nests ModelConfig, so it cannot be imported from here at the top
-
     folder = Path(config.runs_dir) / run
-    if not (folder / "result.json").exists():
-        raise MissingFileError(
-            f"there is no finished LUM in {folder}; make it with: "
-            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}"
-        )
-    trained = load(folder / "config.yaml", [])
-    model, builder = build_lum(trained.model, data)
+    lum = open_lum_run(
+        folder,
+        missing=f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py "
+        f"--config <your config> {shlex.quote(f'run={run}')}",
+    )
+    model, builder = build_lum(lum.config.model, data)
     dmp = shard(model, device=device)
-    check_lum_fits(run, best_checkpoint(folder), data)
-    load_weights(best_checkpoint(folder), dmp)
-    return dmp.eval(), builder, trained
+    check_lum_fits(lum, data)
+    load_weights(lum.checkpoint, dmp)
+    return dmp.eval(), builder, lum.config

@@ -222,7 +222,7 @@ def run(config: "Config") -> dict[str, float | str]:
         evaluate=lambda: evaluate("valid"),
         select=settings.select,
         progress="pretrain",
-        fingerprint=lum_fingerprint(config.model, data),
+        fingerprint=lum_fingerprint(config.model, data, fold=config.fold, time_share=settings.time_share),
         dtype=PRECISIONS[settings.precision],
     )
     result |= evaluate("test")

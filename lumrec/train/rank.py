@@ -22,7 +22,7 @@ from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.data.statistics import Statistics, dense_inputs
-from lumrec.errors import MissingFileError, UserError
+from lumrec.errors import UserError
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
@@ -34,10 +34,12 @@ from lumrec.modules.rankers.dlrm import Dlrm
 from lumrec.modules.rankers.sim import Sim
 from lumrec.modules.rankers.twin import Twin
 from lumrec.query.store import Knowledge
-from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint_meta import Fingerprint
+from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.lum import condition_features, data_tables, lum_fingerprint
+from lumrec.train.lum import TrainedLum, condition_features, data_tables, open_lum_run
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
@@ -238,16 +240,18 @@ def build_rows(
 
 
 def lum_folder(config: "Config") -> Path:
-    """Folder of the LUM whose tables are taken, the first of `inputs.lums`. Raises MissingFileError without it."""
+    """Folder of the LUM whose tables are taken, the first of `inputs.lums`. Raises as `open_lum_run` does."""
     run = (config.inputs.lums or [f"{config.name}-pretrain"])[0]
-    folder = Path(config.runs_dir) / run
-    if not (folder / "result.json").exists():
-        raise MissingFileError(
-            f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
-            f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with "
-            "rank.tables=fresh"
-        )
-    return folder
+    return _lum_of_tables(Path(config.runs_dir) / run, run).folder
+
+
+def _lum_of_tables(folder: Path, run: str) -> TrainedLum:
+    return open_lum_run(
+        folder,
+        missing=f"rank.tables=lum, but there is no finished LUM in {folder}; make it with: "
+        f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with "
+        "rank.tables=fresh",
+    )
 
 
 def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
@@ -255,19 +259,17 @@ def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParal
 
     Raises UserError where the LUM was trained on other data.
     """
-    from lumrec.config import load  # the root config nests RankConfig, so it cannot be imported from here at the top
-
-    trained = load(folder / "config.yaml", [])
+    lum = _lum_of_tables(folder, folder.name)
     schema = data.schema
     read_by_lum = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
-    read_by_lum += condition_features(trained.model, data.schema)
+    read_by_lum += condition_features(lum.config.model, data.schema)
     ours = {name for name, _ in dmp.named_parameters()}
     mapping = {}
     for table in dict.fromkeys(schema.features[name].table for name in read_by_lum):
         weight = f"tables.embedding_bags.{table}.weight"
         if weight in ours:
             mapping[f"token_encoder.{weight}"] = weight
-    load_weights(best_checkpoint(folder), dmp, mapping, fingerprint=lum_fingerprint(trained.model, data))
+    load_weights(lum.checkpoint, dmp, mapping, fingerprint={"data": data.fingerprint})
     return [weight.split(".")[2] for weight in mapping.values()]
 
 
@@ -295,7 +297,7 @@ def run(config: "Config") -> dict[str, float | str]:
         inputs["knowledge"] = knowledge.path.name
     if settings.tables == "lum":
         lum = lum_folder(config)
-        inputs["lum"] = (best_checkpoint(lum) / "COMPLETE").read_text(encoding="utf-8").strip()
+        inputs["lum"] = _lum_of_tables(lum, lum.name).fingerprint
     if settings.warm_start.source:
         production = settings.warm_start.open()
         inputs["warm_start"] = production.fingerprint()
@@ -317,7 +319,7 @@ def run(config: "Config") -> dict[str, float | str]:
     if production is not None:
         result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
-    model = repr(dataclasses.replace(settings, train=TrainConfig()))
+    model = Settings.of(settings, ignored=["train"])
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})
     if settings.test:
         result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size, keep_in=run_folder.path)
@@ -369,7 +371,11 @@ def evaluate(
 
 
 def _train(
-    config: "Config", dmp: DistributedModelParallel, builder: RowBuilder, run_folder: RunFolder, fingerprint: dict
+    config: "Config",
+    dmp: DistributedModelParallel,
+    builder: RowBuilder,
+    run_folder: RunFolder,
+    fingerprint: Fingerprint,
 ) -> dict[str, float | str]:
     """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
     settings = config.rank

@@ -1,6 +1,5 @@
 """Step 3 for retrieval: a two-tower model on the log, without or with what the LUM knows (LUM sections 3 and 4.3)."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -26,6 +25,7 @@ from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_
 from lumrec.modules.losses import info_nce
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.query.store import Knowledge
+from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.lum import data_tables
@@ -295,7 +295,7 @@ def run(config: "Config") -> dict[str, float | str]:
         world_size=world_size(),
     )
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
-    model = repr(dataclasses.replace(settings, train=TrainConfig(), ann=AnnConfig()))
+    model = Settings.of(settings, ignored=["train", "ann"])
     result: dict[str, float | str] = {"knowledge": settings.knowledge}
     if knowledge is not None:
         result["knowledge_hazard"] = knowledge.hazard

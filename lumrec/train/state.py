@@ -1,7 +1,13 @@
 """What the training loop remembers from step to step, and where in the learning rate's schedule it stands."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lumrec.errors import UserError
+
+_MOST = 2**53
 
 
 @dataclass
@@ -26,6 +32,24 @@ class TrainState:
     steps_per_epoch: int = 0
     schedule_rate: float = 1.0
     schedule_offset: float = 0.0
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "TrainState":
+        """The state that a checkpoint holds. Raises UserError for a name or a kind of value that no state has."""
+        kinds = {name: type(getattr(cls(), name)) for name in (entry.name for entry in fields(cls))}
+        for name, value in stored.items():
+            kind = kinds.get(name)
+            fits = type(value) in (float, int) if kind in (float, type(None)) else type(value) is kind
+            if name == "best_value" and value is None:
+                fits = True
+            if kind is dict and fits:
+                fits = all(type(entry) in (float, int) for entry in value.values())
+            if not fits or (kind is int and not 0 <= value < _MOST):
+                raise UserError(
+                    f"the checkpoint's state has {name}={value!r:.60}, which this lumrec cannot go on with: it is "
+                    "damaged, or of a newer version"
+                )
+        return cls(**stored)
 
     @property
     def schedule_step(self) -> float:

@@ -1,0 +1,181 @@
+"""What a checkpoint says about itself, in its meta.json, and which one of a run is the best.
+
+Nothing of it is taken on trust: its checksum, the kind of every value, and that the run's files agree on the best step.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lumrec.errors import MissingFileError, UserError
+from lumrec.train.files import sha256
+from lumrec.train.identity import Settings
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+_META = {
+    "step": int,
+    "best_step": int,
+    "world_size": int,
+    "fingerprint": dict,
+    "parameters": dict,
+    "state": dict,
+    "files": dict,
+}
+_LARGEST = 2**53
+Fingerprint = Mapping[str, str | Settings]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The folders that hold a COMPLETE marker, oldest first; their contents are not verified here."""
+    return sorted(path for path in folder.glob("step-*") if (path / "COMPLETE").exists())
+
+
+def best_checkpoint(run: str | Path) -> Path:
+    """The best checkpoint of a run folder, as its newest checkpoint and its result name it.
+
+    Never another one: raises MissingFileError where the run has none, UserError, which names both, where the newest or
+    the best one is incomplete or damaged.
+    """
+    run = Path(run)
+    paths = sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    if not any((path / "COMPLETE").is_file() for path in paths):
+        raise MissingFileError(f"{run / 'checkpoints'} holds no complete checkpoint: has this run trained already?")
+    newest = paths[-1]
+    if problem := unusable(newest):
+        raise UserError(
+            f"the newest checkpoint of {run} names the best one, and cannot be used: {problem}. "
+            f"{_other(paths, newest)}Copy {newest.name} back, or train again with overwrite=true"
+        )
+    best = step_folder(newest, read_meta(newest)["best_step"])
+    finished = run / "result.json"
+    stated = read_object(finished).get("best_step") if finished.exists() else None
+    if stated is not None and stated != read_meta(newest)["best_step"]:
+        raise UserError(
+            f"{finished} says that the weights of step {stated} were the best, but the newest checkpoint, {newest}, "
+            f"names {best.name}: a checkpoint was removed or replaced. Copy it back, or train again with overwrite=true"
+        )
+    if problem := unusable(best):
+        raise UserError(
+            f"{best} holds the best weights of {run}, as {newest.name} says, and cannot be used: {problem}. "
+            f"{_other(paths, best)}Copy it back, or train again with overwrite=true"
+        )
+    return best
+
+
+def _other(paths: Sequence[Path], without: Path) -> str:
+    usable = [path for path in paths if path != without and not unusable(path)]
+    return f"{usable[-1].name} is there, but holds other weights, and is not taken in its place. " if usable else ""
+
+
+def step_folder(path: Path, step: int) -> Path:
+    """The folder of another step's checkpoint beside `path`."""
+    return path.with_name(f"step-{step:08d}")
+
+
+def unusable(path: Path) -> str:
+    """What is wrong with a checkpoint by its meta.json, in words; "" where it can be used. Tensors are not read."""
+    try:
+        meta = read_meta(path)
+    except UserError as error:
+        return str(error)
+    return "" if step_folder(path, meta["step"]) == path else f"{path} holds step {meta['step']}"
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What meta.json of a checkpoint says, of the checksum that COMPLETE states.
+
+    Raises MissingFileError for a folder that is no complete checkpoint, UserError for a file that is not as `save`
+    writes it.
+    """
+    complete, file = path / "COMPLETE", path / "meta.json"
+    if not complete.is_file():
+        raise MissingFileError(f"{path} is not a complete checkpoint (no COMPLETE in it)")
+    if not file.is_file():
+        raise UserError(f"{file} is missing, though COMPLETE states its checksum")
+    try:
+        stated, digest = complete.read_text(encoding="utf-8", errors="replace").strip(), sha256(file)
+    except OSError as error:
+        raise UserError(f"{error.filename or file} cannot be read ({error.strerror or error})") from None
+    if digest != stated:
+        raise UserError(f"{file} does not have the checksum that COMPLETE states")
+    meta = read_object(file)
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{file}: its format is {meta.get('format')!r:.40}, this lumrec reads format {FORMAT}")
+    if missing := sorted(_META.keys() - meta.keys()):
+        raise UserError(f"{file} lacks {', '.join(missing)}")
+    sharding = meta.setdefault("sharding", {})
+    wrong = [name for name, kind in _META.items() if type(meta[name]) is not kind]
+    wrong += [
+        name for name in ("step", "best_step", "world_size") if name not in wrong and not 0 <= meta[name] < _LARGEST
+    ]
+    texts = {"fingerprint": meta["fingerprint"], "sharding": sharding, "files": meta["files"]}
+    wrong += [
+        name for name, value in texts.items() if not (isinstance(value, dict) and all(map(_is_text, value.values())))
+    ]
+    if not wrong and not all(map(_is_shape, meta["parameters"].values())):
+        wrong = ["parameters"]
+    if not wrong and not all(re.fullmatch(r"\.?\w[\w.-]*", name, re.ASCII) for name in meta["files"]):
+        wrong = ["files"]
+    if wrong:
+        raise UserError(f"{file} is damaged: it has another kind of value for {', '.join(dict.fromkeys(wrong))}")
+    return meta
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < _LARGEST for size in value)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises UserError, which names it, for any other."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}): it is cut off or damaged") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected names and values: it is damaged")
+    return content
+
+
+def best_of(path: Path) -> Path | None:
+    """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
+    try:
+        return step_folder(path, read_meta(path)["best_step"])
+    except UserError as error:
+        logger.warning("checkpoint %s cannot be read: %s", path, error)
+        return None
+
+
+def check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Fingerprint, *, here: str = "this run") -> None:
+    """Raises UserError where a checkpoint was made with something else than `here` expects, naming both.
+
+    A name that only one side has was not recorded by the version that wrote it, and is not compared.
+    """
+    for name in sorted({*meta["fingerprint"]} & {*expected}):
+        stored, value = meta["fingerprint"][name], expected[name]
+        advice = "Use the data and settings that it was made with, or start another run"
+        if isinstance(value, Settings):
+            try:
+                differences = value.differences(stored)
+            except UserError as error:
+                raise UserError(f"{path} is damaged: of its {name}, {error}") from None
+            if differences:
+                raise UserError(f"{path} is a checkpoint of another {name} than {here}: {some(differences)}. {advice}")
+        elif stored != value:
+            raise UserError(
+                f"{path} is a checkpoint of another {name}: it was made with {stored!r}, {here} has {value!r}. {advice}"
+            )
+
+
+def some(problems: Sequence[str], limit: int = 6) -> str:
+    """The first of them in one line, and how many more there are."""
+    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")

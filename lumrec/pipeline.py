@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from lumrec.errors import UserError
 from lumrec.jobs import Job, run_jobs, torchx_command
+from lumrec.printable import say
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -139,11 +140,6 @@ def discard(path: Path) -> None:
         run_folder = RunFolder.locked(path)
         remove_folder(path)
         run_folder.close()
-
-
-def say(text: str) -> None:
-    """One line of progress."""
-    print(text, flush=True)
 
 
 def check(config: Config) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from lumrec.environment import check_environment
 from lumrec.errors import UserError
 from lumrec.jobs import JobFailed
+from lumrec.printable import PrintableFormatter, say
 from lumrec.train.interrupt import Interrupted
 
 STAGES = {
@@ -84,12 +85,12 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
             result = run(load(given.config, words))
     except Interrupted as stop:
         if rank() == 0:
-            print(f"lumrec: {stop}", file=sys.stderr, flush=True)
+            say(f"lumrec: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except JobFailed as failure:  # the failed stage has told its own error
-        print(f"lumrec: {failure}", file=sys.stderr, flush=True)
+        say(f"lumrec: {failure}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if not is_for_the_user(error) or os.environ.get("LUMREC_TRACEBACK") == "1":
@@ -98,7 +99,7 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
         tell(str(error))
         sys.exit(2)
     if rank() == 0 and stage in HEADLINES:
-        print(f"{stage} finished: {headline(stage, result)}", flush=True)
+        say(f"{stage} finished: {headline(stage, result)}")
 
 
 def rank() -> int:
@@ -110,10 +111,10 @@ def start_logging() -> None:
     """Log lines with the time on rank 0; warnings alone on the other ranks."""
     logging.basicConfig(
         level=logging.INFO if rank() == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
         force=True,  # libraries that are imported by now may have put a handler of their own
     )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3", "faiss"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -128,7 +129,7 @@ def tell(message: str) -> None:
     if rank() > 0:
         time.sleep(3.0)
         message = f"(rank {rank()}) {message}"
-    print(f"lumrec: {message}", file=sys.stderr, flush=True)
+    say(f"lumrec: {message}", file=sys.stderr)
 
 
 def headline(stage: str, result: dict[str, float | str]) -> str:

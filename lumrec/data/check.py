@@ -32,6 +32,7 @@ from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import SplitConfig
 from lumrec.data.suggest import Suggestion, as_schema, as_yaml, sounds_known_after, suggest, training_yaml
 from lumrec.errors import UserError
+from lumrec.printable import say
 
 CUT = "# " + "-" * 30 + " {} " + "-" * 30
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -71,7 +72,7 @@ def run(config: Any) -> Dict[str, Any]:
         try:
             check(config, Path(scratch), report)
         finally:
-            print(report, flush=True)
+            say(report)
     return {}
 
 

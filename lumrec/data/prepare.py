@@ -37,6 +37,7 @@ from lumrec.data.sources.registry import source_module
 from lumrec.data.splits import SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
+from lumrec.printable import say
 from lumrec.typed_yaml import to_yaml
 
 DUPLICATES = ("drop", "keep")
@@ -134,7 +135,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 files[VOCABULARY] = older_fingerprint
             standing = _standing_result(path, config, files)
             if standing is not None:
-                print(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
+                say(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
                 return standing
             content = convert(
                 raw,
@@ -176,7 +177,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         _publish(work, path)
-    print(summary(raw.note, manifest, path, result["wall_s"]), flush=True)
+    say(summary(raw.note, manifest, path, result["wall_s"]))
     return result
 
 
@@ -320,7 +321,7 @@ def _plain_split(split: SplitConfig) -> Dict[str, Any]:
 
 def _make_if_missing(config: Any, path: Path) -> None:
     if not path.exists():
-        print(f"no prepared data at {path}: preparing it now", flush=True)
+        say(f"no prepared data at {path}: preparing it now")
         prepare(config, path)
 
 
@@ -334,7 +335,7 @@ def _claimed(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that prepares {path}", flush=True)
+            say(f"waiting for another process that prepares {path}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         # whoever held the lock may have renamed or removed the folder meanwhile: then claim a new one
         if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
@@ -368,7 +369,7 @@ def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional
         )
         result = json.loads((path / "result.json").read_text())
     except (PreparedDataError, OSError, json.JSONDecodeError) as error:
-        print(f"preparing {path} again: {error}", flush=True)
+        say(f"preparing {path} again: {error}")
         return None
     if differences:
         raise UserError(
@@ -394,7 +395,7 @@ def changed_files(path: Path, config: Any) -> List[str]:
     except PreparedDataError as error:
         return [str(error)]
     except DataSetMissing as error:
-        print(f"{path} stands as it was prepared; whether the log has changed cannot be told: {error}", flush=True)
+        say(f"{path} stands as it was prepared; whether the log has changed cannot be told: {error}")
         return []
     now = {name: sha256(file) for name, file in _named(files).items()}
     names = sorted({*made, *now} - {VOCABULARY})

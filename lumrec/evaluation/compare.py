@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.bootstrap import Comparison, Interval, compare
+from lumrec.printable import say
 
 SCORES = "scores.parquet"
 LOWER_IS_BETTER = ("log_loss",)
@@ -119,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.a, given.b, num_resamples=given.resamples, level=given.level, seed=given.seed
         )
     except (ValueError, FileNotFoundError) as error:
-        print(f"lumrec: {error}", file=sys.stderr)
+        say(f"lumrec: {error}", file=sys.stderr)
         sys.exit(2)
-    print(as_table(given.a, given.b, scores, found, num_resamples=given.resamples, level=given.level))
+    say(as_table(given.a, given.b, scores, found, num_resamples=given.resamples, level=given.level))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lumrec.errors import MissingFileError, UserError
+from lumrec.printable import say
 from lumrec.query.forget import forgotten_among, halves
 from lumrec.query.records import decode_records
 from lumrec.query.refresh import BLOCK, digests_of_stored, stored_users
@@ -221,9 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             counts = import_parquet(given.source, given.target)["counts"]
     except (ValueError, FileNotFoundError) as error:
-        print(f"lumrec: {error}", file=sys.stderr)
+        say(f"lumrec: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{given.target}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    say(f"{given.target}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

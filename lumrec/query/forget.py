@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from lumrec.errors import MissingFileError, UserError
+from lumrec.printable import say
 from lumrec.query.records import user_digest
 from lumrec.query.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
 from lumrec.query.store import ITEMS_FILE, MANIFEST, check_files, identity_of, read_item_keys, read_items, read_manifest
@@ -178,14 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keys = [*given.keys, *(given.keys_file.read_text(encoding="utf-8").splitlines() if given.keys_file else [])]
         removed = forget(given.runs_dir, keys)
     except (ValueError, FileNotFoundError) as error:
-        print(f"lumrec: {error}", file=sys.stderr)
+        say(f"lumrec: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{len(keys)} users noted in {given.runs_dir / FORGOTTEN}; users removed from each store:")
+    say(f"{len(keys)} users noted in {given.runs_dir / FORGOTTEN}; users removed from each store:")
     for name, count in removed.items():
-        print(f"  {name}: {count}")
-    print(
-        "Remove them from the log and prepare it again; a LUM that was trained on them keeps what it learned of them."
-    )
+        say(f"  {name}: {count}")
+    say("Remove them from the log and prepare it again; a LUM that was trained on them keeps what it learned of them.")
 
 
 if __name__ == "__main__":

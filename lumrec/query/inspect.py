@@ -27,6 +27,7 @@ from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.errors import UserError
+from lumrec.printable import printable, say
 from lumrec.query.conditions import default_conditions
 from lumrec.query.group_query import GroupQuery, log_normalizer, serving_windows, user_rows
 from lumrec.query.stage import find_lums, spoken
@@ -107,7 +108,7 @@ def run(config: Config) -> dict[str, float | str]:
         dmp, builder, conditions, max_events=model.max_events, max_conditions=config.query.max_conditions
     )
     view = look(query, user, num_top=settings.top, num_events=settings.events, leave_out_seen=settings.leave_out_seen)
-    print(f"{lum.run} says of\n{text(view)}", flush=True)
+    say(f"{lum.run} says of\n{text(view)}")
     return {"user": view.user, "events": view.num_events, "conditions": len(view.conditions)}
 
 
@@ -152,12 +153,12 @@ def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[E
 
 def text(view: UserView) -> str:
     """A view as lines to read."""
-    lines = [f"user {view.user}: {view.num_events:,} events, the last {len(view.events)}"]
+    lines = [f"user {printable(view.user)}: {view.num_events:,} events, the last {len(view.events)}"]
     for date, title, features in view.events:
-        told = ", ".join(f"{name} {value}" for name, value in features.items() if value)
+        told = ", ".join(f"{name} {printable(value)}" for name, value in features.items() if value)
         lines.append(f"  {date:10}  {_cut(title)}  {told}".rstrip())
     for condition, matches in zip(view.conditions, view.matches):
-        lines.append(f"{spoken(condition):{TITLE_WIDTH + 5}} {'similarity':>10} {'share':>8}")
+        lines.append(f"{printable(spoken(condition)):{TITLE_WIDTH + 5}} {'similarity':>10} {'share':>8}")
         lines += [
             f"{place:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
             for place, match in enumerate(matches, start=1)
@@ -166,6 +167,7 @@ def text(view: UserView) -> str:
 
 
 def _cut(title: str) -> str:
+    title = printable(title)
     return f"{title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + '…':{TITLE_WIDTH}}"
 
 

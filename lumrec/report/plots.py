@@ -11,8 +11,10 @@ from typing import NamedTuple
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from lumrec.printable import printable
 from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row
 
 # Okabe and Ito's colours, which hold for colour-blind readers too.
@@ -151,6 +153,9 @@ def _plain(axes: Axes, title: str) -> None:
 
 def _svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page, without the XML head that HTML does not take."""
+    for label in figure.findobj(Text):
+        label.set_parse_math(False)  # a "$" in a name is a dollar
+        label.set_text(printable(label.get_text()))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()

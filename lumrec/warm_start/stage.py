@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.errors import UserError
+from lumrec.printable import say
 from lumrec.train.lum import build_lum
 from lumrec.train.parallel import init_distributed, rank, shard
 from lumrec.train.rank import open_knowledge, sharded_ranker
@@ -37,8 +38,8 @@ def run(config: "Config") -> dict[str, float | str]:
         audit = warm_start(dmp, source, settings.rules, dry_run=True)
     except PlanError as error:
         if rank() == 0:
-            print(error.audit.text(), flush=True)
+            say(error.audit.text())
         raise
     if rank() == 0:
-        print(audit.text(), flush=True)
+        say(audit.text())
     return {}

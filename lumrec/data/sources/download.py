@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.errors import UserError
+from lumrec.printable import say
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 18
@@ -92,7 +93,7 @@ def _claimed(part: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that downloads {part}", flush=True)
+            say(f"waiting for another process that downloads {part}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         # whoever held the lock may have removed the file meanwhile: then claim a new one
         if _is_at(lock, part):

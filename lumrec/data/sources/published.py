@@ -10,6 +10,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from lumrec.data.sources.download import Archive, fetch_archive
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
 from lumrec.errors import UserError
+from lumrec.printable import say
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
     found = find_folder(path, place.folders) or find_folder("", place.stand_ins)
     if found is None and place.archive is not None:
         target = cache_folder() / place.folders[0]
-        print(f"{place.title} is neither in LUMREC_DATA nor in {target}: downloading {place.archive.url}", flush=True)
+        say(f"{place.title} is neither in LUMREC_DATA nor in {target}: downloading {place.archive.url}")
         found = fetch_archive(place.archive, target, files=place.files, by_hand=place.by_hand()), "download"
     if found is None:
         wanted = " or ".join(f"{root}/{name}" for root in ("$LUMREC_DATA", cache_folder()) for name in place.folders)

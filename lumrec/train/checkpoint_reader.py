@@ -152,7 +152,7 @@ class _Name:
 
 
 @dataclass(eq=False, slots=True)
-class _Made:
+class _Object:
     """What the pickle wants made: by which name, of which arguments, with which state. It is never made."""
 
     name: _Name
@@ -193,7 +193,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _parse(pickled: bytes) -> Any:
-    """The pickle as plain data: text, numbers, None, tuples, lists, `_Pairs`, `_Name` and `_Made`.
+    """The pickle as plain data: text, numbers, None, tuples, lists, `_Pairs`, `_Name` and `_Object`.
 
     Raises ValueError, IndexError or KeyError for what is not of this kind.
     """
@@ -239,7 +239,7 @@ def _parse(pickled: bytes) -> Any:
                 stack[-1] = _made(_exactly(stack[-1], _Name), arguments)
             case "BUILD":
                 state = stack.pop()
-                made = _exactly(stack[-1], _Made)
+                made = _exactly(stack[-1], _Object)
                 if made.state is not None:
                     raise ValueError(f"{made.name} gets a state twice")
                 made.state = state
@@ -256,7 +256,7 @@ def _parse(pickled: bytes) -> Any:
 
 def _exactly(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{_shown(value)} where a {kind.__name__.lstrip('_')} was expected")
+        raise ValueError(f"{_shown(value)} where {kind.__name__.lstrip('_')} was expected")
     return value
 
 
@@ -275,11 +275,11 @@ def _is_dtype(name: _Name) -> bool:
     return name.module == "torch" and name.name in _DTYPES
 
 
-def _made(name: _Name, arguments: Any) -> _Made:
+def _made(name: _Name, arguments: Any) -> _Object:
     if name == _GETATTR and not (type(arguments) is tuple and arguments[:1] == (_ENUM,)):
         owner = arguments[0] if type(arguments) is tuple and arguments else arguments
         raise ValueError(f"getattr of {_shown(owner)} has no place in a checkpoint's metadata")
-    return _Made(name, arguments)
+    return _Object(name, arguments)
 
 
 def _metadata(parsed: Any, folder: Path) -> Metadata:
@@ -301,7 +301,7 @@ def _metadata(parsed: Any, folder: Path) -> Metadata:
     for name, entry in _items(fields["state_dict_metadata"]):
         if _exactly(name, str) in entries:
             raise ValueError(f"{name!r} is there twice")
-        if _exactly(entry, _Made).name == _BYTES:
+        if _exactly(entry, _Object).name == _BYTES:
             entries[name] = BytesStorageMetadata()
         else:
             entries[name] = _tensor(name, entry, storage)
@@ -315,14 +315,14 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 def _fields(value: Any, name: _Name) -> dict[str, Any]:
     """The state of an instance of DCP's class `name`, by field."""
-    made = _exactly(value, _Made)
+    made = _exactly(value, _Object)
     if made.name != name or made.arguments != ():
         raise ValueError(f"{made.name} where {name} was expected")
     return {_exactly(field, str): entry for field, entry in _items(made.state)}
 
 
 def _size(value: Any) -> torch.Size:
-    made = _exactly(value, _Made)
+    made = _exactly(value, _Object)
     if made.name != _SIZE or type(made.arguments) is not tuple or len(made.arguments) != 1:
         raise ValueError(f"{made.name} where a torch.Size was expected")
     return torch.Size([_number(number) for number in _exactly(made.arguments[0], tuple)])
@@ -338,7 +338,7 @@ def _storage_info(value: Any, folder: Path, name: str) -> _StorageInfo:
     fields = _fields(value, _STORAGE)
     path = _exactly(fields["relative_path"], str)
     if not _FILE_NAME.fullmatch(path) or {".", ".."} & {*path.split("/")}:
-        raise ValueError(f"{name!r} is said to be in the file {path!r}, which is no name of a file in this folder")
+        raise ValueError(f"{name!r} is said to be in the file {path!r:.80}, which is no name of a file in this folder")
     if not (folder / path).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path!r} is a link that leads out of the folder")
     if fields.get("transform_descriptors"):
@@ -348,7 +348,7 @@ def _storage_info(value: Any, folder: Path, name: str) -> _StorageInfo:
 
 def _tensor(name: str, value: Any, storage: dict[MetadataIndex, _StorageInfo]) -> TensorStorageMetadata:
     fields = _fields(value, _TENSOR)
-    properties = _exactly(fields["properties"], _Made)
+    properties = _exactly(fields["properties"], _Object)
     if properties.name != _PROPERTIES or properties.arguments != () or len(_exactly(properties.state, tuple)) != 5:
         raise ValueError(f"{properties.name} where {_PROPERTIES} was expected")
     dtype_name = _exactly(properties.state[0], _Name)

@@ -10,7 +10,8 @@ import torch
 from tiny_training import TinyModel, loss_sum, make_batch, weights_of
 from torch import nn
 
-from lumrec.train.checkpoint import Checkpointer, best_checkpoint, load_weights
+from lumrec.errors import UserError
+from lumrec.train.checkpoint import Checkpointer, load_weights
 from lumrec.train.files import sha256
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, shard
@@ -160,11 +161,14 @@ def test_a_damaged_older_checkpoint_does_not_stop_the_run(tmp_path, caplog):
     empty(folder / "step-00000002" / "meta.json")
     session.save(4)
     assert "step-00000002 cannot be read" in caplog.text
-    empty(folder / "step-00000004" / "meta.json")
-    assert best_checkpoint(tmp_path).name == "step-00000001"  # as step 3 has it
-    shutil.rmtree(folder / "step-00000001")
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        best_checkpoint(tmp_path)
+
+
+def test_a_run_does_not_go_on_without_its_best_checkpoint(tmp_path):
+    """Found when it resumes, not when it ends."""
+    trained(tmp_path)
+    empty(tmp_path / "step-00000001" / "meta.json")
+    with pytest.raises(UserError, match="step-00000003 names step-00000001 as the best checkpoint so far, but"):
+        Session(tmp_path).checkpointer.load_latest()
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path, caplog):

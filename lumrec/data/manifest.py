@@ -44,8 +44,15 @@ def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
     manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
     identity = {key: manifest[key] for key in ("format_version", "schema", "split", "files")}
     manifest["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    manifest["sha256"] = _hash(manifest)
     (folder / NAME).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return manifest
+
+
+def _hash(manifest: Dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but the hash itself."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
@@ -62,15 +69,19 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
     if not (folder / NAME).is_file():
         raise PreparedDataError(f"{folder} has no {NAME}: it is no prepared folder, or was cut while copied. {again}")
     try:
-        manifest = json.loads((folder / NAME).read_text())
-        version, files = manifest["format_version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not text
-        raise PreparedDataError(f"{folder / NAME} cannot be read ({error!r}). {again}") from error
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: not JSON, or not text
+        raise PreparedDataError(f"{folder / NAME} cannot be read ({error!r}). {again}") from None
     if version != FORMAT_VERSION:
         raise PreparedDataError(
             f"{folder / NAME}: format version {version!r}; this lumrec reads version {FORMAT_VERSION}. {again}"
         )
-    for name, facts in files.items():
+    if manifest.get("sha256", digest := _hash(manifest)) != digest:  # folders of earlier versions have none
+        raise PreparedDataError(f"{folder / NAME} was changed or damaged: its own hash does not fit. {again}")
+    if problem := _malformed(folder, manifest):
+        raise PreparedDataError(f"{folder / NAME} is damaged: {problem}. {again}")
+    for name, facts in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise PreparedDataError(f"{path} is missing, though {NAME} lists it. {again}")
@@ -81,3 +92,30 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
                 f"{path} was changed or damaged: sha256 {digest[:16]}…, {NAME} says {facts['sha256'][:16]}…. {again}"
             )
     return manifest
+
+
+def _malformed(folder: Path, manifest: Dict[str, Any]) -> str:
+    """What no manifest says that `write_manifest` wrote, in words; "" where there is nothing."""
+    kinds = {
+        "schema": dict,
+        "split": dict,
+        "files": dict,
+        "table_rows": dict,
+        "fingerprint": str,
+        "absolute_time": bool,
+    }
+    for name, kind in kinds.items():
+        if type(manifest.get(name)) is not kind:
+            return f"it lacks {name}, or has another kind of value there"
+    if not all(type(rows) is int and 0 < rows < 2**62 for rows in manifest["table_rows"].values()):
+        return "a table has no number of rows"
+    for name, facts in manifest["files"].items():
+        if not isinstance(facts, dict) or not (
+            type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
+        ):
+            return f"of the file {name!r:.80} it does not say the size and checksum"
+        if name.startswith("/") or "\0" in name or {"", ".", ".."} & {*name.split("/")}:
+            return f"it lists {name!r:.80}, which is no file in this folder"
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            return f"{name!r:.80} is a link that leads out of the folder"
+    return ""

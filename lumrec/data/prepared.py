@@ -26,7 +26,7 @@ import torch
 
 from lumrec.data.columns import Column
 from lumrec.data.manifest import PreparedDataError, read_manifest
-from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict
+from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate
 from lumrec.data.splits import TRAIN
 from lumrec.errors import UserError
 
@@ -61,7 +61,10 @@ class PreparedData:
         """Loads the folder that `manifest` describes; use `open`, which checks it first."""
         self.path = path
         self.manifest = manifest
-        self.schema: SchemaConfig = schema_from_dict(manifest["schema"])
+        try:
+            self.schema: SchemaConfig = validate(schema_from_dict(manifest["schema"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PreparedDataError(f"{path}: its manifest holds no schema ({error!r}). Prepare it again.") from None
         self.fingerprint: str = manifest["fingerprint"]
         self.table_rows: Dict[str, int] = dict(manifest["table_rows"])
         events = self._read(*sorted(name for name in manifest["files"] if name.startswith("events/")))
@@ -81,7 +84,6 @@ class PreparedData:
         self.probability = _array(events, "probability", np.float32) if "probability" in events.columns else None
         self.before = np.arange(self.num_events) - _array(events, "rows_back", np.int64)
         self.user_offsets = np.searchsorted(self.user, np.arange(self.num_users + 1)).astype(np.int64)
-        self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
         event_features = [name for role in EVENT_ROLES for name in features_by_role(self.schema, role)]
         self.event_columns = self._columns(events, event_features)
         self.item_columns = self._columns(self._items, features_by_role(self.schema, "item"))
@@ -92,6 +94,26 @@ class PreparedData:
             for role, frame in (("item", self._items), ("user", self._users), ("context", events))
             for name in features_by_role(self.schema, role, dense=True)
         }
+        self._check_indices()
+        self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
+
+    def _check_indices(self) -> None:
+        """Raises PreparedDataError for a number that leads out of the users, items, parts or tables."""
+        limits = [("user", self.user, self.num_users), ("item", self.item, self.num_items), ("split", self.split, 3)]
+        limits += [("negatives' event", self.negative_event, self.num_events)]
+        limits += [("negatives' item", self.negative_item, self.num_items)]
+        for columns in (self.event_columns, self.item_columns, self.user_columns):
+            for name, column in columns.items():
+                table = self.schema.features[name].table
+                limits.append((name, column.values.numpy(), self.table_rows.get(table, 0)))
+        for name, values, size in limits:
+            if len(values) and not 0 <= values.min() <= values.max() < size:
+                raise PreparedDataError(
+                    f"{self.path}: {name} has {values.min()} to {values.max()}, expected numbers from 0, below {size}: "
+                    "it is damaged. Prepare it again (apps/prepare.py with overwrite=true)."
+                )
+        if (self.user[1:] < self.user[:-1]).any():
+            raise PreparedDataError(f"{self.path}: its events are not sorted by user: it is damaged. Prepare it again.")
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> PreparedData:
@@ -102,7 +124,11 @@ class PreparedData:
         another format version.
         """
         folder = Path(path)
-        return cls(folder, read_manifest(folder, verify=verify))
+        manifest = read_manifest(folder, verify=verify)
+        try:
+            return cls(folder, manifest)
+        except pl.exceptions.PolarsError as error:  # a column that is missing, or of another type
+            raise PreparedDataError(f"{folder} is damaged: {error}. Prepare it again (apps/prepare.py).") from error
 
     def rows(self, row_N: np.ndarray) -> Rows:
         """What the rows `row_N` (int64) are: events, or drawn beside them."""
@@ -177,10 +203,18 @@ class PreparedData:
 
 
 def _array(frame: pl.DataFrame, name: str, dtype: type) -> np.ndarray:
-    return frame[name].to_numpy().astype(dtype)  # a copy: Arrow's memory is read-only, torch wants writable
+    series = frame[name]
+    if not (series.dtype.is_numeric() or series.dtype == pl.Boolean or series.is_empty()) or series.null_count():
+        raise pl.exceptions.SchemaError(f"column {name!r} is {series.dtype}, or has missing values; expected numbers")
+    return series.to_numpy().astype(dtype)  # a copy: Arrow's memory is read-only, torch wants writable
 
 
 def _column(series: pl.Series) -> Column:
+    inner = series.dtype.inner if isinstance(series.dtype, pl.List) else series.dtype
+    if not inner.is_integer() or series.null_count():
+        raise pl.exceptions.SchemaError(
+            f"column {series.name!r} is {series.dtype}, or has missing values; expected rows"
+        )
     if not isinstance(series.dtype, pl.List):
         return Column(torch.from_numpy(series.to_numpy().astype(np.int64)))
     lengths = series.list.len().to_numpy()

@@ -1,6 +1,7 @@
 """A pipeline whose stages need not each start an interpreter."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from forks import ForkServer
 
 from lumrec import pipeline
 from lumrec.jobs import Job
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def stages_in_forks(forks: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
         for job in jobs:
             app, _, processes, *words = job.command[job.command.index("local_cwd") + 1 :]
             assert processes == "1x1"
-            forks.run("forks:run_app", stage=app.rpartition(":")[2], words=list(words))
+            forks.run_script(ROOT / app.rpartition(":")[0], *words)
         return {job.name: 1.0 for job in jobs}
 
     monkeypatch.setattr(pipeline, "run_jobs", run_jobs)

@@ -60,9 +60,11 @@ def test_threads_are_shared_and_torchruns_variables_kept_out(tmp_path, monkeypat
 
 def test_failure_shows_the_end_of_the_log_and_ends_the_others(tmp_path):
     pid = tmp_path / "pid"
+    wait = f"import pathlib, sys, time\npid = pathlib.Path({str(pid)!r})\n"
+    wait += "while not (pid.exists() and pid.read_text()): time.sleep(.05)\npass"
     jobs = [
         python("long", f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(500)"),
-        python("wrong", "import sys, time; time.sleep(1); print('lumrec: no such thing'); sys.exit(2)"),
+        python("wrong", f"{wait}; print('lumrec: no such thing'); sys.exit(2)"),
         python("never", "1", needs=("wrong",)),
     ]
     start = time.monotonic()

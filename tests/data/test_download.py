@@ -291,7 +291,7 @@ def test_a_killed_process_is_continued(publisher: Publisher, tmp_path: Path):
     assert publisher.asked == ["", "bytes=10000-"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -307,7 +307,7 @@ def test_two_processes_fetch_it_once(publisher: Publisher, tmp_path: Path, capfd
     for thread in threads:
         thread.start()
     wait_for(lambda: bool(publisher.asked))
-    for _ in range(500):
+    for _ in range(10_000):
         shown += capfd.readouterr().out
         if shown.count("waiting for another process") == 2:
             break

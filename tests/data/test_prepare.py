@@ -283,12 +283,14 @@ def test_a_second_process_waits_for_the_first(make_config: Callable, capsys: pyt
     fcntl.flock(lock, fcntl.LOCK_EX)
     thread = threading.Thread(target=run, args=(config,))
     thread.start()
-    time.sleep(0.5)
+    said = ""
+    while "waiting for another process" not in said:
+        said += capsys.readouterr().out
+        time.sleep(0.01)
     assert thread.is_alive()
     assert not prepared_path(config).exists()
     os.close(lock)
     thread.join()
-    assert "waiting for another process" in capsys.readouterr().out
     assert PreparedData.open(prepared_path(config)).num_users == 40
 
 

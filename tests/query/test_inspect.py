@@ -54,22 +54,15 @@ def test_seen_items_can_be_left_out(query):
     assert not any(match.seen for matches in view.matches for match in matches)
 
 
-def test_the_app_prints_it(experiment):
+def test_the_app_prints_it(experiment, forks):
     config = experiment("inspect.top=3", "inspect.events=2", "query.conditions=[{feedback: like}, {scenario: home}]")
     user = PreparedData.open(Path(config.runs_dir) / "tiny-prepare").user_keys()[5]
     words = [f"runs_dir={config.runs_dir}", "inspect.top=3", "query.conditions=[{feedback: like}, {scenario: home}]"]
-    result = subprocess.run(
-        [sys.executable, "apps/inspect.py", "--config", f"{config.runs_dir}/tiny-pretrain/config.yaml", "--user", user]
-        + words,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"user {user}: " in result.stdout
-    assert "\nfeedback=like " in result.stdout and "\nscenario=home " in result.stdout
-    assert result.stdout.count("\n   3. ") == 2
+    options = ["--config", f"{config.runs_dir}/tiny-pretrain/config.yaml", "--user", user]
+    said = forks.run_script(ROOT / "apps" / "inspect.py", *options, *words).text()
+    assert f"user {user}: " in said
+    assert "\nfeedback=like " in said and "\nscenario=home " in said
+    assert said.count("\n   3. ") == 2
 
 
 def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, capsys):

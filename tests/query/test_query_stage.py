@@ -1,17 +1,15 @@
 """The query stage: what it publishes is what the LUM says, whatever the ranks, kills and versions on the way."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Run
 from sklearn.metrics import roc_auc_score
 
 from lumrec.data.prepared import PreparedData
@@ -39,20 +37,18 @@ def asked_directly(config, run: str, data: PreparedData, conditions) -> GroupQue
     return GroupQuery(dmp, builder, conditions, max_events=trained.model.max_events)
 
 
-def in_subprocess(code: str, config, *words: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    """Runs `code` with `config` loaded, in a process of its own or under torchrun with so many ranks."""
+@pytest.fixture
+def in_subprocess(forks):
+    """Runs code with a config loaded, in a process of its own or, as under torchrun, in so many ranks."""
+    return lambda *code_config_words, ranks=1: in_forks(forks, *code_config_words, ranks=ranks)
+
+
+def in_forks(forks, code: str, config, *words: str, ranks: int) -> Run:
     folder = Path(config.runs_dir).parent
     text = "import sys\nfrom lumrec.config import load\nfrom lumrec.query import stage, writer\n"
     text += f"config = load({str(folder / 'runs/tiny-pretrain/config.yaml')!r}, sys.argv[1:])\n"
     (folder / "script.py").write_text(text + textwrap.dedent(code))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return subprocess.run(
-        [sys.executable, *launcher, str(folder / "script.py"), f"runs_dir={config.runs_dir}", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return forks.start_script(folder / "script.py", f"runs_dir={config.runs_dir}", *words, world_size=ranks)
 
 
 def test_what_is_published_is_what_the_lum_says(experiment):
@@ -190,7 +186,7 @@ def test_switched_off_parts_are_not_there(experiment):
     torch.testing.assert_close(served.o_BND, direct, atol=2e-5, rtol=0)
 
 
-def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experiment):
+def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experiment, in_subprocess):
     words = [FOLDS, CONDITIONS]
     config = experiment(*words)
     stage.run(config)
@@ -215,7 +211,7 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
         config,
         *words,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.wait() == [-signal.SIGKILL], killed.text()
     assert (path / "building" / "progress-0").exists()
     assert torch.equal(Knowledge.open(path, data).for_rows(everything).o_BND, answers.o_BND)
     assert bool(KnowledgeStore.open(path).get([data.user_keys()[0]]).present_BN.all())
@@ -233,8 +229,8 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
         config,
         *words,
     )
-    assert resumed.returncode == 0, resumed.stderr
-    rest = [line.removeprefix("unit ") for line in resumed.stdout.splitlines() if line.startswith("unit ")]
+    assert resumed.wait() == [0], resumed.text()
+    rest = [line.removeprefix("unit ") for line in resumed.text().splitlines() if line.startswith("unit ")]
     assert finished and "users/0/1" in rest and "rows/1/0" in rest
     assert set(finished) & set(rest) == {"items/0"}  # items are cheap: encoded anew, to be summed over
     new = Knowledge.open(path, data)
@@ -250,11 +246,11 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
     assert len(mine) == len(theirs) == result["users"]
 
 
-def test_two_ranks_write_what_one_writes(experiment):
+def test_two_ranks_write_what_one_writes(experiment, in_subprocess):
     words = [FOLDS, CONDITIONS]
     config = experiment(*words)
     both = in_subprocess("stage.run(config)", config, *words, "run=two-ranks", ranks=2)
-    assert both.returncode == 0, both.stderr
+    assert both.wait() == [0, 0], both.text()
     stage.run(config)
     data, path = opened(config)
     one, two = Knowledge.open(path, data), Knowledge.open(path.with_name("two-ranks"), data)

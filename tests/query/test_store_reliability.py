@@ -1,7 +1,6 @@
 """What goes wrong in production: damage, two writers, a full disk, a killed refresh. With the real store each time."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -180,7 +179,7 @@ def test_a_full_disk_is_told_and_the_old_version_serves(small_disk, tmp_path, wh
     assert torch.equal(store.get(keys).o_BND, KnowledgeStore.open(tmp_path / "large").get(keys).o_BND)
 
 
-def test_a_killed_refresh_goes_on_and_gives_the_same(shop):
+def test_a_killed_refresh_goes_on_and_gives_the_same(shop, forks):
     config = shop("run=kept", "inputs.prepared=monday")
     runs = Path(config.runs_dir)
     stage.run(config)
@@ -188,14 +187,9 @@ def test_a_killed_refresh_goes_on_and_gives_the_same(shop):
     shutil.rmtree(runs / "monday")
     shutil.copytree(runs / "tuesday", runs / "monday")
     words = f"runs_dir={runs}", "run=killed", "inputs.prepared=monday"
-    killed = subprocess.run(
-        [sys.executable, "-c", DIES, str(runs / "kept" / "config.yaml"), *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (script := runs / "dies.py").write_text(DIES)
+    killed = forks.start_script(script, str(runs / "kept" / "config.yaml"), *words)
+    assert killed.wait() == [-signal.SIGKILL], killed.text()
     assert len(KnowledgeStore.open(runs / "killed")) == 41  # the old version is in force
     finished = (runs / "killed" / "building" / "progress-0").read_text().split()
     assert finished[0] == "items/0" and len(finished) > 1

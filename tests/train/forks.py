@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -38,7 +39,7 @@ class Run:
     def text(self) -> str:
         return "\n".join(log.read_text() for log in self.logs if log.exists())
 
-    def wait_for_text(self, text: str, timeout_s: float = 60.0) -> None:
+    def wait_for_text(self, text: str, timeout_s: float = 300.0) -> None:
         """Returns once a rank has said `text`."""
         end = time.monotonic() + timeout_s
         while text not in self.text():
@@ -73,6 +74,14 @@ class ForkServer:
         assert codes == [0] * world_size, f"{codes}: {run.text()}"
         return run
 
+    def start_script(self, path: Path, *words: str, world_size: int = 1) -> Run:
+        """Runs `python <path> <words>` in `world_size` processes, with what torchrun would tell them."""
+        return self.start("forks:run_script", world_size=world_size, path=str(path), words=words)
+
+    def run_script(self, path: Path, *words: str, world_size: int = 1) -> Run:
+        """The same, waited for; every rank must end well."""
+        return self.run("forks:run_script", world_size=world_size, path=str(path), words=words)
+
     def ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -82,14 +91,14 @@ class ForkServer:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=300)
 
 
-def run_app(stage: str, words: list[str]) -> None:
-    """What `python apps/<stage>.py <words>` does."""
-    from lumrec.stages import run_stage
-
-    run_stage(stage, "", words)
+def run_script(path: str, words: list[str]) -> None:
+    """What `python <path> <words>` does."""
+    sys.argv = [path, *words]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def free_port() -> int:
@@ -143,9 +152,11 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
         module, name = request["function"].split(":")
         getattr(importlib.import_module(module), name)(**request["arguments"])
         code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         traceback.print_exc()
-        code = getattr(error, "exit_code", getattr(error, "code", 1))
+        code = getattr(error, "exit_code", 1)
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # whatever happens, a child never goes on as a second server

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
@@ -163,13 +160,9 @@ def test_the_state_of_known_rows_goes_on_or_begins_anew(logs, before, table_opti
     assert not any(sums.any() for sums in table_states(started(fresh, table_optimizer=table_optimizer)[0]).values())
 
 
-def test_on_two_ranks(logs, before, said_before):
+def test_on_two_ranks(logs, before, said_before, forks):
     """Tables and encoder sharded over ranks, from a checkpoint of one; and training that goes on from there."""
-    script = Path(__file__).with_name("two_ranks_continual.py")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(script), str(logs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    forks.run_script(Path(__file__).with_name("two_ranks_continual.py"), str(logs), world_size=2)
     for sharding in ("row_wise", "table_wise", "column_wise"):
         for now, then in zip(torch.load(logs / f"answers-{sharding}.pt"), said_before, strict=True):
             torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)

@@ -62,6 +62,6 @@ def test_results_are_the_same_to_the_bit():
 def test_the_peak_is_measured_once_and_quickly(dtype):
     threads = torch.get_num_threads()
     peak = gemm_peak(torch.device("cpu"), dtype, num_threads=threads)
-    started = time.perf_counter()
+    started = time.process_time()
     assert gemm_peak(torch.device("cpu"), dtype, num_threads=threads) == peak > 1e8
-    assert time.perf_counter() - started < 0.05
+    assert time.process_time() - started < 0.05

@@ -3,9 +3,6 @@
 The one process keeps every candidate of both, item by item, and masks by id; nothing is merged.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +15,9 @@ from lumrec.train.negatives import gather_candidates
 
 
 @pytest.fixture(scope="module")
-def results(tiny_prepared, tmp_path_factory) -> list[dict]:
+def results(tiny_prepared, forks, tmp_path_factory) -> list[dict]:
     folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("two_ranks_negatives.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(tiny_prepared.path), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    forks.run_script(script, str(tiny_prepared.path), str(folder), world_size=2)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import build_lum, load_lum
 from lumrec.train.parallel import init_distributed
 from lumrec.train.pretrain import PretrainConfig, make_step, parse_fold, run
+from lumrec.train.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -51,14 +49,6 @@ def config_of(settings: tuple[Path, list[str]], *words: str) -> Config:
 def losses(folder: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def command(settings: tuple[Path, list[str]], *words: str) -> list[str]:
-    return [sys.executable, "apps/pretrain.py", "--config", str(settings[0]), *settings[1], *words]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +99,29 @@ def test_every_table_and_matrix_has_moved(trained, tiny_prepared):
         assert not torch.equal(before, after[name]), f"{name} has not been trained"
 
 
-def test_killed_and_started_again_it_ends_as_if_it_had_not_been(trained, settings):
+def run_until_killed(file: str, words: list[str], step: int) -> None:
+    """Trains until `step`, where it is killed."""
+    log = RunFolder.log
+
+    def log_or_die(self: RunFolder, at: int, **metrics: float) -> None:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, at, **metrics)
+
+    RunFolder.log = log_or_die  # type: ignore[method-assign]
+    run(load(file, words))
+
+
+def test_killed_and_started_again_it_ends_as_if_it_had_not_been(trained, settings, forks):
     """kill -9 in mid-epoch: the same batches, the same losses and the same weights, to the bit."""
     config, _ = trained
     folder = Path(config.runs_dir) / "killed"
-    process = subprocess.Popen(command(settings, "run=killed"), cwd=ROOT, env=environment())
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-00000010" / "COMPLETE").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    words = [*settings[1], "run=killed"]
+    killed = forks.start("test_pretrain:run_until_killed", file=str(settings[0]), words=words, step=13)
+    assert killed.wait() == [-signal.SIGKILL], killed.text()
+    assert (folder / "checkpoints" / "step-00000010" / "COMPLETE").exists()
     assert not (folder / "result.json").exists()
-    subprocess.run(command(settings, "run=killed"), cwd=ROOT, env=environment(), check=True)
+    forks.run_script(ROOT / "apps" / "pretrain.py", "--config", str(settings[0]), *words)
     reference = Path(config.runs_dir) / "uninterrupted"
     assert losses(folder) == losses(reference)
     weights = [_weights(best_checkpoint(path)) for path in (folder, reference)]
@@ -143,12 +143,9 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_two_ranks(settings):
+def test_two_ranks(settings, forks):
     words = [*settings[1], "run=two-ranks", "pretrain.train.epochs=1", "pretrain.negatives.across_ranks=true"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, "apps/pretrain.py", "--config", str(settings[0]), *words], cwd=ROOT, env=environment(), check=True
-    )
+    forks.run_script(ROOT / "apps" / "pretrain.py", "--config", str(settings[0]), *words, world_size=2)
     folder = Path(config_of(settings).runs_dir) / "two-ranks"
     result = json.loads((folder / "result.json").read_text())
     assert result["loss"] > 0 and result["hr@10"] >= 0

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,19 +198,12 @@ def test_a_rows_own_feedback_label_and_wish_are_not_read(words, data):
 
 
 @pytest.mark.parametrize("model", ["din", "dien"])
-def test_two_ranks_score_alike(words, data, model):
+def test_two_ranks_score_alike(words, data, forks, model):
     """A job of two processes runs through, and its result is what one process gets from its checkpoint."""
     settings = [f"run=two-ranks-{model}", f"rank.model={model}", "rank.knowledge=both", "rank.activation=dice"]
     config = config_of(words, *settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = (
-        "from lumrec.config import load; from lumrec.train.rank import run; import sys; run(load(None, sys.argv[1:]))"
-    )
-    file = Path(config.runs_dir) / "rank_on_two.py"
-    file.write_text(script)
     more = [*settings, "threads=1", "rank.train.epochs=1", "rank.train.max_steps=5"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(file), *words, *more], env=environment, check=True)
+    forks.run_script(ROOT / "apps" / "rank.py", *words, *more, world_size=2)
     result = json.loads((folder_of(config) / "result.json").read_text())
     dmp, _, builder = trained_model(config, data)
     again = evaluate(dmp, builder, TEST, batch_size=100)

@@ -152,8 +152,27 @@ def noisy_evaluation() -> dict[str, float]:
     return {"chance": torch.rand(1).item()}
 
 
-def train_noisily(runs_dir: str, *, epochs: int = 3) -> None:
-    """The run of the kill tests: dropout, epochs of 9 steps, a checkpoint every 4 steps, an evaluation every 5."""
+def train_noisily(
+    runs_dir: str, *, epochs: int = 3, end_after_s: float = 0.0, signal_at: int = 0, number: int = 0
+) -> None:
+    """The run of the kill tests: dropout, epochs of 9 steps, a checkpoint every 4 steps, an evaluation every 5.
+
+    end_after_s: seconds of processor time, however busy the machine is, after which the system ends it as it ends
+    killed ones, by SIGPROF; 0 = never. signal_at: the step, counted from here, in which it sends itself the signal
+    `number`. Says how much processor time it took to begin, and in all.
+    """
+    signal.setitimer(signal.ITIMER_PROF, end_after_s)
+    steps = 0
+
+    def step(model: nn.Module, batch: TinyBatch) -> StepOutput:
+        nonlocal steps
+        steps += 1
+        if steps == 1:
+            print(f"begins after {time.process_time()} s", flush=True)
+        if steps == signal_at:
+            os.kill(os.getpid(), number)
+        return noisy_step(model, batch)
+
     train = TrainConfig(epochs=epochs, log_every=2, checkpoint_every=4, eval_every=5)
     config = TinyConfig(runs_dir=runs_dir, pretrain=train)
     device = init_distributed("cpu", threads=config.threads)
@@ -163,7 +182,7 @@ def train_noisily(runs_dir: str, *, epochs: int = 3) -> None:
     result = fit(
         model=model,
         loader=TinyLoader(),
-        step=noisy_step,
+        step=step,
         config=config.pretrain,
         run=folder,
         evaluate=noisy_evaluation,
@@ -171,6 +190,7 @@ def train_noisily(runs_dir: str, *, epochs: int = 3) -> None:
         fingerprint={"data": "tiny"},
     )
     folder.finish(result)
+    print(f"ends after {time.process_time()} s", flush=True)
 
 
 def train_until_killed_in_save(runs_dir: str, *, epochs: int, which: int) -> None:

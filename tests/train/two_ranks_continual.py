@@ -1,14 +1,12 @@
-"""A LUM that goes on from an earlier one, on two ranks: `python two_ranks_continual.py FOLDER`.
+"""A LUM that goes on from an earlier one, on two ranks: `torchrun --nproc-per-node 2 two_ranks_continual.py FOLDER`.
 
 FOLDER holds what two_logs.py and a run "before-pretrain" of one rank made; answers-<sharding>.pt come out.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from forks import free_port
 from two_logs import answers, config_of
 
 from lumrec.data.prepared import PreparedData
@@ -18,10 +16,8 @@ from lumrec.train.lum import build_lum
 from lumrec.train.parallel import init_distributed, rank, shard
 
 
-def work(local_rank: int, port: int, folder: Path) -> None:
+def main(folder: Path) -> None:
     """What each process does."""
-    os.environ |= {"RANK": str(local_rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     device = init_distributed("cpu", threads=1)
     config = config_of(folder, "grown")
     before, data = (PreparedData.open(folder / "runs" / f"{name}-prepare") for name in ("before", "grown"))
@@ -37,10 +33,6 @@ def work(local_rank: int, port: int, folder: Path) -> None:
             torch.save(said, folder / f"answers-{sharding}.pt")
     pretrain.run(config_of(folder, "grown", "run=two-ranks", "pretrain.train.sharding=row_wise"))
     torch.distributed.destroy_process_group()
-
-
-def main(folder: Path) -> None:
-    torch.multiprocessing.start_processes(work, (free_port(), folder), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A production checkpoint that lumrec had no part in, made once."""
 
 import hashlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +13,10 @@ from forks import ForkServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def production(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What production_dlrm.py left, under torchrun on two ranks; not a byte of it may change."""
     folder = tmp_path_factory.mktemp("production")
-    script = Path(__file__).resolve().with_name("production_dlrm.py")
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    forks.run_script(Path(__file__).with_name("production_dlrm.py"), str(folder), world_size=2)
     before = digests(folder)
     yield folder
     assert digests(folder) == before

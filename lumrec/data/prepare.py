@@ -296,7 +296,8 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
 
 def warnings(manifest: Dict[str, Any]) -> List[str]:
     """What of a prepared folder makes figures misleading, a sentence each."""
-    split = SplitConfig(**manifest["split"])
+    rule = manifest["split"]
+    split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
     return split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
 
 

@@ -71,7 +71,7 @@ def convert(
             folder / f"{role}s.parquet",
         )
     features = of_roles(schema, EVENT_ROLES)
-    drawn = negatives and NegativeRows(negatives, catalogues["item"].count_N, intake.users["user_id"])
+    drawn = negatives and drawer(negatives, intake, catalogues["item"], raw)
     for part, path in enumerate(intake.blocks):
         block = pl.read_parquet(path)
         kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
@@ -89,7 +89,7 @@ def convert(
     if drawn:
         check_features_of_the_moment(schema, folder / "events")
         counts["negatives"] = drawn.num_rows
-        facts["popularity_auc"] = drawn.popularity_auc()
+        facts |= drawn.facts()
     content = {
         "counts": counts,
         "facts": facts,
@@ -103,6 +103,12 @@ def convert(
     shutil.rmtree(scratch)
     _check_expected(counts, raw)
     return content
+
+
+def drawer(config: NegativeRowsConfig, intake: Intake, items: Catalogue, raw: RawLog) -> NegativeRows:
+    """What draws negative rows for the blocks of `intake`, whose column `split` is made (`part_blocks`)."""
+    ids = intake.users["user_id"]
+    return NegativeRows(config, items.count_N, ids, intake.blocks, absolute_time=raw.absolute_time)
 
 
 def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) -> Dict[str, Catalogue]:

@@ -1,4 +1,4 @@
-"""Rows about items that a user never met, drawn for a log of positives alone: what a ranker tells the events from.
+"""Rows about other items, drawn for a log of positives alone: what a ranker tells the events from.
 
 ::
 
@@ -8,7 +8,13 @@
 A drawn row is no event: no history, sequence, count or statistic has it in. It differs from its event in the item
 alone, and in what is known of that item at that moment.
 
-Source: DIN's protocol for Amazon (arXiv 1706.06978, section 6.1): the next review of a user against one random item.
+What must not give a drawn row away is the draw: that its item is rarer, older or newer than those of events, or that
+no drawn item is one that the user had before. So "matched" draws the item of another event of the same part, near in
+time and about as popular (negative_pool.py); and beside an event whose item the user had before, another item that the
+user had before. How far each of the three tells events from drawn rows is measured and reported (`facts`).
+
+Source: DIN's protocol for Amazon (arXiv 1706.06978, section 6.1): the next review of a user against one random item;
+that is "uniform".
 
 Shape suffixes: E events, U users, I items, N drawn rows, P pairs of a user and an item of theirs.
 """
@@ -17,29 +23,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import polars as pl
 
+from lumrec.data.moments import inseparable
+from lumrec.data.negative_pool import make_pool
 from lumrec.data.schema import SchemaConfig, features_by_role
-from lumrec.data.splits import TEST, mix
+from lumrec.data.splits import PARTS, mix
 from lumrec.errors import UserError
 
-SAMPLING = ("uniform", "popularity")
+SAMPLING = ("matched", "uniform", "popularity")
+ROUNDS = 16  # draws until one is not an item to be left out
+TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
 
 
 @dataclass(frozen=True)
 class NegativeRowsConfig:
     """How many rows are drawn for each event of a log of positives, and from which items.
 
-    per_positive: rows for each event, drawn independently. sampling: "uniform" over the items that the training part
-    has, or "popularity", by how often it has them; never an item that the user meets anywhere in the log. seed: of the
-    draws.
+    per_positive: rows for each event, drawn independently. sampling: "matched", items as popular, as new and as often
+    met before as those of the events; "uniform" over the items that the training part has, or "popularity", by how
+    often it has them: these never draw an item that the user meets anywhere in the log. seed: of the draws.
     """
 
     per_positive: int = 1
-    sampling: str = "uniform"
+    sampling: str = "matched"
     seed: int = 0
 
 
@@ -53,17 +63,30 @@ def check_negative_rows(config: NegativeRowsConfig) -> None:
 
 
 class NegativeRows:
-    """Draws the rows of one block of users after the other, writes them, and counts what the test part holds.
+    """Draws the rows of one block of users after the other, and counts what each part of the log holds.
 
-    count_I: training events of each item. user_ids: raw ids, to name a user by.
+    count_I: training events of each item. user_ids: raw ids, to name a user by. blocks: files of all events, which
+    "matched" draws from. absolute_time: whether times of different users can be compared.
     """
 
-    def __init__(self, config: NegativeRowsConfig, count_I: np.ndarray, user_ids: pl.Series) -> None:
-        self.config, self.count_I, self.user_ids = config, count_I, user_ids
-        weight_I = count_I if config.sampling == "popularity" else count_I > 0
-        self.weight_I = weight_I.astype(np.int64)
+    def __init__(
+        self,
+        config: NegativeRowsConfig,
+        count_I: np.ndarray,
+        user_ids: pl.Series,
+        blocks: Sequence[Path] = (),
+        *,
+        absolute_time: bool = True,
+    ) -> None:
+        self.config, self.count_I, self.user_ids, self.absolute_time = config, count_I, user_ids, absolute_time
+        self.weight_I = ((count_I > 0) if config.sampling == "uniform" else count_I).astype(np.int64)
+        self.pool = (
+            make_pool(blocks, count_I, absolute_time=absolute_time) if config.sampling == "matched" and blocks else {}
+        )
         self.num_events = self.num_rows = 0
-        self.positives_I, self.negatives_I = np.zeros(len(count_I), np.int64), np.zeros(len(count_I), np.int64)
+        # Of each part's events and drawn rows: how often each item; how many are of items that the user had before.
+        self.items_PKI = np.zeros((len(PARTS), 2, len(count_I)), np.int64)
+        self.repeats_PK = np.zeros((len(PARTS), 2), np.int64)
 
     def add(self, block: pl.DataFrame) -> pl.DataFrame:
         """Drawn rows of the next block of events: `event` (i64, row of the log) and `item`, in the order of the events.
@@ -72,21 +95,64 @@ class NegativeRows:
         """
         if wrong := int((block["label"] != 1).sum()):
             raise UserError(
-                f"data.negatives is for a log of positives alone, and {wrong:,} of {len(block):,} events of a block "
+                f"data.negatives is for a log of positives only, and {wrong:,} of {len(block):,} events of a block "
                 "have label 0: those are the negatives. Leave data.negatives out, or let data.label make all events "
                 "positive"
             )
-        user_E, item_E, order_E = (block[name].to_numpy().astype(np.int64) for name in ("user", "item", "order"))
+        events = _Events(block, len(self.count_I))
         event_N = np.repeat(np.arange(len(block)), self.config.per_positive)
         number_N = np.arange(len(event_N)) - event_N * self.config.per_positive
-        share_N = _random(self.config.seed, order_E[event_N], number_N)
-        item_N = self._draw(user_E, item_E, user_E[event_N], share_N)
-        is_test_E = block["split"].to_numpy() == TEST
-        self.positives_I += np.bincount(item_E[is_test_E], minlength=len(self.count_I))
-        self.negatives_I += np.bincount(item_N[is_test_E[event_N]], minlength=len(self.count_I))
+        item_N = np.full(len(event_N), -1)
+        is_repeat_N = np.zeros(len(event_N), bool)
+        if self.config.sampling == "matched":
+            self._of_history(events, event_N, number_N, item_N)
+            is_repeat_N = item_N >= 0
+            self._of_pool(events, event_N, number_N, item_N)
+        left = np.flatnonzero(item_N < 0)
+        if len(left):
+            share_N = _random(self.config.seed, events.order_E[event_N[left]], number_N[left])
+            item_N[left] = self._draw(events.user_E, events.item_E, events.user_E[event_N[left]], share_N)
+        self._count(events, event_N, item_N, is_repeat_N)
         drawn = pl.DataFrame({"event": event_N + self.num_events, "item": item_N.astype(np.int32)})
         self.num_events, self.num_rows = self.num_events + len(block), self.num_rows + len(drawn)
         return drawn
+
+    def _of_history(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, item_N: np.ndarray) -> None:
+        """Fills `item_N` beside events whose item the user had before: another one of the user's earlier events."""
+        left = np.flatnonzero(events.is_repeat_E[event_N])
+        for turn in range(ROUNDS):
+            event = event_N[left]
+            first, before = events.first_E[event], events.before_E[event]
+            random = _random(self.config.seed, events.order_E[event], number_N[left], stream=1 + turn)
+            drawn = events.item_E[first + (random * (before - first)).astype(np.int64)]
+            good = ~events.is_shown(event, drawn)
+            item_N[left[good]], left = drawn[good], left[~good]
+
+    def _of_pool(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, item_N: np.ndarray) -> None:
+        """Fills what is left of `item_N` from the pool, with items that the user meets nowhere in the log."""
+        for part, slices in self.pool.items():
+            left = np.flatnonzero((item_N < 0) & (events.split_E[event_N] == part))
+            for turn in range(ROUNDS):
+                event = event_N[left]
+                at, shift = (
+                    _random(self.config.seed, events.order_E[event], number_N[left], stream=100 + 2 * turn + which)
+                    for which in (0, 1)
+                )
+                time = events.time_E[event] if self.absolute_time else np.zeros(len(event), np.int64)
+                count = self.count_I[events.item_E[event]]
+                drawn = slices.draw(time, count, at, shift, reach=2.0 ** (turn // 2 - 4))
+                good = ~events.is_met(event, drawn)
+                item_N[left[good]], left = drawn[good], left[~good]
+
+    def _count(self, events: _Events, event_N: np.ndarray, item_N: np.ndarray, is_repeat_N: np.ndarray) -> None:
+        num_items = len(self.count_I)
+        for part in range(len(PARTS)):
+            is_in_E = events.split_E == part
+            is_in_N = is_in_E[event_N]
+            self.items_PKI[part] += [
+                np.bincount(items, minlength=num_items) for items in (events.item_E[is_in_E], item_N[is_in_N])
+            ]
+            self.repeats_PK[part] += [(events.is_repeat_E & is_in_E).sum(), (is_repeat_N & is_in_N).sum()]
 
     def _draw(self, user_E: np.ndarray, item_E: np.ndarray, user_N: np.ndarray, share_N: np.ndarray) -> np.ndarray:
         """The item of each row, int64 [N], at its share (0 … 1) of the weight that the user's own items leave.
@@ -99,14 +165,14 @@ class NegativeRows:
         """
         end_I = np.cumsum(self.weight_I)
         begin_I, total = end_I - self.weight_I, int(end_I[-1])
-        first = int(user_E[0])
+        first = int(user_E[0])  # user_N: ascending
         pair_P = np.unique((user_E - first) * len(self.weight_I) + item_E)
         user_P, item_P = np.divmod(pair_P, len(self.weight_I))
         own_P1 = np.concatenate([[0], np.cumsum(self.weight_I[item_P])])  # weight of all pairs before each
         first_U1 = np.searchsorted(user_P, np.arange(user_N[-1] - first + 2))  # first pair of each user
         left_U = total - (own_P1[first_U1[1:]] - own_P1[first_U1[:-1]])
-        if (left_U == 0).any():
-            user = first + int(np.flatnonzero(left_U == 0)[0])
+        if (left_U[user_N - first] == 0).any():
+            user = int(user_N[left_U[user_N - first] == 0][0])
             raise UserError(
                 f"data.negatives: the user {self.user_ids[user]!r} has events of every item of the training part, so "
                 "that there is none to draw; leave this user out of the log"
@@ -118,23 +184,102 @@ class NegativeRows:
         moved_N = own_P1[before_N] - own_P1[first_U1[user_N]]
         return np.searchsorted(end_I, place_N + moved_N, side="right")
 
-    def popularity_auc(self) -> Optional[float]:
-        """AUC of the training events of each item over the rows of the test part: how far popularity alone gets.
+    def facts(self) -> Dict[str, Optional[float]]:
+        """What tells events from drawn rows without any model, for each part; None where the part has no rows.
 
-        A tie counts one half. None where the test part has no rows.
+        "<part>_popularity_auc": AUC of the training events of each item, a tie one half ("popularity_auc" is the test
+        part's). "<part>_unseen_positives", "…_negatives": shares of items that the training part does not have.
+        "<part>_repeated_positives", "…_negatives": shares of items that the user had before.
         """
-        _, score_I = np.unique(self.count_I, return_inverse=True)
-        positives_S, negatives_S = (np.bincount(score_I, weights=x) for x in (self.positives_I, self.negatives_I))
-        pairs = positives_S.sum() * negatives_S.sum()
-        below_S = np.cumsum(negatives_S) - negatives_S / 2
-        return float((positives_S * below_S).sum() / pairs) if pairs else None
+        found: Dict[str, Optional[float]] = {}
+        for part, name in enumerate(PARTS):
+            positives_I, negatives_I = self.items_PKI[part]
+            found[f"{name}_popularity_auc"] = _auc_of_counts(self.count_I, positives_I, negatives_I)
+            for kind, (what, of_I) in enumerate((("positives", positives_I), ("negatives", negatives_I))):
+                total = int(of_I.sum())
+                found[f"{name}_unseen_{what}"] = int(of_I[self.count_I == 0].sum()) / total if total else None
+                found[f"{name}_repeated_{what}"] = int(self.repeats_PK[part, kind]) / total if total else None
+        return {"popularity_auc": found["test_popularity_auc"], **found}
 
 
-def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's place in the log, and the draw's number."""
+class _Events:
+    """The columns of one block, sorted by user and time, and what the draws ask of them."""
+
+    def __init__(self, block: pl.DataFrame, num_items: int) -> None:
+        self.user_E, self.item_E, self.time_E, self.order_E, rows_back_E = (
+            block[name].to_numpy().astype(np.int64) for name in ("user", "item", "timestamp", "order", "rows_back")
+        )
+        self.split_E, self.num_items = block["split"].to_numpy(), num_items
+        self.before_E = np.arange(len(block)) - rows_back_E  # the events of the user before here are earlier
+        self.first_E = np.searchsorted(self.user_E, self.user_E)
+        pair_E = (self.user_E - self.user_E[0]) * num_items + self.item_E
+        self.pair_P, first_P, pair_of_E = np.unique(pair_E, return_index=True, return_inverse=True)
+        self.is_repeat_E = first_P[pair_of_E] < self.before_E
+        self.moment_E = inseparable(self.before_E)
+        self.shown_P = np.unique(self.moment_E * num_items + self.item_E)
+
+    def is_met(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
+        """Whether the user of each event meets the item anywhere in the log (bool [N])."""
+        return _is_in(self.pair_P, (self.user_E[event_N] - self.user_E[0]) * self.num_items + item_N)
+
+    def is_shown(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
+        """Whether the item is that of the event, or of another of the same moment (bool [N])."""
+        return _is_in(self.shown_P, self.moment_E[event_N] * self.num_items + item_N)
+
+
+def draw_lines(facts: Mapping[str, Optional[float]]) -> List[str]:
+    """What the draws look like, a line for each part that has rows."""
+    return [
+        f"{part:5}  AUC by item popularity {facts[f'{part}_popularity_auc']:.4f}; items not in training: "
+        f"{facts[f'{part}_unseen_positives']:.1%} of the events, {facts[f'{part}_unseen_negatives']:.1%} of the drawn "
+        f"rows; that the user had before: {facts[f'{part}_repeated_positives']:.1%}, "
+        f"{facts[f'{part}_repeated_negatives']:.1%}"
+        for part in PARTS
+        if facts.get(f"{part}_popularity_auc") is not None
+    ]
+
+
+def draw_warnings(config: NegativeRowsConfig, facts: Mapping[str, Optional[float]]) -> List[str]:
+    """Where a ranker could tell drawn rows from events by how they were drawn, a sentence each."""
+    warnings = []
+    mend = "" if config.sampling == "matched" else "; data.negatives.sampling=matched draws so that it does not"
+    for part in PARTS:
+        auc = facts.get(f"{part}_popularity_auc")
+        if auc is None:
+            continue
+        if abs(auc - 0.5) > TELLING:
+            warnings.append(
+                f"drawn rows of the {part} part are told by their popularity: AUC {auc:.4f} where .5 says nothing"
+                f"{mend or ' (too few other items to draw from)'}"
+            )
+        for what, says in (("unseen", "are not in the training part"), ("repeated", "the user had before")):
+            positives, negatives = (facts[f"{part}_{what}_{kind}"] or 0.0 for kind in ("positives", "negatives"))
+            if abs(positives - negatives) > 2 * TELLING:  # an AUC of .5 + half of the difference
+                warnings.append(
+                    f"items that {says} are {positives:.1%} of the events and {negatives:.1%} of the drawn rows of the "
+                    f"{part} part: that tells them apart{mend}"
+                )
+    return warnings
+
+
+def _is_in(sorted_P: np.ndarray, key_N: np.ndarray) -> np.ndarray:
+    place_N = np.minimum(np.searchsorted(sorted_P, key_N), len(sorted_P) - 1)
+    return sorted_P[place_N] == key_N
+
+
+def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np.ndarray) -> Optional[float]:
+    _, score_I = np.unique(count_I, return_inverse=True)
+    positives_S, negatives_S = (np.bincount(score_I, weights=x) for x in (positives_I, negatives_I))
+    pairs = positives_S.sum() * negatives_S.sum()
+    below_S = np.cumsum(negatives_S) - negatives_S / 2
+    return float((positives_S * below_S).sum() / pairs) if pairs else None
+
+
+def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray, *, stream: int = 0) -> np.ndarray:
+    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's row of the log, the draw's number, the stream."""
     with np.errstate(over="ignore"):
         start = mix(np.array([seed % 2**64], np.uint64))
-        state_N = mix(mix(order_N.astype(np.uint64) ^ start) + number_N.astype(np.uint64))
+        state_N = mix(mix(order_N.astype(np.uint64) ^ start) + number_N.astype(np.uint64) + np.uint64(stream << 32))
     return (state_N >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 

@@ -25,7 +25,7 @@ import polars as pl
 
 from lumrec.data.convert import convert
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
-from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows
+from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows, draw_lines, draw_warnings
 from lumrec.data.parts import part_line, split_warnings
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
@@ -287,18 +287,18 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
             f"by item popularity {facts['popularity_auc']:.4f}"
         )
     if "negatives" in counts:
-        by_popularity = facts["popularity_auc"]
-        told = "" if by_popularity is None else f"; AUC by item popularity on the test part {by_popularity:.4f}"
-        lines.append(f"  {counts['negatives']:,} negative rows drawn beside the events{told}")
+        lines.append(f"  {counts['negatives']:,} negative rows drawn beside the events")
+        lines += [f"    {line}" for line in draw_lines(facts)]
     lines += [f"  ! {warning}" for warning in warnings(manifest)]
     return "\n".join([*lines, f"  {path} ({wall_s:.1f} s)"])
 
 
 def warnings(manifest: Dict[str, Any]) -> List[str]:
     """What of a prepared folder makes figures misleading, a sentence each."""
-    rule = manifest["split"]
+    rule, negatives = manifest["split"], manifest["request"]["data"].get("negatives")
     split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
-    return split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
+    found = split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
+    return found + (draw_warnings(NegativeRowsConfig(**negatives), manifest["facts"]) if negatives else [])
 
 
 def same_moment(share: float, *, has_clock: bool) -> str:

@@ -21,15 +21,17 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import polars as pl
 
+from lumrec.data.convert import drawer, part_blocks
 from lumrec.data.facts import ColumnFacts, column_facts, whole_days
 from lumrec.data.guess import Guess, guess_data
 from lumrec.data.intake import Intake, count_reasons, take_in
+from lumrec.data.negative_rows import draw_lines, draw_warnings
 from lumrec.data.parts import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
 from lumrec.data.prepare import DataConfig, read_source
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.sources.log import as_list, label_column, open_tables, raw_log
 from lumrec.data.sources.raw_log import RawLog
-from lumrec.data.splits import SplitConfig
+from lumrec.data.splits import SplitConfig, cut_times
 from lumrec.data.suggest import Suggestion, as_schema, as_yaml, sounds_known_after, suggest, training_yaml
 from lumrec.errors import UserError
 from lumrec.printable import say
@@ -175,6 +177,13 @@ def _check_split(report: Report, raw: RawLog, data: DataConfig, intake: Intake, 
         [f"{kind:{width}}  {part_line(counts[kind])}{'  ← suggested' * (choose and kind == best)}" for kind in kinds],
     )
     report.warnings += split_warnings(splits[best], counts[best], absolute_time=absolute)
+    if data.negatives is not None:
+        cuts = cut_times(splits[best], intake.blocks, absolute_time=absolute)
+        drawn = drawer(data.negatives, intake, part_blocks(intake, splits[best], cuts)["item"], raw)
+        for path in intake.blocks:
+            drawn.add(pl.read_parquet(path))
+        report.section("data.negatives", [f"{drawn.num_rows:,} rows", *draw_lines(drawn.facts())])
+        report.warnings += draw_warnings(data.negatives, drawn.facts())
     return splits[best]
 
 

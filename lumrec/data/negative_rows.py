@@ -29,12 +29,13 @@ import numpy as np
 import polars as pl
 
 from lumrec.data.moments import inseparable
-from lumrec.data.negative_pool import make_pool
+from lumrec.data.negative_pool import Slices, make_pool
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import PARTS, mix
 from lumrec.errors import UserError
 
 SAMPLING = ("matched", "uniform", "popularity")
+CALIBRATED = 200_000  # events by which matched draws find what makes up for the items that are left out
 ROUNDS = 16  # draws until one is not an item to be left out
 TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
 
@@ -80,9 +81,11 @@ class NegativeRows:
     ) -> None:
         self.config, self.count_I, self.user_ids, self.absolute_time = config, count_I, user_ids, absolute_time
         self.weight_I = ((count_I > 0) if config.sampling == "uniform" else count_I).astype(np.int64)
-        self.pool = (
-            make_pool(blocks, count_I, absolute_time=absolute_time) if config.sampling == "matched" and blocks else {}
-        )
+        self.pool: Dict[int, Slices] = {}
+        self.up_P = np.full(len(PARTS), 0.5)
+        if config.sampling == "matched" and blocks:
+            self.pool = make_pool(blocks, count_I, absolute_time=absolute_time)
+            self.up_P = self._calibrate(pl.read_parquet(blocks[0], n_rows=CALIBRATED))
         self.num_events = self.num_rows = 0
         # Of each part's events and drawn rows: how often each item; how many are of items that the user had before.
         self.items_PKI = np.zeros((len(PARTS), 2, len(count_I)), np.int64)
@@ -105,9 +108,7 @@ class NegativeRows:
         item_N = np.full(len(event_N), -1)
         is_repeat_N = np.zeros(len(event_N), bool)
         if self.config.sampling == "matched":
-            self._of_history(events, event_N, number_N, item_N)
-            is_repeat_N = item_N >= 0
-            self._of_pool(events, event_N, number_N, item_N)
+            item_N, is_repeat_N = self._matched(events, event_N, number_N, self.up_P)
         left = np.flatnonzero(item_N < 0)
         if len(left):
             share_N = _random(self.config.seed, events.order_E[event_N[left]], number_N[left])
@@ -117,32 +118,67 @@ class NegativeRows:
         self.num_events, self.num_rows = self.num_events + len(block), self.num_rows + len(drawn)
         return drawn
 
-    def _of_history(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, item_N: np.ndarray) -> None:
-        """Fills `item_N` beside events whose item the user had before: another one of the user's earlier events."""
-        left = np.flatnonzero(events.is_repeat_E[event_N])
-        for turn in range(ROUNDS):
-            event = event_N[left]
-            first, before = events.first_E[event], events.before_E[event]
-            random = _random(self.config.seed, events.order_E[event], number_N[left], stream=1 + turn)
-            drawn = events.item_E[first + (random * (before - first)).astype(np.int64)]
-            good = ~events.is_shown(event, drawn)
-            item_N[left[good]], left = drawn[good], left[~good]
+    def _matched(
+        self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, up_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The item of each row, -1 where none was found, and whether it is one that the user had before.
 
-    def _of_pool(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, item_N: np.ndarray) -> None:
-        """Fills what is left of `item_N` from the pool, with items that the user meets nowhere in the log."""
+        Each row has two candidates at a time, and takes the more popular one with the probability up_P of its part,
+        else the less popular one. Beside an event whose item the user had before, they are items of the user's earlier
+        events that were not shown at that moment; beside all others items of the pool that the user never meets.
+        """
+        item_N, is_repeat_N = np.full(len(event_N), -1), np.zeros(len(event_N), bool)
+        is_up_N = self._random(events, event_N, number_N, 99) < up_P[events.split_E[event_N]]
+        for turn in range(ROUNDS):
+            left = np.flatnonzero((item_N < 0) & events.is_repeat_E[event_N])
+            event, number = event_N[left], number_N[left]
+            first, before = events.first_E[event], events.before_E[event]
+            two = [
+                events.item_E[
+                    first + (self._random(events, event, number, 100 + 2 * turn + which) * (before - first)).astype(int)
+                ]
+                for which in (0, 1)
+            ]
+            item_N[left] = self._choose(two, [~events.is_shown(event, drawn) for drawn in two], is_up_N[left])
+        is_repeat_N[events.is_repeat_E[event_N] & (item_N >= 0)] = True
         for part, slices in self.pool.items():
-            left = np.flatnonzero((item_N < 0) & (events.split_E[event_N] == part))
+            is_in_N = events.split_E[event_N] == part
             for turn in range(ROUNDS):
-                event = event_N[left]
-                at, shift = (
-                    _random(self.config.seed, events.order_E[event], number_N[left], stream=100 + 2 * turn + which)
-                    for which in (0, 1)
-                )
+                left = np.flatnonzero((item_N < 0) & is_in_N)
+                event, number = event_N[left], number_N[left]
                 time = events.time_E[event] if self.absolute_time else np.zeros(len(event), np.int64)
-                count = self.count_I[events.item_E[event]]
-                drawn = slices.draw(time, count, at, shift, reach=2.0 ** (turn // 2 - 4))
-                good = ~events.is_met(event, drawn)
-                item_N[left[good]], left = drawn[good], left[~good]
+                count, reach = self.count_I[events.item_E[event]], 2.0 ** (turn // 4 - 3)
+                random = [self._random(events, event, number, 200 + 4 * turn + which) for which in range(4)]
+                two = [slices.draw(time, count, at, shift, reach) for at, shift in (random[:2], random[2:])]
+                item_N[left] = self._choose(two, [~events.is_met(event, drawn) for drawn in two], is_up_N[left])
+        return item_N, is_repeat_N
+
+    def _choose(self, two: Sequence[np.ndarray], good: Sequence[np.ndarray], is_up_N: np.ndarray) -> np.ndarray:
+        """Of two candidates that are good the more popular one (is_up_N) or the less popular; -1 where none is good."""
+        first_N, second_N = (np.where(of, drawn, -1) for drawn, of in zip(two, good, strict=True))
+        is_more_N = self.count_I[first_N] >= self.count_I[second_N]
+        both_N = np.where(is_more_N == is_up_N, first_N, second_N)
+        return np.where(good[0] & good[1], both_N, np.maximum(first_N, second_N))
+
+    def _calibrate(self, block: pl.DataFrame) -> np.ndarray:
+        """Of each part, by bisection, the probability of the more popular one with which popularity tells nothing.
+
+        A user's own items are left out, and those are the popular ones: one half would draw less popular items.
+        """
+        events, event_N = _Events(block, len(self.count_I)), np.arange(len(block))
+        low_P, high_P = np.zeros(len(PARTS)), np.ones(len(PARTS))
+        for _ in range(8):
+            up_P = (low_P + high_P) / 2
+            item_N, _ = self._matched(events, event_N, np.zeros(len(block), np.int64), up_P)
+            for part in range(len(PARTS)):
+                is_in = (events.split_E == part) & (item_N >= 0)
+                items = (np.bincount(of[is_in], minlength=len(self.count_I)) for of in (events.item_E, item_N))
+                is_high = (_auc_of_counts(self.count_I, *items) or 0.5) > 0.5
+                low_P[part], high_P[part] = (up_P[part], high_P[part]) if is_high else (low_P[part], up_P[part])
+        return (low_P + high_P) / 2
+
+    def _random(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, stream: int) -> np.ndarray:
+        return _random(self.config.seed, events.order_E[event_N], number_N, stream=stream)
 
     def _count(self, events: _Events, event_N: np.ndarray, item_N: np.ndarray, is_repeat_N: np.ndarray) -> None:
         num_items = len(self.count_I)
@@ -169,7 +205,7 @@ class NegativeRows:
         pair_P = np.unique((user_E - first) * len(self.weight_I) + item_E)
         user_P, item_P = np.divmod(pair_P, len(self.weight_I))
         own_P1 = np.concatenate([[0], np.cumsum(self.weight_I[item_P])])  # weight of all pairs before each
-        first_U1 = np.searchsorted(user_P, np.arange(user_N[-1] - first + 2))  # first pair of each user
+        first_U1 = np.searchsorted(user_P, np.arange(int(user_E[-1]) - first + 2))  # first pair of each user
         left_U = total - (own_P1[first_U1[1:]] - own_P1[first_U1[:-1]])
         if (left_U[user_N - first] == 0).any():
             user = int(user_N[left_U[user_N - first] == 0][0])

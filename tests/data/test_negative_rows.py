@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lumrec.config import load
 from lumrec.data import prepare
-from lumrec.data.negative_rows import NegativeRows, NegativeRowsConfig
+from lumrec.data.negative_rows import SAMPLING, NegativeRows, NegativeRowsConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, training_rows
 from lumrec.data.splits import PARTS, TEST, TRAIN
@@ -49,7 +49,8 @@ WORDS = [
     "rank.batch_size=64",
     "rank.train.epochs=1",
 ]
-ONE_EACH, TWO_EACH = "data.negatives.per_positive=1", "data.negatives={per_positive: 2, seed: 5}"
+ONE_EACH = "data.negatives={per_positive: 1, sampling: uniform}"
+TWO_EACH = "data.negatives={per_positive: 2, seed: 5, sampling: uniform}"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_no_drawn_item_is_anywhere_in_the_users_log(data: PreparedData):
 
 
 def test_the_draws_depend_on_the_seed_alone(bought, data: PreparedData):
-    again, other = bought(TWO_EACH), bought("data.negatives={per_positive: 2, seed: 6}")
+    again, other = bought(TWO_EACH), bought("data.negatives={per_positive: 2, seed: 6, sampling: uniform}")
     assert again.fingerprint == data.fingerprint != other.fingerprint
     assert not np.array_equal(other.negative_item, data.negative_item)
 
@@ -122,12 +123,16 @@ def test_every_place_is_the_item_that_a_list_has_there(weights: list[int], histo
     assert got.tolist() == [item for items in left for item in items]
 
 
-def test_blocks_do_not_matter(data: PreparedData):
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_blocks_do_not_matter(data: PreparedData, sampling: str, tmp_path):
     columns = {"user": data.user, "item": data.item, "order": data.order, "label": data.label, "split": data.split}
+    columns |= {"timestamp": data.timestamp, "rows_back": np.arange(data.num_events) - data.before}
+    pl.DataFrame(columns).write_parquet(tmp_path / "block.parquet")
+    config = NegativeRowsConfig(per_positive=3, sampling=sampling)
     cut = int(data.user_offsets[10])
     parts = []
     for blocks in ([slice(None)], [slice(None, cut), slice(cut, None)]):
-        drawn = NegativeRows(NegativeRowsConfig(per_positive=3), data.item_counts, pl.Series(data.user_keys()))
+        drawn = NegativeRows(config, data.item_counts, pl.Series(data.user_keys()), [tmp_path / "block.parquet"])
         parts.append(pl.concat([drawn.add(pl.DataFrame(columns)[block]) for block in blocks]))
         assert drawn.num_rows == 3 * data.num_events
     assert parts[0].equals(parts[1])
@@ -226,7 +231,10 @@ def test_rankers_and_answers_are_measured_on_both(bought):
     ("words", "says"),
     [
         (["data.negatives.per_positive=0"], "at least 1 row for each event"),
-        (["data.negatives.sampling=even"], "sampling 'even'; expected at least 1 row .* one of uniform, popularity"),
+        (
+            ["data.negatives.sampling=even"],
+            "sampling 'even'; expected at least 1 row .* one of matched, uniform, popularity",
+        ),
         ([ONE_EACH, "schema.features.tag.wish=false"], "features.tag: .* condition must be of the moment.*wish: true"),
         ([ONE_EACH, "data.log.all_positive=false", "data.label={column: tag, values: [t1]}"], "have label 0"),
         (["data.negatives.per_item=1"], "unknown key 'data.negatives.per_item'; the nearest .*negatives.per_positive"),
@@ -240,6 +248,7 @@ def test_what_cannot_be_drawn_is_told(bought, words: list[str], says: str):
 
 def test_a_user_who_has_met_everything():
     columns = {"user": [3, 3], "item": [0, 1], "order": [0, 1], "label": [1.0, 1.0], "split": [TRAIN, TRAIN]}
+    columns |= {"timestamp": [1, 2], "rows_back": [0, 0]}
     drawn = NegativeRows(NegativeRowsConfig(), np.array([1, 1, 0]), pl.Series(["a", "b", "c", "d"]))
     with pytest.raises(ValueError, match="the user 'd' has events of every item of the training part"):
         drawn.add(pl.DataFrame(columns))
@@ -250,3 +259,66 @@ def test_no_section_is_no_negatives(bought):
     assert load(None, ["data.negatives.seed=3"]).data.negatives == NegativeRowsConfig(seed=3)
     assert load(bought.config, [TWO_EACH, "data.negatives=null"]).data.negatives is None
     assert "negatives" not in bought().manifest["request"]["data"]
+
+
+def news() -> dict:
+    """Items that appear while the log runs and are read for some days: those of the last days are not in training."""
+    rng, num_items = np.random.default_rng(0), 600
+    born = np.sort(rng.uniform(-5, 60, num_items))
+    time = np.sort(rng.uniform(0, 60, 6000))
+    popular = rng.permutation(1 / np.arange(1, num_items + 1) ** 0.8)
+    weight = popular * np.exp(-(time[:, None] - born) / 2) * (born <= time[:, None])
+    cumulative = weight.cumsum(1)
+    item = (cumulative < rng.random((6000, 1)) * cumulative[:, -1:]).sum(1)
+    return {"user_id": rng.integers(0, 150, 6000), "item_id": item, "timestamp": 1_700_000_000 + 86_400 * time}
+
+
+def sessions() -> dict:
+    """Six of ten events are of an item that the user had before."""
+    rng, rows = np.random.default_rng(1), []
+    popular = 1 / np.arange(1, 501)
+    fresh = iter(rng.choice(500, 6000, p=popular / popular.sum()))
+    for user in range(120):
+        had: list[int] = []
+        for moment in np.sort(rng.uniform(0, 60, 50)):
+            had.append(had[rng.integers(len(had))] if had and rng.random() < 0.6 else int(next(fresh)))
+            rows.append((user, had[-1], 1_700_000_000 + 86_400 * moment))
+    return dict(zip(("user_id", "item_id", "timestamp"), map(list, zip(*rows)), strict=True))
+
+
+@pytest.mark.parametrize(("make", "split"), [(news, "time"), (news, "temporal"), (sessions, "time")])
+def test_matched_draws_tell_nothing(make, split: str, tmp_path, capsys):
+    """Not by popularity, by what training has not seen, or by what the user had before; uniform draws do, and warn."""
+    frame = pl.DataFrame(make()).with_columns(pl.col("timestamp").cast(pl.Int64))
+    frame.write_parquet(tmp_path / "log.parquet")
+    words = ["data.source=log", f"data.log.events={tmp_path / 'log.parquet'}", "data.log.all_positive=true"]
+    words += ["schema.features={item_id: {role: item}}", f"runs_dir={tmp_path}", f"data.split.kind={split}"]
+    told = {}
+    for sampling in ("matched", "uniform"):
+        config = load(None, [*words, f"data.negatives.sampling={sampling}"])
+        told[sampling] = (prepare.prepare(config, tmp_path / sampling), capsys.readouterr().out)
+    result, text = told["matched"]
+    data = PreparedData.open(tmp_path / "matched")
+    for part in PARTS:
+        assert 0.45 < result[f"{part}_popularity_auc"] < 0.55, part
+        for what in ("unseen", "repeated"):
+            shares = [result[f"{part}_{what}_{kind}"] for kind in ("positives", "negatives")]
+            assert shares[1] == pytest.approx(shares[0], abs=0.1), (part, what)
+    assert "apart" not in text and "are told by" not in text
+    counts = raw_statistics(data)["item_log_count"]
+    rows = data.with_negatives(np.flatnonzero(data.split == TRAIN))
+    assert 0.45 < auc(data.rows(rows).label, counts[rows]) < 0.55  # of what is counted before the row
+    result, text = told["uniform"]
+    assert not 0.45 < result["test_popularity_auc"] < 0.55
+    assert "drawn rows of the test part are told by their popularity" in text and "sampling=matched" in text
+    assert "the user had before are" in text or make is not sessions
+
+
+def test_matched_draws_are_of_what_the_user_had_or_never_meets(bought):
+    data = bought("data.negatives={per_positive: 3}")
+    for number, event in enumerate(data.negative_event):
+        first, item = data.user_offsets[data.user[event]], data.negative_item[number]
+        of_user = data.item[data.user == data.user[event]]
+        earlier = data.item[first : data.before[event]]
+        assert item != data.item[event]
+        assert (item in earlier and data.item[event] in earlier) or item not in of_user

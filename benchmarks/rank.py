@@ -182,7 +182,7 @@ def random_knowledge(folder: Path, data: PreparedData) -> Knowledge:
         "dim": 64,
         "lums": [{}, {}],
     }
-    return Knowledge(folder, {**manifest, "files": files}, data)
+    return Knowledge(folder, {**manifest, "files": files}, data.user)
 
 
 def make_scoring(

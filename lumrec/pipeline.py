@@ -103,10 +103,11 @@ def make(
     from lumrec.typed_yaml import to_yaml
 
     left = pending(stages, overwrite=config.overwrite)
-    # All that is to be made anew goes before anything is made: after a kill, no stage that read the old one stands.
+    # All that is to be made again is marked before anything is made: after a kill, no stage that read the old one is
+    # taken for finished.
     for stage in stages:
         if left.get(stage.name):
-            discard(stage.path)
+            discard(stage)
     config = dataclasses.replace(config, overwrite=False)
     folder = Path(config.runs_dir) / config.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,15 +132,25 @@ def make(
     return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
 
 
-def discard(path: Path) -> None:
-    """Removes a run folder. Raises UserError where another process is writing it."""
-    from lumrec.train.files import remove_folder
-    from lumrec.train.run import RunFolder
+def discard(stage: Stage) -> None:
+    """Empties a stage's run folder, but for what is read until the stage replaces it: prepared data, published answers.
 
-    if path.exists():
-        run_folder = RunFolder.locked(path)
-        remove_folder(path)
-        run_folder.close()
+    Raises UserError where another process is writing it, or another stage has made it.
+    """
+    from lumrec.data.prepare import check_replaceable
+    from lumrec.query.stage import SERVED
+    from lumrec.train.run import RunFolder, check_made_by, clear
+
+    if not stage.path.exists():
+        return
+    if stage.app == "prepare":
+        check_replaceable(stage.path)
+        (stage.path / "result.json").unlink(missing_ok=True)
+        return
+    check_made_by(stage.path, stage.app)
+    run_folder = RunFolder.locked(stage.path)
+    clear(stage.path, keep=SERVED if stage.app == "query" else ())
+    run_folder.close()
 
 
 def check(config: Config) -> None:
@@ -271,6 +282,8 @@ def differences(stage: Stage) -> list[str]:
     from lumrec.train.run import config_differences
 
     if not (stage.path / "config.yaml").exists():
+        return []
+    if stage.app == "prepare" and not (stage.path / "result.json").exists():  # see `discard`
         return []
     changes = config_differences(stage.path, stage.config, stage.app)
     sections = {key.split(".")[0] for key in changes} - {"name"}

@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
-    """The manifest as written: `content`, the format version, each file's checksum, and the fingerprint.
+    """The manifest as written: `content`, the format version, each file's checksum, the fingerprint and its own hash.
 
     The fingerprint changes with any byte of the prepared files, the schema or the split.
     """
@@ -77,7 +77,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
         raise PreparedDataError(
             f"{folder / NAME}: format version {version!r}; this lumrec reads version {FORMAT_VERSION}. {again}"
         )
-    if manifest.get("sha256", digest := _hash(manifest)) != digest:  # folders of earlier versions have none
+    if manifest.get("sha256") != _hash(manifest):
         raise PreparedDataError(f"{folder / NAME} was changed or damaged: its own hash does not fit. {again}")
     if problem := _malformed(folder, manifest):
         raise PreparedDataError(f"{folder / NAME} is damaged: {problem}. {again}")

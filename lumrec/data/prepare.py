@@ -19,11 +19,12 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import polars as pl
 
 from lumrec.data.convert import convert
+from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows, draw_lines, draw_warnings
 from lumrec.data.parts import part_line, split_warnings
@@ -38,9 +39,12 @@ from lumrec.data.splits import SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
 from lumrec.printable import say
+from lumrec.train.files import leftovers, read_json, replace_folder
 from lumrec.typed_yaml import to_yaml
 
 DUPLICATES = ("drop", "keep")
+MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
+OPTIONAL = {"negatives", "result.json"}
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
@@ -125,6 +129,8 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     """
     start = time.perf_counter()
     data: DataConfig = config.data
+    path = _checked_place(path)
+    forgotten = read_forgotten(Path(config.runs_dir))
     with _claimed(path) as work:
         (scratch := work / "source").mkdir()
         try:
@@ -133,12 +139,12 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             files = {name: sha256(file) for name, file in _named(raw.files).items()}
             if older:
                 files[VOCABULARY] = older_fingerprint
-            standing = _standing_result(path, config, files)
+            standing = _standing_result(path, config, files, forgotten)
             if standing is not None:
-                say(f"{path} is prepared already, with this config and these files (overwrite=true makes it anew)")
+                say(f"{path} is prepared already, with this config and these files (overwrite=true makes it again)")
                 return standing
             content = convert(
-                raw,
+                without_forgotten(raw, forgotten),
                 schema,
                 data.split,
                 work,
@@ -154,6 +160,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 "write it again"
             ) from error
         shutil.rmtree(scratch)
+        blank_quarantine(work / "quarantine.parquet", forgotten)
         manifest = write_manifest(
             work,
             {
@@ -164,6 +171,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 "split": _plain_split(data.split),
                 **content,
                 **_growth(older_fingerprint, older, content["table_rows"]),
+                **({"forgotten": sorted(forgotten)} if forgotten else {}),
             },
         )
         result = {
@@ -175,8 +183,8 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (work / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        _publish(work, path)
+        (work / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_folder(work, path)
     say(summary(raw.note, manifest, path, result["wall_s"]))
     return result
 
@@ -343,6 +351,8 @@ def _claimed(path: Path) -> Iterator[Path]:
             break
         os.close(lock)
     try:
+        for left in leftovers(path.parent, path.name):
+            shutil.rmtree(left)
         for left in work.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield work
@@ -351,33 +361,65 @@ def _claimed(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _standing_result(path: Path, config: Any, files: Dict[str, str]) -> Optional[Dict[str, Any]]:
-    """result.json of a folder that needs no work; None where it is missing, damaged or to be overwritten.
-
-    Raises UserError where the folder is something else: not prepared data, or prepared with another config or files.
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None
-    if not (path / NAME).is_file():
-        raise UserError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
-    overwrite = getattr(config, "overwrite", False)
-    if overwrite:
-        return None
-    try:
-        manifest = read_manifest(path)
-        differences = _differences(
-            {**manifest["request"], "files": manifest["source"]["files"]}, {**request(config), "files": files}
+def _checked_place(path: Path) -> Path:
+    """The folder `path`, or what it is a link to. Raises UserError where a folder cannot be renamed to it."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: make it, or remove the link")
+    if path.is_mount():
+        raise UserError(
+            f"{path} is a mount: prepared data are built beside their folder and renamed to it. Mount {path.parent} "
+            "instead, or choose another run=<name>"
         )
-        result = json.loads((path / "result.json").read_text())
-    except (PreparedDataError, OSError, json.JSONDecodeError) as error:
-        say(f"preparing {path} again: {error}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; expected a folder: choose another run=<name>")
+    return path.resolve() if path.is_symlink() else path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises UserError for a folder that the prepare stage did not make, or that holds anything else besides."""
+    names = {entry.name for entry in path.iterdir()}
+    if NAME not in names:
+        raise UserError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
+    try:
+        manifest = read_json(path / NAME, again="")
+        ours = isinstance(manifest.get("request"), dict) and "format_version" in manifest
+    except UserError:
+        ours = MADE <= names  # the manifest is damaged, and the rest is what we write
+    if not ours or names - MADE - OPTIONAL:
+        stranger = sorted(names - MADE - OPTIONAL)
+        raise UserError(
+            f"{path} was not made by the prepare stage{f' (it holds {stranger[0]})' if stranger else ''}, and is never "
+            "replaced; remove it yourself, or choose another run=<name>"
+        )
+
+
+def _standing_result(
+    path: Path, config: Any, files: Dict[str, str], forgotten: Collection[str]
+) -> Optional[Dict[str, Any]]:
+    """result.json of a folder that needs no work; None where it is missing or to be overwritten.
+
+    Raises UserError where the folder is something else, damaged, prepared with another config or from other files, or
+    holds forgotten users. A folder without result.json is what the pipeline leaves of one that is to be made again.
+    """
+    if not path.exists() or not any(path.iterdir()):
         return None
+    check_replaceable(path)
+    if getattr(config, "overwrite", False) or not (path / "result.json").exists():
+        return None
+    manifest = read_manifest(path)
+    differences = _differences(
+        {**manifest["request"], "files": manifest["source"]["files"]}, {**request(config), "files": files}
+    )
     if differences:
         raise UserError(
             f"{path} was prepared with another config or from other files:\n{differences}\n"
             "Say overwrite=true to replace it, or run=<name> for a folder of its own."
         )
-    return result
+    if found := files_with(path, forgotten):
+        raise UserError(
+            f"{path} holds forgotten users ({', '.join(found)}). Say overwrite=true to prepare it again without them."
+        )
+    return read_json(path / "result.json", again="prepare it again with overwrite=true")
 
 
 def changed_files(path: Path, config: Any) -> List[str]:
@@ -402,16 +444,6 @@ def changed_files(path: Path, config: Any) -> List[str]:
     names = sorted({*made, *now} - {VOCABULARY})
     how = {name: "new" if name not in made else "gone" if name not in now else "changed" for name in names}
     return [f"file {name}: {how[name]}" for name in names if made.get(name) != now.get(name)]
-
-
-def _publish(work: Path, path: Path) -> None:
-    if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        os.rename(path, old)
-        os.rename(work, path)
-        shutil.rmtree(old)
-    else:
-        os.rename(work, path)
 
 
 def _differences(made: Dict[str, Any], wanted: Dict[str, Any]) -> str:

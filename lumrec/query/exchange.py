@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -44,9 +45,10 @@ from lumrec.query.store import (
     read_item_keys,
     read_items,
     read_manifest,
+    version_name,
 )
-from lumrec.query.writer import KnowledgeWriter, full_disk_told, version_name
-from lumrec.train.files import sha256
+from lumrec.query.writer import BUILDING, KnowledgeWriter, full_disk_told, remove_others
+from lumrec.train.files import sha256, sync_file
 from lumrec.train.run import RunFolder
 
 USERS, ITEMS = "users.parquet", "items.parquet"
@@ -57,7 +59,8 @@ METADATA = b"lumrec"
 def export_parquet(path: Path, folder: Path) -> dict[str, int]:
     """Writes the users and items of the knowledge published in run folder `path` to `folder`; how many of each.
 
-    Raises MissingFileError where nothing is published, UserError where it is damaged or holds no users.
+    An earlier export there is replaced, file by file. Raises MissingFileError where nothing is published, UserError
+    where it is damaged or holds no users, and where `folder` holds files of these names that are no export.
     """
     manifest = read_manifest(path)
     if USERS_FILE not in manifest["files"] or ITEMS_FILE not in manifest["files"]:
@@ -66,11 +69,15 @@ def export_parquet(path: Path, folder: Path) -> dict[str, int]:
         )
     version = path / manifest["folder"]
     check_files(version, manifest["files"], checksums=True)
+    for name in (USERS, ITEMS):
+        if (folder / name).exists():
+            _identity(_opened(folder / name), folder / name)  # raises unless it is an export
     folder.mkdir(parents=True, exist_ok=True)
+    new = {name: folder / f".{name}.tmp" for name in (USERS, ITEMS)}
     metadata = {METADATA: json.dumps({"format": FORMAT, **identity_of(manifest)}).encode()}
     num_users = 0
     schema = _users_schema(manifest).with_metadata(metadata)
-    with pq.ParquetWriter(folder / USERS, schema) as writer:
+    with pq.ParquetWriter(new[USERS], schema) as writer:
         for keys, record_B in stored_users(version, manifest):
             writer.write_table(_users_table(keys, record_B, schema))
             num_users += len(keys)
@@ -78,16 +85,19 @@ def export_parquet(path: Path, folder: Path) -> dict[str, int]:
     columns = {"item_key": pa.array(item_keys, pa.string())} | {
         f"e_{k}": _vectors(e_ID) for k, e_ID in enumerate(e_KID)
     }
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), folder / ITEMS)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), new[ITEMS])
+    for name, file in new.items():
+        sync_file(file)
+        os.replace(file, folder / name)
     return {"users": num_users, "items": len(item_keys)}
 
 
 def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
     """Manifest of what users.parquet and items.parquet of `folder` make, published in run folder `path`.
 
-    A store that is there already is replaced, atomically; users who were forgotten in the folder around `path` are left
-    out. Raises MissingFileError for a missing file, UserError for files that do not belong together, are damaged, or
-    do not hold what their metadata says.
+    A store that was imported there before is replaced, atomically; users who were forgotten in a folder around `path`
+    are left out. Raises MissingFileError for a missing file, UserError for files that do not belong together, are
+    damaged, or do not hold what their metadata says, and for a folder that holds anything else.
     """
     users, items = (_opened(folder / name) for name in (USERS, ITEMS))
     identity = _identity(users, folder / USERS)
@@ -100,16 +110,34 @@ def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
     digests = [
         digests_of_stored(_stored_keys(b)) for b in users.iter_batches(BLOCK, columns=["user_key", "key_sha256"])
     ]
-    if forgotten := forgotten_among(path.parent, np.concatenate([np.zeros(0, "S16"), *digests])):
+    digest_X = np.concatenate([np.zeros(0, "S16"), *digests])
+    forgotten = {digest for parent in path.absolute().parents for digest in forgotten_among(parent, digest_X)}
+    if forgotten:
         identity["forgotten"] = sorted({*identity.get("forgotten", []), *forgotten})
+    _check_replaceable(path)
     run = RunFolder.locked(path)
     try:
-        if (path / MANIFEST).exists() and (manifest := read_manifest(path))["folder"] == version_name(identity):
-            return manifest
+        if (path / MANIFEST).exists():
+            manifest = read_manifest(path)
+            if version_name(identity_of(manifest)) == version_name(identity):
+                remove_others(path, path / manifest["folder"])
+                return manifest
         with full_disk_told(path):
             return _import(users, items, identity, path)
     finally:
         run.close()
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises UserError for a folder that holds anything but what an import made, finished or not."""
+    ours = {".lock", BUILDING, MANIFEST, f".{MANIFEST}.tmp"}
+    others = [entry.name for entry in path.iterdir() if entry.name not in ours] if path.exists() else []
+    others = [name for name in others if not name.startswith(("knowledge-", ".trash-knowledge-"))]
+    if others or ((path / MANIFEST).exists() and "imported" not in read_manifest(path)):
+        raise UserError(
+            f"{path} holds {others[0] if others else 'knowledge'} that no import made, and is never replaced by one: "
+            "name a new folder"
+        )
 
 
 def _import(users: pq.ParquetFile, items: pq.ParquetFile, identity: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def bytes_to_records(values: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
     wrong = {len(value) for value in values} - {dtype.itemsize}
     if wrong:
         raise UserError(
-            f"the store holds a value of {min(wrong)} bytes; expected {dtype.itemsize}: build the knowledge anew"
+            f"the store holds a value of {min(wrong)} bytes; expected {dtype.itemsize}: build the knowledge again"
         )
     return np.frombuffer(b"".join(values), dtype)
 
@@ -103,15 +103,22 @@ def decode_records(record_B: np.ndarray) -> np.ndarray:
     return decode(record_B["o"], record_B["scale"] if "scale" in record_B.dtype.names else None)
 
 
+def raw_bytes(key: str) -> bytes:
+    """A raw user key in UTF-8. Raises UserError for a key that is no text."""
+    if not isinstance(key, str):
+        raise UserError(f"a user key is text, as the log has it; got {key!r} ({type(key).__name__}): say {str(key)!r}")
+    return key.encode(errors="surrogatepass")
+
+
 def user_key_bytes(key: str) -> bytes:
     """The LMDB key of a raw user key. LMDB takes 1 … 511 bytes, so a very long one is stored by its SHA-256.
 
     Half a surrogate pair, which no log can hold and JSON can, gives a key that no user has.
     """
-    raw = key.encode(errors="surrogatepass")
+    raw = raw_bytes(key)
     return b"u" + raw if len(raw) <= 256 else b"h" + hashlib.sha256(raw).digest()
 
 
 def user_digest(key: str) -> str:
     """SHA-256 of a raw user key in hexadecimal: how a forgotten user is remembered."""
-    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(raw_bytes(key)).hexdigest()

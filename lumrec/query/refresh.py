@@ -67,15 +67,19 @@ def stored_users(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[list[
             yield [key for key, _ in block], bytes_to_records([value for _, value in block], record)
 
 
-def find_earlier(path: Path, identity: dict[str, Any], *, required: bool) -> Earlier | None:
-    """The version published in run folder `path`, where its answers can stand in one of `identity`; says why if not.
+def find_earlier(path: Path, identity: dict[str, Any], *, required: bool, made_by: str | None = None) -> Earlier | None:
+    """The version published in run folder `path`, where its answers can be taken over by one of `identity`; logs why
+    if not.
 
-    required: raise UserError in place of saying so. Raises MissingFileError then where nothing is published.
+    required: raise UserError instead of logging it. Raises MissingFileError then where nothing is published. made_by:
+    nothing is taken over from another making of the run, which overwrite=true replaces.
     """
     if not (path / MANIFEST).exists() and not required:
         return None
     try:
         manifest = read_manifest(path)
+        if made_by not in (None, manifest["made_by"]):
+            return None
         before = identity_of(manifest)
         differs = [
             name
@@ -89,7 +93,7 @@ def find_earlier(path: Path, identity: dict[str, Any], *, required: bool) -> Ear
                 f"{identity.get(name)!r} here (they differ in: {', '.join(differs)})"
             )
         if "users.npy" not in manifest["files"]:
-            raise UserError(f"the knowledge in {path} has no index of its users (users.npy): build it anew once")
+            raise UserError(f"the knowledge in {path} has no index of its users (users.npy): build it again once")
         check_files(path / manifest["folder"], manifest["files"], checksums=True)
     except (ValueError, FileNotFoundError) as error:
         if required:
@@ -108,7 +112,7 @@ def take_over(
     """
     items = None if np.array_equal(read_items(earlier.folder)[lum], e_ID.numpy()) else e_ID
     if items is not None and writer.identity["log_normalizer"]:
-        logger.info("the items are not what they were: summing their normaliser anew for answers taken over")
+        logger.info("the items are not what they were: summing their normaliser again for answers taken over")
     if writer.identity["rows"]:
         take_over_rows(writer, earlier, place_U, first_row_U, e_ID=items)
     if writer.identity["users"]:

@@ -37,8 +37,8 @@ from lumrec.query.group_query import (
 from lumrec.query.history import key_digests, user_index
 from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
 from lumrec.query.refresh import Earlier, find_earlier, take_over
-from lumrec.query.store import MANIFEST, Knowledge, check_files, read_manifest
-from lumrec.query.writer import KnowledgeWriter, full_disk_told, version_name
+from lumrec.query.store import MANIFEST, Knowledge, check_files, identity_of, read_manifest, version_name
+from lumrec.query.writer import KnowledgeWriter, full_disk_told, remove_others
 from lumrec.train.lum import ModelConfig, check_lum_fits, condition_features, load_lum, open_lum_run
 from lumrec.train.parallel import init_distributed, rank, world_size
 from lumrec.train.run import RunFolder, on_rank_zero
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 LOG_EVERY_S = 30.0
 # In a version's identity: what was built by another rule is another version, of which nothing is taken over.
 ROWS_SEE = "events before their moment"
+SERVED = (MANIFEST, "knowledge-*")  # what readers open until the next version is published, after overwrite=true too
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,55 @@ def run(config: Config) -> dict[str, float | str]:
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     identity = _identity(config, data, lums)
-    run_folder = RunFolder.create(config, "query", told=False)
-    if run_folder.finished and on_rank_zero(lambda: _is_published(run_folder.path, identity)):
+    run_folder = RunFolder.create(config, "query", told=False, keep=SERVED)
+    run_id = on_rank_zero(lambda: run_folder.id)
+    manifest = on_rank_zero(lambda: _published(run_folder, identity, run_id))
+    if manifest and run_folder.finished and run_folder.result().get("version") == manifest["folder"]:
+        logger.info("%s is up to date, skipping (overwrite=true makes it again)", run_folder.path)
+        result = run_folder.result()
         run_folder.close()
-        return run_folder.result()
+        return result
 
     start = time.perf_counter()
+    if manifest is None:
+        manifest = _build(config, data, lums, identity, run_folder, run_id, device)
+    result = {
+        "dataset": data.manifest["dataset"],
+        "version": manifest["folder"],
+        "hazard": manifest["hazard"],
+        "lums": len(lums),
+        "conditions": len(manifest["conditions"]),
+        "dim": manifest["dim"],
+        **manifest["counts"],
+        "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
+        "answers_per_s": manifest["answers_per_s"] or float("nan"),
+    }
+    if config.query.rows:
+        result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
+    result["wall_s"] = time.perf_counter() - start
+    run_folder.finish(result)
+    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
+    logger.info(
+        "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
+    )
+    return result
+
+
+def _build(
+    config: Config,
+    data: PreparedData,
+    lums: list[AskedLum],
+    identity: dict[str, Any],
+    run_folder: RunFolder,
+    run_id: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Asks the LUMs and publishes the answers; the manifest of the version."""
     earlier_path = Path(config.runs_dir) / config.query.refresh_from if config.query.refresh_from else run_folder.path
-    earlier = find_earlier(earlier_path, identity, required=earlier_path != run_folder.path)
+    own = earlier_path == run_folder.path
+    earlier = find_earlier(earlier_path, identity, required=not own, made_by=run_id if own else None)
     with full_disk_told(run_folder.path):
-        job = _Job(data, identity, run_folder, lums[0].trained.model, earlier)
+        job = _Job(data, identity, run_folder, lums[0].trained.model, earlier, run_id)
         for place, lum in enumerate(lums):
             if pending := job.pending(place):
                 dmp, builder, _ = load_lum(config, lum.run, data, device=device)
@@ -141,26 +181,7 @@ def run(config: Config) -> dict[str, float | str]:
                     max_conditions=config.query.max_conditions,
                 )
                 job.ask(place, pending, query)
-        manifest = job.publish()
-    result = {
-        "dataset": data.manifest["dataset"],
-        "hazard": manifest["hazard"],
-        "lums": len(lums),
-        "conditions": len(manifest["conditions"]),
-        "dim": manifest["dim"],
-        **manifest["counts"],
-        "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
-        "answers_per_s": job.answers / job.seconds if job.seconds else float("nan"),
-    }
-    if config.query.rows:
-        result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
-    result["wall_s"] = time.perf_counter() - start
-    run_folder.finish(result)
-    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
-    logger.info(
-        "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
-    )
-    return result
+        return job.publish()
 
 
 def find_lums(config: Config, data: PreparedData) -> list[AskedLum]:
@@ -252,17 +273,28 @@ def _learnt_until(data: PreparedData, share: float) -> dict[str, int]:
     return {"learnt_until": moment_of_share(data.split, data.timestamp, share)} if share < 1.0 else {}
 
 
-def _is_published(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether the version in force is of this identity; says so. Raises like `check_files` where it is damaged."""
+def _published(run_folder: RunFolder, identity: dict[str, Any], run_id: str) -> dict[str, Any] | None:
+    """The manifest in force, where it is of this identity and this making of the run; None where it has to be built.
+
+    Raises like `check_files` where a finished run is damaged.
+    """
+    path = run_folder.path
     if not (path / MANIFEST).exists():
-        return False
-    manifest = read_manifest(path)
-    if manifest["folder"] != version_name(identity):
-        logger.info("%s was made from other inputs or settings; building the next version beside it", path)
-        return False
-    check_files(path / manifest["folder"], manifest["files"], checksums=False)
-    logger.info("%s holds this very knowledge: it stands (overwrite=true makes it anew)", path)
-    return True
+        return None
+    try:
+        manifest = read_manifest(path)
+        if manifest["made_by"] != run_id:  # overwrite=true: it serves until it is replaced
+            return None
+        if version_name(identity_of(manifest)) != version_name(identity):
+            logger.info("%s was made from other inputs or settings; building the next version beside it", path)
+            return None
+        check_files(path / manifest["folder"], manifest["files"], checksums=False)
+    except UserError:
+        if run_folder.finished:
+            raise
+        return None
+    remove_others(path, path / manifest["folder"])
+    return manifest
 
 
 class _Job:
@@ -275,6 +307,7 @@ class _Job:
         run_folder: RunFolder,
         model: ModelConfig,
         earlier: Earlier | None,
+        run_id: str,
     ) -> None:
         self.data, self.identity, self.run_folder, self.earlier = data, identity, run_folder, earlier
         self.fold_U = user_fold(data.user_keys(), len(identity["lums"]))
@@ -292,6 +325,7 @@ class _Job:
             num_users=data.num_users,
             num_items=data.num_items,
             basis=earlier.folder.name if earlier else "",
+            made_by=run_id,
         )
         self.answers, self.seconds = 0, 0.0
 
@@ -390,7 +424,10 @@ class _Job:
             counts |= {"rows": rows, "rows_absent": self.data.num_events - rows}
         if self.identity["users"]:
             counts |= {"users": answered, "users_absent": self.data.num_users - answered}
-        return self.writer.publish({"counts": counts, "built_at": int(time.time())})
+        answers_per_s = self.answers / self.seconds if self.seconds else None
+        return self.writer.publish(
+            {"counts": counts, "built_at": int(time.time()), "answers_per_s": answers_per_s},
+        )
 
 
 class _Progress:

@@ -1,7 +1,7 @@
 """Knowledge store: LUM's answers on disk, for training rows (memory-mapped columns) and for serving (LMDB by user key).
 
-    <run>/manifest.json               names the version in force; replaced by one atomic rename
-    <run>/knowledge-<identity>/       one version, never changed after it was published
+    <run>/manifest.json               names the version in force and holds its own hash; replaced by one atomic rename
+    <run>/knowledge-<identity>-<id>/  one version, never changed after it was published
         rows_o.npy        [E, N, D]   answer to each condition, asked with the history before event row e
         rows_scale.npy    [E, N]      float32, with dtype int8 alone (lumrec/query/records.py)
         rows_log_z.npy    [E, N]      log Σ over the catalogue of exp(o · e), float32 (unless switched off)
@@ -11,7 +11,7 @@
         user_fold.npy     [U]         int8, which of the K LUMs answers for the user
         users.npy         [U]         digests of key and history, event rows: what a refresh and a deletion go by
         store/data.mdb                LMDB: user key -> answers after the user's last event
-    <run>/building/                   the next version, while it is being built (see lumrec/query/writer.py)
+    <run>/building/                   what of the next version is finished, while it is built (lumrec/query/writer.py)
     <runs_dir>/forgotten.txt          SHA-256 of every user who is never asked again (lumrec/query/forget.py)
 
 Why LMDB: a library, not a server; many processes read it through one memory map without locks, find an entry by key in
@@ -22,16 +22,20 @@ Shape suffixes: B asked users or rows, E events, U users, I items, N conditions,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import time
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Sequence, TypeVar
 from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -46,18 +50,21 @@ from lumrec.query.records import (
     records_to_bytes,
     user_key_bytes,
 )
-from lumrec.train.files import sha256
+from lumrec.train.files import read_json, sha256
 
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+Reader = TypeVar("Reader")
+FORMAT = 2
 MANIFEST = "manifest.json"
 USERS_FILE = "store/data.mdb"
 ITEMS_FILE = "items.parquet"
+ITEM_FILES = (ITEMS_FILE, "items_e.npy", "items_scale.npy")
 # Of a manifest, what is not its version's identity.
-FACTS = ("format", "folder", "counts", "built_at", "files")
+FACTS = ("format", "folder", "counts", "built_at", "made_by", "answers_per_s", "files", "sha256")
+AGAIN = "run the query stage again with overwrite=true (or import it again)"
 _OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
@@ -83,22 +90,40 @@ class UserKnowledge(NamedTuple):
     fold_B: Tensor
 
 
+def version_name(identity: dict[str, Any]) -> str:
+    """How the folders of versions that `identity` describes begin; each build puts an id of its own behind it."""
+    return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but the hash itself."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the version in force. Raises MissingFileError without one, UserError for another format."""
+    """The manifest of the version in force. Raises MissingFileError without one, UserError where one bit has changed,
+    for another format, and for what is no manifest of knowledge.
+    """
     file = path / MANIFEST
     if not file.exists():
         raise MissingFileError(
             f"there is no knowledge in {path} (no {MANIFEST}); make it with: torchx run apps/query.py "
             "--config <your config>"
         )
-    try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is no JSON ({error}); run the query stage again with overwrite=true") from None
-    if manifest.get("format") != FORMAT:
+    manifest = read_json(file, again=AGAIN)
+    if "format" not in manifest or "folder" not in manifest:
+        raise UserError(f"{file} is no manifest of a knowledge store: name the folder of a query run")
+    if manifest["format"] != FORMAT:
         raise UserError(
-            f"{file} has the format {manifest.get('format')!r}; this version of lumrec reads format {FORMAT}: run the "
-            "query stage again"
+            f"{file} has the format {manifest['format']!r}; this version of lumrec reads format {FORMAT}: {AGAIN}"
+        )
+    if manifest.get("sha256") != manifest_hash(manifest):
+        raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
+    if not re.fullmatch(re.escape(version_name(identity_of(manifest))) + r"-[0-9a-f]+", str(manifest["folder"])):
+        raise UserError(
+            f"{file} names the folder {manifest['folder']!r}; expected {version_name(identity_of(manifest))}-…, after "
+            f"what it says of the version: {AGAIN}"
         )
     return manifest
 
@@ -110,8 +135,14 @@ def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def read_items(folder: Path) -> np.ndarray:
     """Item embeddings of the version in `folder` as readers see them, float32 [K, I, D]."""
+    return decode(*_mapped_items(folder))
+
+
+def _mapped_items(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values and scale of the item embeddings, memory-mapped."""
     scale = folder / "items_scale.npy"
-    return decode(np.load(folder / "items_e.npy"), np.load(scale) if scale.exists() else None)
+    values = np.load(folder / "items_e.npy", mmap_mode="r")
+    return values, np.load(scale, mmap_mode="r") if scale.exists() else None
 
 
 def read_item_keys(folder: Path) -> list[str]:
@@ -125,7 +156,7 @@ def environment(folder: Path) -> lmdb.Environment:
     LMDB must not be opened twice in one process, so that readers of a process share it. There is no lock file: a
     published version never changes, so readers need not know of each other.
     """
-    name = str(folder.resolve())
+    name = f"{folder.resolve()} {(folder / USERS_FILE).stat().st_ino}"  # a copy may have taken the place of a file
     env = _OPEN.get(name)
     if env is None:
         # Users are read in no order: what the system would read ahead of a page is not what comes next.
@@ -138,33 +169,44 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bo
     for name, facts in files.items():
         file = folder / name
         if not file.exists():
-            raise MissingFileError(f"the knowledge lacks {file}; run the query stage again with overwrite=true")
+            raise MissingFileError(f"the knowledge lacks {file}; {AGAIN}")
         if file.stat().st_size != facts["bytes"]:
             raise UserError(
-                f"{file} has {file.stat().st_size} bytes; expected {facts['bytes']}: it was cut off or replaced; run "
-                "the query stage again with overwrite=true"
+                f"{file} has {file.stat().st_size} bytes; expected {facts['bytes']}: it was cut off or replaced; "
+                f"{AGAIN}"
             )
         if checksums and sha256(file) != facts["sha256"]:
             raise UserError(
-                f"{file} has changed since it was published (its SHA-256 differs from the manifest's); run the query "
-                "stage again with overwrite=true"
+                f"{file} has changed since it was published (its SHA-256 differs from the manifest's); {AGAIN}"
             )
 
 
-def _open_version(path: Path, names: Sequence[str], verify: bool) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of the version in force; `names` are the files that the caller is going to read."""
+def _open_version(
+    path: Path, wanted: Callable[[str], bool], verify: bool, make: Callable[[Path, dict[str, Any]], Reader]
+) -> Reader:
+    """What `make` opens of the folder and manifest of the version in force; `wanted` says which files it reads."""
     for attempt in (0, 1):
         manifest = read_manifest(path)
         folder = path / manifest["folder"]
-        files = {name: facts for name, facts in manifest["files"].items() if name in names}
         try:
+            files = {name: facts for name, facts in manifest["files"].items() if wanted(name)}
             check_files(folder, files, checksums=verify)
-            return folder, manifest
-        except FileNotFoundError:
+            return make(folder, manifest)
+        except (OSError, lmdb.Error):
             # A new version may have been published, and the old one removed, since the manifest was read.
             if attempt or read_manifest(path)["folder"] == manifest["folder"]:
                 raise
     raise AssertionError("unreachable")
+
+
+def _reopen(reader: Callable[..., Reader], folder: Path, *rest: Any) -> Reader:
+    """A reader in another process, of the version that it had here. Raises MissingFileError where that is gone."""
+    if not folder.exists():
+        raise MissingFileError(
+            f"the version {folder} was replaced by a newer one before another process could open it: open the store "
+            "there, or once more here"
+        )
+    return reader(folder, *rest)
 
 
 class Knowledge:
@@ -178,7 +220,8 @@ class Knowledge:
     Similarity is the dot product o · e: the model's temperature is in both sides already.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], data: PreparedData) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], row_user: np.ndarray) -> None:
+        """row_user: int64 [E], the user of each event row."""
         self.path, self.manifest = folder, manifest
         self.conditions: list[dict[str, str]] = manifest["conditions"]
         self.hazard: str = manifest["hazard"]
@@ -186,7 +229,7 @@ class Knowledge:
         self.num_conditions, self.dim, self.num_folds = len(self.conditions), manifest["dim"], len(manifest["lums"])
         self.items_e = torch.from_numpy(read_items(folder))
         self.user_fold: np.ndarray = np.load(folder / "user_fold.npy")
-        self._row_user = data.user
+        self._row_user = row_user
         columns = {
             column: np.load(folder / f"rows_{column}.npy", mmap_mode="r")
             for column in ("o", "scale", "present", "log_z")
@@ -196,6 +239,9 @@ class Knowledge:
         self.scale: np.ndarray | None = columns.get("scale")
         self.present: np.ndarray | None = columns.get("present")
         self.log_z: np.ndarray | None = columns.get("log_z")
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (type(self), self.path, self.manifest, self._row_user)
 
     @classmethod
     def open(cls, path: str | Path, data: PreparedData, *, verify: bool = True) -> Knowledge:
@@ -216,8 +262,10 @@ class Knowledge:
                 f"the knowledge in {path} was made from other data (fingerprint {manifest['data_fingerprint']}; the "
                 f"prepared data in {data.path} has {data.fingerprint}): run the query stage again"
             )
-        names = [name for name in manifest["files"] if name != USERS_FILE]
-        return cls(*_open_version(path, names, verify), data)
+        row_user = data.user
+        return _open_version(
+            path, lambda name: name != USERS_FILE, verify, lambda folder, manifest: cls(folder, manifest, row_user)
+        )
 
     def for_rows(self, rows_B: Tensor | np.ndarray) -> RowKnowledge:
         """Answers that the event rows `rows_B` (int64, any order, repeats allowed) got with the history before them.
@@ -244,7 +292,8 @@ class KnowledgeStore:
     """Answers for serving, by raw user key: what the LUM says after the user's last event.
 
     conditions: the N conditions asked. absent_because: why the store could not be read; "" where it can, and always
-    after `open`.
+    after `open`. It stays on its version, items included, whatever is published and removed later. Sent to another
+    process (a worker of a DataLoader), it opens the same version there.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], *, absent_because: str = "") -> None:
@@ -256,6 +305,15 @@ class KnowledgeStore:
         nobody["fold"] = ABSENT_FOLD
         self._nobody = records_to_bytes(nobody)[0]
         self._env = None if absent_because else environment(folder)
+        self._items: tuple[pq.ParquetFile, np.ndarray, np.ndarray | None] | None = None
+        if ITEMS_FILE in manifest.get("files", {}):
+            # A file that is open can be read after its version was removed.
+            self._items = pq.ParquetFile(pa.OSFile(str(folder / ITEMS_FILE))), *_mapped_items(folder)
+
+    def __reduce__(self) -> tuple:
+        if self.absent_because:
+            return _absent, (self.path, self.manifest, self.absent_because)
+        return _reopen, (type(self), self.path, self.manifest)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
@@ -263,7 +321,7 @@ class KnowledgeStore:
         manifest = read_manifest(Path(path))
         if USERS_FILE not in manifest["files"]:
             raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
-        return cls(*_open_version(Path(path), [USERS_FILE], verify))
+        return _open_version(Path(path), lambda name: name in (USERS_FILE, *ITEM_FILES), verify, cls)
 
     @classmethod
     def open_or_absent(
@@ -290,7 +348,12 @@ class KnowledgeStore:
         return 0 if self._env is None else self._env.stat()["entries"]
 
     def get(self, user_keys: Sequence[str]) -> UserKnowledge:
-        """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN."""
+        """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN.
+
+        Raises UserError for keys that are no text.
+        """
+        if isinstance(user_keys, (str, bytes)):
+            raise UserError(f"expected a list of user keys, got the one key {user_keys!r}: say [{user_keys!r}]")
         if self._env is None:
             values = [self._nobody] * len(user_keys)
         else:
@@ -307,10 +370,12 @@ class KnowledgeStore:
         )
 
     def items(self) -> tuple[list[str], Tensor]:
-        """Raw key of each item, and its embedding by each LUM, e_KID (float32). Raises like `open` where damaged."""
-        names = [ITEMS_FILE, "items_e.npy", "items_scale.npy"]
-        files = {name: facts for name, facts in self.manifest.get("files", {}).items() if name in names}
-        if ITEMS_FILE not in files:
+        """Raw key of each item, and its embedding by each LUM, e_KID (float32)."""
+        if self._items is None:
             raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
-        check_files(self.path, files, checksums=True)
-        return read_item_keys(self.path), torch.from_numpy(read_items(self.path))
+        keys, values, scale = self._items
+        return keys.read()["item_key"].to_pylist(), torch.from_numpy(decode(values, scale))
+
+
+def _absent(path: Path, manifest: dict[str, Any], because: str) -> KnowledgeStore:
+    return KnowledgeStore(path, manifest, absent_because=because)

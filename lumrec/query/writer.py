@@ -1,8 +1,11 @@
 """Builds a version of the knowledge beside the one in force, unit by unit, and publishes it by an atomic rename.
 
-    <run>/building/identity.json      what is being built; a build of anything else is thrown away and begun anew
+    <run>/building/identity.json      what is being built, and in which folder; a build of anything else is thrown away
     <run>/building/progress-<rank>    finished units, one a line, written after their data has reached the disk
-    <run>/building/*.npy, store/      as in the published version (lumrec/query/store.py)
+    <run>/knowledge-<identity>-<id>/  the files of the version, in the folder that they are going to be published in
+
+The version is published at the moment when manifest.json, which names it, gets its name. All that comes before leaves
+the version in force as it is, and all that comes after is cleaning up, which `remove_others` does again after a kill.
 
 All ranks of one machine write the same files: rows at their own places of the memory-mapped columns, users through
 LMDB, which lets one writer in at a time.
@@ -12,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Sequence
@@ -31,22 +35,44 @@ from torch import Tensor
 from lumrec.errors import UserError
 from lumrec.query.history import USER_INDEX
 from lumrec.query.records import encode, identity_user_dtype, records_to_bytes
-from lumrec.query.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE
-from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
+from lumrec.query.store import (
+    FORMAT,
+    ITEMS_FILE,
+    MANIFEST,
+    USERS_FILE,
+    manifest_hash,
+    read_manifest,
+    version_name,
+)
+from lumrec.train.files import leftovers, read_json, sha256, sync_file, sync_tree, write_atomically
 from lumrec.train.parallel import rank, world_size
 from lumrec.train.run import on_rank_zero
 
 logger = logging.getLogger(__name__)
 BUILDING = "building"
 IDENTITY = "identity.json"
+VERSION = "knowledge-[0-9a-f]{16}(-[0-9a-f]+)?"
 PUBLISHED = (".npy", ".mdb", ".parquet")
 # LMDB's address space per user beside the value itself: key, node and page overheads, and pages that are half full.
 LMDB_OVERHEAD = 1024
 
 
-def version_name(identity: dict[str, Any]) -> str:
-    """Folder of the version that `identity` describes; another identity has another folder."""
-    return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
+def in_force(path: Path) -> Path | None:
+    """Folder of the version published in `path`; None where nothing is. Raises UserError for a damaged manifest."""
+    return path / read_manifest(path)["folder"] if (path / MANIFEST).exists() else None
+
+
+def remove_others(path: Path, published: Path | None) -> None:
+    """Removes from the run folder `path` every version but `published`, and what unfinished builds and kills left."""
+    shutil.rmtree(path / BUILDING, ignore_errors=True)
+    for folder in (*versions(path), *leftovers(path)):
+        if folder != published:
+            shutil.rmtree(folder)
+
+
+def versions(path: Path) -> list[Path]:
+    """Folders of versions in the run folder `path`, published or not."""
+    return [folder for folder in path.glob("knowledge-*") if re.fullmatch(VERSION, folder.name)]
 
 
 def column_shapes(
@@ -82,8 +108,8 @@ def full_disk_told(path: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"no space left for the knowledge in {path} ({shutil.disk_usage(path).free / 2**20:,.0f} MiB free): a "
-            "version is built beside the one in force, which can still be read. Make room and say the same again: the "
-            "build goes on where it is"
+            "version is built beside the one in force, which can still be read. Make room and run the same command "
+            "again: the build continues where it is"
         ) from error
 
 
@@ -93,7 +119,8 @@ class KnowledgeWriter:
     identity: everything that decides the answers (JSON); also the head of the manifest. It must hold conditions, dim,
     lums, dtype, rows, users and log_normalizer. num_users: of the data; an import has no index of them, and says how
     many the LMDB is going to hold in max_users. basis: the version that units are taken over from, if any; a build
-    from another one is begun anew. finished: units that this build, or a killed one before it, committed.
+    from another one is begun again. made_by: the run that builds, which its manifest names (RunFolder.id). finished:
+    units that this build, or a killed one before it, committed. folder: of the version's files.
     """
 
     def __init__(
@@ -106,49 +133,60 @@ class KnowledgeWriter:
         num_items: int,
         max_users: int = 0,
         basis: str = "",
+        made_by: str = "",
     ) -> None:
-        self.path, self.identity, self._basis = path, identity, basis
-        self.folder = path / BUILDING
+        self.path, self.identity, self._basis, self._made_by = path, identity, basis, made_by
         self.record = identity_user_dtype(identity)
         shapes = column_shapes(identity, num_events=num_events, num_users=num_users, num_items=num_items)
         self._map_size = (1 << 24) + 2 * max(num_users, max_users) * (self.record.itemsize + LMDB_OVERHEAD)
-        self.finished: set[str] = on_rank_zero(lambda: self._begin(shapes))
+        name, self.finished = on_rank_zero(lambda: self._begin(shapes))
+        self.folder = path / name
         self.columns = {name: np.lib.format.open_memmap(self.folder / name, mode="r+") for name in shapes}
-        self._env = self._open_lmdb() if identity["users"] else None
-        self._progress = open(self.folder / f"progress-{rank()}", "a", encoding="utf-8")  # noqa: SIM115
+        self._env = self._open_lmdb(self.folder) if identity["users"] else None
+        self._progress = open(path / BUILDING / f"progress-{rank()}", "a", encoding="utf-8")  # noqa: SIM115
 
-    def _begin(self, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> set[str]:
-        """Rank 0: continues the build that a killed process left, where it is of this identity, or begins one."""
-        stored = self.folder / IDENTITY
-        renamed = self.path / version_name(self.identity)
-        if not self.folder.exists() and (renamed / IDENTITY).exists():
-            os.replace(renamed, self.folder)  # killed between the two renames that publish
-        wanted = {"identity": self.identity, "basis": self._basis}
-        if stored.exists() and json.loads(stored.read_text()) == wanted:
-            finished = {line for file in self.folder.glob("progress-*") for line in _whole_lines(file)}
-            if finished:
-                logger.info("%s: continuing a killed build, %d units of it are finished", self.folder, len(finished))
-            return finished
-        if self.folder.exists():
-            logger.info("%s: dropping the unfinished build of other knowledge", self.folder)
-            remove_folder(self.folder)
-        self.folder.mkdir(parents=True)
+    def _begin(self, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> tuple[str, set[str]]:
+        """Rank 0: continues the build that a killed process left, where it is of this identity, or begins one.
+
+        Gives the name of the version's folder and the units that are finished.
+        """
+        control = self.path / BUILDING
+        wanted = {"identity": self.identity, "basis": self._basis, "made_by": self._made_by}
+        stored = _stored_build(control)
+        name = stored.pop("folder", "")
         try:
-            for name, (shape, dtype) in shapes.items():
+            published = in_force(self.path)
+        except UserError as error:  # no reader opens it, so nothing that is served goes with it
+            logger.warning("the knowledge that is replaced cannot be read: %s", error)
+            published = None
+        if stored == wanted and (self.path / name).is_dir() and self.path / name != published:
+            finished = {line for file in control.glob("progress-*") for line in _whole_lines(file)}
+            if finished:
+                logger.info("%s: continuing a killed build, %d units of it are finished", self.path, len(finished))
+            return name, finished
+        if control.exists():
+            logger.info("%s: dropping the unfinished build of other knowledge", self.path)
+        remove_others(self.path, published)
+        name = f"{version_name(self.identity)}-{uuid.uuid4().hex[:8]}"
+        folder = self.path / name
+        control.mkdir(parents=True)
+        folder.mkdir()
+        try:
+            for column, (shape, dtype) in shapes.items():
                 # A new file reads as zeros: rows that nobody asks for are absent.
-                np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=shape).flush()
-                _reserve(self.folder / name)
+                np.lib.format.open_memmap(folder / column, mode="w+", dtype=dtype, shape=shape).flush()
+                _reserve(folder / column)
         except OSError:
-            remove_folder(self.folder)  # nothing is in it, and what it took of the disk is missing elsewhere
+            remove_others(self.path, published)  # nothing is in it, and what it took of the disk is missing elsewhere
             raise
         if self.identity["users"]:
-            (self.folder / "store").mkdir()
-            self._open_lmdb().close()
-        write_atomically(stored, json.dumps(wanted, indent=2))
-        return set()
+            (folder / "store").mkdir()
+            self._open_lmdb(folder).close()
+        write_atomically(control / IDENTITY, json.dumps({**wanted, "folder": name}, indent=2))
+        return name, set()
 
-    def _open_lmdb(self) -> lmdb.Environment:
-        return lmdb.open(str(self.folder / "store"), map_size=self._map_size)
+    def _open_lmdb(self, folder: Path) -> lmdb.Environment:
+        return lmdb.open(str(folder / "store"), map_size=self._map_size)
 
     def write_items(self, lum: int, e_ID: Tensor) -> None:
         """Item embeddings of LUM `lum`; one rank is enough."""
@@ -205,7 +243,7 @@ class KnowledgeWriter:
         self.finished.add(unit)
 
     def publish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The manifest: `identity`, `facts`, and the checksum of every file; from here on it is what readers open.
+        """The manifest: `identity`, `facts`, the checksum of every file and its own; from here on readers open this.
 
         Every rank calls it, after its last commit. The version that was in force before is removed; who has opened it
         reads on.
@@ -227,29 +265,22 @@ class KnowledgeWriter:
     def _publish(self, facts: dict[str, Any]) -> dict[str, Any]:
         if self.identity["users"]:
             self._compact_lmdb()
+        sync_tree(self.folder)
         files = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
         manifest = {
             "format": FORMAT,
-            "folder": version_name(self.identity),
+            "folder": self.folder.name,
             **self.identity,
             **facts,
+            "made_by": self._made_by,
             "files": {
                 str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
                 for file in files
             },
         }
-        target = self.path / manifest["folder"]
-        if target.exists():
-            # Of the same identity, but not in force or damaged, or this build would not have been begun.
-            remove_folder(target)
-        os.replace(self.folder, target)
-        sync_folder(self.path)
+        manifest["sha256"] = manifest_hash(manifest)
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for rest in [*target.glob("progress-*"), target / IDENTITY]:
-            rest.unlink()
-        for old in self.path.glob("knowledge-*"):
-            if old != target:
-                remove_folder(old)
+        remove_others(self.path, self.folder)
         return manifest
 
     def _compact_lmdb(self) -> None:
@@ -257,7 +288,7 @@ class KnowledgeWriter:
         compact = self.folder / "compact"
         shutil.rmtree(compact, ignore_errors=True)
         compact.mkdir()
-        env = self._open_lmdb()
+        env = self._open_lmdb(self.folder)
         env.copy(str(compact), compact=True)
         env.close()
         os.replace(compact / "data.mdb", self.folder / USERS_FILE)
@@ -269,6 +300,14 @@ def _reserve(file: Path) -> None:
     """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
     with open(file, "r+b") as opened:
         os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
+def _stored_build(control: Path) -> dict[str, Any]:
+    """What a build that was not finished wrote down about itself; nothing where it cannot be read."""
+    try:
+        return read_json(control / IDENTITY, again="")
+    except UserError:
+        return {}
 
 
 def _whole_lines(file: Path) -> list[str]:

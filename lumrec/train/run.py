@@ -1,19 +1,23 @@
 """A run's folder `runs/<run>/`: resolved config, versions, metrics.jsonl, checkpoints and, at the end, result.json.
 
 The truth about a run is in two files: `config.yaml` (written before anything else) and `result.json` (written last), so
-a folder without the latter is an unfinished run, which the same command continues.
+a folder without the latter is an unfinished run, which the same command continues. Only a folder whose versions.json
+says that the same stage made it is ever emptied to be made again; the folder itself stays, as it may be a link or a
+mount.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -25,7 +29,7 @@ import torch.distributed as dist
 
 from lumrec.errors import UserError
 from lumrec.train.checkpoint import best_checkpoint
-from lumrec.train.files import finite, remove_folder, write_atomically
+from lumrec.train.files import finite, read_json, write_atomically
 from lumrec.train.parallel import rank, world_size
 from lumrec.typed_yaml import defaults, field_types, overlaid, plain, read, section_of, to_yaml
 
@@ -39,8 +43,11 @@ STAGE_SECTIONS = ("pretrain", "query", "inspect", "rank", "retrieve", "pipeline"
 # Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
-# What may stand in a folder whose making was interrupted before config.yaml was there.
+# What a folder may hold whose making was interrupted before config.yaml was there.
 _FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
+# In a folder while it is emptied to be made again: whatever else is in it, it is ours, and is not to be continued.
+_CLEARING = ".clearing"
+_AGAIN = "make the run again with overwrite=true"
 _PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
 
 
@@ -60,25 +67,34 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, config: Any, stage: str, *, inputs: Mapping[str, str] | None = None, told: bool = True
+        cls,
+        config: Any,
+        stage: str,
+        *,
+        inputs: Mapping[str, str] | None = None,
+        told: bool = True,
+        keep: Sequence[str] = (),
     ) -> "RunFolder":
         """The folder of the run that `config` describes, made by rank 0 where it is new.
 
         `config` is a dataclass with the fields run, name, runs_dir, fold and overwrite; the folder is named
         `config.run` or "<name>-<stage>" (with a fold k/K: "<name>-<stage>-kofK"). `inputs` are fingerprints of what the
-        run reads (name → text); other inputs count as another config. told: log that a finished run stands. An
-        existing folder:
+        run reads (name → text); other inputs count as another config. told: log that a finished run is kept. keep:
+        patterns of what stays where the run is made again, for the stage to replace. An existing folder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
-        - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made anew.
-        - other config: UserError that names the keys; with overwrite=true, or where nothing was done yet, made anew.
-        - not a run folder, or in use by another process: UserError, with overwrite too.
+        - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made again.
+        - other config: UserError that names the keys; with overwrite=true, or where nothing was done yet, made again.
+        - not a run folder of this stage, one that holds other runs, or in use by another process: UserError, with
+          overwrite too.
 
         Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
         rank 0 is raised on all.
         """
         run = cls(Path(config.runs_dir) / run_name(config, stage))
-        run.finished, run.resumed = on_rank_zero(lambda: run._open(config, stage, dict(inputs or {}), told=told))
+        run.finished, run.resumed = on_rank_zero(
+            lambda: run._open(config, stage, dict(inputs or {}), told=told, keep=keep)
+        )
         return run
 
     @classmethod
@@ -88,17 +104,25 @@ class RunFolder:
         run._take_lock()
         return run
 
-    def _open(self, config: Any, stage: str, inputs: dict[str, str], *, told: bool) -> tuple[bool, bool]:
+    def _open(
+        self, config: Any, stage: str, inputs: dict[str, str], *, told: bool, keep: Sequence[str]
+    ) -> tuple[bool, bool]:
         """Makes or checks the folder; whether it is finished and whether it is resumed."""
         path, config_path = self.path, self.path / "config.yaml"
-        others = {entry.name for entry in path.iterdir()} - _FIRST_FILES if path.exists() else set()
-        if others and not config_path.exists():
-            raise UserError(f"{path} is not a run folder (no config.yaml): choose another run=<name> or remove it")
+        others = _names(path) - _FIRST_FILES
+        clearing = _CLEARING in others
+        if others and not clearing:
+            check_made_by(path, stage)
         self._take_lock()
-        resumed = config_path.exists()
+        resumed = config_path.exists() and not clearing
         finished = resumed and (path / "result.json").exists()
         if resumed:
-            changes = [*config_differences(path, config, stage).values(), *_input_differences(path, inputs)]
+            try:
+                changes = [*config_differences(path, config, stage).values(), *_input_differences(path, inputs)]
+            except UserError as error:  # a damaged file
+                if not config.overwrite:
+                    raise
+                changes = [str(error)]
             state = "a finished" if finished else "an unfinished"
             begun = others != {"config.yaml"}
             if changes and begun and not config.overwrite:
@@ -110,27 +134,41 @@ class RunFolder:
             if changes or (config.overwrite and finished):
                 if begun:
                     logger.warning("overwrite=true: replacing %s run in %s", state, path)
-                remove_folder(path)
-                self._take_lock()
+                clearing = True
                 resumed = finished = False
         if finished:
             if told:
-                logger.info(
-                    "%s is finished, with this very config: its result stands (overwrite=true makes it anew)", path
-                )
+                logger.info("%s is finished with this config: its result is kept (overwrite=true replaces it)", path)
         elif resumed:
             logger.info("%s: continuing the unfinished run", path)
             _warn_of_other_versions(path)
         else:
-            write_atomically(path / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+            if clearing:
+                clear(path, keep=keep)
+            versions = {"stage": stage, "id": uuid.uuid4().hex, **_versions()}
+            write_atomically(path / "versions.json", json.dumps(versions, indent=2) + "\n")
             write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
             write_atomically(config_path, to_yaml(config))
+            (path / _CLEARING).unlink(missing_ok=True)
         return finished, resumed
+
+    @property
+    def id(self) -> str:
+        """Of this making of the run: another one after overwrite=true; "" in a folder of an earlier version."""
+        return str(read_json(self.path / "versions.json", again=_AGAIN).get("id", ""))
 
     def _take_lock(self) -> None:
         """Locks the folder against other processes; the system frees it when this process ends, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+                raise
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): make it a folder that this user may write, or "
+                "choose another runs_dir=<folder>"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,7 +210,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if rank() != 0 or not path.exists():
             return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for line in lines if _step_of(line) <= step]
         write_atomically(path, "".join(line + "\n" for line in kept))
 
     def finish(self, result: Mapping[str, float | str]) -> None:
@@ -189,7 +228,7 @@ class RunFolder:
 
     def result(self) -> dict[str, float | str]:
         """What `finish` stored; null is read back as NaN."""
-        stored = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        stored = read_json(self.path / "result.json", again=_AGAIN)
         return {name: math.nan if value is None else value for name, value in stored.items()}
 
     def close(self) -> None:
@@ -198,6 +237,60 @@ class RunFolder:
             if file is not None:
                 file.close()
         self._metrics = self._tensorboard = self._lock = None
+
+
+def check_made_by(path: Path, stage: str) -> None:
+    """Raises UserError unless the folder `path` is a run folder that `stage` made."""
+    names = _names(path)
+    if "versions.json" not in names or "config.yaml" not in names:
+        lacks = "versions.json" if "config.yaml" in names else "config.yaml"
+        raise UserError(
+            f"{path} is not a run folder of {stage} (no {lacks}), and is never replaced: choose another run=<name>, or "
+            "remove it yourself"
+        )
+    made_by = read_json(path / "versions.json", again="remove the folder, or choose another run=<name>").get("stage")
+    if made_by not in (None, stage):  # runs of earlier versions do not say
+        raise UserError(
+            f"{path} is a run of {made_by}, and is never replaced by one of {stage}: choose another run=<name> or "
+            "remove it yourself"
+        )
+
+
+def clear(path: Path, *, keep: Sequence[str] = ()) -> None:
+    """Empties a run folder that its caller has locked, but for the lock and what matches a pattern of `keep`.
+
+    Once it has begun, no kill makes a run out of what is left: `RunFolder.create` goes on emptying. The folder itself
+    stays, as it may be a link or a mount. Raises UserError, before anything is removed, where it holds other runs.
+    """
+    inner = sorted(file.parent for name in ("config.yaml", "manifest.json") for file in path.glob(f"*/**/{name}"))
+    if inner:
+        raise UserError(
+            f"{path} holds another run, {inner[0]}, which would be lost with it: move that, or choose another "
+            "run=<name>"
+        )
+    write_atomically(path / _CLEARING, "")
+    kept = {".lock", _CLEARING, *(entry.name for pattern in keep for entry in path.glob(pattern))}
+    for entry in sorted(path.iterdir()):
+        if entry.name in kept:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _names(path: Path) -> set[str]:
+    """Names of what a folder holds; none where it does not exist. Raises UserError for a file."""
+    try:
+        return {entry.name for entry in path.iterdir()}
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which does not exist: make it, or remove the link"
+            ) from None
+        return set()
+    except NotADirectoryError:
+        raise UserError(f"{path} is a file; expected a folder: choose another run=<name>") from None
 
 
 def run_name(config: Any, stage: str) -> str:
@@ -232,7 +325,9 @@ def config_differences(path: Path, config: Any, stage: str) -> dict[str, str]:
     of lumrec did not have yet counts as its default.
     """
     ignored = {*NEUTRAL_KEYS, *(section for section in STAGE_SECTIONS if section != stage)}
-    stored = read(path / "config.yaml") or {}
+    stored = read(path / "config.yaml")
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{path / 'config.yaml'} is damaged: it holds no settings; {_AGAIN}")
     return {
         key: f"{key}: {old!r} → {new!r}"
         for key, old, new in _changes(stored, config)
@@ -262,7 +357,7 @@ def _changes(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator
 
 
 def _input_differences(path: Path, inputs: Mapping[str, str]) -> Iterator[str]:
-    stored = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+    stored = read_json(path / "inputs.json", again=_AGAIN)
     for key in sorted({*stored, *inputs}):
         if stored.get(key) != inputs.get(key):
             yield f"input {key}: {stored.get(key)!r} → {inputs.get(key)!r}"

@@ -12,6 +12,7 @@ import pytest
 
 from lumrec.config import load, with_words
 from lumrec.data.prepare import prepare
+from lumrec.data.prepared import PreparedData
 from lumrec.jobs import JobFailed
 from lumrec.pipeline import (
     add_up,
@@ -42,6 +43,7 @@ def config(tiny_words, tmp_path):
 def finish(stage, **result):
     stage.path.mkdir(parents=True, exist_ok=True)
     (stage.path / "config.yaml").write_text(to_yaml(stage.config))
+    (stage.path / "versions.json").write_text(json.dumps({"stage": stage.app}))
     (stage.path / "result.json").write_text(json.dumps(result))
 
 
@@ -145,18 +147,43 @@ def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_s
     assert pending(stages, overwrite=False) == {stage.name: False for stage in stages}
 
 
-def test_a_stage_that_another_process_writes_is_not_made_anew(tmp_path):
+def test_a_stage_that_another_process_writes_is_not_made_again(config):
+    stage = next(stage for stage in plan(config) if stage.app == "pretrain")
+    finish(stage)
     hold = "import pathlib, sys; from lumrec.train.run import RunFolder\n"
     hold += "folder = RunFolder.locked(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "lum")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", hold, str(stage.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=f"is being written by process {holder.pid}"):
-            discard(tmp_path / "lum")
+            discard(stage)
         holder.stdin.close()
-    discard(tmp_path / "lum")
-    assert not list(tmp_path.iterdir())
+    assert (stage.path / "result.json").exists()
+    discard(stage)
+    assert {file.name for file in stage.path.iterdir()} == {".lock", ".clearing"}
+
+
+def test_what_other_stages_or_strangers_made_is_not_removed(config):
+    stages = {stage.app: stage for stage in plan(config)}
+    for name in ("prepare", "query"):
+        stages[name].path.mkdir(parents=True)
+        (stages[name].path / "config.yaml").write_text("years: of work")
+        with pytest.raises(ValueError, match="is never replaced|holds no prepared data"):
+            discard(stages[name])
+        assert (stages[name].path / "config.yaml").exists()
+
+
+def test_published_answers_and_prepared_data_stay_until_they_are_replaced(config, tiny_prepared):
+    stages = {stage.app: stage for stage in plan(config)}
+    shutil.copytree(tiny_prepared.path, stages["prepare"].path)
+    finish(stages["query"])
+    (stages["query"].path / "manifest.json").write_text("{}")
+    for name in ("prepare", "query"):
+        discard(stages[name])
+        assert not (stages[name].path / "result.json").exists()
+    assert PreparedData.open(stages["prepare"].path).num_users == tiny_prepared.num_users
+    assert (stages["query"].path / "manifest.json").read_text() == "{}"
 
 
 def test_settings_of_other_stages_do_not_count(config):

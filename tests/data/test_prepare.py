@@ -243,15 +243,16 @@ def test_a_folder_that_stands_is_kept_or_refused_or_replaced(make_config: Callab
     assert os.listdir(config.runs_dir) == ["test-prepare"]
 
 
-def test_a_damaged_folder_is_prepared_again(make_config: Callable, capsys: pytest.CaptureFixture):
+def test_a_damaged_folder_is_told_and_prepared_again_with_overwrite(make_config: Callable):
     config = make_config(SMALL)
     run(config)
     path = prepared_path(config) / "items.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    run(config)
+    with pytest.raises(PreparedDataError, match="items.parquet was changed or damaged.*overwrite=true"):
+        run(config)
+    run(replace(config, overwrite=True))
     assert path.read_bytes() == whole
-    assert "items.parquet was changed or damaged" in capsys.readouterr().out
 
 
 def test_a_folder_of_something_else_is_left_alone(make_config: Callable):

@@ -59,12 +59,12 @@ LOG_WORDS = [
 
 @pytest.fixture(scope="session")
 def trained_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds monday.csv, tuesday.csv, the data monday and tuesday made of them, and the LUM of Monday: shop-pretrain."""
+    """Holds the data monday and tuesday of the shop's log, which is beside it, and the LUM of Monday: shop-pretrain."""
     runs = tmp_path_factory.mktemp("shop") / "runs"
-    runs.mkdir()
     for name in ("monday", "tuesday"):
-        shop_log(tuesday=name == "tuesday").write_csv(runs / f"{name}.csv")
-        words = [*LOG_WORDS, f"data.log.events={runs}/{name}.csv", f"runs_dir={runs}", f"run={name}"]
+        log = runs.with_name(f"{name}.csv")
+        shop_log(tuesday=name == "tuesday").write_csv(log)
+        words = [*LOG_WORDS, f"data.log.events={log}", f"runs_dir={runs}", f"run={name}"]
         prepare.run(load(None, words))
     pretrain.run(load(None, [*LOG_WORDS, f"runs_dir={runs}", "inputs.prepared=monday"]))
     return runs

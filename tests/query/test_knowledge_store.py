@@ -12,9 +12,10 @@ from lumrec.data.columns import Column
 from lumrec.data.negatives import NegativesConfig
 from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.splits import TRAIN, user_fold
+from lumrec.errors import UserError
 from lumrec.query.history import user_index
 from lumrec.query.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
-from lumrec.query.store import Knowledge, KnowledgeStore
+from lumrec.query.store import Knowledge, KnowledgeStore, manifest_hash, read_manifest
 from lumrec.query.writer import KnowledgeWriter
 from lumrec.train.lum import ModelConfig, build_lum
 from lumrec.train.pretrain import training_users
@@ -62,6 +63,7 @@ def build(tmp_path, tiny_prepared):
         writer.publish({"counts": {}})
         return tmp_path / "run", rows, o_RND, log_z_RN
 
+    make.path = tmp_path / "run"
     return make
 
 
@@ -139,9 +141,16 @@ def test_knowledge_of_other_data_or_format_is_refused(build, tiny_prepared):
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         Knowledge.open(path, tiny_prepared)
-    (path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        KnowledgeStore.open(path)
+    for content, message in [
+        (b"{", "manifest.json is damaged or cut off: it is not JSON"),
+        (b"", "manifest.json is empty"),
+        (b"\xff{}", "manifest.json is damaged: byte 0 is not UTF-8"),
+        (b"[]", "manifest.json is damaged: it holds a list"),
+        (b"{}", "manifest.json is no manifest of a knowledge store"),
+    ]:
+        (path / "manifest.json").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            KnowledgeStore.open(path)
     (path / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="apps/query.py"):
         Knowledge.open(path, tiny_prepared)
@@ -166,22 +175,57 @@ def test_a_published_version_is_only_what_the_manifest_lists(build, tiny_prepare
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == sorted(listed)
 
 
-def test_a_build_killed_between_the_two_renames_is_taken_up(build, tmp_path, tiny_prepared):
+def test_one_changed_bit_of_the_manifest_is_noticed(build, tiny_prepared):
+    """Every tenth of its bytes, with a bit that keeps letters letters and digits digits; and two conditions swapped."""
     path, *_ = build()
-    published = Knowledge.open(path, tiny_prepared)
-    manifest = published.manifest
-    identity = {key: manifest[key] for key in [*IDENTITY, "data_fingerprint"]}
-    (published.path / "identity.json").write_text(json.dumps({"identity": identity, "basis": ""}))
-    (published.path / "progress-0").write_text("all\nhalf a li")
-    (path / "manifest.json").unlink()
+    file = path / "manifest.json"
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 10):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="manifest.json"):
+            KnowledgeStore.open(path)
+    manifest = json.loads(whole)
+    file.write_text(json.dumps({**manifest, "conditions": manifest["conditions"][::-1]}))
+    with pytest.raises(UserError, match="has changed since it was published"):
+        Knowledge.open(path, tiny_prepared)
+
+
+def test_the_folder_of_a_version_is_named_after_what_decides_it(build):
+    path, *_ = build()
+    manifest = read_manifest(path)
+    manifest["folder"] = "knowledge-0123456789abcdef-1"
+    manifest["sha256"] = manifest_hash(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="names the folder 'knowledge-0123456789abcdef-1'; expected knowledge-"):
+        KnowledgeStore.open(path)
+
+
+def test_a_build_that_was_killed_before_it_was_published_is_continued(build, monkeypatch, tiny_prepared):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lumrec.query.writer.sync_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    path = build.path
+    with open(path / "building" / "progress-0", "a") as file:
+        file.write("half a li")
+    identity = {**IDENTITY, "data_fingerprint": tiny_prepared.fingerprint}
     sizes = {"num_events": tiny_prepared.num_events, "num_users": tiny_prepared.num_users}
     writer = KnowledgeWriter(path, identity, **sizes, num_items=tiny_prepared.num_items)
     assert writer.finished == {"all"}
-    again = writer.publish({"counts": {}})
-    assert {name: again["files"][name] for name in again["files"] if name.endswith("npy")} == {
-        name: facts for name, facts in manifest["files"].items() if name.endswith("npy")
-    }
+    writer.publish({"counts": {}})
     assert len(KnowledgeStore.open(path)) == 59
+
+
+def test_building_what_is_published_once_more_leaves_it_alone(build, tiny_prepared):
+    path, *_ = build()
+    before = KnowledgeStore.open(path)
+    identity = {**IDENTITY, "data_fingerprint": tiny_prepared.fingerprint}
+    sizes = {"num_events": tiny_prepared.num_events, "num_users": tiny_prepared.num_users}
+    KnowledgeWriter(path, identity, **sizes, num_items=tiny_prepared.num_items)
+    assert KnowledgeStore.open(path).path == before.path
 
 
 def test_user_values_are_checked_for_their_size():

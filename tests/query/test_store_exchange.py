@@ -9,9 +9,11 @@ import pytest
 import torch
 from small_store import ITEMS, KEYS, publish
 
+from lumrec.data.prepared import PreparedData
+from lumrec.errors import UserError
 from lumrec.query import exchange
 from lumrec.query.exchange import export_parquet, import_parquet
-from lumrec.query.forget import forget
+from lumrec.query.forget import Incomplete, forget
 from lumrec.query.store import Knowledge, KnowledgeStore
 
 
@@ -56,7 +58,9 @@ def test_an_import_takes_the_place_of_an_older_one_and_leaves_forgotten_users_ou
     export_parquet(publish(tmp_path / "run"), tmp_path / "out")
     import_parquet(tmp_path / "out", tmp_path / "back")
     reader = KnowledgeStore.open(tmp_path / "back")
-    assert forget(tmp_path, ["3"]) == {"back": 1, "run": 1}
+    with pytest.raises(Incomplete, match=r"out/users.parquet \(1\): export it again, or remove it") as left:
+        forget(tmp_path, ["3"])
+    assert left.value.removed == {"back": 1, "run": 1}
     assert reader.get(["3"]).present_BN.all()
     assert not KnowledgeStore.open(tmp_path / "back").get(["3"]).present_BN.any()
     users = tmp_path / "out" / "users.parquet"
@@ -64,6 +68,27 @@ def test_an_import_takes_the_place_of_an_older_one_and_leaves_forgotten_users_ou
     assert import_parquet(tmp_path / "out", tmp_path / "back")["counts"] == {"users": 4}
     found = KnowledgeStore.open(tmp_path / "back").get(["2", "3", "x" * 5000]).present_BN[:, 0]
     assert found.tolist() == [True, False, False]
+
+
+def test_nothing_but_exports_and_imports_is_replaced(tmp_path, tiny_prepared):
+    prepared, store = shutil.copytree(tiny_prepared.path, tmp_path / "prepared"), publish(tmp_path / "run")
+    with pytest.raises(UserError, match='no metadata "lumrec"'):
+        export_parquet(store, prepared)
+    assert PreparedData.open(prepared).num_users == tiny_prepared.num_users
+    export_parquet(store, tmp_path / "out")
+    for folder in (prepared, store):
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        with pytest.raises(UserError, match="that no import made"):
+            import_parquet(tmp_path / "out", folder)
+        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["items.parquet", "users.parquet"]
+
+
+def test_users_who_were_forgotten_in_a_folder_further_up_are_left_out(tmp_path):
+    export_parquet(publish(tmp_path / "run"), tmp_path / "elsewhere")
+    (tmp_path / "runs").mkdir()
+    forget(tmp_path / "runs", ["3"])
+    assert import_parquet(tmp_path / "elsewhere", tmp_path / "runs" / "a" / "b")["counts"] == {"users": 5}
 
 
 def test_files_that_do_not_fit_are_told(tmp_path):

@@ -1,18 +1,24 @@
 """A forgotten user is in no byte of the store, and no later build or refresh asks about them again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from shop_log import SHOP_USERS
+from small_store import publish
 
+from lumrec.config import load
+from lumrec.data import prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.errors import UserError
 from lumrec.query import forget as forgetting
 from lumrec.query import stage
-from lumrec.query.forget import FORGOTTEN, forget
+from lumrec.query.forget import FORGOTTEN, Incomplete, forget, read_keys_file
 from lumrec.query.records import user_digest
 from lumrec.query.store import Knowledge, KnowledgeStore
 from lumrec.query.writer import KnowledgeWriter
@@ -21,6 +27,13 @@ from lumrec.train.run import RunFolder
 
 def files_with(folder: Path, words: bytes) -> list[str]:
     return [str(file) for file in folder.rglob("*") if file.is_file() and words in file.read_bytes()]
+
+
+def forget_in_stores(runs: Path, keys: list[str]) -> dict[str, int]:
+    """What `forget` removes from stores where prepared data hold the users too, which it names."""
+    with pytest.raises(Incomplete, match=r"monday: users.parquet \(\d\): prepare it again with overwrite=true") as left:
+        forget(runs, keys)
+    return left.value.removed
 
 
 def test_a_forgotten_user_is_gone_for_good(shop):
@@ -34,7 +47,7 @@ def test_a_forgotten_user_is_gone_for_good(shop):
     was, was_before = before.get(others), rows_before.for_rows(np.arange(data.num_events))
     del before, rows_before
 
-    assert forget(runs, [key]) == {"kept": 1}
+    assert forget_in_stores(runs, [key]) == {"kept": 1}
     assert files_with(runs / "kept", key.encode()) == []
     assert files_with(runs / "kept", SHOP_USERS[20].encode())
     store, rows = KnowledgeStore.open(runs / "kept"), Knowledge.open(runs / "kept", data)
@@ -66,7 +79,7 @@ def test_a_forgotten_user_is_gone_for_good(shop):
     data = PreparedData.open(runs / "tuesday")
     theirs = data.user == data.user_keys().index(key)
     assert not Knowledge.open(runs / "other", data).for_rows(np.flatnonzero(theirs)).present_BN.any()
-    assert forget(runs, []) == {"kept": 0, "other": 0}
+    assert forget_in_stores(runs, []) == {"kept": 0, "other": 0}
     assert (runs / FORGOTTEN).read_text().split() == [user_digest(key)]
 
 
@@ -84,7 +97,7 @@ def test_what_was_killed_is_completed_and_leftovers_go(shop, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             forget(runs, [key])
     assert KnowledgeStore.open(runs / "kept").get([key]).present_BN.all()  # still in force, and noted
-    assert forget(runs, []) == {"kept": 1, "started": 0}
+    assert forget_in_stores(runs, []) == {"kept": 1, "started": 0}
     assert not files_with(runs / "kept", key.encode()) and not files_with(runs / "started", key.encode())
 
 
@@ -94,11 +107,12 @@ def test_a_store_in_use_is_named_and_the_user_noted_all_the_same(shop):
     lock = RunFolder.locked(runs / "kept")
     # As if another process held it.
     (runs / "kept" / ".lock").write_text("1 someone else")
-    with pytest.raises(ValueError, match="noted and will not be asked again.*being written by process 1"):
+    with pytest.raises(ValueError, match="noted.*will not be asked about again.*being written by process 1"):
         forget(runs, ["20", SHOP_USERS[20]])
     lock.close()
     assert user_digest(SHOP_USERS[20]) in (runs / FORGOTTEN).read_text()
-    forgetting.main([str(runs)])
+    with pytest.raises(SystemExit):  # prepared data hold the user
+        forgetting.main([str(runs)])
     assert not KnowledgeStore.open(runs / "kept").get([SHOP_USERS[20]]).present_BN.any()
     assert json.loads((runs / "kept" / "manifest.json").read_text())["forgotten"] == [user_digest(SHOP_USERS[20])]
 
@@ -106,3 +120,94 @@ def test_a_store_in_use_is_named_and_the_user_noted_all_the_same(shop):
 def test_an_unknown_folder_is_shop(tmp_path):
     with pytest.raises(FileNotFoundError, match="no runs folder"):
         forget(tmp_path / "nowhere", ["1"])
+
+
+def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
+    """Prepared data, their quarantine, LMDB, links and leftovers of kills among them: by their bytes."""
+    key, runs, log = "a-user-who-wants-to-be-forgotten", tmp_path / "runs", tmp_path / "log.csv"
+    rows = "".join(f"{user},{item},{1_700_000_000 + 9 * item},1\n" for user in ("7", "8", key) for item in range(20))
+    log.write_text(f"user_id,item_id,timestamp,clicked\n{rows}{key},4,0,1\n{key},4\n7,5,0,1\n")
+    (tmp_path / "elsewhere").mkdir()
+    runs.mkdir()
+    (runs / "own").symlink_to(tmp_path / "elsewhere")
+    words = ["data.source=log", "data.label={column: clicked, at_least: 1}", f"data.log.events={log}", "run=own"]
+    prepared = prepare.run(load(None, [*words, f"runs_dir={runs}"]))
+    publish(tmp_path / "store", keys=[key, "7"])
+    (runs / "linked").symlink_to(tmp_path / "store")
+    for name in (".own.old-17", ".trash-x-17", "nested/.own.preparing"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "users.parquet").write_text(key)
+    texts = tmp_path / "keys.txt"
+    texts.write_bytes(b"\xef\xbb\xbf" + key.encode() + b" \r\n\r\n  nobody\r\n")
+
+    with pytest.raises(SystemExit) as stopped:
+        forgetting.main([str(runs), "--keys-file", str(texts)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no store holds 1 of the keys: 'nobody'" in said
+    assert re.search(r"own: users.parquet \(1\), quarantine.parquet \(2\): prepare it again", said)
+    with pytest.raises(UserError, match="elsewhere holds forgotten users .*overwrite=true"):
+        prepare.run(load(None, [*words, f"runs_dir={runs}"]))
+    forgetting.main([str(runs), "--prepare"])
+    for folder in (runs, tmp_path / "elsewhere", tmp_path / "store"):
+        assert not [file for file in folder.rglob("*") if file.is_file() and key in str(read_all(file))]
+    again = PreparedData.open(runs / "own")
+    assert (runs / "own").is_symlink() and again.user_keys() == ["7", "8"]
+    assert again.manifest["counts"]["events"] == prepared["events"] - 20
+    assert not KnowledgeStore.open(runs / "linked").get([key]).present_BN.any()
+    forgetting.main([str(runs), key])
+
+
+def read_all(file: Path) -> object:
+    """The bytes of a file, and what a Parquet file holds behind its compression."""
+    return (file.read_bytes(), pl.read_parquet(file).rows()) if file.suffix == ".parquet" else file.read_bytes()
+
+
+def test_texts_of_other_files_are_searched(tmp_path):
+    runs, key = tmp_path / "runs", "a-user-who-wants-to-be-forgotten"
+    (runs / "deep").mkdir(parents=True)
+    (runs / "deep" / "config.yaml").write_text(f"inspect: {{user: {key}}}")
+    pl.DataFrame({"n": [1, 2], "who": [key, "x"]}).write_parquet(runs / "deep" / "log.parquet")
+    (runs / "deep" / "loop").symlink_to(runs)
+    with pytest.raises(Incomplete, match=r"deep/config.yaml \(1 of the keys\).*deep/log.parquet \(1 of the keys\)"):
+        forget(runs, [key, "42"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]"])
+def test_one_unreadable_manifest_is_named_and_stops_nothing(tmp_path, content):
+    runs = tmp_path / "runs"
+    for name in ("a", "broken", "c"):
+        publish(runs / name, keys=["1", "2"])
+    (runs / "broken" / "manifest.json").write_bytes(content)
+    (runs / "stranger").mkdir()
+    (runs / "stranger" / "manifest.json").write_bytes(content)
+    with pytest.raises(Incomplete, match="broken/manifest.json is") as left:
+        forget(runs, ["1"])
+    assert left.value.removed == {"a": 1, "c": 1}
+    publish(runs / "broken", keys=["1", "2"])
+    assert forget(runs, []) == {"a": 0, "broken": 1, "c": 0}
+
+
+def test_folders_that_only_look_like_ours_stay(tmp_path):
+    path = publish(tmp_path / "runs" / "a", keys=["1", "2"])
+    for name in ("knowledge-base", ".trash-mine", ".thesis.old-one"):
+        (path / name).mkdir()
+        (path / name / "text").write_text("years of work")
+    publish(path, keys=["1", "2"], seed=1)
+    assert forget(tmp_path / "runs", ["1"]) == {"a": 1}
+    assert len(list(path.glob("*/text"))) + len(list(path.glob(".*/text"))) >= 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\n \r\n", "holds no key"), (b"\xff\xfe1\0", "not UTF-8"), (None, "no keys file")]
+)
+def test_a_keys_file_that_cannot_be_used_is_told(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_keys_file(tmp_path / "keys")
+
+
+def test_a_damaged_list_of_the_forgotten_is_never_read_as_empty(tmp_path):
+    (tmp_path / FORGOTTEN).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="forgotten.txt is damaged.*restore the file"):
+        forget(tmp_path, ["1"])

@@ -1,6 +1,8 @@
 """What goes wrong in production: damage, two writers, a full disk, a killed refresh. With the real store each time."""
 
 import contextlib
+import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from small_store import KEYS, publish
 
 from lumrec.data.prepared import PreparedData
+from lumrec.errors import UserError
 from lumrec.query import stage
 from lumrec.query.exchange import export_parquet, import_parquet
 from lumrec.query.forget import forget
@@ -98,23 +101,80 @@ def test_a_store_of_another_shape_is_absent_for_a_server(tmp_path):
     assert "(2, 8, True), not (3, 8, True)" in store.absent_because and store.get(["1"]).o_BND.shape == (1, 3, 8)
 
 
-def test_damaged_items_are_noticed_when_they_are_read(tmp_path):
-    store = KnowledgeStore.open(publish(tmp_path / "run"))
-    file = store.path / "items_e.npy"
+def test_damaged_items_are_noticed(tmp_path):
+    path = publish(tmp_path / "run")
+    file = KnowledgeStore.open(path).path / "items_e.npy"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match="items_e.npy has changed"):
-        store.items()
+        KnowledgeStore.open(path)
 
 
-def test_two_readers_of_one_process_and_a_new_version(tmp_path):
+def test_an_open_store_stays_on_its_version_items_included(tmp_path):
     path = publish(tmp_path / "run")
     one, two = KnowledgeStore.open(path), KnowledgeStore.open(path)
+    items, e_KID = one.items()
     publish(path, seed=1)
     three = KnowledgeStore.open(path)
     assert torch.equal(one.get(KEYS).o_BND, two.get(KEYS).o_BND)
     assert not torch.equal(one.get(KEYS).o_BND, three.get(KEYS).o_BND) and not one.path.exists()
+    for store in (one, two):
+        assert store.items()[0] == items and torch.equal(store.items()[1], e_KID)
+    assert not torch.equal(three.items()[1], e_KID)
+
+
+def test_another_file_by_the_name_of_an_open_one_is_opened(tmp_path):
+    """As after the run folder was removed and copied from elsewhere."""
+    path, other = publish(tmp_path / "run"), publish(tmp_path / "other", seed=1)
+    one = KnowledgeStore.open(path)
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    (path / KnowledgeStore.open(path).path.name).rename(one.path)
+    again = KnowledgeStore(one.path, one.manifest)
+    assert torch.equal(again.get(KEYS).o_BND, KnowledgeStore.open(other).get(KEYS).o_BND)
+    assert not torch.equal(one.get(KEYS).o_BND, again.get(KEYS).o_BND)
+
+
+class Answers(torch.utils.data.Dataset):
+    """The first number of each user's answer, by a store that goes with it into the workers."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(KEYS)
+
+    def __getitem__(self, place):
+        return self.store.get([KEYS[place]]).o_BND[0, 0, 0]
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_a_store_goes_into_the_workers_of_a_loader(tmp_path, start):
+    store = KnowledgeStore.open(publish(tmp_path / "run"))
+    loader = torch.utils.data.DataLoader(Answers(store), batch_size=2, num_workers=1, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), store.get(KEYS).o_BND[:, 0, 0])
+
+
+def test_a_store_sent_to_another_process_is_of_the_same_version_or_told(tmp_path):
+    path = publish(tmp_path / "run")
+    store = KnowledgeStore.open(path)
+    sent = pickle.dumps(store)
+    assert torch.equal(pickle.loads(sent).items()[1], store.items()[1])
+    absent = KnowledgeStore.open_or_absent(tmp_path / "nowhere", **SHAPE)
+    assert pickle.loads(pickle.dumps(absent)).absent_because == absent.absent_because
+    publish(path, seed=1)
+    with pytest.raises(UserError, match="was replaced by a newer one before another process could open it"):
+        pickle.loads(sent)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [([1], r"got 1 \(int\): say '1'"), ("12", r"the one key '12'"), ([None], "None")],
+)
+def test_keys_that_are_no_text_are_refused(tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        KnowledgeStore.open(publish(tmp_path / "run")).get(keys)
 
 
 @contextlib.contextmanager
@@ -140,10 +200,12 @@ def test_two_writers_are_refused(shop):
         with pytest.raises(ValueError, match=refused):
             stage.run(shop("inputs.prepared=tuesday"))
         with pytest.raises(ValueError, match=refused):
-            import_parquet(runs / "out", path)
-        with pytest.raises(ValueError, match=refused):
             forget(runs, ["1"])
         assert KnowledgeStore.open(path).get(["1"]).present_BN.all()
+    import_parquet(runs / "out", runs / "imported")
+    with another_process_writes(runs / "imported") as pid:
+        with pytest.raises(ValueError, match=rf"imported is being written by process {pid}"):
+            import_parquet(runs / "out", runs / "imported")
 
 
 @pytest.fixture

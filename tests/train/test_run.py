@@ -153,7 +153,7 @@ def test_a_finished_run_keeps_its_result(tmp_path, caplog):
     assert json.loads((run.path / "result.json").read_text()) == {"auc": 0.75, "gauc": None, "dataset": "ml-1m"}
     with caplog.at_level("INFO", logger="lumrec"):
         again = RunFolder.create(config, "pretrain")
-    assert again.finished and "its result stands" in caplog.text
+    assert again.finished and "its result is kept" in caplog.text
     result = again.result()
     assert result["auc"] == 0.75 and math.isnan(result["gauc"])
     with pytest.raises(ValueError, match="a finished run of another config: seed"):

@@ -1,7 +1,6 @@
 """What goes wrong in production: damage, two writers, a full disk, a killed refresh. With the real store each time."""
 
 import contextlib
-import os
 import pickle
 import shutil
 import signal

@@ -23,9 +23,11 @@ import polars as pl
 
 from lumrec.data.convert import drawer, part_blocks
 from lumrec.data.facts import ColumnFacts, column_facts, whole_days
+from lumrec.data.forms import check_forms
 from lumrec.data.guess import Guess, guess_data
 from lumrec.data.intake import Intake, count_reasons, take_in
 from lumrec.data.negative_rows import draw_lines, draw_warnings
+from lumrec.data.numbers import number_facts, number_lines
 from lumrec.data.parts import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
 from lumrec.data.prepare import DataConfig, read_source
 from lumrec.data.schema import SchemaConfig, validate
@@ -144,6 +146,12 @@ def _check_log(config: Any, report: Report, scratch: Path) -> None:
     schema = validate(config.schema if own else as_schema(suggestions))
     _warn_of_columns(report, facts, after, only_days, config.data)
     found = _check_intake(raw, schema, data, report, scratch / "intake")
+    try:
+        _check_values(report, raw, schema, found)
+    except UserError as error:
+        if own:
+            raise
+        report.warnings.append(f"prepare would refuse the suggested config: {error}")
     data = replace(data, split=_check_split(report, raw, data, found, choose=config.data.split == SplitConfig()))
     notes, left_out = _notes(suggestions) if not own else ({}, {})
     shown = config.schema if own else as_schema(suggestions)
@@ -161,6 +169,15 @@ def _known_after(data: DataConfig, suspected: Sequence[str], columns: Sequence[s
 def _notes(suggestions: Sequence[Suggestion]) -> Tuple[Dict[str, str], Dict[str, str]]:
     notes = {s.name: s.why for s in suggestions if s.feature is not None}
     return notes, {s.column: s.why for s in suggestions if s.feature is None}
+
+
+def _check_values(report: Report, raw: RawLog, schema: SchemaConfig, intake: Intake) -> None:
+    """Tells what dense features hold. Raises UserError as `number_facts` and `check_forms` do."""
+    catalogues = {"item": intake.items, "user": intake.users}
+    facts = {name: vars(one) for name, one in number_facts(schema, intake.blocks, catalogues).items()}
+    report.section("dense features", number_lines(facts))
+    if raw.exact is not None:
+        check_forms(schema, intake.blocks, catalogues, {}, raw.exact)
 
 
 def _check_split(report: Report, raw: RawLog, data: DataConfig, intake: Intake, *, choose: bool) -> SplitConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import polars as pl
 
+from lumrec.data.forms import check_forms
 from lumrec.data.intake import Intake, count_reasons, of_roles, take_in
 from lumrec.data.negative_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
+from lumrec.data.numbers import number_facts
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.simulator import click_facts
@@ -53,6 +56,10 @@ def convert(
     scratch = folder / "intake"
     scratch.mkdir()
     intake = take_in(raw, schema, max_list_length=max_list_length, drop_duplicates=drop_duplicates, scratch=scratch)
+    by_role = {"item": intake.items, "user": intake.users}
+    numbers = number_facts(schema, intake.blocks, by_role)
+    if raw.exact is not None:
+        check_forms(schema, intake.blocks, by_role, older or {}, raw.exact)
     cuts = cut_times(split, intake.blocks, absolute_time=raw.absolute_time)
     catalogues = part_blocks(intake, split, cuts)
     vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count, older or {})
@@ -67,7 +74,9 @@ def convert(
         features = of_roles(schema, (role,))
         columns = {name: frame[feature.column] for name, feature in features.items()}
         write(
-            kept.with_columns(encode_features(columns, features, vocabularies, moments, unknown)),
+            kept.with_columns(
+                encode_features(columns, features, vocabularies, moments, unknown, rows=kept[f"{role}_key"])
+            ),
             folder / f"{role}s.parquet",
         )
     features = of_roles(schema, EVENT_ROLES)
@@ -75,7 +84,8 @@ def convert(
     for part, path in enumerate(intake.blocks):
         block = pl.read_parquet(path)
         kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
-        encoded = encode_features({name: block[name] for name in features}, features, vocabularies, moments, unknown)
+        columns = {name: block[name] for name in features}
+        encoded = encode_features(columns, features, vocabularies, moments, unknown, rows=block["order"])
         write(kept.with_columns(encoded), folder / "events" / f"part-{part:05d}.parquet")
         if drawn:
             write(drawn.add(block), folder / "negatives" / f"part-{part:05d}.parquet")
@@ -98,6 +108,7 @@ def convert(
         "absolute_time": raw.absolute_time,
         "has_clock": raw.has_clock,
         "unknown_values": unknown,
+        "numbers": {name: dataclasses.asdict(facts) for name, facts in numbers.items()},
         "quarantine": left_out,
     }
     shutil.rmtree(scratch)
@@ -183,12 +194,17 @@ def encode_features(
     vocabularies: Dict[str, pl.DataFrame],
     moments: Dict[str, Moments],
     unknown: Dict[str, int],
+    *,
+    rows: pl.Series,
 ) -> List[pl.Series]:
-    """Vocabulary rows or scaled numbers of each feature; `unknown` grows by the values without a row or number."""
+    """Vocabulary rows or scaled numbers of each feature; `unknown` grows by the values without a row or number.
+
+    rows: what names each row in a message. Raises UserError as `scaled` does.
+    """
     encoded = []
     for name, feature in features.items():
         if feature.kind == "dense":
-            values, missing = scaled(columns[name], feature.scale, moments[name])
+            values, missing = scaled(columns[name], feature.scale, moments[name], feature=name, rows=rows)
         else:
             values, missing = encode(columns[name], vocabularies[feature.table], feature.kind)
         unknown[name] = unknown.get(name, 0) + missing

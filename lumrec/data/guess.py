@@ -112,6 +112,17 @@ def guess_data(data: DataConfig, tables: Tables) -> Tuple[DataConfig, List[Guess
     label, all_positive, guess = _label(data, tables.events, samples["events"], log)
     told.append(guess)
     log = replace(log, all_positive=all_positive)
+    if not as_list(log.decimal_comma):
+        found = [
+            name
+            for table in tables
+            if table.is_text and table.separator != ","
+            for name in table.schema
+            if _has_decimal_comma(samples[table.name][name])
+        ]
+        if found:
+            log = replace(log, decimal_comma=found)
+            told.append(Guess("decimal_comma", ", ".join(found), "numbers such as 1,5"))
     if not as_list(log.lists):
         log, guessed = _lists(log, tables, samples)
         told += guessed
@@ -236,13 +247,22 @@ def _lists(log: LogConfig, tables: Tables, samples: Dict[str, pl.DataFrame]) -> 
         for table in tables:
             if not table.is_text or (separator == log.separator and not log.quote):
                 continue
-            keys = (log.user, log.item, log.timestamp, log.title, "title", "name", "description")
+            keys = [log.user, log.item, log.timestamp, log.title, "title", "name", "description"]
+            keys += as_list(log.decimal_comma)
             found += [n for n in table.schema if n not in keys and _holds_lists(samples[table.name][n], separator)]
         if found:
             found = list(dict.fromkeys(found))
             told = [Guess("lists", ", ".join(found), f"several values with {separator!r} between them")]
             return replace(log, lists=found, list_separator=separator), told
     return log, []
+
+
+def _has_decimal_comma(values: pl.Series) -> bool:
+    """Whether all texts are numbers, some with a comma in them, behind which are not always three digits."""
+    texts = values.drop_nulls().str.strip_chars()
+    fractions = texts.filter(texts.str.contains(",", literal=True))
+    whole = bool(texts.str.contains(r"^[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]+)?$").all())
+    return whole and len(fractions) > 0 and not bool(fractions.str.contains(r",[0-9]{3}$").all())
 
 
 def _holds_lists(values: pl.Series, separator: str) -> bool:

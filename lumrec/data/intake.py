@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from lumrec.data.forms import mixed_forms
 from lumrec.data.moments import first_of_moment
+from lumrec.data.numbers import number_checks
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import SHOWN_WITH, RawLog, first_reason
 from lumrec.errors import UserError
@@ -59,17 +61,20 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     item was shown, or no event is left.
     """
     check_known_after(schema, raw.known_after)
-    events = with_derived_columns(raw)
+    events = _with_wishes_of_items(with_derived_columns(raw), raw, schema)
     columns = _columns_to_keep(raw, schema, events.collect_schema())
-    landed, num_read, quarantine = _land(events, columns, max_list_length, scratch)
+    dense = [feature.column for feature in schema.features.values() if feature.kind == "dense"]
+    landed, num_read, quarantine = _land(events, columns, max_list_length, scratch, dense=dense)
     _check_any(landed, raw, num_read, quarantine)
     items, bad_items = _catalogue(raw.items, "item", landed, of_roles(schema, ("item",)))
     users, bad_users = _catalogue(raw.users, "user", landed, of_roles(schema, ("user",)))
+    for ids in (items["item_id"], users["user_id"]) if raw.exact is not None else ():
+        _check_ids(ids, None, raw.exact or ())
     users = users.sort(*([pl.col("user_id").str.len_chars()] if users["user_id"].dtype == pl.String else []), "user_id")
     intake = Intake(items, users, num_read=num_read, quarantine=quarantine)
     for name, bad in (("bad-items", bad_items), ("bad-users", bad_users)):
         intake.quarantine.append(_written(bad, scratch / f"{name}.parquet"))
-    parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch)
+    parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch, exact=raw.exact)
     landed.unlink()
     for path in parted:
         block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates)
@@ -86,6 +91,17 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     lost = sum(count for reason, count in left_out.items() if reason.startswith("events: "))
     assert intake.num_events + lost == num_read, (intake.num_events, left_out, num_read)
     return intake
+
+
+def _check_ids(ids: pl.Series, known: Optional[pl.Series], exact: Sequence[str]) -> None:
+    """Raises UserError where two of the distinct ids, or one of them and one of `known`, are one id in two forms."""
+    found = mixed_forms(ids, known) if ids.dtype == pl.String and ids.name not in exact else None
+    if found:
+        key = ids.name.removesuffix("_id")
+        raise UserError(
+            f"data.log.{key}: {found[0]!r} and {found[1]!r} are two forms of one id, and would be two {key}s; write it "
+            "in one form in all files; or, where they are two ids, name the column in data.log.exact"
+        )
 
 
 def _check_any(files: Path | List[Path], raw: RawLog, num_read: int, quarantine: List[Path]) -> None:
@@ -131,17 +147,34 @@ def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
     return raw.events.with_columns(**{name: expr for name, expr in derived.items() if name not in names})
 
 
+def _with_wishes_of_items(events: pl.LazyFrame, raw: RawLog, schema: SchemaConfig) -> pl.LazyFrame:
+    """The events with the columns of the items that wishes name: "an item of this category" is about the item."""
+    names = events.collect_schema().names()
+    wishes = {f.column for f in of_roles(schema, ("condition",)).values() if f.wish and f.column not in names}
+    if raw.items is None or not (wishes := wishes & set(raw.items.collect_schema().names())):
+        return events
+    items = raw.items
+    if "reason" in items.collect_schema().names():
+        items = items.filter(pl.col("reason").is_null())
+    items = items.select("item_id", *sorted(wishes)).unique("item_id", keep="first", maintain_order=True)
+    return events.join(items, on="item_id", how="left")
+
+
 def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> List[str]:
     """Columns of the events that are read: the features', and those of items and users that have no file."""
     wanted = of_roles(schema, EVENT_ROLES)
+    tables = {"events": names.names()}
+    for table, of in (("items", raw.items), ("users", raw.users)):
+        if of is not None:
+            tables[table] = of.collect_schema().names()
     for role, frame in (("item", raw.items), ("user", raw.users)):
         features = of_roles(schema, (role,))
+        check_columns(features, "events" if frame is None else f"{role}s", tables)
         if frame is None:
             wanted |= features
-            check_columns(features, "events", names.names())
         else:
-            check_columns(features, f"{role}s", frame.collect_schema().names())
-    check_columns(of_roles(schema, EVENT_ROLES), "events", names.names())
+            _check_kinds(features, frame.collect_schema())
+    check_columns(of_roles(schema, EVENT_ROLES), "events", tables)
     _check_kinds(wanted, names)
     columns = ["user_id", "item_id", "time_us", "order", "label"]
     columns += [name for name in OPTIONAL if name in names]
@@ -158,18 +191,26 @@ def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
             )
 
 
-def check_columns(features: Dict[str, FeatureConfig], table: str, names: Sequence[str]) -> None:
-    """Raises UserError where a feature names a column that the table has not."""
+def check_columns(features: Dict[str, FeatureConfig], table: str, columns: Dict[str, List[str]]) -> None:
+    """Raises UserError where a feature names a column that the table has not. columns: of each table there is."""
     for name, feature in features.items():
-        if feature.column not in names:
-            raise UserError(
-                f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
-                f"they have: {', '.join(n for n in names if n not in ('raw', 'reason', 'order'))}"
-            )
+        if feature.column in columns[table]:
+            continue
+        others = [other for other in columns if other != table and feature.column in columns[other]]
+        mend = {
+            "items": "read it there with role: item, or ask for it as a wish with role: condition and wish: true",
+            "users": "read it there with role: user",
+            "events": "read it there with role: condition, context or feedback, or add it to the file of the " + table,
+        }
+        raise UserError(
+            f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
+            + (f"the {others[0]} have it: {mend[others[0]]}" if others else "they have: ")
+            + ("" if others else ", ".join(n for n in columns[table] if n not in ("raw", "reason", "order")))
+        )
 
 
 def _land(
-    events: pl.LazyFrame, columns: List[str], max_list_length: int, scratch: Path
+    events: pl.LazyFrame, columns: List[str], max_list_length: int, scratch: Path, *, dense: Sequence[str]
 ) -> Tuple[Path, int, List[Path]]:
     """One file of the rows that pass the checks, the number of rows read, and the files of the others."""
     schema = events.collect_schema()
@@ -179,6 +220,7 @@ def _land(
         (pl.col("time_us").is_null(), "impossible time"),
         (~pl.col("label").is_in([0.0, 1.0]) | pl.col("label").is_null(), "label is missing"),
         *((pl.col(name).list.len() > max_list_length, f"{name}: a list of over {max_list_length}") for name in lists),
+        *(check for name in columns if name in dense for check in number_checks(name, schema[name])),
     ]
     reason = first_reason(*checks)
     if "reason" in schema:
@@ -219,23 +261,46 @@ def _catalogue(
     rows = rows.with_columns(pl.coalesce("reason", missing).alias("reason"))
     again = pl.col("reason").is_null() & ~pl.struct(key, "reason").is_first_distinct()
     rows = rows.with_columns(pl.coalesce("reason", first_reason((again, f"{key} occurs again"))).alias("reason"))
+    for name, feature in features.items():
+        if feature.kind == "dense":
+            _check_numbers(rows.filter(pl.col("reason").is_null()), name, feature.column, key)
     good = rows.filter(pl.col("reason").is_null()).drop("reason", "raw", "order", strict=False)
     bad = _quarantined(rows.filter(pl.col("reason").is_not_null()), f"{entity}s")
     assert len(good) + len(bad) == len(rows), (len(good), len(bad), len(rows))
     return good, bad
 
 
+def _check_numbers(rows: pl.DataFrame, name: str, column: str, key: str) -> None:
+    """Raises UserError for a number of a catalogue that no model can read; without its row, its events would go too."""
+    bad = rows.with_columns(first_reason(*number_checks(column, rows.schema[column])).alias("why"))
+    bad = bad.filter(pl.col("why").is_not_null())
+    if len(bad):
+        row = f"row {bad['order'][0]}, " if "order" in bad.columns else ""
+        raise UserError(
+            f"schema.features.{name}: {bad['why'][0]} ({row}{key} {bad[key][0]!r}: {bad[column][0]!r}; "
+            f"{len(bad):,} such rows); mend it, or leave it empty where there is no number"
+        )
+
+
 def _part_by_users(
-    events: pl.LazyFrame, intake: Intake, schema: SchemaConfig, columns: List[str], scratch: Path
+    events: pl.LazyFrame,
+    intake: Intake,
+    schema: SchemaConfig,
+    columns: List[str],
+    scratch: Path,
+    *,
+    exact: Optional[Sequence[str]],
 ) -> List[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
     counts = _counts(events, "user_id")
     users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(USER))
     items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(ITEM))
-    no_item = pl.col("item_id").is_in(
-        _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"].implode()
-    )
-    no_user = pl.col("user_id").is_in(counts.join(users, on="user_id", how="anti")["user_id"].implode())
+    no_items = _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"]
+    no_users = counts.join(users, on="user_id", how="anti")["user_id"]
+    if exact is not None:
+        _check_ids(no_items, items["item_id"], exact)
+        _check_ids(no_users, users["user_id"], exact)
+    no_item, no_user = (pl.col(ids.name).is_in(ids.implode()) for ids in (no_items, no_users))
     bad = scratch / "unknown.parquet"
     events.filter(no_item | no_user).select(
         pl.lit("events").alias("table"),

@@ -27,15 +27,16 @@ from lumrec.data.convert import convert
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows, draw_lines, draw_warnings
+from lumrec.data.numbers import number_lines
 from lumrec.data.parts import part_line, split_warnings
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
+from lumrec.data.sources.folders import find_files
 from lumrec.data.sources.log import LogConfig, as_list
-from lumrec.data.sources.log_files import find_files
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.data.sources.registry import source_module
-from lumrec.data.splits import SplitConfig, check_split
+from lumrec.data.splits import PARTS, SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
 from lumrec.printable import say
@@ -161,6 +162,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             ) from error
         shutil.rmtree(scratch)
         blank_quarantine(work / "quarantine.parquet", forgotten)
+        _check_positives(data.label, content["facts"])
         manifest = write_manifest(
             work,
             {
@@ -187,6 +189,13 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
         replace_folder(work, path)
     say(summary(raw.note, manifest, path, result["wall_s"]))
     return result
+
+
+def _check_positives(label: LabelConfig, facts: Dict[str, Any]) -> None:
+    """Raises UserError where the config says what is positive, and nothing is."""
+    if (label.values or label.at_least is not None) and not any(facts[f"{part}_positive_rate"] for part in PARTS):
+        said = f"values={label.values}" if label.values else f"at_least={label.at_least:g}"
+        raise UserError(f"data.label.{said}: no event is positive; look at the label's column with --check")
 
 
 def find_run(config: Any, name: str) -> Path:
@@ -267,6 +276,9 @@ def request(config: Any) -> Dict[str, Any]:
     if data.source == "log":  # the files themselves are told apart by their checksums
         for name in ("events", "items", "users"):
             del decides["log"][name]
+        for name in ("decimal_comma", "exact"):  # data prepared before there were these keep their request
+            if not decides["log"][name]:
+                del decides["log"][name]
     if data.source == "simulator":
         wanted["seed"] = config.seed
     return wanted
@@ -285,6 +297,7 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
     ]
     lines += [f"    {count:,} {reason}" for reason, count in manifest["quarantine"].items()]
     lines.append(f"  {same_moment(facts['same_moment_share'], has_clock=manifest['has_clock'])}")
+    lines += [f"  {line}" for line in number_lines(manifest["numbers"])]
     if "vocabulary_from" in manifest:
         tables = manifest["vocabulary_from"]["tables"].items()
         told = "; ".join(f"{table} {rows['taken']:,} taken, {rows['new']:,} new" for table, rows in tables)

@@ -4,7 +4,8 @@
     x ── standard: x ────────────────┴── (x - mean) / deviation
     x ── none: x
 
-A missing or non-finite number becomes 0: the training part's mean, where the feature is scaled.
+A missing or non-finite number becomes 0: the training part's mean, where the feature is scaled. One that lies so far
+from the training part that no model could read it is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Dict, Tuple
 
 import numpy as np
 import polars as pl
+
+from lumrec.data.numbers import number
+from lumrec.errors import UserError
+
+MAX_SCALED = {"log": 1e6, "standard": 1e6, "none": 1e12}  # beyond, sums of products overflow in 32 bits
 
 
 @dataclass
@@ -51,16 +57,32 @@ class Moments:
 
 def transformed(column: pl.Series, scale: str) -> np.ndarray:
     """Numbers (or their text) as float64, NaN where missing or non-finite, after the logarithm where `scale` is log."""
-    values_N = column.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy().copy()
+    read = column.to_frame().select(number(pl.col(column.name), column.dtype)).to_series()
+    values_N = read.fill_null(np.nan).to_numpy().copy()
     values_N[~np.isfinite(values_N)] = np.nan
     return np.sign(values_N) * np.log1p(np.abs(values_N)) if scale == "log" else values_N
 
 
-def scaled(column: pl.Series, scale: str, moments: Moments) -> Tuple[pl.Series, int]:
-    """The numbers as float32, scaled, and how many were missing; a column that is constant in training becomes 0."""
+def scaled(
+    column: pl.Series, scale: str, moments: Moments, *, feature: str = "", rows: pl.Series | None = None
+) -> Tuple[pl.Series, int]:
+    """The numbers as float32, scaled, and how many were missing; a column that is constant in training becomes 0.
+
+    Raises UserError, which names the feature and the row (of `rows`), for a number too far from those of training.
+    """
     values_N = transformed(column, scale)
     if scale != "none":
         values_N = (values_N - moments.mean) / (moments.deviation if moments.deviation > 1e-9 else np.inf)
     missing_N = np.isnan(values_N)
     values_N[missing_N] = 0.0
+    far_N = np.flatnonzero(np.abs(values_N) > MAX_SCALED[scale])
+    if len(far_N):
+        place = int(far_N[0])
+        row = place if rows is None else rows[place]
+        lies = "" if scale == "none" else f" ({values_N[place]:.3g} deviations from the mean of the training part)"
+        raise UserError(
+            f"schema.features.{feature or column.name}: {column[place]!r} in row {row}{lies} is too far from the other "
+            f"numbers for a model to read ({len(far_N):,} such rows); mend it, leave it empty, or use "
+            f"{'scale: standard or log' if scale == 'none' else 'scale: log, or buckets as kind: id'}"
+        )
     return pl.Series(column.name, values_N.astype(np.float32)), int(missing_N.sum())

@@ -14,6 +14,7 @@ from typing import Dict, Tuple
 import polars as pl
 import pyarrow as pa
 
+from lumrec.data.forms import as_text, text_of
 from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
 
 _NOTHING = pl.DataFrame(schema={"key": pl.String, "row": pl.Int32, "count": pl.Int64})
@@ -30,7 +31,7 @@ def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataF
     if isinstance(values.dtype, pl.List):
         frame = frame.filter(pl.col("key").list.len() > 0).explode("key")
     return (
-        frame.with_columns(pl.col("key").cast(pl.String), pl.col("count").cast(pl.Int64))
+        frame.with_columns(text_of(pl.col("key"), frame["key"].dtype), pl.col("count").cast(pl.Int64))
         .filter(_present("key"))
         .group_by("key")
         .agg(pl.col("count").sum())
@@ -92,7 +93,7 @@ def encode(values: pl.Series, vocabulary: pl.DataFrame, kind: str) -> Tuple[pl.S
         flat = lists.filter(lengths > 0).list.drop_nulls().explode()
         rows = _lookup(flat, vocabulary)
         return _regroup(rows, lengths).alias(values.name), int((rows == 0).sum())
-    rows = _lookup(values.cast(pl.String), vocabulary)
+    rows = _lookup(as_text(values), vocabulary)
     return rows.alias(values.name), int((rows == 0).sum())
 
 

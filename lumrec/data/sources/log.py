@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Union
 
 import polars as pl
 
+from lumrec.data.forms import text_of
 from lumrec.data.schema import FeatureConfig, SchemaConfig
+from lumrec.data.sources.folders import nearest
 from lumrec.data.sources.lines import NO_VALUE
-from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, nearest, open_table
+from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, open_table
 from lumrec.data.sources.log_time import as_microseconds, choose_unit, time_checks
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, positive
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, check_label_values, first_reason, positive
 from lumrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,10 +66,14 @@ class LogConfig:
     zone is UTC. utc_offset_hours: local time of the users, for hour, weekday and time_of_day.
     known_after: columns of the events that are known only after the item was shown (dwell time, say); the label's
     column always is.
-    Of CSV alone: separator between fields (.tsv: a tab). quote: around fields with separators in them ("" = none).
+    Of CSV alone: separator between fields (.tsv: a tab); where another of , ; | and tab parts the first lines of a file
+    and this does not, that one is taken and reported. quote: around fields with separators in them ("" = none).
     line_breaks: a quoted field may hold line breaks; else such a row is quarantined, as most often a quote was left
-    open. encoding: utf8, latin-1, gbk, …; what is no such text is quarantined. missing: texts that stand for no value.
+    open. encoding: utf8, latin-1, gbk, …, unless the file begins with a byte
+    order mark; what is no such text is quarantined. missing: texts that stand for no value.
     lists: columns whose text holds several values, list_separator between them.
+    decimal_comma: columns of numbers that are written 1,5 or 1.234,5. exact: columns whose values may differ in form
+    alone (007 and 7, 1 and 1.0); in all others that is an error, as one value would count as two.
     """
 
     events: Names = field(default_factory=list)
@@ -90,6 +96,8 @@ class LogConfig:
     missing: List[str] = field(default_factory=lambda: list(NO_VALUE))
     lists: Names = field(default_factory=list)
     list_separator: str = "|"
+    decimal_comma: Names = field(default_factory=list)
+    exact: Names = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,8 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     if users is not None:
         users.require(user_in_users, "data.log.user_in_users" if config.user_in_users else "data.log.user")
     _check_names(config, tables)
+    if label:
+        check_label_values(events.frame.filter(pl.col(REASON).is_null()), label, events.schema[label], data.label)
     for table in tables:
         for name, new in handed_on(table, config, label).items():
             if name != new:
@@ -151,6 +161,7 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     item_type = id_type([(events, config.item), *([(items, item_in_items)] if items is not None else [])])
     unit, told = choose_unit(events, config.timestamp, config.time_unit)
     names = handed_on(events, config, label)
+    exact = {config.user: "user_id", config.item: "item_id"}
     known_after = {names.get(name, name) for name in (*as_list(config.known_after), label) if name} | {"label"}
     given = list(tables)
     return RawLog(
@@ -161,6 +172,7 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
         note=f"a log of one's own: {', '.join(map(str, given))}; {config.timestamp} read as {told}",
         known_after=tuple(sorted(known_after)),
         utc_offset_hours=config.utc_offset_hours,
+        exact=tuple(exact.get(name) or names.get(name, name) for name in as_list(config.exact)),
         extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in given}},
     )
 
@@ -315,10 +327,12 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
         if isinstance(kind, (pl.List, pl.Array)):
             column = column.cast(pl.List(kind.inner))
             if not (kind.inner.is_nested() or kind.inner == pl.Duration):  # type: ignore[union-attr]
-                column = column.cast(pl.List(pl.String))
+                column = column.list.eval(text_of(pl.element(), kind.inner))  # type: ignore[arg-type]
         elif name in as_list(config.lists):
             parts = column.cast(pl.String).str.split(config.list_separator)
             column = parts.list.eval(pl.element().filter(pl.element() != ""))
+        elif name in as_list(config.decimal_comma) and kind == pl.String:
+            column = with_decimal_point(column)
         features[new] = column
     return features
 
@@ -326,9 +340,10 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
 def _check_names(config: LogConfig, tables: Tables) -> None:
     """Raises UserError for a name in lists, known_after or title that no table has."""
     everywhere = list(dict.fromkeys(name for table in tables for name in table.schema))
-    for name in as_list(config.lists):
-        if name not in everywhere:
-            raise UserError(f"data.log.lists: no table has a column {name!r}{nearest(name, everywhere)}")
+    for key in ("lists", "decimal_comma", "exact"):
+        for name in as_list(getattr(config, key)):
+            if name not in everywhere:
+                raise UserError(f"data.log.{key}: no table has a column {name!r}{nearest(name, everywhere)}")
     for name in as_list(config.known_after):
         tables.events.require(name, "data.log.known_after")
     if config.title:
@@ -344,6 +359,14 @@ def _id_check(table: Table, name: str) -> Tuple[pl.Expr, str]:
     if table.schema[name] == pl.String:
         missing = missing | (pl.col(name).str.strip_chars() == "")
     return missing, f"{name} is missing"
+
+
+def with_decimal_point(column: pl.Expr) -> pl.Expr:
+    """Numbers such as "1,5" and "1.234,5" as "1.5" and "1234.5"; other text as it is."""
+    text = column.str.strip_chars()
+    is_number = text.str.contains(r"^[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]*)?$")
+    point = text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+    return pl.when(is_number).then(point).otherwise(column)
 
 
 def _label_checks(name: str, kind: pl.DataType, made: pl.Expr, config: LabelConfig) -> List[Tuple[pl.Expr, str]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterator, List, Sequence, Set, Tuple, cast
 
@@ -26,9 +28,14 @@ from lumrec.errors import UserError
 if TYPE_CHECKING:
     from lumrec.data.sources.log import LogConfig
 
+log = logging.getLogger(__name__)
+
 BLOCK_BYTES = 8 << 20  # read and parsed at once: bounds the memory, and the length of a row
 MAX_BREAKS = 100  # in one field: with more, a quote was left open and swallows the rest of the file
 MAX_BAD_ROWS = 200_000  # one after the other: then the separator or the header is wrong
+SEPARATORS = (",", ";", "\t", "|")  # what is tried where the config's does not part the fields
+TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
+FIRST_LINES = 5
 EMPTY_LINE, HEADER_AGAIN = "empty line", "the header again"
 LINE_BREAK = "line break within a field (a quote that is not closed?)"
 
@@ -79,16 +86,19 @@ def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Pat
     header with a name twice, and for a quote that is never closed.
     """
     _check_settings(config)
-    headers = [_header(file, config) for file in files]
+    separators = [_separator(file, config) for file in files]
+    headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
     parts: List[Part] = []
-    for number, (file, header) in enumerate(zip(files, headers)):
+    for number, (file, header, separator) in enumerate(zip(files, headers, separators)):
         first = sum(part.num_rows for part in parts)
-        parts.append(_convert(file, header, scratch / f"{name}-{number:05d}.parquet", config, first))
+        target = scratch / f"{name}-{number:05d}.parquet"
+        parts.append(_convert(file, header, target, config, separator, first))
     return parts
 
 
 def _check_settings(config: LogConfig) -> None:
-    for key, value, lengths in (("separator", config.separator, (1,)), ("quote", config.quote, (0, 1))):
+    separator = TAB.get(config.separator, config.separator)
+    for key, value, lengths in (("separator", separator, (1,)), ("quote", config.quote, (0, 1))):
         if len(value.encode()) not in lengths:
             raise UserError(f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
     try:
@@ -99,13 +109,49 @@ def _check_settings(config: LogConfig) -> None:
         ) from None
 
 
-def separator(file: Path, config: LogConfig) -> str:
-    """Between the fields of this file: a tab in a .tsv, else the config's."""
-    return "\t" if ".tsv" in file.suffixes else config.separator
+def _separator(file: Path, config: LogConfig) -> str:
+    """Between the fields of this file: a tab in a .tsv, else the config's, and where that parts nothing and another one
+    does, in the header and in the rows after it, that one, which is reported.
+    """
+    given = "\t" if ".tsv" in file.suffixes else TAB.get(config.separator, config.separator)
+    counts = {one: _counts(file, config, one) for one in dict.fromkeys((given, *SEPARATORS))}
+    if counts[given] and counts[given][0] > 1 and len(set(counts[given])) == 1:
+        return given
+    better = [one for one, of in counts.items() if of and of[0] > max(1, counts[given][0]) and len(set(of)) == 1]
+    if not better:
+        return given
+    found = max(better, key=lambda one: counts[one][0])
+    log.warning(
+        "%s: read with %r between the fields, as data.log.separator %r does not part its first lines",
+        file,
+        found,
+        given,
+    )
+    return found
+
+
+def _counts(file: Path, config: LogConfig, separator: str) -> List[int]:
+    """Fields of each of the first lines."""
+    try:
+        with _text(file, config) as text:
+            rows = csv.reader(text, delimiter=separator, **_quoting(config))
+            return [len(row) for row in itertools.islice(rows, FIRST_LINES) if row]
+    except csv.Error:
+        return []
+    except (OSError, EOFError) as error:
+        raise _damaged(file, error) from None
+
+
+def _text(file: Path, config: LogConfig) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(_open(file, config)), encoding="utf-8", newline="")
+
+
+def _quoting(config: LogConfig) -> Any:
+    return {"quotechar": config.quote} if config.quote else {"quoting": csv.QUOTE_NONE}
 
 
 def _open(file: Path, config: LogConfig) -> Utf8Stream:
-    """The file as UTF-8. Raises UserError where its first bytes are those of another format."""
+    """The file as UTF-8. Raises UserError where its first bytes are those of another format or encoding."""
     packed = file.suffix == ".gz"
     with open(file, "rb") as start:
         magic = start.read(4)
@@ -116,25 +162,54 @@ def _open(file: Path, config: LogConfig) -> Utf8Stream:
     ):
         if magic.startswith(first) and not (packed and what == "a gzip file"):
             raise UserError(f"{file} is {what}, not CSV; {mend}")
-    source = pa.OSFile(str(file))
-    is_utf8 = codecs.lookup(config.encoding).name == "utf-8"
     return Utf8Stream(
-        cast(BinaryIO, pa.CompressedInputStream(source, "gzip") if packed else source),
-        "utf-8-sig" if is_utf8 else config.encoding,  # a byte order mark is no part of the first name
+        _bytes(file, packed),
+        _encoding(file, packed, config),
         [UNDECODABLE, *([config.quote] if config.quote else [])],
     )
 
 
-def _header(file: Path, config: LogConfig) -> List[str]:
-    """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
-    quoting: Any = {"quotechar": config.quote} if config.quote else {"quoting": csv.QUOTE_NONE}
+def _bytes(file: Path, packed: bool) -> BinaryIO:
+    source = pa.OSFile(str(file))
+    return cast(BinaryIO, pa.CompressedInputStream(source, "gzip") if packed else source)
+
+
+def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
+    """The config's; of a file that begins with a byte order mark, the one which that names."""
     try:
-        with io.TextIOWrapper(io.BufferedReader(_open(file, config)), encoding="utf-8", newline="") as text:
-            fields = next(csv.reader(text, delimiter=separator(file, config), **quoting), None)
+        with _bytes(file, packed) as source:
+            first = source.read(4)
+    except OSError as error:
+        raise _damaged(file, error) from None
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),  # the mark is no part of the first name
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if first.startswith(mark):
+            return encoding
+    if b"\0" in first and codecs.lookup(config.encoding).name == "utf-8":
+        likely = "utf-16-le" if first[1:2] == b"\0" else "utf-16-be"
+        raise UserError(f"{file} is no {config.encoding} text (it has zero bytes); say data.log.encoding={likely}?")
+    return config.encoding
+
+
+def _header(file: Path, config: LogConfig, separator: str) -> List[str]:
+    """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
+    try:
+        with _text(file, config) as text:
+            fields = next(csv.reader(text, delimiter=separator, **_quoting(config)), None)
     except (OSError, csv.Error) as error:
         raise _damaged(file, error) from None
     if not fields:
         raise UserError(f"{file} is empty; expected a first line with the names of the columns")
+    if any(UNDECODABLE in field for field in fields):
+        raise UserError(
+            f"{file}: the names of the columns are no {config.encoding} text; say what it was written in, such as "
+            "data.log.encoding=latin-1 (or cp1252, gbk, …)"
+        )
     check_unique(_names(fields), file)
     return fields
 
@@ -191,7 +266,9 @@ def _open_quote(file: Path, line: int) -> UserError:
     )
 
 
-def _convert(file: Path, header: Sequence[str], target: Path, config: LogConfig, first_row: int) -> Part:
+def _convert(
+    file: Path, header: Sequence[str], target: Path, config: LogConfig, separator: str, first_row: int
+) -> Part:
     """Writes `target`; every row of the CSV file is in it, numbered from `first_row`."""
     names, bad_rows, num_good, num_bad = _names(header), _BadRows(), 0, 0
     schema = pa.schema(
@@ -210,7 +287,7 @@ def _convert(file: Path, header: Sequence[str], target: Path, config: LogConfig,
                 writer.write_table(pa.table({**nothing, **taken}, schema=schema))
                 return len(taken[ROW])
 
-            for batch in _batches(stream, file, header, config, bad_rows):
+            for batch in _batches(stream, separator, header, config, bad_rows):
                 num_bad += write_bad() if bad_rows.rows else 0
                 rows = bad_rows.numbers_of_good(num_good, batch.num_rows)
                 reason = _reasons(batch, header, file, config, stream.seen, rows)
@@ -232,18 +309,18 @@ def _convert(file: Path, header: Sequence[str], target: Path, config: LogConfig,
     except OSError as error:
         raise _damaged(file, error) from None
     kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
-    return Part(file, target, pl.Schema(kinds), num_good + num_bad)
+    return Part(file, target, pl.Schema(kinds), num_good + num_bad, separator)
 
 
 def _batches(
-    stream: Utf8Stream, file: Path, header: Sequence[str], config: LogConfig, bad_rows: _BadRows
+    stream: Utf8Stream, separator: str, header: Sequence[str], config: LogConfig, bad_rows: _BadRows
 ) -> Iterator[pa.RecordBatch]:
     """The good rows of a file, every field as text, in order."""
     yield from pacsv.open_csv(
         pa.PythonFile(stream, mode="r"),
         read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
         parse_options=pacsv.ParseOptions(
-            delimiter=separator(file, config),
+            delimiter=separator,
             quote_char=config.quote or False,
             newlines_in_values=True,
             ignore_empty_lines=False,  # they count as rows, or numbers would be off

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import difflib
-import glob
 import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from polars import selectors
 
-from lumrec.data.sources.raw_log import DataSetMissing, first_reason
+from lumrec.data.sources.folders import find_files, nearest, partitions
+from lumrec.data.sources.raw_log import first_reason
 from lumrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # Columns that are added to a table; the prefix keeps them apart from any that a file has.
 ROW, REASON, RAW = "lumrec.row", "lumrec.reason", "lumrec.raw"
+_FILE = "lumrec.file"
 FORMATS = {
     ".parquet": "Parquet",
     ".pq": "Parquet",
@@ -42,12 +42,18 @@ codecs.register_error(MARK_ERRORS, lambda error: (UNDECODABLE, error.end))  # ty
 
 
 class Part(NamedTuple):
-    """One file of a table, ready to be scanned: the file named by the user, the Parquet file to read, types, rows."""
+    """One file of a table, ready to be scanned.
+
+    file: as the user named it. parquet: what is read for it. schema: types of the columns in that. separator: of a CSV
+    file. partition: columns that the names of its folders give.
+    """
 
     file: Path
     parquet: Path
     schema: pl.Schema
     num_rows: int
+    separator: str = ""
+    partition: Dict[str, Optional[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Table:
     files in order of their names, from 0; header lines are no rows), REASON (why the row cannot be used, null where
     nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. origin: a
     file that has the column in that type. lacking: columns that are missing in some files, and the first of those.
-    is_text: the files are CSV or TSV, so that every type is text.
+    separator: between the fields of the first CSV file. is_text: the files are CSV or TSV, so that every type is text.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Table:
     origin: Dict[str, Path]
     lacking: Dict[str, Path]
     num_rows: int
+    separator: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -112,6 +119,7 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         from lumrec.data.sources.log_csv import to_parquet  # here: it reads the names above
 
         parts = to_parquet(files, name, config, scratch)
+    parts = [_with_partition(part) for part in parts]
     for part in parts:
         if part.num_rows == 0:
             raise UserError(f"{part.file} holds no row; leave it out of data.log.{name}, or write it again")
@@ -122,7 +130,12 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         )
     schema, origin = _common_schema(parts)
     names = readable(list(schema))
-    lacking = {column: part.file for part in reversed(parts) for column in schema if column not in part.schema}
+    lacking = {
+        column: part.file
+        for part in reversed(parts)
+        for column in schema
+        if column not in part.schema and column not in part.partition
+    }
     for column, file in lacking.items():
         log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, file)
     frame = _scan(parts, schema, names)
@@ -133,47 +146,13 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
     if format == "Parquet":
         frame, schema = _parquet_columns(frame, schema)
     else:
-        frame, schema = _text_columns(frame, schema, "\t" if format == "TSV" else config.separator, config.missing)
-    return Table(name, format, files, frame, schema, origin, lacking, num_rows)
-
-
-def find_files(patterns: Sequence[str], key: str) -> List[Path]:
-    """The files that names, folders and globs lead to, in order of their names, each once.
-
-    In a folder (and the folders in it) files whose names begin with _ or . are passed over: job markers and checksums.
-    Raises DataSetMissing where a pattern leads to no file.
-    """
-    found: Dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
-        elif path.is_file():
-            files = [path]
-        else:
-            files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
-        if not files:
-            what = "is an empty folder" if path.is_dir() else "leads to no file"
-            beside = sorted(str(file) for file in path.parent.iterdir()) if path.parent.is_dir() else []
-            raise DataSetMissing(f"{key}: {pattern!r} {what} (from {Path.cwd()}){nearest(str(path), beside)}")
-        found |= dict.fromkeys(files)
-    return sorted(found, key=str)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The nearest of the names, as a question in brackets; "" where none is near."""
-    lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
+        frame, schema = _text_columns(frame, schema, parts[0].separator, config.missing)
+    return Table(name, format, files, frame, schema, origin, lacking, num_rows, parts[0].separator)
 
 
 def is_number(text: str) -> bool:
     """Whether a name is a number in digits, as in a file without a header."""
     return text.lstrip("-").replace(".", "", 1).isdecimal()
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part[0] in "._" for part in path.parts)
 
 
 def _one_format(files: Sequence[Path], key: str) -> str:
@@ -210,6 +189,18 @@ def _parquet_part(file: Path) -> Part:
     return Part(file, file, pl.Schema(schema), metadata.num_rows)
 
 
+def _with_partition(part: Part) -> Part:
+    """The part with the columns that its folders give. Raises UserError where the file has one of these itself."""
+    partition = partitions(part.file)
+    for name, value in partition.items():
+        if name in part.schema:
+            raise UserError(
+                f"{part.file}: column {name!r} is in the file and in the name of its folder, {name}={value}; expected "
+                "one of the two. Write the file without that column, or rename the folder"
+            )
+    return part._replace(partition=partition)
+
+
 def check_unique(names: Sequence[str], file: Path) -> None:
     """Raises UserError where a column name occurs twice."""
     twice = sorted({name for name in names if list(names).count(name) > 1})
@@ -242,6 +233,14 @@ def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
                 )
             if wider != common[name]:
                 common[name], origin[name] = wider, part.file
+    for part in parts:
+        for name in part.partition:
+            if common.setdefault(name, pl.String()) != pl.String():
+                raise UserError(
+                    f"column {name!r} is {common[name]} in {origin[name]}, and the name of a folder of {part.file}; "
+                    "expected one of the two in all files"
+                )
+            origin.setdefault(name, part.file)
     return pl.Schema(common), origin
 
 
@@ -308,12 +307,23 @@ def _scan(parts: Sequence[Part], schema: pl.Schema, names: Dict[str, str]) -> pl
     for kinds, group in itertools.groupby(parts, key=lambda part: tuple(part.schema.items())):
         same, own = list(group), dict(kinds)
         numbered = {} if ROW in own else {"row_index_name": ROW, "row_index_offset": first}
-        files = [part.parquet for part in same]
-        frame = pl.scan_parquet(files, glob=False, hive_partitioning=False, **numbered)  # type: ignore[arg-type]
+        files = [str(part.parquet) for part in same]
+        in_folders = sorted({name for part in same for name in part.partition})
+        paths = {"include_file_paths": _FILE} if in_folders else {}
+        frame = pl.scan_parquet(files, glob=False, hive_partitioning=False, **numbered, **paths)  # type: ignore[arg-type]
         first += sum(part.num_rows for part in same)
-        columns = [_widened(name, own.get(name), kind).alias(names[name]) for name, kind in schema.items()]
+        columns = [
+            (_of_folder(name, same) if name in in_folders else _widened(name, own.get(name), kind)).alias(names[name])
+            for name, kind in schema.items()
+        ]
         frames.append(frame.select(pl.col(ROW).cast(pl.Int64), *columns))
     return pl.concat(frames) if len(frames) > 1 else frames[0]
+
+
+def _of_folder(name: str, parts: Sequence[Part]) -> pl.Expr:
+    """A column that the folders of these parts give, by the file of each row."""
+    values = [part.partition.get(name) for part in parts]
+    return pl.col(_FILE).replace_strict([str(part.parquet) for part in parts], values, return_dtype=pl.String)
 
 
 def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr:

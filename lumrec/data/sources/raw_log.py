@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
-from lumrec.errors import MissingFileError
+from lumrec.errors import MissingFileError, UserError
 
 # Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
 # seconds lie far beyond.
@@ -26,7 +27,8 @@ class LabelConfig:
     """What counts as positive. Neither at_least nor values: the column holds 0/1 or true/false.
 
     column: of the events ("" = the source's own). at_least: a number from which on it is positive. values: texts that
-    are positive (behaviour types, say: [cart, buy]).
+    are positive (behaviour types, say: [cart, buy]), each exactly as the log has it; true or false of a column of truth
+    values, and of numbers what is equal ("1" is 1.0). Each must occur in the log.
     """
 
     column: str = ""
@@ -50,6 +52,7 @@ class RawLog:
     utc_offset_hours: local time of the users, for hour, weekday and time_of_day, which `convert` makes of time_us.
     absolute_time: False where times of different users cannot be compared.
     has_clock: False where only the order of events is known, and equal times say nothing.
+    exact: columns whose values may differ in form alone, such as 007 and 7 (lumrec/data/forms.py); None: all of them.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
@@ -62,6 +65,7 @@ class RawLog:
     utc_offset_hours: float = 0.0
     absolute_time: bool = True
     has_clock: bool = True
+    exact: Optional[Tuple[str, ...]] = None
     extra: Dict[str, object] = field(default_factory=dict)
 
 
@@ -93,7 +97,7 @@ def positive(column: pl.Expr, kind: pl.DataType, config: LabelConfig) -> pl.Expr
     if config.values:
         if not kind.is_numeric():
             return column.cast(pl.String).is_in(config.values).cast(pl.Float32)
-        return column.is_in(pl.Series(config.values).cast(kind, strict=False).drop_nulls().implode()).cast(pl.Float32)
+        return column.cast(pl.Float64).is_in(_numbers(config.values, kind).implode()).cast(pl.Float32)
     number = column
     if not kind.is_numeric():
         text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
@@ -108,3 +112,30 @@ def positive(column: pl.Expr, kind: pl.DataType, config: LabelConfig) -> pl.Expr
     if config.at_least is not None:
         return (number >= config.at_least).cast(pl.Float32)
     return pl.when((number == 0) | (number == 1)).then(number).cast(pl.Float32)
+
+
+def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config: LabelConfig) -> None:
+    """Raises UserError for a value of data.label.values that no row has: that is most often another spelling."""
+    if not config.values:
+        return
+    column, wanted = pl.col(name).cast(pl.String), pl.Series(config.values, dtype=pl.String)
+    if kind.is_numeric():
+        column, wanted = pl.col(name).cast(pl.Float64), _numbers(config.values, kind)
+    counts = rows.group_by(column.alias("value")).len().collect(engine="streaming").drop_nulls()
+    absent = [text for text, is_there in zip(config.values, wanted.is_in(counts["value"].implode())) if not is_there]
+    if absent:
+        there = counts.sort(["len", "value"], descending=[True, False])["value"].cast(pl.String).to_list()
+        near = difflib.get_close_matches(absent[0].lower(), [text.lower().strip() for text in there], n=1)
+        alike = [text for text in there if near and text.lower().strip() == near[0]]
+        hint = f" (did you mean {alike[0]!r}?)" if alike else ""
+        holds = ", ".join(map(repr, there[:20])) + (", …" if len(there) > 20 else "")
+        raise UserError(f"data.label.values: {absent[0]!r} is in no row of column {name!r}{hint}; it holds {holds}")
+
+
+def _numbers(values: List[str], kind: pl.DataType) -> pl.Series:
+    """Texts as numbers (f64). Raises UserError for one that is none."""
+    numbers = pl.Series(values, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+    for text, number in zip(values, numbers):
+        if number is None:
+            raise UserError(f"data.label.values: got {text!r}; the label's column holds numbers ({kind})")
+    return numbers

@@ -1,0 +1,107 @@
+"""What the columns of dense features hold: numbers, nothing, text that is no number, numbers that no model can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import polars as pl
+
+from lumrec.data.schema import FeatureConfig, SchemaConfig
+from lumrec.errors import UserError
+
+MAX_NUMBER = 1e30  # the square of a larger one is beyond what moments (64 bits) and models (32 bits) hold
+UNREADABLE = 0.5  # of the values of a column that are no numbers: then it is no column of numbers
+DECIMAL_COMMA = r"^[+-]?[0-9.]*[0-9],[0-9]+$"
+
+
+@dataclass(frozen=True)
+class NumberFacts:
+    """Of one dense feature. rows: events, items or users. missing: without a value. unreadable: text that is no number.
+
+    example: such a text, first one with a decimal comma if there is any.
+    """
+
+    rows: int
+    missing: int
+    unreadable: int
+    example: Optional[str] = None
+
+
+def number(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """A number (f64) or its text; null where there is none."""
+    found = (value.str.strip_chars() if kind == pl.String else value).cast(pl.Float64, strict=False)
+    return pl.when(found.is_not_nan()).then(found)
+
+
+def number_checks(column: str, kind: pl.DataType) -> List[Tuple[pl.Expr, str]]:
+    """Checks for `first_reason` of the column of a dense feature."""
+    value = number(pl.col(column), kind)
+    return [
+        (value.is_infinite(), f"{column} is not finite"),
+        (value.abs() > MAX_NUMBER, f"{column} is beyond ±{MAX_NUMBER:g}"),
+    ]
+
+
+def number_facts(
+    schema: SchemaConfig, blocks: Sequence[Path], catalogues: Dict[str, pl.DataFrame]
+) -> Dict[str, NumberFacts]:
+    """The facts of each dense feature. blocks: Parquet files of events, features by name. catalogues: by role.
+
+    Raises UserError for a column that mostly holds what is no number, or numbers with a decimal comma.
+    """
+    facts = {}
+    for name, feature in schema.features.items():
+        if feature.kind != "dense":
+            continue
+        if feature.role in catalogues:
+            facts[name] = _facts(catalogues[feature.role].lazy(), feature.column)
+        else:
+            facts[name] = _facts(pl.scan_parquet(list(blocks)), name)
+        _check(name, feature, facts[name])
+    return facts
+
+
+def _facts(frame: pl.LazyFrame, column: str) -> NumberFacts:
+    value, kind = pl.col(column), frame.collect_schema()[column]
+    is_number = number(value, kind).is_not_null()
+    is_missing = value.is_null()
+    if kind == pl.String:
+        is_missing = is_missing | value.str.strip_chars().str.to_lowercase().is_in(["", "nan"])
+    elif kind.is_float():
+        is_missing = is_missing | value.is_nan()
+    bad = value.filter(~is_missing & ~is_number).cast(pl.String)
+    with_comma = bad.filter(bad.str.contains(DECIMAL_COMMA)).first()
+    found = frame.select(
+        rows=pl.len(),
+        missing=is_missing.sum(),
+        unreadable=bad.len(),
+        example=pl.coalesce(with_comma, bad.first()),
+    )
+    return NumberFacts(**found.collect(engine="streaming").row(0, named=True))
+
+
+def _check(name: str, feature: FeatureConfig, facts: NumberFacts) -> None:
+    if not facts.unreadable:
+        return
+    example = facts.example or ""
+    where = f"schema.features.{name}: {facts.unreadable:,} values of column {feature.column!r} are no numbers"
+    if pl.Series([example]).str.contains(DECIMAL_COMMA).item():
+        raise UserError(
+            f"{where}, such as {example!r}; where the comma is a decimal point, say "
+            f"data.log.decimal_comma=[{feature.column}]"
+        )
+    if facts.unreadable > UNREADABLE * (facts.rows - facts.missing):
+        raise UserError(f"{where}, such as {example!r}; kind: dense is for numbers, use kind: id for text")
+
+
+def number_lines(facts: Mapping[str, Mapping[str, Any]]) -> List[str]:
+    """What the terminal tells of the dense features that do not have a number in each row; facts as in the manifest."""
+    return [
+        f"{name}: {one['missing']:,} of {one['rows']:,} values are missing"
+        + (f", {one['unreadable']:,} are no numbers (such as {one['example']!r}) and read as missing")
+        * bool(one["unreadable"])
+        for name, one in facts.items()
+        if one["missing"] or one["unreadable"]
+    ]

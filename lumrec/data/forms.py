@@ -63,9 +63,9 @@ def mixed_forms(values: pl.Series, others: Optional[pl.Series] = None) -> Option
 
     Both hold distinct texts. Of several such values the first one by its common form.
     """
-    frame = pl.DataFrame({"form": values.cast(pl.String), "here": True})
+    frame = values.cast(pl.String).alias("form").to_frame().with_columns(here=True)
     if others is not None:
-        there = pl.DataFrame({"form": others.cast(pl.String), "here": False})
+        there = others.cast(pl.String).alias("form").to_frame().with_columns(here=False)
         frame = pl.concat([frame.join(there, on="form", how="anti"), there.join(frame, on="form", how="anti")])
     frame = frame.drop_nulls().unique(maintain_order=True).with_columns(one_form(pl.col("form")).alias("value"))
     sides = 1 if others is None else 2

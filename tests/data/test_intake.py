@@ -230,7 +230,7 @@ def test_times_in_every_unit_and_none_that_overflows():
         ([3.5, 4.0, float("nan")], LabelConfig(at_least=4), [0.0, 1.0, None]),
         (["5", "x"], LabelConfig(at_least=4), [1.0, None]),
         (["buy", "view", None], LabelConfig(values=["buy", "cart"]), [1.0, 0.0, None]),
-        ([4, 5, None], LabelConfig(values=["5", "no number"]), [0.0, 1.0, None]),
+        ([4, 5, None], LabelConfig(values=["5", "6.0"]), [0.0, 1.0, None]),
         ([4.0, 4.5, None], LabelConfig(values=["4", "4.5"]), [1.0, 1.0, None]),
     ],
 )

@@ -8,6 +8,7 @@ log/_SUCCESS, log/.part-0.parquet.crc           job markers and checksums are pa
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import logging
 import os
@@ -35,11 +36,19 @@ def find_files(patterns: Sequence[str], key: str) -> List[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir() or path.is_file():
-            starts = [path]
-        else:
-            starts = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not _is_hidden(Path(name))]
+            starts, rest = [path], []
+        else:  # glob itself would follow links in a circle behind **
+            cut = path.parts.index("**") if "**" in path.parts else len(path.parts)
+            starts = [Path(name) for name in sorted(glob.glob(str(Path(*path.parts[:cut]))))]
+            starts = [start for start in sorted(starts, key=Path.is_symlink) if not _is_hidden(start)]
+            rest = list(path.parts[cut:])
         seen: Set[Path] = set()
-        files = [file for start in starts for file in (_walk(start, key, seen) if start.is_dir() else [start])]
+        files = [
+            file
+            for start in starts
+            for file in (_walk(start, key, seen) if start.is_dir() else [start])
+            if not rest or _matches(list(file.relative_to(start).parts), rest)
+        ]
         if not files:
             what = "is a folder without a file to read" if path.is_dir() else "leads to no file"
             beside = sorted(str(file) for file in path.parent.iterdir()) if path.parent.is_dir() else []
@@ -78,6 +87,15 @@ def _walk(folder: Path, key: str, seen: Set[Path]) -> Iterator[Path]:
             yield from _walk(path, key, seen)
         else:
             yield path
+
+
+def _matches(parts: List[str], pattern: List[str]) -> bool:
+    """Whether the parts of a path match those of a glob, in which ** is any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skip:], pattern[1:] or ["*"]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def partitions(file: Path) -> Dict[str, Optional[str]]:

@@ -1,0 +1,111 @@
+"""Dense features: what is no number is counted and reported, what no model can read is refused or quarantined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from lumrec.config import load
+from lumrec.data.check import Report, check
+from lumrec.data.prepare import prepare
+from lumrec.data.scaling import Moments, scaled
+from lumrec.errors import UserError
+
+SCHEMA = (
+    "schema.features={item_id: {role: item}, price: {role: item, kind: dense}, speed: {role: context, kind: dense}, "
+    "age: {role: user, kind: dense}}"
+)
+HOW_FAR = "1.2 3 4.5 6 2 3 4 5 1 2".split()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[dict, str]]:
+    """Manifest and printed lines of a log of ten events of one user, items and users in files of their own."""
+
+    def make(
+        *words: str,
+        speed: object = HOW_FAR,
+        price: object = HOW_FAR,
+        age: str = "30",
+        separator: str = ",",
+        checking: bool = False,
+    ) -> tuple[dict, str]:
+        rows = [("u", f"i{n}", 1_714_521_600 + n, n % 2, value) for n, value in enumerate(speed)]
+        events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "label", "speed"], orient="row")
+        items = pl.DataFrame({"item_id": [f"i{n}" for n in range(len(price))], "price": price})
+        for name, frame in {
+            "events": events,
+            "items": items,
+            "users": pl.DataFrame({"user_id": ["u"], "age": [age]}),
+        }.items():
+            frame.write_csv(tmp_path / f"{name}.csv", separator=separator)
+        files = [f"data.log.{name}={tmp_path / name}.csv" for name in ("events", "items", "users")]
+        config = load(None, ["data.source=log", "overwrite=true", *files, SCHEMA, *words])
+        if checking:
+            (tmp_path / "scratch").mkdir()
+            report = Report()
+            check(config, tmp_path / "scratch", report)
+            return {}, str(report)
+        prepare(config, tmp_path / "p")
+        frame = pl.read_parquet(tmp_path / "p" / "items.parquet")
+        return {"prices": frame["price"].to_list()}, capsys.readouterr().out
+
+    return make
+
+
+def test_unreadable_and_missing_numbers_are_counted_and_told(prepared: Callable):
+    speed = ["", "soon", " 3 ", "0x10", "nan", "5", "6", "7", "8", "9"]
+    _, text = prepared(speed=speed)
+    assert "speed: 2 of 10 values are missing, 2 are no numbers (such as 'soon') and read as missing" in text
+    assert "price" not in text
+    _, text = prepared(speed=speed, checking=True)
+    assert "speed: 2 of 10 values are missing, 2 are no numbers (such as 'soon') and read as missing" in text
+
+
+def test_a_column_of_text_is_no_dense_feature(prepared: Callable):
+    with pytest.raises(UserError, match="price: 6 values of column 'price' are no numbers, such as 'cheap'; kind"):
+        prepared(price=["cheap"] * 6 + ["1"] * 4)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_separators_are_found_and_decimal_commas_are_named_or_read(prepared: Callable, separator: str):
+    price = ["1,5", "2", "1.234,5", "3,25", *["2"] * 6]
+    with pytest.raises(UserError, match="3 values .* such as '1,5'; .*data.log.decimal_comma=.price."):
+        prepared(price=price, separator=separator)
+    found, _ = prepared(
+        "data.log.decimal_comma=price", "schema.features.price.scale=none", price=price, separator=separator
+    )
+    assert found["prices"] == [1.5, 2.0, 1234.5, 3.25, *[2.0] * 6]
+
+
+def test_check_finds_decimal_commas(prepared: Callable):
+    _, text = prepared(
+        "schema.features=" + "{item_id: {role: item}}",
+        price=["1,5", "2", "3,25", *["2"] * 7],
+        separator=";",
+        checking=True,
+    )
+    assert "decimal_comma  price  (numbers such as 1,5)" in text and "decimal_comma: [price]" in text
+
+
+@pytest.mark.parametrize("value", ["1e200", "-1e31", "inf", "-Infinity"])
+def test_numbers_that_no_model_can_read(prepared: Callable, value: str):
+    """An event is quarantined; an item or a user is an error, as all its events would go with it."""
+    what = "not finite" if "nf" in value else r"beyond ±1e\+30"
+    _, text = prepared(speed=[*HOW_FAR[:9], value])
+    assert f"1 events: speed is {'not finite' if 'nf' in value else 'beyond ±1e+30'}" in text
+    with pytest.raises(UserError, match=rf"features.price: price is {what} \(row 3, item_id 'i3'.*1 such rows\)"):
+        prepared(price=[*HOW_FAR[:3], value, *HOW_FAR[4:]])
+    with pytest.raises(UserError, match=rf"features.age: age is {what} \(row 0, user_id 'u'"):
+        prepared(age=value)
+
+
+def test_a_number_far_from_those_of_training_is_refused_with_its_row(prepared: Callable):
+    with pytest.raises(UserError, match=r"features.speed: '1e20' in row 9 \(.*e.*deviations from the mean"):
+        prepared(speed=[*HOW_FAR[:9], "1e20"])
+    prepared("schema.features.speed.scale=log", speed=[*HOW_FAR[:9], "1e20"])
+    with pytest.raises(UserError, match="in row 1 is too far"):
+        scaled(pl.Series("x", [1.0, 1e13]), "none", Moments())

@@ -120,7 +120,7 @@ def _distinct(
         values = pl.scan_parquet(list(blocks)).select(name).unique().collect(engine="streaming").to_series()
     if isinstance(values.dtype, pl.List):
         values = values.unique().explode(empty_as_null=True)
-    if values.dtype.is_float() and bool((values.abs() >= 2.0**53).any()):
+    if values.dtype.is_float() and bool((values.drop_nans().abs() >= 2.0**53).any()):
         raise UserError(
             f"schema.features.{name}: column {feature.column!r} holds floats beyond 2^53, which cannot tell whole "
             "numbers apart; write them as whole numbers or as text"

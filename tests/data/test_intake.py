@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.config import load
 from lumrec.data import intake
 from lumrec.data.intake import take_in, with_derived_columns
+from lumrec.data.prepare import prepare
+from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, microseconds, positive
+from lumrec.errors import UserError
 
 SCHEMA = validate(
     SchemaConfig(
@@ -239,3 +243,21 @@ def test_labels(values: list, config: LabelConfig, expected: list):
     got = frame.select(positive(pl.col("x"), frame.schema["x"], config)).to_series()
     assert got.dtype == pl.Float32
     assert got.to_list() == expected
+
+
+def test_a_wish_may_be_a_fact_of_the_items_and_other_conditions_say_what_to_do(tmp_path):
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,timestamp,label\n" + "".join(f"u,i{n},{1_714_521_600 + n},1\n" for n in range(4))
+    )
+    (tmp_path / "items.csv").write_text("item_id,brand\ni0,010\ni1,NO\ni2,\ni3,010\ni3,again\n")
+    files = [f"data.log.{name}={tmp_path / file}.csv" for name, file in (("events", "log"), ("items", "items"))]
+    words = ["data.source=log", "data.split={kind: user, fractions: [1, 0, 0]}", *files]
+    schema = "schema.features={{item_id: {{role: item}}, brand: {{role: {}}}}}"
+    prepare(load(None, [*words, schema.format("condition, wish: true")]), tmp_path / "p")
+    data = PreparedData.open(tmp_path / "p")
+    raw = {row: value for value, row in data.vocabulary("brand").items()}
+    asked = pl.read_parquet(tmp_path / "p" / "events" / "*.parquet").sort("order")["brand"]
+    assert [raw.get(row) for row in asked] == ["010", "NO", None, "010"]
+    for role in ("condition", "context"):
+        with pytest.raises(UserError, match="brand: the events .* no column 'brand'; the items have it: read it there"):
+            prepare(load(None, [*words, schema.format(role)]), tmp_path / role)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 from lumrec.errors import UserError
 from lumrec.jobs import Job, run_jobs, torchx_command
 from lumrec.printable import say
+from lumrec.train.files import read_json
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -341,7 +342,7 @@ def _mean(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def read_result(stage: Stage) -> dict[str, Any]:
     """The stage's result.json; a metric that was not a number is None."""
-    return json.loads((stage.path / "result.json").read_text(encoding="utf-8"))
+    return read_json(stage.path / "result.json", again=f"make {stage.path} again: remove the file, and run this again")
 
 
 def add_up(
@@ -351,7 +352,7 @@ def add_up(
     path = folder / "seconds.json"
     before: dict[str, Any] = {"wall_s": 0.0, "stages": {}}
     if path.exists() and len(seconds) < len(stages):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before |= read_json(path, again="remove it; it holds only how long the stages took")
     wall_s += before["wall_s"]
     known = {**before["stages"], **seconds}
     by_stage = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}

@@ -24,7 +24,7 @@ from lumrec.errors import UserError
 from lumrec.pipeline import say, write_json
 from lumrec.report.plots import result_plot
 from lumrec.report.table import METRICS, RANKER_NAMES
-from lumrec.train.files import write_atomically
+from lumrec.train.files import read_json, write_atomically
 
 OUT = "docs/results"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
@@ -177,7 +177,7 @@ def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[st
     """What an earlier call's file has of other rankers. Raises UserError where that is by another protocol."""
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, again="remove it, or give --out for a folder of its own")
     kept = {key: value for key, value in found.items() if key.partition("/")[0] in set(RANKER_NAMES) - set(rankers)}
     if kept and found["protocol"] != protocol:
         raise UserError(
@@ -354,7 +354,8 @@ def _commits(case: Case, config: Config) -> set[str]:
     names += [] if case.knowledge == "none" else ["lum*", "query"]
     folder = Path(config.runs_dir) / config.run
     files = [file for name in names for file in folder.glob(f"{name}/versions.json")]
-    return {json.loads(file.read_text(encoding="utf-8"))["commit"] or "unknown" for file in files}
+    made_by = [read_json(file, again="make its run again with overwrite=true") for file in files]
+    return {versions.get("commit") or "unknown" for versions in made_by}
 
 
 def _named(features: Sequence[str]) -> str:

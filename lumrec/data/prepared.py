@@ -25,7 +25,7 @@ import polars as pl
 import torch
 
 from lumrec.data.columns import Column
-from lumrec.data.manifest import PreparedDataError, read_manifest
+from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate
 from lumrec.data.splits import TRAIN
 from lumrec.errors import UserError
@@ -162,7 +162,10 @@ class PreparedData:
         """Raw value to row (from 1) of one table. Raises UserError for a table that does not exist."""
         if table not in self.table_rows:
             raise UserError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
-        frame = self._read(f"vocabulary/{table}.parquet")
+        name = f"vocabulary/{table}.parquet"
+        if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:  # the folder may have been replaced
+            raise PreparedDataError(f"{self.path / name} has changed since the data were opened: open them again")
+        frame = self._read(name)
         return dict(zip(frame["key"].to_list(), frame["row"].to_list()))
 
     @cached_property

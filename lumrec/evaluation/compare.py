@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.bootstrap import Comparison, Interval, compare
 from lumrec.printable import say
+from lumrec.train.files import sync_file
 
 SCORES = "scores.parquet"
 LOWER_IS_BETTER = ("log_loss",)
@@ -39,7 +40,9 @@ class Scores(NamedTuple):
 def write_scores(folder: Path, scores: Scores) -> None:
     """Writes `scores` to the run folder, whole or not at all."""
     temporary = folder / f".{SCORES}.tmp"
-    pq.write_table(pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()}), temporary)
+    table = pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()})
+    pq.write_table(table, temporary, write_page_checksum=True)
+    sync_file(temporary)
     os.replace(temporary, folder / SCORES)
 
 
@@ -48,7 +51,13 @@ def read_scores(folder: Path) -> Scores:
     if not (folder / "result.json").exists() or not (folder / SCORES).exists():
         what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
         raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
-    table, names = pq.read_table(folder / SCORES), [field.removesuffix("_N") for field in Scores._fields]
+    names = [field.removesuffix("_N") for field in Scores._fields]
+    try:
+        table = pq.read_table(folder / SCORES, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{folder / SCORES} is damaged ({str(error).splitlines()[0]}); train the run again with overwrite=true"
+        ) from None
     if table.column_names != names:
         raise UserError(f"{folder / SCORES} has the columns {table.column_names}; expected {names}")
     return Scores(*(table[name].to_numpy() for name in names))

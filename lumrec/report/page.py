@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape as escape_html
 from pathlib import Path
@@ -12,6 +11,7 @@ from lumrec.jobs import as_typed, torchx_command
 from lumrec.printable import printable
 from lumrec.report.plots import Series, comparison_plot, curves, read_series
 from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row, alone, rows, spoken, treatment
+from lumrec.train.files import read_json
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -94,7 +94,7 @@ def write_page(
 
 
 def _facts(stages: Sequence[Stage]) -> dict[str, Any]:
-    return json.loads((stages[0].path / "result.json").read_text(encoding="utf-8"))
+    return read_json(stages[0].path / "result.json", again="prepare the data again with overwrite=true")
 
 
 def _counts(facts: Mapping[str, Any]) -> str:
@@ -180,7 +180,8 @@ def _versions(stages: Sequence[Stage]) -> str:
     for stage in stages:
         path = stage.path / "versions.json"
         if path.exists():
-            found |= json.loads(path.read_text(encoding="utf-8"))
+            found |= read_json(path, again=f"make {stage.path} again with overwrite=true")
+    found = {name: value for name, value in found.items() if name not in ("stage", "id")}  # of one run each
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in found.items())
     return f"<table>{body}</table>"
 

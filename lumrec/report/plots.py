@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from lumrec.errors import UserError
 from lumrec.printable import printable
 from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row
 
@@ -42,8 +43,14 @@ def read_series(path: Path, metric: str, label: str) -> Series:
     """The metric over the steps of a run's metrics.jsonl; lines without it, or where it is null, are left out."""
     steps, values = [], []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
+        for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            try:
+                line = dict(json.loads(text))
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{path} is damaged: line {number} is {text[:60]!r}, expected JSON; make the run again with "
+                    "overwrite=true, or remove the line"
+                ) from None
             if isinstance(line.get(metric), (int, float)):
                 steps.append(line["step"])
                 values.append(line[metric])

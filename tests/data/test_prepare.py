@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
 from lumrec.data.simulator import DEFAULT_SCHEMAS, SimulatorConfig
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import TEST, TRAIN, SplitConfig, user_fold
+from lumrec.errors import UserError
 
 SMALL = DataConfig(source="simulator", simulator=SimulatorConfig(num_users=40, num_items=50, events_per_user=20))
 KINDS = ["temporal", "leave_one_out", "user", "time"]
@@ -305,3 +308,60 @@ def test_the_default_folder_is_made_on_demand_and_a_named_one_is_not(
     assert "preparing it now" in capsys.readouterr().out
     open_or_prepare(config)
     assert "preparing" not in capsys.readouterr().out
+
+
+def test_only_what_prepare_made_is_replaced(make_config: Callable):
+    config = make_config(SMALL, overwrite=True)
+    folder = prepared_path(config)
+    for content in ('{"format": 2, "folder": "knowledge-0123456789abcdef-1"}', "{}", "cut"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text(content)
+        (folder / "thesis.txt").write_text("two years")
+        with pytest.raises(UserError, match="was not made by the prepare stage .*thesis.txt.*never replaced"):
+            run(config)
+        (folder / "thesis.txt").unlink()
+        with pytest.raises(UserError, match="was not made by the prepare stage"):
+            run(config)
+    (folder / "manifest.json").unlink()
+    run(config)
+    (folder / "thesis.txt").write_text("two years")
+    with pytest.raises(UserError, match="thesis.txt"):
+        run(config)
+    (folder / "thesis.txt").unlink()
+    (folder / "manifest.json").write_text("cut")
+    run(config)
+    assert PreparedData.open(folder).num_users == 40
+
+
+def test_a_link_is_kept_and_a_mount_refused(make_config: Callable, tmp_path: Path):
+    config = make_config(SMALL)
+    folder, real = prepared_path(config), tmp_path / "disk" / "real"
+    real.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(real)
+    for overwrite in (False, True):
+        run(replace(config, overwrite=overwrite))
+        assert folder.is_symlink() and PreparedData.open(real).num_users == 40
+    assert os.listdir(real.parent) == ["real"] and os.listdir(folder.parent) == ["test-prepare"]
+    shutil.rmtree(real)
+    with pytest.raises(UserError, match="is a link to .*real, which does not exist"):
+        run(config)
+    folder.unlink()
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting needs the rights of root")
+    try:
+        with pytest.raises(UserError, match="is a mount: .*Mount .* instead"):
+            run(config)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_data_that_were_replaced_since_they_were_opened_are_not_mixed_with_the_new_ones(make_config: Callable):
+    config = make_config(SMALL)
+    run(config)
+    data = PreparedData.open(prepared_path(config))
+    assert data.vocabulary("item_id")
+    run(replace(config, overwrite=True, data=replace(SMALL, min_count=3)))
+    with pytest.raises(PreparedDataError, match="has changed since the data were opened: open them again"):
+        data.vocabulary("item_id")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumrec.errors import UserError
 from lumrec.evaluation.bootstrap import Interval, intervals
 from lumrec.evaluation.compare import SCORES, Scores, compare_runs, main, read_scores, verdict, write_scores
 
@@ -75,3 +76,16 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(a), str(old)])
     assert stopped.value.code == 2 and "lumrec: " in capsys.readouterr().err
+
+
+def test_a_changed_bit_of_the_scores_is_noticed(tmp_path):
+    write_scores(tmp_path, Scores(np.arange(500), np.zeros(500, np.int8), np.arange(500), np.linspace(0, 1, 500)))
+    (tmp_path / "result.json").write_text("{}")
+    file = tmp_path / SCORES
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    with pytest.raises(UserError, match="scores.parquet is damaged"):
+        read_scores(tmp_path)
+    file.write_bytes(whole[:-5])
+    with pytest.raises(UserError, match="scores.parquet is damaged"):
+        read_scores(tmp_path)

@@ -13,6 +13,8 @@ from typing import Optional
 import pytest
 import yaml
 
+from lumrec.errors import UserError
+from lumrec.report.plots import read_series
 from lumrec.train import run as run_module
 from lumrec.train.loop import TrainConfig
 from lumrec.train.run import RunFolder, config_differences, run_name
@@ -223,3 +225,101 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5, "valid/auc": None}]
     assert list((run.path / "tensorboard").glob("events.*"))
+
+
+DAMAGE = {"empty": b"", "cut": b'{"a": [1, ', "not UTF-8": b"\xff\xfe{}", "a list": b"[1]", "missing": None}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "inputs.json", "versions.json", "result.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, damage):
+    config = Root(str(tmp_path))
+    run = RunFolder.create(config, "pretrain")
+    run.finish({"auc": 0.75})
+    path = run.path / name
+    path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage])
+    if (name, damage) == ("result.json", "missing"):  # an unfinished run
+        assert RunFolder.create(config, "pretrain").resumed
+        return
+    with pytest.raises(UserError, match=name):
+        RunFolder.create(config, "pretrain").result()
+    # What says whose folder it is has to be whole; all else is made again.
+    if name in ("inputs.json", "result.json") or (name == "config.yaml" and damage != "missing"):
+        assert not RunFolder.create(replace(config, overwrite=True), "pretrain").finished
+
+
+def test_metrics_with_a_damaged_line_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "lo\xff\n')
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: line 2"):
+        read_series(tmp_path / "metrics.jsonl", "loss", "")
+
+
+def test_a_folder_of_another_stage_a_stranger_or_with_runs_inside_is_never_replaced(tmp_path):
+    def kept(message, stage, **changes):
+        with pytest.raises(UserError, match=message):
+            RunFolder.create(Root(str(tmp_path), overwrite=True, **changes), stage)
+
+    RunFolder.create(Root(str(tmp_path), run="x"), "query").close()
+    kept("is a run of query, and is never replaced by one of rank", "rank", run="x")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "config.yaml").write_text("years: of work")
+    kept(r"not a run folder of rank \(no versions.json\)", "rank", run="y")
+    RunFolder.create(Root(str(tmp_path), run="z"), "rank").close()
+    RunFolder.create(Root(str(tmp_path), run="z/inner"), "rank").close()
+    kept("holds another run, .*z/inner", "rank", run="z", seed=1)
+    assert RunFolder.create(Root(str(tmp_path), run="z"), "rank").resumed
+    (tmp_path / "file").write_text("")
+    kept("is a file; expected a folder", "rank", run="file")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    kept("is a link to .*nowhere, which does not exist", "rank", run="link")
+    assert (tmp_path / "y" / "config.yaml").read_text() == "years: of work"
+
+
+@pytest.mark.parametrize("place", ["link", "mount"])
+def test_a_link_or_a_mount_stays_what_it_is(tmp_path, place):
+    folder = tmp_path / "ml-1m-pretrain"
+    if place == "link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
+            pytest.skip("mounting needs the rights of root")
+    try:
+        run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+        run.log(1, loss=0.5)
+        run.finish({"auc": 0.75})
+        again = RunFolder.create(Root(str(tmp_path), seed=1, overwrite=True), "pretrain")
+        assert not again.finished and not (folder / "metrics.jsonl").exists()
+        assert folder.is_symlink() if place == "link" else folder.is_mount()
+        again.close()
+    finally:
+        if place == "mount":
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="is a file; expected a folder|cannot be written"):
+        RunFolder.create(Root(str(tmp_path / "runs")), "pretrain")
+
+
+def test_an_emptied_folder_is_never_taken_for_a_run(tmp_path, monkeypatch):
+    """Killed while overwrite=true empties the folder: the next call goes on, and keeps what is served meanwhile."""
+    config = Root(str(tmp_path))
+    run = RunFolder.create(config, "query")
+    run.log(1, loss=0.5)
+    (run.path / "manifest.json").write_text("served")
+    run.finish({"auc": 0.75})
+    before = run.id
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.create(replace(config, overwrite=True), "query", keep=("manifest.json",))
+    again = RunFolder.create(config, "query", keep=("manifest.json",))
+    assert not again.resumed and not again.finished and again.id != before
+    assert (again.path / "manifest.json").read_text() == "served" and not (again.path / "metrics.jsonl").exists()

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N conditions asked, D width of the LUM, K folds (LUMs), F features given to the ranker.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,16 @@ class KnowledgeBatch(NamedTuple):
     present_BN: Tensor
     fold_B: Tensor
 
-    def to(self, device: torch.device | str) -> "KnowledgeBatch":
-        """The same batch on `device`."""
-        return KnowledgeBatch(*(None if value is None else value.to(device) for value in self))  # type: ignore[arg-type]
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "KnowledgeBatch":
+        """The same batch on `device`; non_blocking: as in Tensor.to, for batches in pinned memory."""
+        moved = (None if value is None else value.to(device, non_blocking=non_blocking) for value in self)
+        return KnowledgeBatch(*moved)  # type: ignore[arg-type]
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Says that `stream` uses the batch, as TorchRec's train pipelines ask of what they move."""
+        for value in self:
+            if value is not None:
+                value.record_stream(stream)  # type: ignore[arg-type]
 
 
 class KnowledgeFusion(nn.Module):
@@ -103,10 +111,17 @@ class KnowledgeFusion(nn.Module):
     def forward(
         self, o_BND: Tensor, e_BD: Tensor, log_z_BN: Tensor | None, present_BN: Tensor, fold_B: Tensor
     ) -> Tensor:
-        """Features [B, num_features], float32 (shapes and meaning of the inputs: KnowledgeBatch)."""
+        """Features [B, num_features] (shapes and meaning of the inputs: KnowledgeBatch).
+
+        Float32, and computed in it, whatever the inputs, the weights and autocast are: moments of a batch need it.
+        """
+        if torch.is_autocast_enabled(o_BND.device.type):
+            with torch.autocast(o_BND.device.type, enabled=False):
+                return self.forward(o_BND, e_BD, log_z_BN, present_BN, fold_B)
         o_BND, e_BD = o_BND.detach().float(), e_BD.detach().float()
+        # Sizes by .shape[0] here and below: len() makes torch.export take the batch's size for a constant.
         if self.training and self.dropout:
-            present_BN = present_BN & (torch.rand(len(present_BN), 1, device=present_BN.device) >= self.dropout)
+            present_BN = present_BN & (torch.rand(present_BN.shape[0], 1, device=present_BN.device) >= self.dropout)
         # What stands in the place of an absent answer may be anything, nan included: each part leaves it out.
         features = [present_BN.float()]
         if self.mode != "matching":
@@ -163,10 +178,11 @@ def fold_weights(num_folds: int, in_dim: int, out_dim: int) -> nn.Parameter:
 
 
 def project_by_fold(x_BI: Tensor, weight_KIF: Tensor, bias_KF: Tensor, fold_B: Tensor) -> Tensor:
-    """Each row by the projection of its own fold, [B, F]."""
+    """Each row by the projection of its own fold, [B, F], in the dtype of x."""
+    weight_KIF, bias_KF = weight_KIF.to(x_BI.dtype), bias_KF.to(x_BI.dtype)
     # All folds' projections of all rows, then each row's own: K is small, and one batched product beats K gathers.
-    x_KBF = torch.baddbmm(bias_KF[:, None], x_BI.expand(len(bias_KF), -1, -1), weight_KIF)
-    return x_KBF[fold_B, torch.arange(len(fold_B), device=fold_B.device)]
+    x_KBF = torch.baddbmm(bias_KF[:, None], x_BI.expand(bias_KF.shape[0], -1, -1), weight_KIF)
+    return x_KBF[fold_B, torch.arange(fold_B.shape[0], device=fold_B.device)]
 
 
 class MaskedStandardise(nn.Module):
@@ -174,6 +190,7 @@ class MaskedStandardise(nn.Module):
 
     BatchNorm without scale and shift, whose moments leave absent entries out: a batch's own while training (running
     ones are kept beside), the running ones in evaluation. A column without a present entry in a batch leaves no trace.
+    The running moments stay float32 when the model is cast to another dtype. Several processes: see moments.py.
     """
 
     mean_F: Tensor
@@ -186,6 +203,13 @@ class MaskedStandardise(nn.Module):
         self.register_buffer("mean_F", torch.zeros(num_features))
         self.register_buffer("var_F", torch.ones(num_features))
         self.register_buffer("is_started_F", torch.zeros(num_features))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskedStandardise":
+        def in_own_dtype(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(in_own_dtype, recurse)
 
     def forward(self, x_BX: Tensor, present_BX: Tensor) -> Tensor:
         """x_BX standardised, float32, in its shape: [B, F] or [B, …] with F columns in all. present_BX: bool, of that
@@ -215,4 +239,4 @@ class MaskedStandardise(nn.Module):
 
 def _sum_of_rows(x_BX: Tensor) -> Tensor:
     """Sum over the first axis, as a matrix product: several times as fast on a CPU as a sum over rows."""
-    return (x_BX.new_ones(1, len(x_BX)) @ x_BX.flatten(1)).view(x_BX.shape[1:])
+    return (x_BX.new_ones(1, x_BX.shape[0]) @ x_BX.flatten(1)).view(x_BX.shape[1:])

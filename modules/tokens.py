@@ -65,6 +65,37 @@ def feature_order(tables: EmbeddingBagCollection) -> list[str]:
     return [feature for config in tables.embedding_bag_configs() for feature in config.feature_names]
 
 
+def guard_key_order(model: nn.Module) -> None:
+    """Makes each sharded embedding module in `model` raise ValueError for keys in another order than in its first call.
+
+    Without it such a module reads wrong rows, silently: it keeps the order of the first KeyedJaggedTensor that it sees.
+    Call it once, after DistributedModelParallel; above all where two models share tables. Modules that are not sharded
+    go by the names and are left alone.
+    """
+    from torchrec.distributed.types import ShardedModule
+
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            module.register_forward_pre_hook(_KeyOrder(name))
+
+
+class _KeyOrder:
+    """A hook that remembers the keys of the first call."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.keys: list[str] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        keys = next((arg.keys() for arg in args if isinstance(arg, KeyedJaggedTensor)), None)
+        self.keys = self.keys or keys
+        if keys != self.keys:
+            raise ValueError(
+                f"{self.name or type(module).__name__} was first called with the keys {self.keys} and now with {keys}: "
+                "a sharded collection keeps the first order and would read wrong rows; permute the KeyedJaggedTensor"
+            )
+
+
 def make_kjt(
     features: Sequence[str], columns: Mapping[str, tuple[Tensor, Tensor]], *, stride: int
 ) -> KeyedJaggedTensor:

@@ -195,7 +195,7 @@ class Ranker(nn.Module, ABC):
         if self.row_features:
             row_BR = torch.cat([embedded[f][batch.num_tokens :] for f in self.row_features], dim=1)
         else:
-            row_BR = token_UD.new_zeros(len(batch), 0)
+            row_BR = token_UD.new_zeros(batch.target_B.shape[0], 0)
         target_BI = nn.functional.embedding(batch.target_B, token_UD[:, : self.item_dim])
         return Looked(token_UD, target_BI, row_BR)
 

@@ -220,3 +220,42 @@ def test_stands_in_front_of_torchrecs_over_arch():
 def test_to_moves_what_is_there():
     moved = make_batch()._replace(log_z_BN=None).to("cpu")
     assert moved.log_z_BN is None and moved.o_BND.shape == (B, N, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["direct", "matching", "both"])
+def test_low_precision_weights_and_autocast_compute_in_float32(mode, dtype):
+    plain, batch = make_fusion(mode, attention=True), make_batch(rows=3000)
+    low = make_fusion(mode, attention=True).to(dtype)
+    plain.load_state_dict(low.state_dict())  # weights rounded alike
+    assert low.state_dict().keys() == plain.state_dict().keys()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(plain(*batch), low(*batch), rtol=0, atol=0)
+    for module in (plain, low):
+        module.eval()
+    assert plain(*batch).dtype == torch.float32
+    torch.testing.assert_close(low(*batch), plain(*batch), rtol=0, atol=0)
+    buffers = dict(low.named_buffers())
+    assert buffers and all(x.dtype == torch.float32 for x in buffers.values())
+    trained = make_fusion(mode, attention=True)
+    trained(*batch)
+    moments = {name: x.clone() for name, x in trained.named_buffers()}
+    assert all(torch.equal(x, moments[name]) for name, x in trained.to(dtype).named_buffers())  # not rounded
+    low.train()(*batch).sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in low.parameters())
+
+
+def test_to_takes_what_torchrecs_pipelines_give():
+    from torchrec.streamable import Pipelineable
+
+    batch = make_batch()
+    assert isinstance(batch, Pipelineable)
+    moved = batch.to(torch.device("cpu"), non_blocking=True)
+    assert all(torch.equal(x, y) for x, y in zip(batch, moved)) and batch.to("meta").o_BND.is_meta
+
+
+def test_moments_made_on_the_meta_device_can_be_placed():
+    with torch.device("meta"):
+        scale = MaskedStandardise(3)
+    placed = scale.to_empty(device="cpu")
+    assert {x.device.type for x in placed.buffers()} == {"cpu"}

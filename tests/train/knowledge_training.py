@@ -19,6 +19,8 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 
 from lumrec.evaluation.metrics import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
+from lumrec.modules.moments import average_moments
+from lumrec.modules.tokens import guard_key_order
 from lumrec.modules.torchrec_models import KnowledgeModel
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, rank, shard
@@ -82,19 +84,32 @@ def train(folder: str, name: str) -> None:
     model = KnowledgeModel(make_model(name), make_fusion())
     settings = OptimizerConfig(dense_lr=1e-2)
     dmp = shard(model, device=device, optimizer=settings)
+    guard_key_order(dmp)
     optimizer, before = build_optimizer(dmp, settings), weights_of(dmp)
     for step in range(STEPS):
         dense, sparse, knowledge, label_B = make_batch(2 * step + rank(), ROWS // 2 + rank())
         optimizer.zero_grad()
         loss_of(name, dmp(dense, sparse, knowledge), label_B).backward()
         optimizer.step()
+    scale = model.fusion.matching_scale
+    scale.is_started_F[0] = float(rank())  # as if rank 0 had not met the first column
+    own = scale.mean_F.tolist()
+    average_moments(dmp)
+    moments = {"own": own, "mean": scale.mean_F.tolist(), "is_started": scale.is_started_F.tolist()}
     dmp.eval()
     dense, sparse, knowledge, label_B = make_batch(1_000_000, 2000)
     absent = knowledge._replace(present_BN=torch.zeros_like(knowledge.present_BN))
     with torch.no_grad():
         scores = [dmp(dense, sparse, what).squeeze(1).numpy().astype(np.float64) for what in (knowledge, absent)]
     after = weights_of(dmp)
+    try:
+        dmp(dense, sparse.permute([1, 0, 2]), knowledge)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
     report = {
+        "moments": moments,
+        "refused": refused,
         "auc": auc(label_B, scores[0]),
         "auc_absent": auc(label_B, scores[1]),
         "moved": {key: not torch.equal(value, after[key]) for key, value in before.items()},

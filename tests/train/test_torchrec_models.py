@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from knowledge_training import MODELS, loss_of, make_batch, make_fusion, make_model
+from knowledge_training import IDS, MODELS, D, K, N, loss_of, make_batch, make_fusion, make_model
 from torch import nn
+from torchrec import KeyedJaggedTensor
 
+from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 from lumrec.modules.torchrec_models import KnowledgeModel, WidenedLinear
 
 
@@ -31,6 +33,22 @@ def test_every_table_and_every_new_weight_moves(reports, name):
     added = [key for key in moved if "added_weight" in key or key.startswith("fusion.") and "_KF" in key]
     assert (len(tables), len(added)) == (3, 3)
     assert [key for key in (*tables, *added) if not moved[key]] == []
+
+
+def test_moments_are_the_mean_of_the_ranks_that_met_a_column(reports):
+    one, two = (report["moments"] for report in reports["DLRM"])
+    assert one["own"][1:] != two["own"][1:] and one["mean"] == two["mean"] and set(one["is_started"]) == {1.0}
+    assert one["mean"][0] == two["own"][0]
+    expected = [(a + b) / 2 for a, b in zip(one["own"][1:], two["own"][1:])]
+    assert one["mean"][1:] == pytest.approx(expected, abs=1e-6)
+
+
+def test_keys_in_another_order_are_refused_by_sharded_tables(reports):
+    for report in reports["DLRM"]:
+        assert (
+            "was first called with the keys ['user', 'item', 'page'] and now with ['item', 'user', 'page']"
+            in (report["refused"])
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,6 +114,38 @@ def test_torchrecs_pipelines_can_trace_it():
 
     graph = Tracer().trace(model)
     assert [node.target for node in graph.nodes if node.op == "call_module"][0] == "fusion"
+
+
+class Flat(nn.Module):
+    """A KnowledgeModel whose inputs are tensors, as an exported one's are."""
+
+    def __init__(self, model: KnowledgeModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, dense, values, lengths, o_BND, e_BD, log_z_BN, present_BN, fold_B):
+        sparse = KeyedJaggedTensor(list(IDS), values, lengths=lengths)
+        log_z_BN = log_z_BN if self.model.fusion.has_log_z else None
+        return self.model(dense, sparse, KnowledgeBatch(o_BND, e_BD, log_z_BN, present_BN, fold_B))
+
+
+@pytest.mark.parametrize("has_log_z", [False, True])
+@pytest.mark.parametrize("mode", ["direct", "matching", "both"])
+def test_every_mode_is_exported_with_a_batch_of_any_size(mode, has_log_z):
+    fusion = KnowledgeFusion(mode, N, D, K, 6, attention=has_log_z, has_log_z=has_log_z)
+    model = Flat(KnowledgeModel(make_model("DLRM"), fusion, zero_start=False))
+
+    def inputs(rows: int):
+        dense, sparse, knowledge, _ = make_batch(rows, rows)
+        return dense, sparse.values(), sparse.lengths(), *knowledge
+
+    model(*inputs(50))  # moments of its own
+    model.eval()
+    batch = torch.export.Dim("batch", min=2)
+    sizes = tuple({0: 3 * batch if place in (1, 2) else batch} for place in range(8))
+    exported = torch.export.export(model, inputs(7), dynamic_shapes=sizes).module()
+    for rows in (2, 7, 33):
+        torch.testing.assert_close(exported(*inputs(rows)), model(*inputs(rows)))
 
 
 def test_models_that_it_does_not_fit_are_refused():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchrec.streamable import Pipelineable
 
 MODES = ("direct", "matching", "both")
 
@@ -37,6 +38,9 @@ class KnowledgeBatch(NamedTuple):
         for value in self:
             if value is not None:
                 value.record_stream(stream)  # type: ignore[arg-type]
+
+
+Pipelineable.register(KnowledgeBatch)
 
 
 class KnowledgeFusion(nn.Module):

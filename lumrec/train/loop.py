@@ -24,6 +24,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
 from lumrec.errors import UserError
+from lumrec.modules.moments import average_moments
 from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.files import write_atomically
@@ -297,6 +298,7 @@ class _Fit:
             self._log(bar)
         better = self._evaluate() if self.evaluate is not None and due(self.config.eval_every) else False
         if better or due(self.config.checkpoint_every) or self.ended_by is not None:
+            average_moments(self.model)  # one rank's are saved
             path = self.checkpointer.save(
                 self.state.step,
                 state=asdict(self.state),

@@ -27,6 +27,7 @@ from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
 from lumrec.modules.knowledge import MODES, KnowledgeFusion
+from lumrec.modules.moments import average_moments
 from lumrec.modules.rankers.base import RankBatch, Ranker
 from lumrec.modules.rankers.dien import Dien
 from lumrec.modules.rankers.din import Din
@@ -197,7 +198,7 @@ def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, 
     """Logit of each of the rows `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
     was_training = dmp.training
     dmp.eval()
-    average_buffers(dmp)
+    average_moments(dmp)
     logit_N = torch.zeros(len(rows), dtype=torch.float64)
     times_N = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
@@ -210,15 +211,6 @@ def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, 
         dist.all_reduce(times_N)
     dmp.train(was_training)
     return (logit_N / times_N).numpy()
-
-
-def average_buffers(dmp: DistributedModelParallel) -> None:
-    """Makes running moments (Dice's, the knowledge's) equal on all ranks; each has seen its own rows. Collective."""
-    if world_size() > 1:
-        for buffer in dmp.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world_size()
 
 
 def build_rows(

@@ -23,6 +23,7 @@ from lumrec.errors import UserError
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
 from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_targets, sum_over_ranks
 from lumrec.modules.losses import info_nce
+from lumrec.modules.moments import average_moments
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.query.store import Knowledge
 from lumrec.train.identity import Settings
@@ -32,7 +33,7 @@ from lumrec.train.lum import data_tables
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
-from lumrec.train.rank import average_buffers, open_knowledge
+from lumrec.train.rank import open_knowledge
 from lumrec.train.run import RunFolder
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def retrieval_metrics(
     targets = last_events(builder.data, part, among=positive_events(config, builder.data), max_users=max_users)
     training = dmp.training
     dmp.eval()
-    average_buffers(dmp)
+    average_moments(dmp)
     try:
         o_BV = user_vectors(dmp, builder, targets.row_B.numpy(), batch_size=config.batch_size)
         e_IV = item_vectors(dmp, builder)

@@ -12,7 +12,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-torchrec-model.md"
 def test_the_pages_code_runs_and_scores_start_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     publish(tmp_path / "runs" / "shop-query", keys=["4711", "0815"], items=["p02", "p08"])
-    own_model, once, each_batch, checkpoint = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    own_model, once, each_batch, checkpoint, export, means = re.findall(
+        r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL
+    )
     names: dict = {}
     building, loading = own_model.split("model.load_state_dict")
     exec(building, names)
@@ -30,3 +32,8 @@ def test_the_pages_code_runs_and_scores_start_unchanged(tmp_path, monkeypatch):
     exec(each_batch, names)
     changed = (names["logits"] != plain)[:, 0].tolist()
     assert changed == [True, False, True, False]
+    exec(export, names)
+    with torch.no_grad():
+        expected = names["model"](names["dense_features"], names["sparse_features"], names["knowledge"])
+    torch.testing.assert_close(names["exported"].module()(*names["inputs"]), expected)
+    exec(means, names)

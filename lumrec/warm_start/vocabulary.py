@@ -27,7 +27,7 @@ def read_vocabulary(
     `rows` rows has not.
     """
     key, row = columns
-    frame = read_columns(path, [key, row]).select(pl.col(key).alias("key"), pl.col(row).alias("row"))
+    frame = read_columns(path, [key, row], numbers=[row]).select(pl.col(key).alias("key"), pl.col(row).alias("row"))
     frame = frame.with_columns(_keys(frame["key"], path, key), _row_numbers(frame["row"], path, row))
     if missing := int(frame.select(pl.any_horizontal(pl.all().is_null())).sum().item()):
         raise UserError(f"{path}: {missing:,} entries lack their raw id or their row")
@@ -50,18 +50,19 @@ def read_vocabulary(
     return frame
 
 
-def read_columns(path: Path, columns: list[str]) -> pl.DataFrame:
-    """A Parquet or CSV file that has these columns, of which the first is text in CSV."""
+def read_columns(path: Path, columns: list[str], *, numbers: Sequence[str] = ()) -> pl.DataFrame:
+    """A Parquet or CSV file that has these columns; in CSV all but `numbers` are text."""
     if not path.is_file():
         raise MissingFileError(
             f"there is no file {path}; expected Parquet or CSV with the columns {', '.join(columns)}"
         )
     try:
-        # Raw ids are text: "007" is not 7.
+        # Raw ids and categories are text: "007" is not 7.
+        texts = {name: pl.String for name in columns if name not in numbers}
         frame = (
             pl.read_parquet(path)
             if path.suffix == ".parquet"
-            else pl.read_csv(path, schema_overrides={columns[0]: pl.String}, infer_schema_length=None)
+            else pl.read_csv(path, schema_overrides=texts, infer_schema_length=None)
         )
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'CSV'}: {str(error).splitlines()[0]}") from None

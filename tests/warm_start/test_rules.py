@@ -12,7 +12,7 @@ from torch import nn
 
 from lumrec.warm_start import PlanError, warm_start
 from lumrec.warm_start.rules import read_rules
-from lumrec.warm_start.vocabulary import hash_rows
+from lumrec.warm_start.vocabulary import hash_rows, read_columns
 
 
 class Shop(nn.Module):
@@ -257,3 +257,9 @@ def test_narrow_numbers_widen_and_wide_ones_narrow_only_by_leave(shop, tmp_path,
     narrow = Shop(dtype=dtype)
     warm_start(narrow, path, {"rules": [{"source": "", "match": "prefix", "dtype": "cast"}]})
     assert torch.equal(narrow.item.weight.detach(), state["item.weight"].to(dtype))
+
+
+def test_categories_of_a_csv_are_text(tmp_path):
+    (tmp_path / "c.csv").write_text("key,category\n007,010\n7,10\n8,NO\n")
+    frame = read_columns(tmp_path / "c.csv", ["key", "category"])
+    assert (frame["key"].to_list(), frame["category"].to_list()) == (["007", "7", "8"], ["010", "10", "NO"])

@@ -26,6 +26,7 @@ from lumrec.data.facts import ColumnFacts, column_facts, whole_days
 from lumrec.data.forms import check_forms
 from lumrec.data.guess import Guess, guess_data
 from lumrec.data.intake import Intake, count_reasons, take_in
+from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.negative_rows import draw_lines, draw_warnings
 from lumrec.data.numbers import number_facts, number_lines
 from lumrec.data.parts import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
@@ -132,14 +133,14 @@ def _check_log(config: Any, report: Report, scratch: Path) -> None:
     data = replace(data, log=replace(data.log, known_after=known))
     raw = replace(raw, known_after=tuple(sorted({*raw.known_after, *known})))
     log = data.log
-    keys = [log.user, log.item, log.timestamp, log.item_in_items, log.user_in_users, log.title, "label"]
-    only_days = whole_days(raw)
+    keys = [log.user, log.item, log.timestamp, log.item_in_items, log.user_in_users, log.title, "label", data.request]
+    only_days = raw.has_clock and whole_days(raw)
     suggestions = suggest(
         facts,
         keys=[*keys, *([label] if is_plain else [])],
         label=label,
         known_after=raw.known_after,
-        whole_days=only_days,
+        made_of_time=[] if not raw.has_clock else ["weekday"] if only_days else ["hour", "weekday"],
         with_files=[role for role, frame in (("item", raw.items), ("user", raw.users)) if frame is not None],
     )
     own = bool(config.schema.features)
@@ -224,14 +225,20 @@ def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: R
         "prepared, that would be",
         [
             f"{intake.num_events:,} of {intake.num_read:,} events of {len(users):,} users on {found['items']:,} items",
-            f"times     {_day(found['first'], raw)} … {_day(found['last'], raw)}"
-            + ("" if raw.absolute_time else " (counted from each user's first event)"),
+            *([_time_line(found["first"], found["last"], raw)] if raw.has_clock else []),
             "per user  "
             + ", ".join(f"{_quantile(q)} {int(users['len'].quantile(q) or 0):,}" for q in QUANTILES)
             + " events",
             f"label     {found['positive']:.2%} positive",
+            seen_line(intake.num_with_earlier / intake.num_events, has_clock=raw.has_clock),
+            *(
+                [f"{intake.num_by_themselves:,} events have no request: each was shown by itself"]
+                if raw.request
+                else []
+            ),
         ],
     )
+    report.warnings += seen_warnings(intake.num_without_history / intake.num_events)
     left_out = count_reasons(intake.quarantine)
     report.section(
         "quarantined, with the reason", [f"{count:,} {reason}" for reason, count in left_out.items()] or ["none"]
@@ -290,8 +297,8 @@ def _warn_of_columns(
         )
     if only_days:
         report.warnings.append(
-            "all times are dates without a time of day: events of one day keep the order of the files, and hour says "
-            "nothing"
+            "all times are dates without a time of day: rankers see the events of earlier days alone, as nobody knows the "
+            "order within one, and hour says nothing"
         )
     for column in facts:
         if column.distinct > MANY_VALUES and not column.is_number:
@@ -336,6 +343,11 @@ def _type(column: ColumnFacts) -> str:
 def _examples(column: ColumnFacts) -> str:
     texts = [text if len(text) <= 24 else f"{text[:23]}…" for text in column.examples]
     return " | ".join(" ".join(text.split()) for text in texts)
+
+
+def _time_line(first: int, last: int, raw: RawLog) -> str:
+    relative = "" if raw.absolute_time else " (counted from each user's first event)"
+    return f"times     {_day(first, raw)} … {_day(last, raw)}{relative}"
 
 
 def _quantile(q: float) -> str:

@@ -19,7 +19,7 @@ from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
 from lumrec.data.simulator import click_facts
 from lumrec.data.sources.raw_log import RawLog
-from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign, cut_times
+from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign_block, cut_times
 from lumrec.data.vocabulary import build_vocabulary, count_values, encode
 from lumrec.errors import UserError
 
@@ -96,6 +96,9 @@ def convert(
     counts = count(intake, catalogues, left_out)
     facts = _facts(folder / "events", len(catalogues["item"].frame))
     facts["same_moment_share"] = intake.num_with_earlier / intake.num_events
+    facts["no_history_share"] = intake.num_without_history / intake.num_events
+    if raw.request:
+        counts["events_without_request"] = intake.num_by_themselves
     if drawn:
         check_features_of_the_moment(schema, folder / "events")
         counts["negatives"] = drawn.num_rows
@@ -130,11 +133,7 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) 
         block = pl.read_parquet(path)
         user_E = block["user"].to_numpy()
         first, last = int(user_E[0]), int(user_E[-1]) + 1
-        offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
-        before_E = np.arange(len(block)) - block["rows_back"].to_numpy()
-        split_E = assign(
-            split, user_ids[first:last].to_list(), offsets, block["timestamp"].to_numpy(), cuts, before_E=before_E
-        )
+        split_E = assign_block(split, block, user_ids, cuts)
         is_train_E = split_E == TRAIN
         item_N += np.bincount(block["item"].to_numpy()[is_train_E], minlength=len(item_N))
         user_N[first:last] += np.bincount(user_E[is_train_E] - first, minlength=last - first)

@@ -135,6 +135,9 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> Tuple[LogConfig
     taken: List[str] = []
     for key, names in (("user", USER_NAMES), ("item", ITEM_NAMES), ("timestamp", TIME_NAMES)):
         given = getattr(log, key)
+        if key == "timestamp" and not given:
+            told.append(Guess(key, "none", "data.log.timestamp is '': the rows are in the order of events"))
+            continue
         if given in events.schema or given != getattr(default, key):
             events.require(given, f"data.log.{key}")
             column, why = given, f"data.log.{key}" if given != getattr(default, key) else "by its name"

@@ -41,7 +41,8 @@ class Intake:
     timestamp (i64, seconds), rows_back (u32, how many rows before each its moment begins; lumrec/data/moments.py),
     order, label, the raw values of each feature by its name. quarantine: Parquet files of rows left out. num_read:
     events read; num_events: those in the blocks; num_with_earlier: those of them whose moment begins before them;
-    num_by_themselves: those without a value of data.request, where there is one.
+    num_without_history: those whose moment is their user's first; num_by_themselves: those without a value of
+    data.request, where there is one.
     """
 
     items: pl.DataFrame
@@ -51,6 +52,7 @@ class Intake:
     num_read: int = 0
     num_events: int = 0
     num_with_earlier: int = 0
+    num_without_history: int = 0
     num_by_themselves: int = 0
 
 
@@ -61,6 +63,7 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     item was shown, or no event is left.
     """
     check_known_after(schema, raw.known_after)
+    check_times(schema, raw)
     events = _with_wishes_of_items(with_derived_columns(raw), raw, schema)
     columns = _columns_to_keep(raw, schema, events.collect_schema())
     dense = [feature.column for feature in schema.features.values() if feature.kind == "dense"]
@@ -74,14 +77,17 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     intake = Intake(items, users, num_read=num_read, quarantine=quarantine)
     for name, bad in (("bad-items", bad_items), ("bad-users", bad_users)):
         intake.quarantine.append(_written(bad, scratch / f"{name}.parquet"))
+    of_time = {name: f.column for name, f in of_roles(schema, EVENT_ROLES).items() if f.column in made_of_time(raw)}
     parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch, exact=raw.exact)
     landed.unlink()
     for path in parted:
-        block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates)
+        # Without a clock, equal rows are told apart by their order: an item that is met again is no duplicate.
+        block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates and raw.has_clock)
         if SHOWN_WITH in block.columns:
             intake.num_by_themselves += block[SHOWN_WITH].null_count()
-        block = with_moments(block, has_clock=raw.has_clock)
+        block = with_moments(block, raw, of_time=of_time)
         intake.num_with_earlier += int((block["rows_back"] > 0).sum())
+        intake.num_without_history += _num_without_history(block)
         intake.quarantine.append(_written(_quarantined(_with_keys(again, intake)), path.with_suffix(".again.parquet")))
         intake.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
         intake.num_events += len(block)
@@ -123,6 +129,21 @@ def check_known_after(schema: SchemaConfig, known_after: Sequence[str]) -> None:
         )
 
 
+def check_times(schema: SchemaConfig, raw: RawLog) -> None:
+    """Raises UserError for a feature that is the request, or one that is made of the time of a log without a clock."""
+    for name, feature in schema.features.items():
+        if raw.request and feature.column == raw.request:
+            raise UserError(
+                f"schema.features.{name}: column {feature.column!r} is data.request, which only tells which rows were "
+                "shown together; leave the feature out, or give another column as data.request"
+            )
+        if not raw.has_clock and feature.column in made_of_time(raw):
+            raise UserError(
+                f"schema.features.{name}: {feature.column} is made of the time, and this log has no times "
+                "(data.log.timestamp is ''); leave the feature out, or name the column of the times"
+            )
+
+
 def of_roles(schema: SchemaConfig, roles: Sequence[str]) -> Dict[str, FeatureConfig]:
     """The features of these roles, dense ones among them."""
     return {name: feature for name, feature in schema.features.items() if feature.role in roles}
@@ -133,16 +154,9 @@ def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
 
     A column of that name that the log has of its own stays as it is.
     """
-    local = pl.from_epoch(pl.col("time_us") + int(raw.utc_offset_hours * 3_600_000_000), time_unit="us").dt
-    of_day = pl.lit(pl.Series(TIMES_OF_DAY, dtype=pl.String)).gather(local.hour() // 6)
-    derived = {
-        "feedback": pl.when(pl.col("label").is_not_null()).then(
-            pl.when(pl.col("label") > 0).then(pl.lit("like")).otherwise(pl.lit("dislike"))
-        ),
-        "hour": local.hour().cast(pl.String),
-        "weekday": local.weekday().cast(pl.String),
-        "time_of_day": of_day,
-    }
+    feedback = pl.when(pl.col("label") > 0).then(pl.lit("like")).otherwise(pl.lit("dislike"))
+    derived: Dict[str, pl.Expr] = {"feedback": pl.when(pl.col("label").is_not_null()).then(feedback)}
+    derived |= _of_time(pl.col("time_us"), raw.utc_offset_hours)
     names = raw.events.collect_schema().names()
     return raw.events.with_columns(**{name: expr for name, expr in derived.items() if name not in names})
 
@@ -158,6 +172,21 @@ def _with_wishes_of_items(events: pl.LazyFrame, raw: RawLog, schema: SchemaConfi
         items = items.filter(pl.col("reason").is_null())
     items = items.select("item_id", *sorted(wishes)).unique("item_id", keep="first", maintain_order=True)
     return events.join(items, on="item_id", how="left")
+
+
+def made_of_time(raw: RawLog) -> List[str]:
+    """The columns that `with_derived_columns` makes of the time of this log's events."""
+    names = raw.events.collect_schema().names()
+    return [name for name in _of_time(pl.col("time_us"), 0.0) if name not in names]
+
+
+def _of_time(time_us: pl.Expr, utc_offset_hours: float) -> Dict[str, pl.Expr]:
+    local = pl.from_epoch(time_us + int(utc_offset_hours * 3_600_000_000), time_unit="us").dt
+    return {
+        "hour": local.hour().cast(pl.String),
+        "weekday": local.weekday().cast(pl.String),
+        "time_of_day": pl.lit(pl.Series(TIMES_OF_DAY, dtype=pl.String)).gather(local.hour() // 6),
+    }
 
 
 def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> List[str]:
@@ -370,19 +399,29 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
     return block.filter(~is_again), again
 
 
-def with_moments(block: pl.DataFrame, *, has_clock: bool) -> pl.DataFrame:
+def with_moments(block: pl.DataFrame, raw: RawLog, *, of_time: Dict[str, str]) -> pl.DataFrame:
     """A sorted block with `rows_back` and, in place of time_us, `timestamp` in seconds; the requests are used up.
 
-    Without a clock every event is a moment of its own, in the order of the log.
+    of_time: features and the column made of the time that each reads: a row's is that of its moment. Without a clock
+    every event is a moment of its own, in the order of the log.
     """
-    timestamp = (pl.col("time_us") // 1_000_000).alias("timestamp")
-    back_E = np.zeros(len(block), np.uint32)
-    if has_clock:
-        user_E, time_E = block["user"].to_numpy(), block["time_us"].to_numpy()
+    row_E = before_E = np.arange(len(block))
+    if raw.has_clock:
         request_E = block[SHOWN_WITH] if SHOWN_WITH in block.columns else None
-        back_E = (np.arange(len(block)) - first_of_moment(user_E, time_E, request_E)).astype(np.uint32)
-    block = block.with_columns(timestamp, pl.Series("rows_back", back_E))
+        before_E = first_of_moment(block["user"].to_numpy(), block["time_us"].to_numpy(), request_E)
+    made = _of_time(pl.col("time_us").gather(pl.lit(pl.Series(before_E))), raw.utc_offset_hours)
+    block = block.with_columns(
+        (pl.col("time_us") // 1_000_000).alias("timestamp"),
+        pl.Series("rows_back", (row_E - before_E).astype(np.uint32)),
+        *(made[column].alias(name) for name, column in of_time.items() if SHOWN_WITH in block.columns),
+    )
     return block.drop("time_us", SHOWN_WITH, strict=False)
+
+
+def _num_without_history(block: pl.DataFrame) -> int:
+    """Rows of a sorted block whose moment is their user's first."""
+    user_E, row_E = block["user"].to_numpy(), np.arange(len(block))
+    return int((row_E - block["rows_back"].to_numpy() == np.searchsorted(user_E, user_E)).sum())
 
 
 def _gathered(column: pl.Series, order: pl.Series) -> pl.Series:

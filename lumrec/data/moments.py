@@ -16,8 +16,12 @@ Shape suffixes: E events, in order of user, time and original row.
 
 from __future__ import annotations
 
+from typing import List
+
 import numpy as np
 import polars as pl
+
+MUCH = 0.5  # share of rows without any history from which on something is wrong
 
 
 def first_of_moment(user_E: np.ndarray, time_E: np.ndarray, request_E: pl.Series | None = None) -> np.ndarray:
@@ -51,3 +55,26 @@ def inseparable(before_E: np.ndarray) -> np.ndarray:
     reached_E = np.minimum.accumulate(before_E[::-1])[::-1]  # by this row or a later one
     place_E = np.arange(len(before_E))
     return np.maximum.accumulate(np.where(reached_E == place_E, place_E, 0))
+
+
+def seen_line(share: float, *, has_clock: bool) -> str:
+    """What rankers see of a log in which `share` of the rows have an earlier row in their moment, in one line."""
+    if not has_clock:
+        return "the log has no times: every row sees all rows of its user before it, in the order of the log"
+    if not share:
+        return "no two rows of a user have the same time: every row sees all rows of its user before it"
+    return (
+        f"{share:.1%} of the rows share their time or request with an earlier row of the same user: they do not see "
+        "it, nor its feedback, as both were shown or recorded together"
+    )
+
+
+def seen_warnings(no_history_share: float) -> List[str]:
+    """A sentence where more than half of the rows have no history at all."""
+    if no_history_share <= MUCH:
+        return []
+    return [
+        f"{no_history_share:.0%} of the rows have no earlier row of their user to read, as each user has few events or "
+        "few different times. Where the times are dates or all alike and only the order of the rows is known, "
+        "data.log.timestamp='' goes by that; where data.request names a column, has it one value for each page?"
+    ]

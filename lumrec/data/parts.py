@@ -8,7 +8,7 @@ from typing import Dict, List, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, assign, check_split, cut_times
+from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, assign_block, check_split, cut_times
 
 FEW_USERS = 30  # in the test part: an interval over fewer users says little
 LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should have at least, where nothing is asked
@@ -17,17 +17,12 @@ LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should
 def count_parts(
     split: SplitConfig, blocks: Sequence[Path], user_ids: pl.Series, *, absolute_time: bool = True
 ) -> Dict[str, int]:
-    """ "train_events", "train_users", … of each part under `split`; the blocks stay as they are."""
+    """ "train_events", "train_users", … of each part under `split`; the blocks of an intake stay as they are."""
     cuts = cut_times(split, blocks, absolute_time=absolute_time)
     counts = {f"{part}_{what}": 0 for what in ("events", "users") for part in PARTS}
     for path in blocks:
         block = pl.read_parquet(path, columns=["user", "timestamp", "rows_back"])
-        user_E = block["user"].to_numpy()
-        first, last = int(user_E[0]), int(user_E[-1]) + 1
-        offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
-        before_E = np.arange(len(block)) - block["rows_back"].to_numpy()
-        ids, time_E = user_ids[first:last].to_list(), block["timestamp"].to_numpy()
-        split_E = assign(split, ids, offsets, time_E, cuts, before_E=before_E)
+        user_E, split_E = block["user"].to_numpy(), assign_block(split, block, user_ids, cuts)
         for code, part in enumerate(PARTS):
             counts[f"{part}_events"] += int((split_E == code).sum())
             counts[f"{part}_users"] += len(np.unique(user_E[split_E == code]))

@@ -26,6 +26,7 @@ import polars as pl
 from lumrec.data.convert import convert
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
+from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows, draw_lines, draw_warnings
 from lumrec.data.numbers import number_lines
 from lumrec.data.parts import part_line, split_warnings
@@ -61,6 +62,9 @@ class DataConfig:
     this one (pretrain.start_from). max_list_length: rows with a longer list are left
     out, into the quarantine.
     duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
+    request: of source "log": a column of the events with one value for each request (or page) of a user. Rows of one
+    request were shown together, whenever each was recorded: none sees another, and their time is that of the first.
+    "" = rows of the same time were. A row without a value was shown by itself.
     negatives: rows that are drawn for rankers beside a log of positives alone (docs/how-to/own-data.md); null = none.
     log: of source "log". simulator: of source "simulator".
     """
@@ -75,6 +79,7 @@ class DataConfig:
     vocabulary_from: str = ""
     max_list_length: int = 1000
     duplicates: str = "drop"
+    request: str = ""
     negatives: Optional[NegativeRowsConfig] = None
     log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
@@ -241,6 +246,10 @@ def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
         raise UserError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
     if data.negatives is not None:
         check_negative_rows(data.negatives)
+    if data.request and data.source != "log":
+        raise UserError(
+            f"data.request: got {data.request!r} with data.source={data.source}; it names a column of source log alone"
+        )
     return source_module(data.source).read(data, seed=config.seed, scratch=scratch), schema
 
 
@@ -296,7 +305,9 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]
     lines += [f"    {count:,} {reason}" for reason, count in manifest["quarantine"].items()]
-    lines.append(f"  {same_moment(facts['same_moment_share'], has_clock=manifest['has_clock'])}")
+    lines.append(f"  {seen_line(facts['same_moment_share'], has_clock=manifest['has_clock'])}")
+    if "events_without_request" in counts:
+        lines.append(f"  {counts['events_without_request']:,} events have no request: each was shown by itself")
     lines += [f"  {line}" for line in number_lines(manifest["numbers"])]
     if "vocabulary_from" in manifest:
         tables = manifest["vocabulary_from"]["tables"].items()
@@ -319,19 +330,8 @@ def warnings(manifest: Dict[str, Any]) -> List[str]:
     rule, negatives = manifest["split"], manifest["request"]["data"].get("negatives")
     split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
     found = split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
+    found += seen_warnings(manifest["facts"]["no_history_share"])
     return found + (draw_warnings(NegativeRowsConfig(**negatives), manifest["facts"]) if negatives else [])
-
-
-def same_moment(share: float, *, has_clock: bool) -> str:
-    """What follows for rankers from the share of rows that share their moment with an earlier row, in one line."""
-    if not has_clock:
-        return "the log has no clock: every row sees the rows of its user before it, in the order of the log"
-    if not share:
-        return "no two rows of a user have the same time: every row sees all rows of its user before it"
-    return (
-        f"{share:.1%} of the rows have the time of an earlier row of the same user: they do not see it, nor its "
-        "feedback, as both may have been shown together"
-    )
 
 
 def _plain_split(split: SplitConfig) -> Dict[str, Any]:

@@ -184,6 +184,17 @@ def assign(
     ).astype(np.int8)
 
 
+def assign_block(
+    config: SplitConfig, block: pl.DataFrame, user_ids: pl.Series, cuts: Optional[np.ndarray]
+) -> np.ndarray:
+    """`assign` for a block of an intake (user, timestamp, rows_back); user_ids: as text, of all users."""
+    user_E, time_E, back_E = (block[name].to_numpy() for name in ("user", "timestamp", "rows_back"))
+    first, last = int(user_E[0]), int(user_E[-1]) + 1
+    offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
+    before_E = np.arange(len(block)) - back_E
+    return assign(config, user_ids[first:last].to_list(), offsets, time_E, cuts, before_E=before_E)
+
+
 def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> int:
     """Time (seconds) until which the earliest `share` of the training events are, those of the same second included.
 

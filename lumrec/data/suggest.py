@@ -53,13 +53,13 @@ def suggest(
     keys: Sequence[str],
     label: str,
     known_after: Sequence[str],
-    whole_days: bool,
+    made_of_time: Sequence[str],
     with_files: Sequence[str] = (),
 ) -> List[Suggestion]:
     """The features that a log offers, and the columns that it is better without, each with the reason.
 
     keys: columns that are ids or times. known_after: columns known only after the item was shown, as the config or
-    their names say. whole_days: all times are dates, so that there is no hour. with_files: roles (item, user) whose
+    their names say. made_of_time: hour, weekday, where the times say as much. with_files: roles (item, user) whose
     features stand in files of their own, and cannot be columns of the events.
     """
     suggestions = [
@@ -77,11 +77,12 @@ def suggest(
             suggestions.append(Suggestion("title", None, "shown to people, not learned from"))
         else:
             suggestions.append(_of_column(column, label, known_after, with_files))
-    if not whole_days:
+    if "hour" in made_of_time:
         suggestions.append(
             Suggestion("hour", FeatureConfig("context"), "of the time: UTC, unless data.log.utc_offset_hours says else")
         )
-    suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
+    if "weekday" in made_of_time:
+        suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
     seen: Dict[str, Suggestion] = {}
     for suggestion in suggestions:  # a column of two tables is one feature: the item's goes before the user's
         seen.setdefault(suggestion.column, suggestion)

@@ -23,7 +23,15 @@ from lumrec.data.sources.folders import nearest
 from lumrec.data.sources.lines import NO_VALUE
 from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, open_table
 from lumrec.data.sources.log_time import as_microseconds, choose_unit, time_checks
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, check_label_values, first_reason, positive
+from lumrec.data.sources.raw_log import (
+    NO_CLOCK_S,
+    SHOWN_WITH,
+    LabelConfig,
+    RawLog,
+    check_label_values,
+    first_reason,
+    positive,
+)
 from lumrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,9 +67,10 @@ class LogConfig:
 
     events, items, users: files, folders or globs, one or a list (.parquet, .csv, .csv.gz, .tsv, .tsv.gz); items and
     users may be left out, and their features are then columns of the events. user, item, timestamp: names of the key
-    columns. item_in_items, user_in_users: the same in those files, where they are called otherwise ("" = as in the
-    events). title: column of the items to show to people ("" = `title`, where there is one). all_positive: every event
-    is a positive one (a log of purchases, say) and there is no label column.
+    columns. timestamp "": the log has no times, and its rows are in the order of events. item_in_items, user_in_users:
+    the same in those files, where they are called otherwise ("" = as in the events). title: column of the items to show
+    to people ("" = `title`, where there is one). all_positive: every event is a positive one (a log of purchases, say)
+    and there is no label column.
     time_unit: s | ms | us | ns | iso | auto (by the size of the numbers, or ISO 8601; it is told). A time without a
     zone is UTC. utc_offset_hours: local time of the users, for hour, weekday and time_of_day.
     known_after: columns of the events that are known only after the item was shown (dwell time, say); the label's
@@ -143,8 +152,12 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     items, users = tables.items, tables.users
     for key, table, name in (("user", events, config.user), ("item", events, config.item)):
         table.require(name, f"data.log.{key}")
-    events.require(config.timestamp, "data.log.timestamp")
+    if config.timestamp:
+        events.require(config.timestamp, "data.log.timestamp")
     label = label_column(data, events)
+    if data.request:
+        events.require(data.request, "data.request")
+        _check_request(events, data, label)
     item_in_items, user_in_users = config.item_in_items or config.item, config.user_in_users or config.user
     if items is not None:
         items.require(item_in_items, "data.log.item_in_items" if config.item_in_items else "data.log.item")
@@ -159,19 +172,25 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
                 log.warning("%s: column %r is handed on as %r; lumrec uses its name itself", table.name, name, new)
     user_type = id_type([(events, config.user), *([(users, user_in_users)] if users is not None else [])])
     item_type = id_type([(events, config.item), *([(items, item_in_items)] if items is not None else [])])
-    unit, told = choose_unit(events, config.timestamp, config.time_unit)
+    unit, told = "", "no times: rows are in the order of events"
+    if config.timestamp:
+        unit, read_as = choose_unit(events, config.timestamp, config.time_unit)
+        told = f"{config.timestamp} read as {read_as}"
     names = handed_on(events, config, label)
     exact = {config.user: "user_id", config.item: "item_id"}
     known_after = {names.get(name, name) for name in (*as_list(config.known_after), label) if name} | {"label"}
     given = list(tables)
     return RawLog(
-        events=_events(events, config, data.label, label, unit, user_type, item_type),
+        events=_events(events, data, label, unit, user_type, item_type),
         items=_catalogue(items, "item_id", item_in_items, item_type, config) if items is not None else None,
         users=_catalogue(users, "user_id", user_in_users, user_type, config) if users is not None else None,
         files=[file for table in given for file in table.files],
-        note=f"a log of one's own: {', '.join(map(str, given))}; {config.timestamp} read as {told}",
+        note=f"a log of one's own: {', '.join(map(str, given))}; {told}",
         known_after=tuple(sorted(known_after)),
         utc_offset_hours=config.utc_offset_hours,
+        absolute_time=bool(config.timestamp),
+        has_clock=bool(config.timestamp),
+        request=names.get(data.request, data.request),
         exact=tuple(exact.get(name) or names.get(name, name) for name in as_list(config.exact)),
         extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in given}},
     )
@@ -260,16 +279,15 @@ def _is_whole(table: Table, name: str) -> bool:
 
 
 def _events(
-    table: Table,
-    config: LogConfig,
-    label_config: LabelConfig,
-    label: str,
-    unit: str,
-    user_type: pl.DataType,
-    item_type: pl.DataType,
+    table: Table, data: DataConfig, label: str, unit: str, user_type: pl.DataType, item_type: pl.DataType
 ) -> pl.LazyFrame:
+    config, label_config = data.log, data.label
     checks = [_id_check(table, config.user), _id_check(table, config.item)]
-    checks += time_checks(pl.col(config.timestamp), config.timestamp, table.schema[config.timestamp], unit)
+    time = pl.lit(NO_CLOCK_S * 1_000_000, pl.Int64)
+    if config.timestamp:
+        column, kind = pl.col(config.timestamp), table.schema[config.timestamp]
+        checks += time_checks(column, config.timestamp, kind, unit)
+        time = as_microseconds(column, kind, unit)
     made = pl.lit(1.0, pl.Float32)
     if label:
         made = positive(pl.col(label), table.schema[label], label_config)
@@ -277,13 +295,34 @@ def _events(
     keys = {
         "user_id": pl.col(config.user).cast(user_type, strict=False),
         "item_id": pl.col(config.item).cast(item_type, strict=False),
-        "time_us": as_microseconds(pl.col(config.timestamp), table.schema[config.timestamp], unit),
+        "time_us": time,
         "order": pl.col(ROW),
         "label": made,
         "reason": pl.coalesce(REASON, first_reason(*checks)),
         "raw": pl.col(RAW),
     }
+    if data.request:
+        keys[SHOWN_WITH] = _request(table, data.request)
     return table.frame.select(**keys, **_features(table, config, handed_on(table, config, label)))
+
+
+def _check_request(table: Table, data: DataConfig, label: str) -> None:
+    name, kind = data.request, table.schema[data.request]
+    if kind.is_nested():
+        raise UserError(f"data.request: column {name!r} of {table.origin[name]} is of type {kind}; expected one value")
+    for key in ("user", "item", "timestamp"):
+        if name == getattr(data.log, key):
+            raise UserError(f"data.request: got {name!r}, which is data.log.{key}; expected a column of its own")
+    if name == label:
+        raise UserError(f"data.request: got {name!r}, which is the label; expected a column that tells pages apart")
+
+
+def _request(table: Table, name: str) -> pl.Expr:
+    """The request of each row, null where none is given."""
+    column, kind = pl.col(name), table.schema[name]
+    if kind == pl.String:
+        return pl.when(column.str.strip_chars() != "").then(column)
+    return column.fill_nan(None) if kind.is_float() else column
 
 
 def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: LogConfig) -> pl.LazyFrame:

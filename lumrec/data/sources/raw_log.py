@@ -14,6 +14,7 @@ from lumrec.errors import MissingFileError, UserError
 # Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
 # seconds lie far beyond.
 FIRST_POSSIBLE_S, LAST_POSSIBLE_S = 1, 4_102_444_800
+NO_CLOCK_S = 946_684_800  # 2000-01-01 UTC: the time of every event of a log without a clock
 SHOWN_WITH = "lumrec.shown_with"  # a column of events, see RawLog
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 
@@ -51,7 +52,8 @@ class RawLog:
     known_after: columns of events that are known only after the item was shown, the label's among them.
     utc_offset_hours: local time of the users, for hour, weekday and time_of_day, which `convert` makes of time_us.
     absolute_time: False where times of different users cannot be compared.
-    has_clock: False where only the order of events is known, and equal times say nothing.
+    has_clock: False where only the order of events is known, and times say nothing.
+    request: name by which features would find the column that SHOWN_WITH is made of; "" where there is none.
     exact: columns whose values may differ in form alone, such as 007 and 7 (lumrec/data/forms.py); None: all of them.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
@@ -65,6 +67,7 @@ class RawLog:
     utc_offset_hours: float = 0.0
     absolute_time: bool = True
     has_clock: bool = True
+    request: str = ""
     exact: Optional[Tuple[str, ...]] = None
     extra: Dict[str, object] = field(default_factory=dict)
 

@@ -231,13 +231,10 @@ def _check_intake(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: R
             + " events",
             f"label     {found['positive']:.2%} positive",
             seen_line(intake.num_with_earlier / intake.num_events, has_clock=raw.has_clock),
-            *(
-                [f"{intake.num_by_themselves:,} events have no request: each was shown by itself"]
-                if raw.request
-                else []
-            ),
         ],
     )
+    if raw.request:
+        report.lines.insert(-1, f"  {intake.num_by_themselves:,} events have no request: each was shown by itself")
     report.warnings += seen_warnings(intake.num_without_history / intake.num_events)
     left_out = count_reasons(intake.quarantine)
     report.section(
@@ -297,8 +294,8 @@ def _warn_of_columns(
         )
     if only_days:
         report.warnings.append(
-            "all times are dates without a time of day: rankers see the events of earlier days alone, as nobody knows the "
-            "order within one, and hour says nothing"
+            "all times are dates without a time of day: rankers see the events of earlier days alone, as the order "
+            "within one is not known, and hour says nothing"
         )
     for column in facts:
         if column.distinct > MANY_VALUES and not column.is_number:

@@ -164,6 +164,7 @@ def _undecided(key: str, events: Table, rows: pl.DataFrame, taken: Sequence[str]
     return (
         f"data.log.{key}: no column of {events.files[0]} has the name of {what}. Say which it is, "
         f"data.log.{key}=<column>, out of: {', '.join(open_ones)}"
+        + ("; or data.log.timestamp='' where there is none and the rows are in order" if key == "timestamp" else "")
     )
 
 

@@ -131,7 +131,7 @@ def found_ranks(index: ItemIndex, o_BV: Tensor, data: PreparedData, targets: Tar
     Each search asks for k items and as many more as the user with the most seen ones of its block has; users with like
     many are asked together.
     """
-    seen_B = targets.row_B - targets.first_B
+    seen_B = targets.end_B - targets.first_B
     order = torch.argsort(seen_B, stable=True)
     item_E = torch.from_numpy(data.item)
     rank_B = torch.full((len(order),), data.num_items + 1)

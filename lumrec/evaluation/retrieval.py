@@ -57,10 +57,16 @@ class RetrievalConfig:
 
 
 class Targets(NamedTuple):
-    """row_B: int64, event row of each user's target. first_B: int64, first event row of that user."""
+    """row_B: int64, event row of each user's target. first_B: int64, first event row of that user. end_B: int64, row
+    before which that user's history ends: the target's, or the first one of its moment."""
 
     row_B: Tensor
     first_B: Tensor
+    end_B: Tensor
+
+    def take(self, index: Tensor | slice) -> Targets:
+        """Some of them."""
+        return Targets(self.row_B[index], self.first_B[index], self.end_B[index])
 
 
 def evaluate_retrieval(
@@ -108,10 +114,13 @@ def last_events(
     users: np.ndarray | None = None,
     among: np.ndarray | None = None,
     max_users: int = 0,
+    strictly_earlier: bool = False,
 ) -> Targets:
     """The last event of each of `users` (bool [U]) that has one in `part`; with `max_users`, of a fixed sample.
 
-    among: bool [E], the events that may be a target; None = all.
+    among: bool [E], the events that may be a target; None = all. strictly_earlier: the history is what was before the
+    target's moment (lumrec/data/moments.py), as for rankers; else it goes by the order of the log, as in the published
+    protocols of sequence models.
     """
     if part not in PARTS:
         raise UserError(f"part is {part!r}; expected one of {PARTS}")
@@ -127,7 +136,8 @@ def last_events(
     rows = rows[is_last]
     if 0 < max_users < len(rows):
         rows = np.sort(np.random.default_rng(0).choice(rows, max_users, replace=False))
-    return Targets(torch.from_numpy(rows), torch.from_numpy(data.user_offsets[data.user[rows]]))
+    end_B = data.before[rows] if strictly_earlier else rows
+    return Targets(*map(torch.from_numpy, (rows, data.user_offsets[data.user[rows]], end_B)))
 
 
 def target_ranks(
@@ -171,11 +181,11 @@ def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Itera
     users = max(1, tokens_per_pack // (2 * max_events))
     num_users = len(targets.row_B)
     # Histories alike in length go together, so that little is padded.
-    order = torch.argsort((targets.row_B - targets.first_B).clamp(max=max_events), stable=True)
-    targets = Targets(targets.row_B[order], targets.first_B[order])
+    order = torch.argsort((targets.end_B - targets.first_B).clamp(max=max_events), stable=True)
+    targets = targets.take(order)
     for turn in range(math.ceil(num_users / (users * world_size()))):
         start = (turn * world_size() + rank()) * users
-        yield Targets(*(x[start : start + users] for x in targets))
+        yield targets.take(slice(start, start + users))
 
 
 def _ask(
@@ -189,7 +199,7 @@ def _ask(
 ) -> Tensor:
     """Answers o_BND given the history before each target: to the `fixed` condition and, if wished, to the true one."""
     num_users, num_conditions = len(targets.row_B), 2 if config.oracle else 1
-    length_B = (targets.row_B - targets.first_B).clamp(max=max_events - 1)
+    length_B = (targets.end_B - targets.first_B).clamp(max=max_events - 1)
     user_B = torch.from_numpy(builder.data.user)[targets.row_B]
     conditions = {name: column.take(torch.zeros(num_users, dtype=torch.int64)) for name, column in fixed.items()}
     if config.oracle:
@@ -205,7 +215,7 @@ def _ask(
     )
     # TorchRec cannot look up nothing at all, so an empty pack reads one item.
     nothing = torch.zeros(int(num_users == 0), dtype=torch.int64)
-    pack = builder.pack(Windows(targets.row_B - length_B, length_B, user_B), queries=queries, candidates_C=nothing)
+    pack = builder.pack(Windows(targets.end_B - length_B, length_B, user_B), queries=queries, candidates_C=nothing)
     device = next(model.parameters()).device
     with torch.no_grad():
         o_QD = model(pack.to(device), queries_only=True).o_QD
@@ -226,8 +236,8 @@ def rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Target
     users = max(1, SCORE_BUDGET // len(e_ID))
     ranks = [torch.zeros(0, dtype=torch.int64)]
     for start in range(0, len(o_BD), users):
-        row_B, first_B = (x[start : start + users] for x in targets)
-        seen_B = row_B - first_B
+        row_B, first_B, end_B = targets.take(slice(start, start + users))
+        seen_B = end_B - first_B
         ranks.append(
             target_ranks(
                 o_BD[start : start + users],

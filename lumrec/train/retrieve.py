@@ -213,11 +213,12 @@ def retrieval_metrics(
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, Targets]]:
     """{"hr@10": …, "ndcg@10": …, "retrieval_users": …} of `part`, exact over the catalogue; vectors and targets of it.
 
-    The target is each user's last positive event of the part, the history what is before it, and seen items are left
-    out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
+    The target is each user's last positive event of the part, the history what is before its moment, and items of the
+    history are left out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
     Raises UserError where no user has such an event.
     """
-    targets = last_events(builder.data, part, among=positive_events(config, builder.data), max_users=max_users)
+    among = positive_events(config, builder.data)
+    targets = last_events(builder.data, part, among=among, max_users=max_users, strictly_earlier=True)
     training = dmp.training
     dmp.eval()
     average_moments(dmp)
@@ -231,7 +232,7 @@ def retrieval_metrics(
 
 def _exact(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets, ks: List[int]) -> dict[str, float]:
     mine = slice(rank(), None, world_size())
-    ranks = rank_targets(o_BV[mine], e_IV, data, Targets(targets.row_B[mine], targets.first_B[mine]))
+    ranks = rank_targets(o_BV[mine], e_IV, data, targets.take(mine))
     sums, num_users = sum_over_ranks(metric_sums(ranks, ks)), len(targets.row_B)
     return {name: value / num_users for name, value in sums.items()} | {"retrieval_users": float(num_users)}
 
@@ -254,7 +255,7 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
         for fold in range(knowledge.num_folds):
             theirs = answers.fold_B == fold
             if bool(theirs.any()):
-                part = Targets(targets.row_B[theirs], targets.first_B[theirs])
+                part = targets.take(theirs)
                 found = _exact(answers.o_BND[theirs, place], knowledge.items_e[fold].float(), data, part, ks)
                 sums = {metric: value + found[metric] * len(part.row_B) for metric, value in sums.items()}
         result |= {f"lum/{name}/{metric}": value / len(targets.row_B) for metric, value in sums.items()}

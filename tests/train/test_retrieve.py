@@ -187,7 +187,7 @@ def test_seen_items_are_never_recommended(data):
     e_IV = torch.zeros(data.num_items, 1)
     e_IV[data.item[first:row]] = 2.0
     e_IV[data.item[row]] = 1.0
-    one = type(targets)(targets.row_B[:1], targets.first_B[:1])
+    one = targets.take(slice(1))
     expected = 1 if data.item_counts[data.item[row]] > 0 else data.num_items + 1
     assert rank_targets(torch.ones(1, 1), e_IV, data, one).tolist() == [expected]
 

@@ -61,7 +61,7 @@ def facts(column: str, table: str = "events") -> ColumnFacts:
 def test_the_suggested_schema_is_read_back_whatever_the_columns_are_called(tmp_path_factory, columns):
     given_names = readable([name for name, _ in columns])
     facts_of = [facts(given_names[name], table) for name, table in columns]
-    suggestions = suggest(facts_of, keys=[], label="", known_after=[], made_of_time=[])
+    suggestions = suggest(facts_of, keys=[], label="", known_after=[], made_of_time=["hour", "weekday"])
     schema, left_out = as_schema(suggestions), {s.column: s.why for s in suggestions if s.feature is None}
     config = tmp_path_factory.getbasetemp() / "names.yaml"
     config.write_text(as_yaml(DataConfig(), DataConfig(), schema, {s.name: s.why for s in suggestions}, left_out))

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, cast, get_args, get_origin
 
-import yaml
-
 from lumrec.data.prepare import DataConfig
 from lumrec.data.schema import SchemaConfig
 from lumrec.errors import MissingFileError, UserError
@@ -36,6 +34,7 @@ from lumrec.typed_yaml import (
     built,
     defaults,
     dotted,
+    dump,
     field_types,
     overlaid,
     parse,
@@ -138,7 +137,7 @@ def as_word(value: Any) -> str:
     """A value of `leaves` as `load` reads it from a word."""
     if isinstance(value, str):
         return value
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = dump(value, default_flow_style=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

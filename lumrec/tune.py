@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, List
 
 import numpy as np
-import yaml
 
 from lumrec import pipeline
 from lumrec.errors import UserError
 from lumrec.pipeline import Stage, say, write_json
 from lumrec.train.files import write_atomically
+from lumrec.typed_yaml import dump
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -72,7 +72,7 @@ def run(config: Config) -> dict[str, float | str]:
         result[f"{name}/trial"] = best["trial"]
         for origin, trial in (("", best), ("first/", of_name[0])):
             result |= {f"{name}/{origin}{key}": value for key, value in trial.items() if key.startswith("valid/")}
-    text = yaml.safe_dump({"pipeline": {"tuned": tuned}}, sort_keys=False, allow_unicode=True, width=120)
+    text = dump({"pipeline": {"tuned": tuned}}, width=120)
     head = f"# Chosen by {config.rank.select} of the validation part among {config.tune.trials} trials each, seed "
     write_atomically(folder / "tuned.yaml", f"{head}{config.pipeline.seeds[0]} (apps/tune.py).\n{text}")
     say(f"\n{table(trials, tuned)}\n\nevery trial  {folder / 'trials.json'}\nthe winners  {folder / 'tuned.yaml'}")

@@ -254,7 +254,24 @@ def plain(value: Any) -> Any:
 
 def to_yaml(value: Any) -> str:
     """A value as YAML, dataclasses as mappings in the order of declaration; read by its type, it is the same again."""
-    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True)
+    return dump(plain(value))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML writes some line breaks of Unicode as they are, and reads them as blanks: such text is escaped here."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    is_safe = text.replace("\n", "").isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_safe else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(value: Any, **style: Any) -> str:
+    """Plain values as YAML that reads as the same text, in their order. style: of yaml.dump."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
 
 
 def dotted(path: KeyPath) -> str:
@@ -271,7 +288,7 @@ def dotted(path: KeyPath) -> str:
 
 def in_quotes(text: str) -> str:
     """Text in the double quotes of YAML, on one line."""
-    return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
+    return dump(text, default_style='"', width=math.inf).rstrip("\n")
 
 
 def section_of(kind: Any) -> Any:

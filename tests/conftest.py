@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from forks import ForkServer
 from hypothesis import HealthCheck, Phase, settings
-
-sys.path.insert(0, str(Path(__file__).parent / "train"))
-
-from forks import ForkServer  # noqa: E402
 
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
@@ -34,11 +30,16 @@ settings.load_profile("lumrec")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With LUMREC_FUZZ, more examples than a test itself asks for."""
+    """With LUMREC_FUZZ, more examples than a test itself asks for, others each time."""
     tests = {test for item in items if hasattr(test := getattr(item, "obj", None), "hypothesis")} if FUZZ else set()
     for test in tests:
         asked = test._hypothesis_internal_use_settings  # a number in a test's own @settings goes over any profile's
-        test._hypothesis_internal_use_settings = settings(asked, max_examples=FUZZ_FACTOR * asked.max_examples)
+        test._hypothesis_internal_use_settings = settings(
+            asked,
+            max_examples=FUZZ_FACTOR * asked.max_examples,
+            derandomize=False,
+            suppress_health_check=list(HealthCheck),
+        )
 
 
 @pytest.fixture(scope="session")

@@ -56,14 +56,15 @@ def run(command: Sequence[str], limit_s: float) -> int:
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             return process.wait(limit_s)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-    return 0
+            return 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def failed(cache: Path) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Literal, Optional, Union  # noqa: UP035 (the spelling of the config's dataclasses)
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lumrec.config import Config, as_word, leaves, load, with_words
@@ -162,6 +162,7 @@ NASTY = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(TEMP
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(NASTY, st.lists(NASTY, max_size=3), st.dictionaries(NASTY, NASTY, max_size=3), st.floats(), st.integers())
+@example("\x85", ["\u2028", "a\n b", "\r"], {"\x85": "\ufeff", "a\nb": "\u2029"}, 0.0, 0)
 def test_what_is_written_is_read_back(text, texts, mapping, number, whole):
     outer = Outer(
         text=text, texts=texts, by_text=mapping, asked=[mapping, {}], one_or_more=texts, number=number, whole=whole,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import polars as pl
-import yaml
 
 from lumrec.data.facts import ColumnFacts
 from lumrec.data.guess import is_code, is_condition, is_known_after, is_time
@@ -20,7 +19,7 @@ from lumrec.data.schema import (
     folded,
     is_taken_by_torch,
 )
-from lumrec.typed_yaml import in_quotes
+from lumrec.typed_yaml import dump, in_quotes
 
 OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
 MANY = 100  # distinct whole numbers from which on they are taken as quantities
@@ -30,7 +29,7 @@ MANY_EVENTS = 1_000_000  # up to which three seeds of a ranker take minutes
 CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
-_STYLE: Dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 110, "default_flow_style": None}
+_STYLE: Dict[str, Any] = {"width": 110, "default_flow_style": None}
 DERIVED = ("feedback", "hour", "weekday", "time_of_day")
 
 
@@ -176,7 +175,7 @@ def as_yaml(data: Any, default: Any, schema: SchemaConfig, notes: Dict[str, str]
     notes: comment behind a feature, by its name. left_out: columns without a feature, and why, as comments.
     """
     lines = [
-        yaml.safe_dump({"data": _differing(data, default)}, **_STYLE).rstrip(),
+        dump({"data": _differing(data, default)}, **_STYLE).rstrip(),
         "schema:",
     ]
     if schema.tables:
@@ -231,8 +230,8 @@ def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:
     """One line `name: {key: value}` for each entry."""
     lines = []
     for name, entry in entries.items():
-        key = yaml.safe_dump(name, allow_unicode=True, width=10**9).removesuffix("\n").removesuffix("\n...")
-        value = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+        key = dump(name, width=10**9).removesuffix("\n").removesuffix("\n...")
+        value = dump(entry, default_flow_style=True, width=10**9)
         lines.append(f"{key}: {value.rstrip()}")
     return lines
 

@@ -1,15 +1,11 @@
 """A production checkpoint that lumrec had no part in, made once."""
 
-import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "train"), str(Path(__file__).resolve().parent)]
-
-from forks import ForkServer  # noqa: E402
+from digests import digests
+from forks import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +16,6 @@ def production(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> I
     before = digests(folder)
     yield folder
     assert digests(folder) == before
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Checksum of every file below a folder."""
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @pytest.fixture(scope="session")

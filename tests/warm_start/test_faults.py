@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import digests
+from digests import digests
 from safetensors.torch import save_file
 from takeover import ROWS, TABLES, dlrm, rules
 from torch import nn

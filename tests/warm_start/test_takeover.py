@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import digests
+from digests import digests
 from safetensors.torch import save_file
 from takeover import FIRST, ROWS, TABLES, dlrm, rules, scores
 from torchrec import KeyedJaggedTensor

@@ -93,9 +93,10 @@ def test_a_lumrec_checkpoint_is_verified(tmp_path, refused):
     folder = tmp_path / "step-00000001"
     dcp.save({"model": {"weight": torch.ones(2, 2)}}, checkpoint_id=folder, no_dist=True)
     files = {file.name: sha256(file) for file in folder.iterdir()}
-    named = ("format", "step", "best_step", "world_size", "fingerprint", "parameters", "state")
+    meta = dict.fromkeys(("step", "best_step", "world_size"), 1) | dict.fromkeys(("fingerprint", "parameters"), {})
+    meta |= {"state": {}, "sharding": {}, "files": files}
     for number in (1, 99):
-        (folder / "meta.json").write_text(json.dumps({**dict.fromkeys(named, 0), "format": number, "files": files}))
+        (folder / "meta.json").write_text(json.dumps(meta | {"format": number}))
         (folder / "COMPLETE").write_text(sha256(folder / "meta.json"))
         model = nn.Linear(2, 2, bias=False)
         if number == 1:

@@ -123,8 +123,11 @@ def test_torchrecs_int8_tables_are_read_as_numbers(tmp_path, dim, beside):
     audit = warm_start(model, tmp_path / "int8.safetensors", {"rules": [rule | {"quantized": "int8"}]}, block_bytes=50)
     assert (model.weight - weight).abs().max() <= (weight.amax(1) - weight.amin(1)).max() / 255
     assert audit.rows[0].dtype == "float32 (from int8)" and audit.unused == []
-    with pytest.raises(ValueError, match="bytes a row, which hold its|do not span the bytes"):
-        warm_start(nn.Embedding(6, dim), tmp_path / "int8.safetensors", {"rules": [rule | {"quantized": "int8_fused"}]})
+    if beside or dim != 8:  # 16 bytes a row are both forms' width there
+        with pytest.raises(ValueError, match="bytes a row, which hold its"):
+            warm_start(
+                nn.Embedding(6, dim), tmp_path / "int8.safetensors", {"rules": [rule | {"quantized": "int8_fused"}]}
+            )
 
 
 @pytest.mark.parametrize("dim", [4, 7, 8])

@@ -41,12 +41,13 @@ from lumrec.data.splits import PARTS, SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
 from lumrec.printable import say
-from lumrec.train.files import leftovers, read_json, replace_folder
+from lumrec.train.files import full_disk_told, leftovers, read_json, replace_folder
 from lumrec.typed_yaml import to_yaml
 
 DUPLICATES = ("drop", "keep")
 MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
 OPTIONAL = {"negatives", "result.json"}
+ROOM = "what was there is as it was. Make room and run the same command again"
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
@@ -137,7 +138,8 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     data: DataConfig = config.data
     path = _checked_place(path)
     forgotten = read_forgotten(Path(config.runs_dir))
-    with _claimed(path) as work:
+    told = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
+    with _claimed(path) as work, told:
         (scratch := work / "source").mkdir()
         try:
             older_fingerprint, older = _older_vocabularies(config, path)

@@ -15,6 +15,8 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
+from lumrec.train.files import reserve
+
 CHUNK_CELLS = 1 << 22  # cells of the day-by-day counts that are summed up at a time
 
 
@@ -77,10 +79,12 @@ class ItemCounters:
 
     def __init__(self, num_items: int, num_days: int, folder: Path) -> None:
         self.shape_ID = (num_items, num_days)
+        files = [folder / f"{name}.u32" for name in ("impressions", "clicks")]
         self.shown_ID, self.clicked_ID = (
-            np.asarray(np.memmap(folder / f"{name}.u32", np.uint32, mode="w+", shape=self.shape_ID))
-            for name in ("impressions", "clicks")
+            np.asarray(np.memmap(file, np.uint32, mode="w+", shape=self.shape_ID)) for file in files
         )
+        for file in files:
+            reserve(file)
         self._lock = threading.Lock()
         self._summed_up = False
 

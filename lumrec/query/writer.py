@@ -14,14 +14,12 @@ LMDB, which lets one writer in at a time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -44,7 +42,8 @@ from lumrec.query.store import (
     read_manifest,
     version_name,
 )
-from lumrec.train.files import leftovers, read_json, sha256, sync_file, sync_tree, write_atomically
+from lumrec.train import files
+from lumrec.train.files import leftovers, read_json, reserve, sha256, sync_file, sync_tree, write_atomically
 from lumrec.train.parallel import rank, world_size
 from lumrec.train.run import on_rank_zero
 
@@ -96,21 +95,14 @@ def column_shapes(
     return shapes
 
 
-@contextlib.contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
-    """Turns the system's error about a full disk into a UserError that says what became of the build in `path`."""
-    try:
-        yield
-    except (OSError, lmdb.Error) as error:
-        number = getattr(error, "errno", None)
-        text = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and not any(words in str(error) for words in text):
-            raise
-        raise UserError(
-            f"no space left for the knowledge in {path} ({shutil.disk_usage(path).free / 2**20:,.0f} MiB free): a "
-            "version is built beside the one in force, which can still be read. Make room and run the same command "
-            "again: the build continues where it is"
-        ) from error
+def full_disk_told(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Makes a UserError of a full disk that says what becomes of the build in `path`."""
+    return files.full_disk_told(
+        path,
+        "the knowledge",
+        then="a version is built beside the one in force, which can still be read. Make room and run the same command "
+        "again: the build continues where it is",
+    )
 
 
 class KnowledgeWriter:
@@ -175,7 +167,7 @@ class KnowledgeWriter:
             for column, (shape, dtype) in shapes.items():
                 # A new file reads as zeros: rows that nobody asks for are absent.
                 np.lib.format.open_memmap(folder / column, mode="w+", dtype=dtype, shape=shape).flush()
-                _reserve(folder / column)
+                reserve(folder / column)
         except OSError:
             remove_others(self.path, published)  # nothing is in it, and what it took of the disk is missing elsewhere
             raise
@@ -266,7 +258,7 @@ class KnowledgeWriter:
         if self.identity["users"]:
             self._compact_lmdb()
         sync_tree(self.folder)
-        files = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
+        published = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
         manifest = {
             "format": FORMAT,
             "folder": self.folder.name,
@@ -275,7 +267,7 @@ class KnowledgeWriter:
             "made_by": self._made_by,
             "files": {
                 str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in files
+                for file in published
             },
         }
         manifest["sha256"] = manifest_hash(manifest)
@@ -294,12 +286,6 @@ class KnowledgeWriter:
         os.replace(compact / "data.mdb", self.folder / USERS_FILE)
         shutil.rmtree(compact)
         (self.folder / "store" / "lock.mdb").unlink()
-
-
-def _reserve(file: Path) -> None:
-    """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
-    with open(file, "r+b") as opened:
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _stored_build(control: Path) -> dict[str, Any]:

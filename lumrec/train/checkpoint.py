@@ -40,7 +40,7 @@ from lumrec.train.checkpoint_meta import (
     unusable,
 )
 from lumrec.train.checkpoint_reader import Reader, load_tensors
-from lumrec.train.files import remove_folder, sha256, sync_file, sync_folder, write_atomically
+from lumrec.train.files import full_disk_told, remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
 from lumrec.train.parallel import rank, world_size
 
@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+ROOM = "the earlier checkpoints are as they were. Make room and run the same command again: it continues from the last"
 OPTIMIZER_STATE = ("keep", "drop")
 
 
@@ -115,10 +116,11 @@ class Checkpointer:
             temporary.mkdir()
         _barrier()
         tensors = {"model": self._model.state_dict(), "optim": self._optimizer.state_tensors()}
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
         own = temporary / f"rank-{rank()}.json"
-        own.write_text(json.dumps(local), encoding="utf-8")
-        sync_file(own)
+        with full_disk_told(self.folder, f"the checkpoint of step {step}", then=ROOM):
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+            own.write_text(json.dumps(local), encoding="utf-8")
+            sync_file(own)
         mine = [own, *temporary.glob(f"__{rank()}_*.distcp"), *([temporary / ".metadata"] if rank() == 0 else [])]
         checksums = _gathered({file.name: sha256(file) for file in mine})
         if rank() == 0:
@@ -133,8 +135,9 @@ class Checkpointer:
                 "state": dict(state),
                 "files": {name: digest for part in checksums for name, digest in part.items()},
             }
-            write_atomically(temporary / "meta.json", json.dumps(meta))
-            write_atomically(temporary / "COMPLETE", sha256(temporary / "meta.json"))
+            with full_disk_told(self.folder, f"the checkpoint of step {step}", then=ROOM):
+                write_atomically(temporary / "meta.json", json.dumps(meta))
+                write_atomically(temporary / "COMPLETE", sha256(temporary / "meta.json"))
             if path.exists():
                 remove_folder(path)
             os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """Files that a kill or a power cut leaves whole: written beside, synced, renamed; and how a run's files are read."""
 
+import contextlib
 import ctypes
 import errno
 import glob
@@ -112,6 +113,41 @@ def _exchange(one: Path, two: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(two))
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path, what: str, *, then: str) -> Iterator[None]:
+    """Makes one UserError of whatever a library makes of a full disk while it writes `what` to `path`; then: what can
+    be done once there is room.
+    """
+    try:
+        yield
+    except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
+        if not _is_of_full_disk(error, path):
+            raise
+        free = shutil.disk_usage(path).free / 2**20
+        raise UserError(f"no space left for {what} in {path} ({free:,.0f} MiB free): {then}") from error
+
+
+def _is_of_full_disk(error: BaseException | None, path: Path) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full; or is one that libraries raise for a
+    file that they could not write to its end, while the disk is full.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    from_library = False
+    while error is not None:
+        if getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full):
+            return True
+        library = type(error).__module__.partition(".")[0] in ("polars", "pyarrow", "torch", "lmdb")
+        from_library |= library or isinstance(error, (OSError, RuntimeError))
+        error = error.__cause__ or error.__context__
+    return from_library and path.exists() and shutil.disk_usage(path).free < 1 << 20
+
+
+def reserve(file: Path) -> None:
+    """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
+    with open(file, "r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def sync_file(path: Path) -> None:

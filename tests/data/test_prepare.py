@@ -365,3 +365,19 @@ def test_data_that_were_replaced_since_they_were_opened_are_not_mixed_with_the_n
     run(replace(config, overwrite=True, data=replace(SMALL, min_count=3)))
     with pytest.raises(PreparedDataError, match="has changed since the data were opened: open them again"):
         data.vocabulary("item_id")
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_log(make_config: Callable, tmp_path: Path):
+    config = make_config(SMALL)
+    runs = Path(config.runs_dir)
+    runs.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(runs)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs the rights of root")
+    try:
+        with pytest.raises(UserError, match="no space left for what is prepared for test-prepare .*Make room"):
+            run(config)
+        assert os.listdir(runs) == []
+        subprocess.run(["mount", "-o", "remount,size=8m", str(runs)], check=True)
+        run(config)
+    finally:
+        subprocess.run(["umount", "-l", str(runs)], check=True)

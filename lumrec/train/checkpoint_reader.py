@@ -103,13 +103,16 @@ def check_archive(file: IO[bytes] | Path, what: str) -> None:
     """Raises UserError unless this is an archive of torch.save (zip), uncompressed, so that its sizes are real ones."""
     try:
         with zipfile.ZipFile(file) as archive:
-            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise UserError(
             f"{what} cannot be read as torch.save of this version writes it; it may be cut off or no checkpoint: "
             f"{error}"
         ) from None
-    if compressed:
+    # torch reads what begins otherwise in another way, as a pickle without an archive.
+    if not records or min(entry.header_offset for entry in records) != 0:
+        raise UserError(f"{what} cannot be read as torch.save of this version writes it: its archive begins elsewhere")
+    if compressed := [entry for entry in records if entry.compress_type != zipfile.ZIP_STORED]:
         raise UserError(
             f"{what} holds {compressed[0].filename!r} compressed, as torch.save never writes it; save the tensors again"
         )

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lumrec.errors import MissingFileError, UserError
 from lumrec.printable import say
+from lumrec.query.checks import identity_problem
 from lumrec.query.forget import forgotten_among, halves
 from lumrec.query.records import decode_records
 from lumrec.query.refresh import BLOCK, digests_of_stored, stored_users
@@ -81,7 +82,7 @@ def export_parquet(path: Path, folder: Path) -> dict[str, int]:
         for keys, record_B in stored_users(version, manifest):
             writer.write_table(_users_table(keys, record_B, schema))
             num_users += len(keys)
-    e_KID, item_keys = read_items(version), read_item_keys(version)
+    e_KID, item_keys = read_items(version, manifest), read_item_keys(version)
     columns = {"item_key": pa.array(item_keys, pa.string())} | {
         f"e_{k}": _vectors(e_ID) for k, e_ID in enumerate(e_KID)
     }
@@ -184,6 +185,13 @@ def _stored_keys(batch: pa.RecordBatch) -> list[bytes]:
     texts, digests = batch["user_key"].to_pylist(), batch["key_sha256"].to_pylist()
     if any(text is None and digest is None for text, digest in zip(texts, digests)):
         raise UserError(f"{USERS} has a row without user_key and key_sha256; remove it")
+    if any(
+        text is None and len(digest) != 32 or text is not None and len(text.encode()) > 256
+        for text, digest in zip(texts, digests)
+    ):
+        raise UserError(
+            f"{USERS} has a user_key of more than 256 bytes, or a key_sha256 of other than 32; export it again"
+        )
     return [b"h" + digest if text is None else b"u" + text.encode() for text, digest in zip(texts, digests)]
 
 
@@ -212,7 +220,7 @@ def _opened(file: Path) -> pq.ParquetFile:
         raise MissingFileError(f"there is no {file}; make it with: python -m lumrec.query.exchange export")
     try:
         return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is no Parquet file, or was cut off ({error}): copy it again") from None
 
 
@@ -220,9 +228,14 @@ def _identity(file: pq.ParquetFile, name: Path) -> dict[str, Any]:
     stored = (file.schema_arrow.metadata or {}).get(METADATA)
     if stored is None:
         raise UserError(f'{name} has no metadata "lumrec", which says what it holds: export it again, and keep that')
-    identity = json.loads(stored)
-    if identity.pop("format") != FORMAT:
+    try:
+        identity = json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{name}: its metadata "lumrec" is not JSON ({error}): export it again') from None
+    if not isinstance(identity, dict) or identity.pop("format", None) != FORMAT:
         raise UserError(f"{name} has another format than {FORMAT}, which this version of lumrec reads: export it again")
+    if problem := identity_problem(identity):
+        raise UserError(f'{name}: its metadata "lumrec" is damaged: {problem}; export it again')
     return identity
 
 

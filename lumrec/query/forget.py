@@ -192,8 +192,8 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
         return found
     drop_forgotten(index_U, fold_U, forgotten)
     now = [digest for digest, half in zip(forgotten, wanted) if half in found]
-    items_e = read_items(folder)
-    rows = earlier.column("rows_present.npy")
+    items_e = read_items(folder, manifest)
+    rows = earlier.column("present")
     writer = KnowledgeWriter(
         path,
         {**identity, "forgotten": sorted({*identity.get("forgotten", []), *now})},

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
 from lumrec.errors import UserError
+from lumrec.query.checks import read_array, read_row_column
 from lumrec.query.group_query import log_normalizer
 from lumrec.query.history import USER_INDEX
 from lumrec.query.records import bytes_to_records, decode, decode_records, identity_user_dtype
@@ -40,14 +41,23 @@ class Earlier:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        indexed = "users.npy" in manifest["files"]
-        self.index_U: np.ndarray = np.load(folder / "users.npy") if indexed else np.zeros(0, USER_INDEX)
-        self.fold_U: np.ndarray = np.load(folder / "user_fold.npy") if indexed else np.zeros(0, np.int8)
+        self.index_U, self.fold_U = np.zeros(0, USER_INDEX), np.zeros(0, np.int8)
+        if "users.npy" in manifest["files"]:
+            self.index_U = read_array(folder / "users.npy", (None,), USER_INDEX, mapped=False)
+            self.fold_U = read_array(folder / "user_fold.npy", (len(self.index_U),), np.int8, mapped=False)
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        first_U, number_U, present = self.index_U["first_row"], self.index_U["num_events"], self.column("present")
+        if (first_U < 0).any() or (number_U < 0).any():
+            raise UserError(f"{self.folder / 'users.npy'} is damaged: a user has rows before the first")
+        if present is not None and len(first_U) and (first_U + number_U).max() > len(present):
+            raise UserError(f"{self.folder / 'users.npy'} is damaged: a user has rows after the last, {len(present):,}")
 
     def column(self, name: str) -> np.ndarray | None:
-        """A column of it, memory-mapped; None where it has none of this name."""
-        file = self.folder / name
-        return np.load(file, mmap_mode="r") if file.exists() else None
+        """A column of its rows ("o", "scale", "present", "log_z"), memory-mapped; None where it has none."""
+        file = f"rows_{name}.npy"
+        return read_row_column(self.folder, self.manifest, name) if file in self.manifest["files"] else None
 
     def places(self, key_U: np.ndarray) -> np.ndarray:
         """Where each user (digest of the key, S16) stands in it, int64 [U]; -1 where nowhere."""
@@ -110,7 +120,7 @@ def take_over(
 
     lum: the one that has answered them all. e_ID: its items as readers are going to see them.
     """
-    items = None if np.array_equal(read_items(earlier.folder)[lum], e_ID.numpy()) else e_ID
+    items = None if np.array_equal(read_items(earlier.folder, earlier.manifest)[lum], e_ID.numpy()) else e_ID
     if items is not None and writer.identity["log_normalizer"]:
         logger.info("the items are not what they were: summing their normaliser again for answers taken over")
     if writer.identity["rows"]:
@@ -153,8 +163,8 @@ def _take_rows(
     writer: KnowledgeWriter, earlier: Earlier, old_R: np.ndarray, new_R: np.ndarray, e_ID: Tensor | None
 ) -> None:
     """Rows `old_R` as rows `new_R`; e_ID: the items to sum over, or None where log_z is as it was."""
-    present = earlier.column("rows_present.npy")
-    stored, scale, log_z = (earlier.column(f"rows_{name}.npy") for name in ("o", "scale", "log_z"))
+    present = earlier.column("present")
+    stored, scale, log_z = (earlier.column(name) for name in ("o", "scale", "log_z"))
     assert present is not None and stored is not None
     asked_R = present[old_R]
     old_R, new_R = old_R[asked_R], new_R[asked_R]

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from lumrec.errors import MissingFileError, UserError
+from lumrec.query.checks import files_problem, identity_problem, read_array, read_row_column
 from lumrec.query.records import (
     ABSENT_FOLD,
     bytes_to_records,
@@ -125,6 +126,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} names the folder {manifest['folder']!r}; expected {version_name(identity_of(manifest))}-…, after "
             f"what it says of the version: {AGAIN}"
         )
+    folder = path / str(manifest["folder"])
+    if problem := identity_problem(identity_of(manifest)) or files_problem(folder, manifest.get("files")):
+        raise UserError(f"{file} is damaged: {problem}; {AGAIN}")
     return manifest
 
 
@@ -133,21 +137,31 @@ def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in FACTS}
 
 
-def read_items(folder: Path) -> np.ndarray:
+def read_items(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
     """Item embeddings of the version in `folder` as readers see them, float32 [K, I, D]."""
-    return decode(*_mapped_items(folder))
+    return decode(*_mapped_items(folder, manifest))
 
 
-def _mapped_items(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _mapped_items(folder: Path, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
     """Values and scale of the item embeddings, memory-mapped."""
-    scale = folder / "items_scale.npy"
-    values = np.load(folder / "items_e.npy", mmap_mode="r")
-    return values, np.load(scale, mmap_mode="r") if scale.exists() else None
+    num_lums, dtype = len(manifest["lums"]), np.dtype(manifest["dtype"]).newbyteorder("<")
+    values = read_array(folder / "items_e.npy", (num_lums, None, manifest["dim"]), dtype)
+    if dtype != np.int8:
+        return values, None
+    return values, read_array(folder / "items_scale.npy", values.shape[:2], "<f4")
 
 
 def read_item_keys(folder: Path) -> list[str]:
     """Raw key of each item of the version in `folder`, in the order of its embeddings."""
-    return pq.read_table(folder / ITEMS_FILE)["item_key"].to_pylist()
+    return _item_keys_file(folder).read()["item_key"].to_pylist()
+
+
+def _item_keys_file(folder: Path) -> pq.ParquetFile:
+    """A file that is open can be read after its version was removed."""
+    keys = pq.ParquetFile(pa.OSFile(str(folder / ITEMS_FILE)))
+    if keys.schema_arrow.names != ["item_key"] or keys.schema_arrow.field("item_key").type != pa.string():
+        raise UserError(f"{folder / ITEMS_FILE} holds {keys.schema_arrow.names}, expected item_key, a text; {AGAIN}")
+    return keys
 
 
 def environment(folder: Path) -> lmdb.Environment:
@@ -192,9 +206,11 @@ def _open_version(
             files = {name: facts for name, facts in manifest["files"].items() if wanted(name)}
             check_files(folder, files, checksums=verify)
             return make(folder, manifest)
-        except (OSError, lmdb.Error):
+        except (OSError, lmdb.Error, pa.ArrowException) as error:
             # A new version may have been published, and the old one removed, since the manifest was read.
             if attempt or read_manifest(path)["folder"] == manifest["folder"]:
+                if isinstance(error, (lmdb.Error, pa.ArrowException)):
+                    raise UserError(f"the knowledge in {folder} is damaged ({error}); {AGAIN}") from None
                 raise
     raise AssertionError("unreachable")
 
@@ -227,11 +243,14 @@ class Knowledge:
         self.hazard: str = manifest["hazard"]
         self.learnt_until: int | None = manifest.get("learnt_until")
         self.num_conditions, self.dim, self.num_folds = len(self.conditions), manifest["dim"], len(manifest["lums"])
-        self.items_e = torch.from_numpy(read_items(folder))
-        self.user_fold: np.ndarray = np.load(folder / "user_fold.npy")
+        self.items_e = torch.from_numpy(read_items(folder, manifest))
+        num_users = int(row_user.max(initial=-1)) + 1
+        self.user_fold: np.ndarray = read_array(folder / "user_fold.npy", (None,), np.int8, mapped=False)
+        if len(self.user_fold) < num_users or not (self.user_fold < self.num_folds).all() or (self.user_fold < 0).any():
+            raise UserError(f"{folder / 'user_fold.npy'} does not name one of {self.num_folds} LUMs for each user")
         self._row_user = row_user
         columns = {
-            column: np.load(folder / f"rows_{column}.npy", mmap_mode="r")
+            column: read_row_column(folder, manifest, column, num_events=len(row_user))
             for column in ("o", "scale", "present", "log_z")
             if f"rows_{column}.npy" in manifest["files"]
         }
@@ -300,6 +319,7 @@ class KnowledgeStore:
         self.path, self.manifest, self.absent_because = folder, manifest, absent_because
         self.conditions: list[dict[str, str]] = manifest["conditions"]
         self._with_log_z: bool = manifest["log_normalizer"]
+        self._num_folds = len(manifest["lums"])
         self._record = identity_user_dtype(manifest)
         nobody = np.zeros(1, self._record)
         nobody["fold"] = ABSENT_FOLD
@@ -307,8 +327,7 @@ class KnowledgeStore:
         self._env = None if absent_because else environment(folder)
         self._items: tuple[pq.ParquetFile, np.ndarray, np.ndarray | None] | None = None
         if ITEMS_FILE in manifest.get("files", {}):
-            # A file that is open can be read after its version was removed.
-            self._items = pq.ParquetFile(pa.OSFile(str(folder / ITEMS_FILE))), *_mapped_items(folder)
+            self._items = _item_keys_file(folder), *_mapped_items(folder, manifest)
 
     def __reduce__(self) -> tuple:
         if self.absent_because:
@@ -342,6 +361,7 @@ class KnowledgeStore:
             reason = str(error)
         logger.warning("no knowledge, every user is absent: %s", reason)
         shape = {"conditions": [{}] * num_conditions, "dim": dim, "dtype": "float32", "log_normalizer": with_log_z}
+        shape["lums"] = [{}]
         return cls(Path(path), shape, absent_because=reason)
 
     def __len__(self) -> int:
@@ -361,6 +381,8 @@ class KnowledgeStore:
                 values = list(map(transaction.get, map(user_key_bytes, user_keys), repeat(self._nobody)))
         record_B = bytes_to_records(values, self._record)
         present_B = record_B["fold"] != ABSENT_FOLD
+        if not ((record_B["fold"] >= ABSENT_FOLD) & (record_B["fold"] < self._num_folds)).all():
+            raise UserError(f"the knowledge in {self.path} is damaged: a user's answers are of no LUM; {AGAIN}")
         return UserKnowledge(
             torch.from_numpy(decode_records(record_B)),
             torch.from_numpy(present_B)[:, None].expand(-1, len(self.conditions)),

@@ -305,6 +305,9 @@ def stage_words(stage: Stage, base: Config) -> list[str]:
 
 def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
     """The flat result of the pipeline from the stages' result.json; a metric that is not finite there is left out."""
+    from lumrec.report.gains import gains
+
+    paths = {stage.name: stage.path for stage in stages}
     results = {stage.name: read_result(stage) for stage in stages}
     prepared = results["prepare"]
     collected: dict[str, float | str] = {"dataset": prepared.get("dataset", config.data.source)}
@@ -319,6 +322,15 @@ def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
         for kind in config.pipeline.knowledge:
             runs = [results[f"rank-{ranker}-{kind}-s{seed}"] for seed in config.pipeline.seeds]
             collected |= mean_and_sd(runs, f"rank/{ranker}/{kind}")
+            if kind != "none" and "none" in config.pipeline.knowledge:
+                base, other = (
+                    [f"rank-{ranker}-{of}-s{seed}" for seed in config.pipeline.seeds] for of in ("none", kind)
+                )
+                notes = [str(results[name].get("note", "")) for name in (*base, *other)]
+                found = gains([paths[name] for name in base], [paths[name] for name in other], notes)
+                test = {f"rank/{name}": found.pop(name) for name in ("test_rows", "test_users") if name in found}
+                collected |= test | {f"rank/{ranker}/{kind}/{name}": value for name, value in found.items()}
+    collected |= {f"note/{name}": result["note"] for name, result in results.items() if result.get("note")}
     return collected
 
 

@@ -300,7 +300,11 @@ def markdown(
 
     def gain(label: str, model: str) -> str:
         paper = [_spoken(result, f"{model}/gain", "paper_auc", "+.4f")] if f"{model}/gain/paper_auc" in result else []
-        return line(label, _spoken(result, f"{model}/gain", main, "+.4f"), *[""] * (len(metrics) - 1), *paper)
+        gained, lum = _spoken(result, f"{model}/gain", main, "+.4f"), f"{model}/lum/{main}"
+        if f"{lum}_gain_low" in result:
+            low, high = (float(result[f"{lum}_gain_{end}"]) for end in ("low", "high"))
+            gained += f" [{low:+.4f}, {high:+.4f}], {result[f'{lum}_verdict']}"
+        return line(label, gained, *[""] * (len(metrics) - 1), *paper)
 
     lines = [
         f"# {TITLES[table]}: {result['dataset']}",
@@ -328,7 +332,8 @@ def _figures(
 ) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for metric in metrics:
-        for name in (metric, f"{metric}_sd"):
+        gained = ("gain_low", "gain_high", "verdict") if case.key.endswith("/lum") else ()
+        for name in (metric, f"{metric}_sd", *(f"{metric}_{end}" for end in gained)):
             parts = (*(("rank", case.ranker) if case.ranker else ("retrieve",)), case.knowledge, case.row, name)
             value = figures.get("/".join(filter(None, parts)))
             if value is not None:

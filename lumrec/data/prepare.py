@@ -189,6 +189,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             **manifest["facts"],
             "fingerprint": manifest["fingerprint"],
             "wall_s": round(time.perf_counter() - start, 3),
+            **({"note": "; ".join(found)} if (found := warnings(manifest)) else {}),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

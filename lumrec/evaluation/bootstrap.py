@@ -9,6 +9,7 @@ Shape suffixes: N rows, U users, R resamples, S score vectors, M metrics,
 P positive and Q negative rows in the order of their scores.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,15 +79,36 @@ def compare(
 
     An interval of the difference that leaves 0 out tells the two apart; those of a and b may overlap all the same.
     """
-    rows = _Rows(label_N, [logit_a_N, logit_b_N], user_N)
-    value_SM, drawn_RSM = rows.metrics(np.ones(rows.num_users)), _resamples(rows, num_resamples, level, seed)
-    # A third score vector, as it were: b - a within each resample.
-    value_SM = np.concatenate([value_SM, value_SM[1:] - value_SM[:1]])
-    drawn_RSM = np.concatenate([drawn_RSM, drawn_RSM[:, 1:] - drawn_RSM[:, :1]], axis=1)
+    return compare_means(
+        label_N, [logit_a_N], [logit_b_N], user_N, num_resamples=num_resamples, level=level, seed=seed
+    )[0]
+
+
+def compare_means(
+    label_N: ArrayLike,
+    logits_a: Sequence[ArrayLike],
+    logits_b: Sequence[ArrayLike],
+    user_N: ArrayLike,
+    *,
+    num_resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
+    """As `compare`, of the mean of each metric over several seeds of a and as many of b; and b - a of each seed."""
+    num = len(logits_a)
+    rows = _Rows(label_N, [*logits_a, *logits_b], user_N)
+    each_SM, drawn_RSM = rows.metrics(np.ones(rows.num_users)), _resamples(rows, num_resamples, level, seed)
+
+    def means(metrics: np.ndarray) -> np.ndarray:
+        """a, b and, as a third score vector, b - a within each resample."""
+        a, b = metrics[..., :num, :].mean(-2), metrics[..., num:, :].mean(-2)
+        return np.stack([a, b, b - a], axis=-2)
+
+    value_SM, drawn_RSM = means(each_SM), means(drawn_RSM)
     return {
         name: Comparison(*(_interval(value_SM[s, m], drawn_RSM[:, s, m], rows.num_usable[m], level) for s in range(3)))
         for m, name in enumerate(METRICS)
-    }
+    }, {name: (each_SM[num:, m] - each_SM[:num, m]).tolist() for m, name in enumerate(METRICS)}
 
 
 class _Rows:

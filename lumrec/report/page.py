@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from lumrec.jobs import as_typed, torchx_command
 from lumrec.printable import printable
+from lumrec.report.gains import notes_of
 from lumrec.report.plots import Series, comparison_plot, curves, read_series
-from lumrec.report.table import LABELS, METRICS, RANKER_NAMES, Row, alone, rows, spoken, treatment
+from lumrec.report.table import (
+    LABELS,
+    METRICS,
+    RANKER_NAMES,
+    Row,
+    alone,
+    interval_of,
+    rows,
+    spoken,
+    test_part,
+    treatment,
+)
 from lumrec.train.files import read_json
 
 if TYPE_CHECKING:
@@ -57,6 +69,8 @@ def write_page(
         f"<h1>LUM knowledge for a ranker: {escape(str(result['dataset']))}</h1>",
         f"<p class='note'>Run {escape(config.run)}. Data: {escape(note)}, {escape(_counts(facts))}.</p>",
         _simulated(result),
+        *(f"<p class='warning'>{escape(note)}</p>" for note in notes_of(result)),
+        _gains(config, table, result),
         "<h2>Rankers without and with LUM knowledge</h2>",
         f"<p class='note'>Test part of the {escape(config.data.split.kind)} split; {escape(_seeds(config))}; "
         "differences to the base in brackets. gAUC is the mean of the users' AUC weighted by their rows. "
@@ -123,6 +137,31 @@ def _hazard(config: Config, result: Mapping[str, float | str]) -> str:
     if "query/hazard" not in result:
         return "No ranker of this run used LUM knowledge."
     return HAZARD[str(result["query/hazard"])].format(folds=config.pipeline.folds)
+
+
+def _gains(config: Config, table: Sequence[Row], result: Mapping[str, float | str]) -> str:
+    """Each gain over the base with its interval and verdict; nothing where there are none."""
+    body = []
+    for row in table:
+        for metric, figure in row.figures.items():
+            if figure.gain is not None and figure.verdict:
+                name = f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}"
+                spread = "" if figure.gain_sd is None else f"± {figure.gain_sd:.4f}"
+                cells = [f"{figure.gain:+.4f}", interval_of(figure), spread]
+                numbers = "".join(f"<td class='number'>{cell}</td>" for cell in cells)
+                body.append(
+                    f"<tr><td>{escape(name)}</td><td>{METRICS[metric]}</td>{numbers}"
+                    f"<td><b>{escape(figure.verdict)}</b></td></tr>"
+                )
+    if not body:
+        return ""
+    one_seed = "" if len(config.pipeline.seeds) > 1 else " One seed: how far another would differ is not measured."
+    return (
+        f"<h2>What LUM knowledge gives</h2><p class='note'>{escape(test_part(result))}. Better or worse: the interval "
+        f"leaves 0 out, and every seed agrees; else the gain is within noise.{one_seed}</p>"
+        "<table><tr><th></th><th></th><th>gain over the base</th><th>95 % interval over users</th><th>over seeds</th>"
+        f"<th></th></tr>{''.join(body)}</table>"
+    )
 
 
 def _comparison_table(config: Config, table: Sequence[Row]) -> str:

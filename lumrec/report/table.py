@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from lumrec.report.gains import notes_of
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -21,11 +23,16 @@ RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM", "dien": "DIEN", "sim": "SIM", "twi
 
 
 class Figure(NamedTuple):
-    """A metric's mean over seeds, its standard deviation (None for one seed), and the difference to the base's mean."""
+    """A metric's mean over seeds, its standard deviation (None for one seed), and the difference to the base's mean;
+    of the difference the 95 % interval over users, the standard deviation over the seeds, and a verdict in words."""
 
     value: float
     sd: float | None
     gain: float | None
+    low: float | None = None
+    high: float | None = None
+    gain_sd: float | None = None
+    verdict: str = ""
 
 
 class Row(NamedTuple):
@@ -51,7 +58,10 @@ def rows(config: Config, result: Mapping[str, float | str]) -> list[Row]:
                 value, base = number(f"rank/{ranker}/{kind}/{metric}"), number(f"rank/{ranker}/none/{metric}")
                 if value is not None:
                     gain = None if base is None or kind == "none" else value - base
-                    figures[metric] = Figure(value, number(f"rank/{ranker}/{kind}/{metric}_sd"), gain)
+                    key = f"rank/{ranker}/{kind}/{metric}"
+                    low, high, gain_sd = (number(f"{key}_{name}") for name in ("gain_low", "gain_high", "gain_sd"))
+                    said = str(result.get(f"{key}_verdict", ""))
+                    figures[metric] = Figure(value, number(f"{key}_sd"), gain, low, high, gain_sd, said)
             table.append(Row(ranker, kind, figures))
     return table
 
@@ -60,7 +70,7 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
     """The table for the terminal."""
     seeds, folds = config.pipeline.seeds, config.pipeline.folds
     head = [
-        f"{result['dataset']}, {config.data.split.kind} split, test part",
+        f"{result['dataset']}, {config.data.split.kind} split, {test_part(result)}",
         f"LUM knowledge cross-fitted over {folds} folds of users" if folds > 1 else "LUM knowledge in-sample (folds=1)",
         f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}",
     ]
@@ -74,6 +84,7 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         lines.append(
             f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
         )
+    lines += ["", *gain_lines(rows(config, result))] + [f"! {note}" for note in notes_of(result)]
     lines += alone(result) + treatment(config)
     if "prepare/best_auc" in result:
         lines.append(
@@ -83,6 +94,33 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
     if negatives is not None and isinstance(popularity_auc, float):
         lines.append(f"negatives drawn ({negatives.sampling}): item popularity alone has AUC {popularity_auc:.4f}")
     return "\n".join(lines)
+
+
+def test_part(result: Mapping[str, float | str]) -> str:
+    """The test part, with its rows and users where they are known."""
+    rows, users = result.get("rank/test_rows"), result.get("rank/test_users")
+    if not (isinstance(rows, (int, float)) and isinstance(users, (int, float))):
+        return "test part"
+    return f"{rows:,.0f} test rows of {users:,.0f} users"
+
+
+def gain_lines(table: Sequence[Row]) -> list[str]:
+    """Each gain over the base, a line for each metric; [] where there are none."""
+    lines = []
+    for row in table:
+        name = f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}"
+        for metric, figure in row.figures.items():
+            if figure.gain is not None and figure.verdict:
+                interval = f"{figure.gain:+.4f} {interval_of(figure)}"
+                spread = "" if figure.gain_sd is None else f"± {figure.gain_sd:.4f} over seeds"
+                lines.append(f"{name:28}{METRICS[metric]:10}{interval:28}{spread:22}{figure.verdict}".rstrip())
+                name = ""
+    return ["gain over the base, 95 % interval over users (the same users for both)", *lines] if lines else []
+
+
+def interval_of(figure: Figure) -> str:
+    """[+0.0050, +0.0075]; [–] where there is none."""
+    return "[–]" if figure.low is None or figure.high is None else f"[{figure.low:+.4f}, {figure.high:+.4f}]"
 
 
 def alone(result: Mapping[str, float | str]) -> list[str]:

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lumrec.config import load, with_words
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.evaluation.compare import Scores, read_scores, write_scores
 from lumrec.jobs import JobFailed
 from lumrec.pipeline import (
     add_up,
@@ -297,6 +300,60 @@ def test_table_and_page_show_the_figures_and_what_is_missing(config):
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+
+
+def keep_scores(config, *, better: float, users: int = 60):
+    """Test rows of each ranker; with both kinds of knowledge the scores follow the labels by so much more."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(users), 40)
+    label = (rng.random(len(user)) < 0.4).astype(np.int8)
+    for stage in plan(config):
+        if stage.app == "rank":
+            noise = np.random.default_rng(stage.config.seed).normal(size=len(user))
+            signal = 1.0 + better * (stage.config.rank.knowledge == "both")
+            write_scores(stage.path, Scores(np.arange(len(user)), label, user, signal * label + noise - 0.9))
+
+
+@pytest.mark.parametrize(
+    ("better", "users", "note", "verdict"),
+    [
+        (0.5, 60, "", "better"),
+        (-0.5, 60, "", "worse"),
+        (0.0, 60, "", "within noise"),
+        (0.5, 20, "", "too few test rows to say"),
+        (0.5, 60, "4 steps of training are too few to learn in", "trained in too few steps to say"),
+    ],
+)
+def test_each_gain_has_its_interval_and_a_verdict_in_words(config, better, users, note, verdict):
+    stages = finish_all(config)
+    keep_scores(config, better=better, users=users)
+    for stage in stages:
+        if note and stage.name == "rank-din-none-s1":
+            finish(stage, auc=0.7, log_loss=0.5, note=note)
+    result = {**collect(config, stages), "wall_s/prepare": 3.0}
+    key = "rank/din/both/auc"
+    assert result[f"{key}_verdict"] == verdict
+    assert result[f"{key}_gain_low"] <= result[f"{key}_gain"] <= result[f"{key}_gain_high"]
+    assert result["rank/test_rows"] == users * 40 and result["rank/test_users"] == users
+    told = comparison(config, result)
+    assert f"{users * 40:,} test rows of {users} users" in told
+    assert re.search(rf"DIN \+ both +AUC +[+-]0\.\d+ \[[+-].*\] +± 0\.\d+ over seeds +{verdict}", told), told
+    folder = Path(config.runs_dir) / config.run
+    (folder / "config.yaml").write_text(to_yaml(config))
+    page = write_page(folder, config, stages, result, "a log").read_text()
+    assert page.index(f"<b>{verdict}</b>") < page.index("<h2>Rankers without")
+    if note:
+        assert f"! rank-din-none-s1: {note}" in told and f"rank-din-none-s1: {note}" in page
+
+
+def test_a_base_that_is_chance_is_named(config):
+    stages = finish_all(config)
+    keep_scores(config, better=0.0)
+    for stage in stages:
+        if stage.app == "rank" and stage.config.rank.knowledge == "none":
+            scores = read_scores(stage.path)
+            write_scores(stage.path, scores._replace(logit_N=-scores.logit_N))
+    assert collect(config, stages)["rank/din/both/auc_verdict"] == "the base is no better than chance"
 
 
 def test_wall_time_adds_up_over_calls(config, tmp_path):

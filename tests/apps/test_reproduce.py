@@ -102,7 +102,7 @@ def test_a_table_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     assert result["average/gain/auc"] == result["din/gain/auc"] == pytest.approx(gain)
     text = stem.with_suffix(".md").read_text()
     assert f"| DIN + LUM | {result['din/lum/auc']:.4f} |" in text
-    assert f"| Imp. | {gain:+.4f} |" in text
+    assert f"| Imp. | {gain:+.4f} [" in text and f"], {result['din/lum/auc_verdict']} |" in text
     assert f"--table 4 --dataset simulator --out {tmp_path}/results" in text
     assert "cross-fitted over 2 folds of users" in text
     assert stem.with_suffix(".svg").read_text().startswith("<svg")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, cast, get_args, get_origin
 
+from lumrec import limits
 from lumrec.data.prepare import DataConfig
 from lumrec.data.schema import SchemaConfig
 from lumrec.errors import MissingFileError, UserError
@@ -24,7 +25,7 @@ from lumrec.pipeline import PipelineConfig
 from lumrec.query.inspect import InspectConfig
 from lumrec.query.stage import QueryConfig
 from lumrec.train.lum import ModelConfig
-from lumrec.train.pretrain import PretrainConfig
+from lumrec.train.pretrain import PretrainConfig, parse_fold
 from lumrec.train.rank import RankConfig
 from lumrec.train.retrieve import RetrieveConfig
 from lumrec.tune import TuneConfig
@@ -42,6 +43,8 @@ from lumrec.typed_yaml import (
     section_of,
 )
 from lumrec.warm_up import WarmUpConfig
+
+MOST_NESTED = 4  # a pipeline's stages lie in its folder, and a pipeline may lie in another
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Config:
     run: str = ""
     name: str = ""
     runs_dir: str = "runs"
-    seed: int = 0
+    seed: int = limits.seed()
     fold: str = ""
-    threads: int = 0
+    threads: int = limits.count(0, most=4096)
     overwrite: bool = False
     inputs: InputsConfig = field(default_factory=InputsConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -86,6 +89,22 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
 
+    def check(self, at: str) -> None:
+        """Raises UserError for names that no folder can have, and for sections that contradict one another."""
+        limits.check_run_name("run", self.run, parts=MOST_NESTED)
+        limits.check_run_name("name", self.name)
+        if not self.runs_dir:
+            raise UserError("runs_dir: got '', expected the folder of the runs, such as runs")
+        if not all(self.inputs.lums):
+            raise UserError(f"inputs.lums: got {list(self.inputs.lums)}, expected the names of runs")
+        parse_fold(self.fold)
+        pack, window = self.pretrain.packing.events_per_pack, self.model.max_events
+        if pack < window:
+            raise UserError(
+                f"pretrain.packing.events_per_pack is {pack}, less than model.max_events {window}: not even one full "
+                "window fits; raise the one or lower the other"
+            )
+
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file (None: defaults alone) with `key=value` words over it.
@@ -93,18 +112,24 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     In a word, key is dotted ("model.dim=64", 'schema.features."a.b".role=item'), and the value of a list or a mapping
     is YAML ("seeds=[0, 1]"). Text stays as it is written, in words and in files (lumrec/typed_yaml.py).
     Raises MissingFileError for a missing file, and UserError for broken YAML, a word without "=", an unknown key (it
-    names the nearest valid one) and a value of the wrong type.
+    names the nearest valid one), a value of the wrong type, and one that cannot work (see lumrec/limits.py).
     """
     layers = [*(_files(Path(path)) if path is not None else []), *_words(overrides, "the command line")]
     config = _merged(defaults(Config), layers, origin=str(path or "the command line"))
     if not config.name:
         config = dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")
+    limits.check(config)
     return config
 
 
 def with_words(config: Config, words: Sequence[str], *, origin: str) -> Config:
     """`config` with `key=value` words over it; raises as `load` does, naming `origin` as where the words stand."""
-    return _merged(to_dict(config), _words(words, origin), origin=origin)
+    config = _merged(to_dict(config), _words(words, origin), origin=origin)
+    try:
+        limits.check(config)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    return config
 
 
 def _merged(values: dict[str, Any], layers: Sequence[tuple[str, Any]], *, origin: str) -> Config:

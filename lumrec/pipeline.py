@@ -15,10 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Literal, get_args
 
+from lumrec import limits
+from lumrec.data.splits import MOST_FOLDS
 from lumrec.errors import UserError
 from lumrec.jobs import Job, run_jobs, torchx_command
+from lumrec.limits import count, setting
 from lumrec.printable import say
 from lumrec.train.files import read_json
 
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
     from lumrec.config import Config
 
 # none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
-KNOWLEDGE = ("none", "tables", "direct", "matching", "both")
-RANKERS = ("din", "dlrm", "dien", "sim", "twin")
+Knowledge = Literal["none", "tables", "direct", "matching", "both"]
+Ranker = Literal["din", "dlrm", "dien", "sim", "twin"]
+KNOWLEDGE, RANKERS = get_args(Knowledge), get_args(Ranker)
 MEASURED = ("auc", "gauc", "log_loss")
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
@@ -45,13 +49,32 @@ class PipelineConfig:
     jobs: stages at a time; 0 = one per core.
     """
 
-    dataset: str = ""
-    folds: int = 2
-    rankers: List[str] = field(default_factory=lambda: ["din"])
-    knowledge: List[str] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
-    seeds: List[int] = field(default_factory=lambda: [0])
+    dataset: Literal["", "auto"] = ""
+    folds: int = count(2, least=1, most=MOST_FOLDS)
+    rankers: List[Ranker] = field(default_factory=lambda: ["din"])
+    knowledge: List[Knowledge] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
+    seeds: List[int] = setting(lambda: [0], least=0, most=limits.MOST_SEED)
     tuned: Dict[str, List[str]] = field(default_factory=dict)
-    jobs: int = 0
+    jobs: int = count(0, most=4096)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that cannot work (`at`: the section, with a dot)."""
+        for name in ("rankers", "knowledge", "seeds"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise UserError(f"{at}{name}: got {list(given)}, expected one or more, none of them twice")
+        for name, words in self.tuned.items():
+            ranker, slash, kind = name.partition("/")
+            if ranker not in RANKERS or (slash and kind not in KNOWLEDGE):
+                raise UserError(
+                    f"{at}tuned.{name}: expected a ranker, such as din, or with knowledge, such as din/both"
+                )
+            wrong = [word for word in words if not word.startswith("rank.") or word.startswith(DECIDED)]
+            if wrong:
+                raise UserError(
+                    f"{at}tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "
+                    "which the pipeline sets"
+                )
 
 
 @dataclass(frozen=True)
@@ -156,34 +179,7 @@ def discard(stage: Stage) -> None:
 
 def check(config: Config) -> None:
     """Raises UserError for pipeline settings that cannot work."""
-    settings = config.pipeline
-    for name, given, valid in (
-        ("rankers", settings.rankers, RANKERS),
-        ("knowledge", settings.knowledge, KNOWLEDGE),
-        ("dataset", [settings.dataset], ("", "auto")),
-    ):
-        wrong = [value for value in given if value not in valid]
-        if wrong:
-            raise UserError(f"pipeline.{name}: got {wrong[0]!r}, expected one of {', '.join(map(repr, valid))}")
-    if not (settings.rankers and settings.knowledge and settings.seeds):
-        raise UserError("pipeline.rankers, pipeline.knowledge and pipeline.seeds must each name at least one")
-    for name in ("rankers", "knowledge", "seeds"):
-        if len(set(getattr(settings, name))) < len(getattr(settings, name)):
-            raise UserError(f"pipeline.{name} names one twice: {getattr(settings, name)}")
-    if settings.folds < 1 or settings.jobs < 0:
-        raise UserError(f"pipeline.folds={settings.folds} must be 1 or more, pipeline.jobs={settings.jobs} 0 or more")
-    for name, words in settings.tuned.items():
-        ranker, _, kind = name.partition("/")
-        if ranker not in RANKERS or kind not in ("", *KNOWLEDGE):
-            raise UserError(
-                f"pipeline.tuned.{name}: expected a ranker, such as din, or with knowledge, such as din/both"
-            )
-        wrong = [word for word in words if not word.startswith("rank.") or word.startswith(DECIDED)]
-        if wrong:
-            raise UserError(
-                f"pipeline.tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "
-                "which the pipeline sets"
-            )
+    limits.check(config)
     if config.fold:
         raise UserError(f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself")
 
@@ -230,11 +226,9 @@ def plan(config: Config) -> list[Stage]:
         for kind in settings.knowledge:
             for seed in settings.seeds:
                 name = f"rank-{ranker}-{kind}-s{seed}"
-                tables = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
-                read = "none" if kind == "tables" else kind
-                changes: dict[str, Any] = {
-                    "rank": dataclasses.replace(config.rank, model=ranker, knowledge=read, tables=tables)
-                }
+                decided: dict[str, Any] = {"model": ranker, "knowledge": "none" if kind == "tables" else kind}
+                decided["tables"] = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
+                changes: dict[str, Any] = {"rank": dataclasses.replace(config.rank, **decided)}
                 needs: tuple[str, ...] = ("prepare",)
                 if kind == "tables":
                     changes["inputs"], needs = inputs, tuple(lums.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumrec import pipeline
 from lumrec.pipeline import Stage
@@ -47,7 +47,8 @@ def plan(config: Config) -> list[Stage]:
         if stage.app == "rank":
             _, _, kind, seed = stage.name.split("-")
             name = f"retrieve-{kind}-{seed}"
-            settings = dataclasses.replace(stage.config.retrieve, knowledge=kind)
+            decided: dict[str, Any] = {"knowledge": kind}
+            settings = dataclasses.replace(stage.config.retrieve, **decided)
             towers = dataclasses.replace(stage.config, run=f"{config.run}/{name}", retrieve=settings)
             stage = dataclasses.replace(stage, name=name, app="retrieve", config=towers)
         stages.append(stage)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, List
 
 import numpy as np
 
-from lumrec import pipeline
+from lumrec import limits, pipeline
 from lumrec.errors import UserError
+from lumrec.limits import count
 from lumrec.pipeline import Stage, say, write_json
 from lumrec.train.files import write_atomically
 from lumrec.typed_yaml import dump
@@ -35,8 +36,8 @@ class TuneConfig:
     one value as likely as another.
     """
 
-    trials: int = 8
-    seed: int = 0
+    trials: int = count(8, least=1, most=100_000)
+    seed: int = limits.seed()
     space: List[str] = field(
         default_factory=lambda: [
             "rank.train.epochs=1|2|3|4",

@@ -31,6 +31,7 @@ import yaml
 
 from lumrec import pipeline
 from lumrec.errors import UserError
+from lumrec.limits import setting
 from lumrec.pipeline import Stage
 from lumrec.train.files import write_atomically
 
@@ -48,7 +49,7 @@ class WarmUpConfig:
     the rest. engineered: features of the schema that, with rank.statistics, only "feature" and the online model read.
     """
 
-    share: float = 0.75
+    share: float = setting(0.75, above=0, below=1)
     engineered: List[str] = field(default_factory=list)
 
 
@@ -59,8 +60,6 @@ def run(config: Config) -> dict[str, float | str]:
     Raises UserError for settings that cannot work, and as the pipeline does.
     """
     settings = config.warm_up
-    if not 0.0 < settings.share < 1.0:
-        raise UserError(f"warm_up.share is {settings.share}; expected more than 0 and less than 1")
     config = dataclasses.replace(
         config,
         pretrain=dataclasses.replace(config.pretrain, time_share=settings.share),

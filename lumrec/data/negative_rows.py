@@ -23,18 +23,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Literal, Mapping, Optional, Sequence
 
 import numpy as np
 import polars as pl
 
+from lumrec import limits
 from lumrec.data.moments import inseparable
 from lumrec.data.negative_pool import Slices, make_pool
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import PARTS, mix
 from lumrec.errors import UserError
+from lumrec.limits import count
 
-SAMPLING = ("matched", "uniform", "popularity")
 CALIBRATED = 200_000  # events by which matched draws find what makes up for the items that are left out
 ROUNDS = 16  # draws until one is not an item to be left out
 TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
@@ -49,18 +50,9 @@ class NegativeRowsConfig:
     often it has them: these never draw an item that the user meets anywhere in the log. seed: of the draws.
     """
 
-    per_positive: int = 1
-    sampling: str = "matched"
-    seed: int = 0
-
-
-def check_negative_rows(config: NegativeRowsConfig) -> None:
-    """Raises UserError for settings that cannot work."""
-    if config.per_positive < 1 or config.sampling not in SAMPLING:
-        raise UserError(
-            f"data.negatives: got per_positive {config.per_positive} and sampling {config.sampling!r}; expected at "
-            f"least 1 row for each event, and one of {', '.join(SAMPLING)} (leave data.negatives out to draw none)"
-        )
+    per_positive: int = count(1, least=1, most=10_000)
+    sampling: Literal["matched", "uniform", "popularity"] = "matched"
+    seed: int = limits.seed()
 
 
 class NegativeRows:

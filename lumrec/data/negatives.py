@@ -4,15 +4,15 @@ Shape suffixes: T events, C candidates, I catalogue items.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lumrec import limits
 from lumrec.errors import UserError
-
-SAMPLING = ("uniform", "popularity", "mixed")
+from lumrec.limits import count, setting
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,28 @@ class NegativesConfig:
 
     full: bool = False
     in_batch: bool = True
-    sampled: int = 0
-    sampling: str = "uniform"
-    popularity_power: float = 0.75
-    popularity_share: float = 0.5
+    sampled: int = count(0, most=2**24)
+    sampling: Literal["uniform", "popularity", "mixed"] = "uniform"
+    popularity_power: float = setting(0.75, least=0, most=8)
+    popularity_share: float = setting(0.5, least=0, most=1)
     unique: bool = False
     logq: bool = True
     logq_positive: bool = False
     across_ranks: bool = False
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that leave no negatives, or contradict one another (`at`: the section)."""
+        if not (self.full or self.in_batch or self.sampled > 0):
+            raise UserError(f"InfoNCE has no negatives: set {at}full, {at}in_batch or {at}sampled")
+        if self.sampling != "uniform" and not (self.full or self.sampled):
+            raise UserError(f"{at}sampling={self.sampling} draws nothing: set {at}sampled, such as 1024")
+        if self.full and self.across_ranks:
+            raise UserError(
+                f"{at}full and {at}across_ranks are both set: each rank has the whole catalogue already; set "
+                f"{at}full=false for negatives of other ranks, or {at}across_ranks=false"
+            )
+        if self.logq_positive and not self.logq:
+            raise UserError(f"{at}logq_positive is a form of {at}logq, which is off: set {at}logq=true")
 
 
 class Candidates(NamedTuple):
@@ -64,7 +78,7 @@ class NegativeSampler:
     """
 
     def __init__(self, config: NegativesConfig, item_counts_I: np.ndarray, *, num_ranks: int = 1) -> None:
-        _check(config)
+        limits.check(config, "negatives")
         self.config = config
         self.num_draws = config.sampled * num_ranks  # for one step
         counts_I = torch.from_numpy(item_counts_I).double()
@@ -110,21 +124,3 @@ class NegativeSampler:
             log_absent_C = torch.special.xlog1py(self.num_draws, -proposal_C)
             return -torch.expm1(log_absent_C + torch.special.xlog1py(num_in_batch, -popularity_C))
         return self.num_draws * proposal_C + num_in_batch * popularity_C
-
-
-def _check(config: NegativesConfig) -> None:
-    if config.sampling not in SAMPLING:
-        raise UserError(f"negatives.sampling is {config.sampling!r}; expected one of {SAMPLING}")
-    if not 0 <= config.popularity_share <= 1:
-        raise UserError(f"negatives.popularity_share is {config.popularity_share}; expected a share between 0 and 1")
-    if not (config.full or config.in_batch or config.sampled > 0):
-        raise UserError("InfoNCE has no negatives: set negatives.full, negatives.in_batch or negatives.sampled")
-    if config.sampling != "uniform" and not (config.full or config.sampled):
-        raise UserError(f"negatives.sampling={config.sampling} draws nothing: set negatives.sampled, such as 1024")
-    if config.full and config.across_ranks:
-        raise UserError(
-            "negatives.full and negatives.across_ranks are both set: each rank has the whole catalogue already; set "
-            "negatives.full=false for negatives of other ranks, or negatives.across_ranks=false"
-        )
-    if config.logq_positive and not config.logq:
-        raise UserError("negatives.logq_positive is a form of negatives.logq, which is off: set negatives.logq=true")

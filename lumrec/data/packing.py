@@ -17,6 +17,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows, deal, training_windows, window_cost
 from lumrec.data.splits import TRAIN
 from lumrec.errors import UserError
+from lumrec.limits import count, setting
 from lumrec.modules.layout import make_layout
 from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
@@ -154,8 +155,8 @@ class PackingConfig:
     """events_per_pack: budget of events of one pack (two tokens each) on each rank. condition_dropout: share of events
     whose condition feature is withheld, feature by feature, so that a query may leave it out."""
 
-    events_per_pack: int = 4096
-    condition_dropout: float = 0.1
+    events_per_pack: int = count(4096, least=1, most=2**26)
+    condition_dropout: float = setting(0.1, least=0, most=1)
 
 
 class PackLoader:

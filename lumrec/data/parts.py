@@ -8,7 +8,7 @@ from typing import Dict, List, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, assign_block, check_split, cut_times
+from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, SplitKind, assign_block, check_split, cut_times
 
 FEW_USERS = 30  # in the test part: an interval over fewer users says little
 LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should have at least, where nothing is asked
@@ -68,7 +68,7 @@ def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_ti
     return warnings
 
 
-def fitting_split(counts: Mapping[str, Mapping[str, int]]) -> str:
+def fitting_split(counts: Mapping[SplitKind, Mapping[str, int]]) -> SplitKind:
     """The first kind with large enough parts; where none has, the one with events in all parts and most test users."""
     for kind, of_kind in counts.items():
         total = max(sum(of_kind[f"{part}_events"] for part in PARTS), 1)
@@ -79,10 +79,10 @@ def fitting_split(counts: Mapping[str, Mapping[str, int]]) -> str:
     return max(counts, key=lambda kind: (smallest[kind] > 0, counts[kind]["test_users"]))
 
 
-def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> List[str]:
+def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> List[SplitKind]:
     """Kinds of split that a log may have, the one to prefer first."""
     leave_one_out = {"leave_one_out"} if all_positive else set()
-    wanted = ["temporal", "leave_one_out", "user", "time"]
+    wanted: List[SplitKind] = ["temporal", "leave_one_out", "user", "time"]
     known = {"temporal", "user", *leave_one_out, *({"time"} if absolute_time else set())}
     assert set(wanted) == set(DEFAULT_FRACTIONS)
     return [kind for kind in wanted if kind in known]

@@ -19,15 +19,16 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Literal, Optional, Sequence, Tuple
 
 import polars as pl
 
+from lumrec import limits
 from lumrec.data.convert import convert
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.moments import seen_line, seen_warnings
-from lumrec.data.negative_rows import NegativeRowsConfig, check_negative_rows, draw_lines, draw_warnings
+from lumrec.data.negative_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.numbers import number_lines
 from lumrec.data.parts import part_line, split_warnings
 from lumrec.data.prepared import PreparedData
@@ -36,15 +37,15 @@ from lumrec.data.simulator import SimulatorConfig
 from lumrec.data.sources.folders import find_files
 from lumrec.data.sources.log import LogConfig, as_list
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
-from lumrec.data.sources.registry import source_module
+from lumrec.data.sources.registry import SOURCES, source_module
 from lumrec.data.splits import PARTS, SplitConfig, check_split
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.errors import MissingFileError, UserError
+from lumrec.limits import count
 from lumrec.printable import say
 from lumrec.train.files import full_disk_told, leftovers, read_json, replace_folder
 from lumrec.typed_yaml import to_yaml
 
-DUPLICATES = ("drop", "keep")
 MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
 OPTIONAL = {"negatives", "result.json"}
 ROOM = "what was there is as it was. Make room and run the same command again"
@@ -76,14 +77,18 @@ class DataConfig:
     label: LabelConfig = field(default_factory=LabelConfig)
     allow_other_files: bool = False
     split: SplitConfig = field(default_factory=SplitConfig)
-    min_count: int = 1
+    min_count: int = count(1, least=1)
     vocabulary_from: str = ""
-    max_list_length: int = 1000
-    duplicates: str = "drop"
+    max_list_length: int = count(1000, least=1)
+    duplicates: Literal["drop", "keep"] = "drop"
     request: str = ""
     negatives: Optional[NegativeRowsConfig] = None
     log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for a source that there is not (`at`: the section, with a dot)."""
+        limits.check_choice(f"{at}source", self.source, tuple(SOURCES))
 
 
 def prepared_path(config: Any) -> Path:
@@ -241,14 +246,7 @@ def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
     """
     data: DataConfig = config.data
     schema = schema_in_use(config)
-    check_split(data.split)
-    for name, least in (("min_count", 1), ("max_list_length", 1)):
-        if getattr(data, name) < least:
-            raise UserError(f"data.{name}: got {getattr(data, name)}, expected at least {least}")
-    if data.duplicates not in DUPLICATES:
-        raise UserError(f"data.duplicates: got {data.duplicates!r}, expected one of {', '.join(DUPLICATES)}")
-    if data.negatives is not None:
-        check_negative_rows(data.negatives)
+    limits.check(data, "data")
     if data.request and data.source != "log":
         raise UserError(
             f"data.request: got {data.request!r} with data.source={data.source}; it names a column of source log alone"

@@ -15,15 +15,17 @@ import difflib
 import re
 import unicodedata
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Sequence
+from typing import Dict, List, Literal, Sequence, get_args
 
 from torch import nn
 
 from lumrec.errors import UserError
+from lumrec.limits import count
 
-ROLES = ("item", "condition", "feedback", "user", "context")
-KINDS = ("id", "multi", "dense")
-SCALES = ("log", "standard", "none")
+Role = Literal["item", "condition", "feedback", "user", "context"]
+Kind = Literal["id", "multi", "dense"]
+Scale = Literal["log", "standard", "none"]
+ROLES, KINDS, SCALES = get_args(Role), get_args(Kind), get_args(Scale)
 # columns of the prepared folder that are not features
 RESERVED = (
     *("user", "item", "timestamp", "order", "label", "split", "probability", "title", "item_key", "user_key"),
@@ -39,7 +41,12 @@ _MODULES = nn.ModuleDict()
 class TableConfig:
     """One embedding table; its number of rows comes from the vocabulary (row 0 is "unknown")."""
 
-    width: int = 16
+    width: int = count(16, least=4, most=16_384)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for a width that FBGEMM's kernels cannot read (`at`: the section, with a dot)."""
+        if self.width % 4:
+            raise UserError(f"{at}width: got {self.width}, expected a multiple of 4")
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,12 @@ class FeatureConfig:
     wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
     """
 
-    role: str
-    kind: str = "id"
+    role: Role
+    kind: Kind = "id"
     table: str = ""
     column: str = ""
     wish: bool = False
-    scale: str = "standard"
+    scale: Scale = "standard"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class SchemaConfig:
 
     tables: Dict[str, TableConfig] = field(default_factory=dict)
     features: Dict[str, FeatureConfig] = field(default_factory=dict)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for features and tables that do not fit each other."""
+        if self.features:
+            validate(self)
 
 
 def validate(schema: SchemaConfig) -> SchemaConfig:

@@ -16,18 +16,17 @@ Memory holds a few blocks at a time, whatever the number of users. The log depen
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, NamedTuple
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from lumrec import limits
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.simulator_counters import ItemCounters
 from lumrec.data.simulator_users import (
@@ -42,6 +41,7 @@ from lumrec.data.simulator_world import DAY_S, NUM_PRICES, START_S, World, categ
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.errors import UserError
 from lumrec.evaluation.metrics import auc
+from lumrec.limits import count, setting
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -78,6 +78,11 @@ DEFAULT_SCHEMAS = {
 }
 
 
+def _weight(default: float) -> Any:
+    """A field for a weight of the logit, which is single precision."""
+    return setting(default, least=-1e6, most=1e6)
+
+
 @dataclass(frozen=True)
 class SimulatorConfig:
     """Size of the simulated log and weight of each part of the click logit; the seed is the run's.
@@ -92,27 +97,37 @@ class SimulatorConfig:
     it where the user only saw the item).
     """
 
-    num_users: int = 2000
-    num_items: int = 1000
-    events_per_user: int = 100
-    num_scenarios: int = 3
-    num_categories: int = 16
-    latent_dim: int = 8
-    session_events: int = 12
-    days: int = 90
-    zipf: float = 0.9
-    late_items: float = 0.2
-    repeat_share: float = 0.1
-    drift: float = 0.5
-    bias: float = -1.4
-    propensity: float = 0.4
-    taste: float = 1.0
-    focus: float = 0.45
-    popularity: float = 0.2
-    price: float = 0.3
-    query: float = 0.6
-    freshness: float = 0.4
-    repeat: float = 0.5
+    # The upper ends are what the numbers in the drafts and in the sort by user and item hold.
+    num_users: int = count(2000, least=1, most=2**31)
+    num_items: int = count(1000, least=1, most=2**24)
+    events_per_user: int = count(100, least=1)
+    num_scenarios: int = count(3, least=1, most=1000)
+    num_categories: int = count(16, least=1, most=100_000)
+    latent_dim: int = count(8, least=1, most=256)
+    session_events: int = count(12, least=1)
+    days: int = count(90, least=1, most=3650)
+    zipf: float = setting(0.9, least=0, most=10)
+    late_items: float = setting(0.2, least=0, most=1)
+    repeat_share: float = setting(0.1, least=0, most=1)
+    drift: float = setting(0.5, least=0, most=1)
+    bias: float = _weight(-1.4)
+    propensity: float = _weight(0.4)
+    taste: float = _weight(1.0)
+    focus: float = _weight(0.45)
+    popularity: float = _weight(0.2)
+    price: float = _weight(0.3)
+    query: float = _weight(0.6)
+    freshness: float = _weight(0.4)
+    repeat: float = _weight(0.5)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for more events than a user can have (`at`: the section, with a dot)."""
+        most = 500 * self.days
+        if self.events_per_user > most:
+            raise UserError(
+                f"{at}events_per_user: got {self.events_per_user}, expected at most {most:,} (500 a day, "
+                f"{at}days={self.days})"
+            )
 
 
 class Block(NamedTuple):
@@ -137,7 +152,7 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
     threads: blocks that are simulated at a time; 0 = one for each core this process may use, at most MOST_THREADS.
     Raises UserError for sizes, shares and weights that make no log.
     """
-    check(config)
+    limits.check(config, "data.simulator")
     world = make_world(config, np.random.default_rng([seed, 0]))
     blocks = _blocks(config, scratch)
     counters = ItemCounters(config.num_items, config.days, scratch)
@@ -170,28 +185,6 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
         note=f"a simulated log (seed {seed})",
         extra={"simulated": True},
     )
-
-
-def check(config: SimulatorConfig) -> None:
-    """Raises UserError, with the field, for a size, share or weight that makes no log."""
-    for field in dataclasses.fields(config):
-        name, got = field.name, getattr(config, field.name)
-        if name in ("late_items", "repeat_share", "drift"):
-            good, expected = 0 <= got <= 1, "a share from 0 to 1"
-        elif name == "zipf":
-            good, expected = 0 <= got < math.inf, "a finite number, at least 0"
-        elif isinstance(field.default, float):
-            good, expected = math.isfinite(got), "a finite number"
-        else:
-            good, expected = got >= 1, "at least 1"
-        if not good:
-            raise UserError(f"data.simulator.{name}: got {got}, expected {expected}")
-    # what the numbers in the drafts and in the sort by user and item hold
-    most = {"num_users": 1 << 31, "num_items": 1 << 24, "num_categories": 100_000, "num_scenarios": 1000, "days": 3650}
-    for name, limit in {**most, "events_per_user": 500 * config.days}.items():
-        if getattr(config, name) > limit:
-            days = f" (500 a day, data.simulator.days={config.days})" if name == "events_per_user" else ""
-            raise UserError(f"data.simulator.{name}: got {getattr(config, name)}, expected at most {limit}{days}")
 
 
 def finished(

@@ -13,13 +13,15 @@ import math
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, Literal, Optional, Sequence, get_args
 
 import numpy as np
 import polars as pl
 
+from lumrec import limits
 from lumrec.data.moments import inseparable
 from lumrec.errors import UserError
+from lumrec.limits import setting
 
 TRAIN, VALID, TEST = 0, 1, 2
 LATER = 3  # training events that a LUM leaves out, see `leave_out_later`
@@ -30,6 +32,8 @@ DEFAULT_FRACTIONS = {
     "user": [0.68, 0.04, 0.28],
     "time": [0.8, 0.1, 0.1],
 }
+MOST_FOLDS = 127  # what an int8 counts
+SplitKind = Literal["temporal", "leave_one_out", "user", "time"]
 _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 
 
@@ -46,11 +50,15 @@ class SplitConfig:
     at rotation 0, so that settings chosen there are confirmed on users whom no choice has seen.
     """
 
-    kind: str = "temporal"
-    fractions: List[float] = field(default_factory=list)
-    seed: int = 0
+    kind: SplitKind = "temporal"
+    fractions: List[float] = setting(list, least=0, most=1)
+    seed: int = limits.seed()
     times: List[str] = field(default_factory=list)
-    rotation: float = 0.0
+    rotation: float = setting(0.0, least=0, below=1)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that do not belong together (`at`: the section, with a dot)."""
+        check_split(self)
 
 
 def check_split(config: SplitConfig) -> List[float]:
@@ -59,16 +67,13 @@ def check_split(config: SplitConfig) -> List[float]:
     Raises UserError for an unknown kind, for fractions that are not three numbers >= 0 that sum to 1, and for a
     rotation of another split than that of users, or outside [0, 1).
     """
-    if config.kind not in DEFAULT_FRACTIONS:
-        raise UserError(f"data.split.kind: got {config.kind!r}, expected one of {', '.join(DEFAULT_FRACTIONS)}")
+    limits.check_choice("data.split.kind", config.kind, get_args(SplitKind))
     if config.times:
         _check_times(config)
     if config.rotation and config.kind != "user":
         raise UserError(
             f"data.split.rotation: got {config.rotation} with kind {config.kind!r}; it belongs to kind user"
         )
-    if not 0.0 <= config.rotation < 1.0:
-        raise UserError(f"data.split.rotation: got {config.rotation}, expected a share of the users, 0 ≤ … < 1")
     fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
     if config.kind == "leave_one_out":
         if config.fractions:
@@ -222,8 +227,8 @@ def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
     >>> user_fold(["1", "2", "3"], 2)
     array([0, 1, 1], dtype=int8)
     """
-    if not 1 <= num_folds <= 127:
-        raise UserError(f"number of folds: got {num_folds}, expected 1 … 127")
+    if not 1 <= num_folds <= MOST_FOLDS:
+        raise UserError(f"number of folds: got {num_folds}, expected 1 … {MOST_FOLDS}")
     return ((_hash(user_keys, _FOLD_SALT) >> np.uint64(11)) % np.uint64(num_folds)).astype(np.int8)
 
 

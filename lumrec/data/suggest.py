@@ -14,6 +14,8 @@ from lumrec.data.schema import (
     DENSE_ROLES,
     RESERVED,
     FeatureConfig,
+    Role,
+    Scale,
     SchemaConfig,
     TableConfig,
     folded,
@@ -130,18 +132,19 @@ def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with
     return Suggestion(column.name, FeatureConfig(role), why)
 
 
-def _scale(column: ColumnFacts) -> str:
+def _scale(column: ColumnFacts) -> Scale:
     return "log" if LONG_TAILED.search(column.name.lower()) else "standard"
 
 
-def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Tuple[str, str]:
+def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Tuple[Role, str]:
     if column.table != "events":
         return ("item", "of the items") if column.table == "items" else ("user", "of the users")
     if column.name == label:
         return "feedback", "the label is made of it: read in histories alone"
     if column.name in known_after:
         return "feedback", "known only after the item was shown: read in histories alone"
-    for role, share in (("item", column.of_item), ("user", column.of_user)):
+    owners: Tuple[Tuple[Role, Optional[float]], ...] = (("item", column.of_item), ("user", column.of_user))
+    for role, share in owners:
         if (share or 0.0) >= CONSTANT:
             move = f": move it to the {role}s to make it theirs" if role in with_files else ""
             return "context" if role in with_files else role, f"the same in all events of one {role}{move}"
@@ -182,7 +185,10 @@ def as_yaml(data: Any, default: Any, schema: SchemaConfig, notes: Dict[str, str]
         tables = {name: {"width": table.width} for name, table in schema.tables.items()}
         lines += ["  tables:", *(f"    {line}" for line in _flow(tables))]
     features = {
-        name: {"role": feature.role, **{k: v for k, v in _differing(feature, FeatureConfig("")).items() if k != "role"}}
+        name: {
+            "role": feature.role,
+            **{k: v for k, v in _differing(feature, FeatureConfig("item")).items() if k != "role"},
+        }
         for name, feature in schema.features.items()
     }
     lines.append("  features:")

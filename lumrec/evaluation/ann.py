@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Literal, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lumrec import limits
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
 from lumrec.evaluation.retrieval import Targets, metric_sums
+from lumrec.limits import count
 
-INDEXES = ("flat", "hnsw", "ivf")
 # Users × items of the marks of seen items held at once (elements).
 SEEN_BUDGET = 1 << 25
 
@@ -34,24 +34,23 @@ class AnnConfig:
     links, build_beam, beam: HNSW's M, efConstruction, efSearch. lists: of IVF, 0 = 4·sqrt(items); probes: lists read.
     """
 
-    index: str = "hnsw"
-    k: int = 50
-    links: int = 32
-    build_beam: int = 200
-    beam: int = 128
-    lists: int = 0
-    probes: int = 16
+    index: Literal["hnsw", "flat", "ivf", ""] = "hnsw"
+    k: int = count(50, least=1)
+    links: int = count(32, least=2, most=1024)  # FAISS divides by log(links), and aborts at 0
+    build_beam: int = count(200, least=1, most=2**20)
+    beam: int = count(128, least=1, most=2**20)
+    lists: int = count(0)
+    probes: int = count(16, least=1, most=2**31 - 1)
 
 
 class ItemIndex:
     """Catalogue items (int64) nearest to a user by inner product, out of those that `is_candidate_I` (bool [I]) marks.
 
-    Raises UserError for an unknown kind of index.
+    Raises UserError for settings that FAISS cannot work with.
     """
 
     def __init__(self, e_IV: Tensor, is_candidate_I: np.ndarray, config: AnnConfig) -> None:
-        if config.index not in INDEXES:
-            raise UserError(f"ann.index is {config.index!r}; expected one of {', '.join(INDEXES)}")
+        limits.check(config, "ann")
         import faiss  # not at the top: every app loads this module with its config, and few have an index
 
         faiss.omp_set_num_threads(torch.get_num_threads())

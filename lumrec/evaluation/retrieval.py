@@ -28,6 +28,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import Windows
 from lumrec.data.splits import PARTS
 from lumrec.errors import UserError
+from lumrec.limits import count
 from lumrec.query.conditions import condition_columns
 from lumrec.query.group_query import encode_items
 from lumrec.train.parallel import rank, world_size
@@ -51,9 +52,25 @@ class RetrievalConfig:
     condition: Dict[str, str] = field(default_factory=dict)
     oracle: bool = False
     request_time: bool = True
-    ks: List[int] = field(default_factory=lambda: [10, 50])
-    max_users: int = 0
-    tokens_per_pack: int = 8192
+    ks: List[int] = count(lambda: [10, 50], least=1)
+    max_users: int = count(0)
+    tokens_per_pack: int = count(8192, least=1)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for cut-offs that are none (`at`: the section, with a dot)."""
+        check_cut_offs(at, self.ks)
+
+
+def check_cut_offs(at: str, ks: Sequence[int]) -> None:
+    """Raises UserError for no cut-off, and for one that is named twice."""
+    if not ks or len(set(ks)) < len(ks):
+        raise UserError(f"{at}ks: got {list(ks)}, expected one or more different cut-offs, such as [10, 50]")
+
+
+def retrieval_names(ks: Sequence[int], *, oracle: bool = False) -> list[str]:
+    """The metrics of retrieval by which weights can be chosen; all are better when higher."""
+    names = [f"{name}@{k}" for name in ("hr", "ndcg") for k in ks]
+    return names + [f"oracle/{name}" for name in names if oracle]
 
 
 class Targets(NamedTuple):

@@ -27,6 +27,7 @@ from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.errors import UserError
+from lumrec.limits import count
 from lumrec.printable import printable, say
 from lumrec.query.conditions import default_conditions
 from lumrec.query.group_query import GroupQuery, log_normalizer, serving_windows, user_rows
@@ -49,8 +50,8 @@ class InspectConfig:
     """
 
     user: str = ""
-    top: int = 10
-    events: int = 10
+    top: int = count(10, least=1)
+    events: int = count(10)
     leave_out_seen: bool = False
 
 
@@ -89,8 +90,6 @@ def run(config: Config) -> dict[str, float | str]:
     """
     device = init_distributed(threads=config.threads)
     settings = config.inspect
-    if settings.top < 1 or settings.events < 0:
-        raise UserError(f"inspect.top is {settings.top}, inspect.events {settings.events}; expected 1 and 0 or more")
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
     if not settings.user:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple
+from typing import TYPE_CHECKING, Any, Dict, List, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from lumrec.data.sequences import AnsweringWindows, Windows, behind
 from lumrec.data.splits import moment_of_share, user_fold
 from lumrec.errors import UserError
 from lumrec.evaluation.answers import rank_by_answers
+from lumrec.limits import count
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand
 from lumrec.query.forget import drop_forgotten, forgotten_among
 from lumrec.query.group_query import (
@@ -35,7 +36,7 @@ from lumrec.query.group_query import (
     serving_windows,
 )
 from lumrec.query.history import key_digests, user_index
-from lumrec.query.records import DTYPES, decode, encode, user_key_bytes
+from lumrec.query.records import decode, encode, user_key_bytes
 from lumrec.query.refresh import Earlier, find_earlier, take_over
 from lumrec.query.store import MANIFEST, Knowledge, check_files, identity_of, read_manifest, version_name
 from lumrec.query.writer import KnowledgeWriter, full_disk_told, remove_others
@@ -77,14 +78,19 @@ class QueryConfig:
     """
 
     conditions: List[Dict[str, str]] = field(default_factory=list)
-    max_conditions: int = MAX_CONDITIONS
+    max_conditions: int = count(MAX_CONDITIONS, least=1, most=65_536)
     rows: bool = True
     users: bool = True
-    stride: int = 0
+    stride: int = count(0, most=2**20)
     log_normalizer: bool = True
-    dtype: str = "float16"
+    dtype: Literal["float16", "float32", "int8"] = "float16"
     refresh_from: str = ""
-    tokens_per_pack: int = 8192
+    tokens_per_pack: int = count(8192, least=1)
+
+    def check(self, at: str) -> None:
+        """Raises UserError where nothing is asked (`at`: the section, with a dot)."""
+        if not (self.rows or self.users):
+            raise UserError(f"{at}rows and {at}users are both false: there is nothing to ask about; set one of them")
 
 
 class AskedLum(NamedTuple):
@@ -225,15 +231,10 @@ def _read_lum(config: Config, name: str, data: PreparedData) -> AskedLum:
 def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
     """Everything that decides the answers, as JSON holds it. Raises UserError for settings that cannot work."""
     config = root.query
-    if not (config.rows or config.users):
-        raise UserError("query.rows and query.users are both false: there is nothing to ask about; set one of them")
-    if config.dtype not in DTYPES:
-        raise UserError(f"query.dtype is {config.dtype!r}; expected one of {DTYPES}")
-    if config.tokens_per_pack < 1:
-        raise UserError(f"query.tokens_per_pack is {config.tokens_per_pack}; expected a positive number")
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
         raise UserError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
+    check_stride(config.stride, model)
     features = condition_features(model, data.schema)
     asked = config.conditions or default_conditions(data, features)
     conditions = expand(data, features, asked, max_conditions=config.max_conditions)
@@ -257,6 +258,15 @@ def _identity(root: Config, data: PreparedData, lums: list[AskedLum]) -> dict[st
         "tokens_per_pack": config.tokens_per_pack,
         **({"forgotten": forgotten} if forgotten else {}),
     }
+
+
+def check_stride(stride: int, model: ModelConfig) -> None:
+    """Raises UserError for windows that would leave out events."""
+    if stride >= model.max_events:
+        raise UserError(
+            f"query.stride: got {stride}, expected less than the LUM's model.max_events={model.max_events}; 0 is half "
+            "of that"
+        )
 
 
 def _hazard(lums: list[AskedLum]) -> str:

@@ -13,9 +13,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
+from lumrec import limits
 from lumrec.errors import UserError
+from lumrec.limits import check_choice, count
 from lumrec.modules.moments import average_moments
 from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.checkpoint_meta import Fingerprint
@@ -61,18 +63,28 @@ class TrainConfig:
     Checkpointer), where "keep" refuses to resume.
     """
 
-    epochs: int = 1
-    max_steps: int = 0
-    min_steps: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    eval_every: int = 0
-    patience: int = 0
+    epochs: int = count(1, least=1)
+    max_steps: int = count(0)
+    min_steps: int = count(0)
+    log_every: int = count(50, least=1)
+    checkpoint_every: int = count(0)
+    keep_checkpoints: int = count(2, least=1)
+    eval_every: int = count(0)
+    patience: int = count(0)
     sharding: str = ""
     fsdp: bool = False
-    optimizer_state: str = "keep"
+    optimizer_state: Literal["keep", "drop"] = "keep"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def check_select(at: str, select: str, known: Sequence[str], *, patience: int) -> None:
+    """Raises UserError where a section's `select` names no metric that the evaluation gives, or one in the wrong
+    direction ("-" before it minimises), and for patience without a metric. known: the metrics, as they are selected.
+    """
+    if select:
+        check_choice(f"{at}select", select, (*known, ""))
+    elif patience:
+        raise UserError(f"{at}train.patience={patience} needs a metric to go by, and {at}select is empty")
 
 
 @dataclass(frozen=True)
@@ -410,11 +422,7 @@ class _Fit:
 
 
 def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str, float]] | None, select: str) -> None:
-    if config.epochs < 1 or config.log_every < 1:
-        raise UserError(f"epochs={config.epochs} and log_every={config.log_every} must be 1 or more")
-    for name in ("max_steps", "min_steps", "checkpoint_every", "eval_every", "patience"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} must be 0 or more")
+    limits.check(config)
     if evaluate is None and (select or config.patience):
         raise UserError(f"select={select!r} and patience={config.patience} need an evaluation, and there is none")
     if config.patience and not select:

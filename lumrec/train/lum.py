@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional  # noqa: UP035 (the spelling of all configs)
+from typing import TYPE_CHECKING, Any, List, Literal, NamedTuple, Optional  # noqa: UP035 (as in all configs)
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -14,6 +14,7 @@ from lumrec.data.packing import PackBuilder
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.errors import MissingFileError, UserError
+from lumrec.limits import count, setting, share
 from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
@@ -24,6 +25,11 @@ from lumrec.train.parallel import shard
 
 if TYPE_CHECKING:
     from lumrec.config import Config
+
+
+# Wider than any encoder there is; ten times the largest config (7B) is still far from what one machine can hold.
+MOST_WIDTH = 16_384
+MOST_PARAMETERS = 10**11
 
 
 @dataclass(frozen=True)
@@ -38,20 +44,44 @@ class ModelConfig:
     what is not attention.
     """
 
-    encoder: str = "gpt"
-    dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    ffn_dim: int = 0
+    encoder: Literal["gpt", "llama", "hstu"] = "gpt"
+    dim: int = count(64, least=1, most=MOST_WIDTH)
+    num_layers: int = count(2, least=1, most=1024)
+    num_heads: int = count(2, least=1, most=MOST_WIDTH)
+    ffn_dim: int = count(0, most=16 * MOST_WIDTH)
     time_bias: Optional[bool] = None  # noqa: UP045
-    tokens: str = "interleaved"
+    tokens: Literal["interleaved", "merged"] = "interleaved"
     checkpoint_activations: bool = False
     compile: bool = False
-    max_events: int = 128
-    dropout: float = 0.1
-    similarity: str = "cosine"
-    temperature: float = 0.05
+    max_events: int = count(128, least=2, most=2**20)
+    dropout: float = share(0.1)
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = setting(0.05, least=1e-6, most=1e6)
     conditions: Optional[List[str]] = None  # noqa: UP006, UP045
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that no user encoder has together (`at`: the section, with a dot)."""
+        head_width, rest = divmod(self.dim, self.num_heads)
+        if rest:
+            raise UserError(
+                f"{at}num_heads: the width {at}dim={self.dim} cannot be divided into {self.num_heads} heads; choose a "
+                "divisor of it"
+            )
+        if self.encoder == "llama" and head_width % 2:
+            raise UserError(
+                f"{at}num_heads: llama's rotary positions turn pairs of channels, but a head has {head_width} "
+                f"({at}dim={self.dim} over {self.num_heads} heads); make it even"
+            )
+        if self.encoder == "hstu" and self.ffn_dim:
+            raise UserError(f"{at}ffn_dim: got {self.ffn_dim}, and an hstu block has no FFN; leave it at 0")
+        parameters = self.num_layers * self.dim * (4 * self.dim + 2 * (self.ffn_dim or 4 * self.dim))
+        parameters += TOKENS_PER_EVENT[self.tokens] * self.max_events * self.dim
+        if parameters > MOST_PARAMETERS:
+            raise UserError(
+                f"{at}dim={self.dim}, {at}num_layers={self.num_layers}, {at}ffn_dim={self.ffn_dim} and "
+                f"{at}max_events={self.max_events} make about {parameters:,} parameters; expected at most "
+                f"{MOST_PARAMETERS:,}"
+            )
 
 
 def condition_features(config: ModelConfig, schema: SchemaConfig) -> list[str]:
@@ -118,8 +148,6 @@ def build_lum(
 
 def build_user_encoder(config: ModelConfig) -> UserEncoder:
     """The user encoder of a config, with fresh weights on torch's current device ("meta" counts its parameters)."""
-    if config.tokens not in TOKENS_PER_EVENT:
-        raise UserError(f"model.tokens is {config.tokens!r}; expected one of {sorted(TOKENS_PER_EVENT)}")
     return UserEncoder(
         encoder=config.encoder,
         dim=config.dim,

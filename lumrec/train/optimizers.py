@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Dict  # noqa: UP035 (the spelling of all dataclasses of the config)
+from dataclasses import dataclass
+from typing import Any, Dict, Literal, get_args  # noqa: UP035 (the spelling of all dataclasses of the config)
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from lumrec.errors import UserError
+from lumrec import limits
+from lumrec.limits import count, setting
 
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 TABLE_EPS = 1e-8  # FBGEMM's
 # Optimizers that FBGEMM fuses into the backward pass on CPU and on CUDA, with their arguments beside the learning rate.
 TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
@@ -24,6 +24,11 @@ TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str
     "adagrad": (torch.optim.Adagrad, {"eps": TABLE_EPS}),
     "sgd": (torch.optim.SGD, {}),
 }
+
+
+Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+SCHEDULES = get_args(Schedule)
+MOST_RATE = 1e6  # any rate above 1 or so diverges
 
 
 @dataclass(frozen=True)
@@ -43,40 +48,20 @@ class OptimizerConfig:
     min_lr_factor: the lowest rate that a schedule falls to, as a share of the highest.
     """
 
-    table_optimizer: str = "rowwise_adagrad"
-    table_lr: float = 0.1
-    table_lrs: Dict[str, float] = field(default_factory=dict)
-    dense_lr: float = 1e-3
-    weight_decay: float = 0.0
-    clip_grad_norm: float = 1.0
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    decay_share: float = 0.2
-    min_lr_factor: float = 0.0
+    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    table_lr: float = setting(0.1, least=0, most=MOST_RATE)
+    table_lrs: Dict[str, float] = setting(dict, least=0, most=MOST_RATE)
+    dense_lr: float = setting(1e-3, least=0, most=MOST_RATE)
+    weight_decay: float = setting(0.0, least=0, most=MOST_RATE)
+    clip_grad_norm: float = setting(1.0, least=0, most=1e12)
+    warmup_steps: int = count(0)
+    schedule: Schedule = "constant"
+    decay_share: float = setting(0.2, least=0, most=1)
+    min_lr_factor: float = setting(0.0, least=0, most=1)
 
     def lr_of(self, table: str) -> float:
         """Highest learning rate of a table."""
         return self.table_lrs.get(table, self.table_lr)
-
-
-def check(config: OptimizerConfig) -> None:
-    """Raises UserError for a name or a number that no optimizer can work with."""
-    if config.table_optimizer not in TABLE_OPTIMIZERS:
-        raise UserError(
-            f"table_optimizer={config.table_optimizer!r} is not one of {', '.join(TABLE_OPTIMIZERS)}: these are what "
-            "FBGEMM fuses into the backward pass on CPU and CUDA alike (Adam has no fused kernel on CPU)"
-        )
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"schedule={config.schedule!r} is not one of {', '.join(SCHEDULES)}")
-    for name in ("table_lr", "dense_lr", "weight_decay", "clip_grad_norm", "warmup_steps"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} must be 0 or more")
-    for name, rate in config.table_lrs.items():
-        if rate < 0:
-            raise UserError(f"table_lrs: {name} has {rate}; it must be 0 or more")
-    for name in ("decay_share", "min_lr_factor"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name}={getattr(config, name)} must lie between 0 and 1")
 
 
 def table_shardings(model: DistributedModelParallel) -> dict[str, ParameterSharding]:
@@ -130,7 +115,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     Tables have theirs fused into the backward pass (`table_optimizer` and `table_lr` were given to `shard`); tables
     that are data_parallel get its plain twin; the rest AdamW. Raises UserError for an unknown name.
     """
-    check(config)
+    limits.check(config)
     replicated = {
         name for name, sharding in table_shardings(model).items() if sharding.sharding_type == "data_parallel"
     }

@@ -28,8 +28,9 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
+from lumrec import limits
 from lumrec.errors import UserError
-from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, check
+from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 
 # What TorchRec 1.8 says at every use under torch 2.13, whatever the caller does.
@@ -122,7 +123,7 @@ def shard(
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
-    check(optimizer)
+    limits.check(optimizer)
     if not dist.is_initialized():
         raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
     collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sequences import token_cost
-from lumrec.data.splits import TRAIN, leave_out_later, user_fold
+from lumrec.data.splits import MOST_FOLDS, TRAIN, leave_out_later, user_fold
 from lumrec.errors import UserError
-from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, retrieval_names
+from lumrec.limits import setting, share
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
 from lumrec.train.continual import find_earlier, growth_table, start_from
 from lumrec.train.length import fit_length, tell_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.lum import build_lum, lum_fingerprint
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.parallel import init_distributed, shard
@@ -43,7 +44,7 @@ class ContrastConfig:
     """Counterfactual contrast, our extension, off by default. feature: condition whose other values are asked."""
 
     feature: str = ""
-    weight: float = 2.0
+    weight: float = setting(2.0, least=0, most=1e6)
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,22 @@ class PretrainConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    time_share: float = 1.0
-    label_smoothing: float = 0.0
-    precision: str = "float32"
+    time_share: float = setting(1.0, above=0, most=1)
+    label_smoothing: float = share(0.0)
+    precision: Literal["float32", "bfloat16"] = "float32"
     start_from: str = ""
-    table_state: str = "keep"
+    table_state: Literal["keep", "fresh"] = "keep"
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     select: str = "ndcg@10"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
     evaluate: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
+        known = retrieval_names(self.evaluate.ks, oracle=self.evaluate.oracle)
+        check_select(at, self.select, known, patience=self.train.patience)
+        if self.start_from and self.warm_start.source:
+            raise UserError(f"{at}start_from and {at}warm_start.source both fill the weights: give one of them")
 
 
 def parse_fold(fold: str) -> tuple[int, int] | None:
@@ -80,9 +88,12 @@ def parse_fold(fold: str) -> tuple[int, int] | None:
     if not fold:
         return None
     left, _, right = fold.partition("/")
-    if left.isdecimal() and right.isdecimal() and int(left) < int(right) and int(right) >= 2:
+    if left.isdecimal() and right.isdecimal() and int(left) < int(right) and 2 <= int(right) <= MOST_FOLDS:
         return int(left), int(right)
-    raise UserError(f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and K ≥ 2, such as fold=0/2, or "" for all users')
+    raise UserError(
+        f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and 2 ≤ K ≤ {MOST_FOLDS}, such as fold=0/2, or "" for all '
+        "users"
+    )
 
 
 def training_users(data: PreparedData, fold: str) -> np.ndarray:
@@ -95,10 +106,6 @@ def training_users(data: PreparedData, fold: str) -> np.ndarray:
 
 def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]:
     """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
-    if config.precision not in PRECISIONS:
-        raise UserError(f"pretrain.precision is {config.precision!r}; expected one of {sorted(PRECISIONS)}")
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"pretrain.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
     dtype, negatives = PRECISIONS[config.precision], config.negatives
 
     def step(model: nn.Module, pack: Pack) -> StepOutput:
@@ -161,10 +168,6 @@ def run(config: "Config") -> dict[str, float | str]:
     inputs = {"prepared": data.fingerprint} | ({"start_from": earlier.fingerprint} if earlier else {})
     production = None
     if config.pretrain.warm_start.source:
-        if earlier is not None:
-            raise UserError(
-                "pretrain.start_from and pretrain.warm_start.source both fill the weights: give one of them"
-            )
         production = config.pretrain.warm_start.open()
         inputs["warm_start"] = production.fingerprint()
     run_folder = RunFolder.create(config, "pretrain", inputs=inputs)

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any, List, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from lumrec import limits
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
@@ -26,7 +28,8 @@ from lumrec.errors import UserError
 from lumrec.evaluation.bootstrap import intervals
 from lumrec.evaluation.compare import Scores, write_scores
 from lumrec.evaluation.metrics import ranking_metrics
-from lumrec.modules.knowledge import MODES, KnowledgeFusion
+from lumrec.limits import count, setting, share
+from lumrec.modules.knowledge import KnowledgeFusion
 from lumrec.modules.moments import average_moments
 from lumrec.modules.rankers.base import RankBatch, Ranker
 from lumrec.modules.rankers.dien import Dien
@@ -39,8 +42,8 @@ from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.lum import TrainedLum, condition_features, data_tables, open_lum_run
+from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.lum import MOST_WIDTH, TrainedLum, condition_features, data_tables, open_lum_run
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
@@ -59,7 +62,9 @@ MODELS: dict[str, tuple[type[Ranker], tuple[str, ...]]] = {
     "sim": (Sim, ("search", "num_searched", "num_heads", "head_dim", "num_recent", "auxiliary_weight")),
     "twin": (Twin, ("num_searched", "num_heads", "head_dim")),
 }
-TABLES = ("fresh", "lum")
+MOST_LAYERS = 64
+# What weights can be chosen by; "-" before a metric that is better when it is lower.
+SELECTABLE = ("auc", "gauc", "-log_loss", "-ne", "-ece")
 
 
 @dataclass(frozen=True)
@@ -91,31 +96,31 @@ class RankConfig:
     warm_start: a production checkpoint to begin from; see docs/how-to/warm-start.md.
     """
 
-    model: str = "din"
-    knowledge: str = "none"
+    model: Literal["din", "dlrm", "dien", "sim", "twin"] = "din"
+    knowledge: Literal["none", "direct", "matching", "both"] = "none"
     knowledge_attention: bool = False
-    knowledge_dim: int = 32
-    knowledge_dropout: float = 0.0
-    tables: str = "fresh"
-    statistics: str = "all"
+    knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
+    knowledge_dropout: float = share(0.0)
+    tables: Literal["fresh", "lum"] = "fresh"
+    statistics: Literal["all", "user", "none"] = "all"
     leave_out: List[str] = field(default_factory=list)
-    time_window: List[float] = field(default_factory=list)
-    max_history: int = 50
-    batch_size: int = 2048
-    hidden_dims: List[int] = field(default_factory=lambda: [200, 80])
-    dropout: float = 0.1
-    activation: str = "prelu"
-    activation_dim: int = 36
+    time_window: List[float] = setting(list, least=0, most=1)
+    max_history: int = count(50, most=2**20)
+    batch_size: int = count(2048, least=1, most=2**24)
+    hidden_dims: List[int] = count(lambda: [200, 80], least=1, most=MOST_WIDTH)
+    dropout: float = share(0.1)
+    activation: Literal["relu", "prelu", "dice"] = "prelu"
+    activation_dim: int = count(36, least=1, most=MOST_WIDTH)
     softmax: bool = False
-    token_l2: float = 0.0
-    cross_dim: int = 0
-    auxiliary_weight: float = 1.0
-    search: str = "soft"
+    token_l2: float = setting(0.0, least=0, most=1e6)
+    cross_dim: int = count(0, most=MOST_WIDTH)
+    auxiliary_weight: float = setting(1.0, least=0, most=1e6)
+    search: Literal["soft", "hard"] = "soft"
     category: str = ""
-    num_searched: int = 50
-    num_heads: int = 4
-    head_dim: int = 16
-    num_recent: int = 16
+    num_searched: int = count(50, least=1, most=2**20)
+    num_heads: int = count(4, least=1, most=1024)
+    head_dim: int = count(16, least=1, most=1024)
+    num_recent: int = count(16, most=2**20)
     select: str = "auc"
     test: bool = True
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -127,6 +132,23 @@ class RankConfig:
             ),
         )
     )
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
+        check_select(at, self.select, SELECTABLE, patience=self.train.patience)
+        if self.tables == "lum" and self.warm_start.source:
+            raise UserError(f"{at}tables=lum and {at}warm_start.source both fill the tables: give one of them")
+        if self.model == "sim" and self.search == "soft" and not self.auxiliary_weight:
+            raise UserError(f"{at}auxiliary_weight: got 0, and without it SIM's soft search learns nothing; raise it")
+        if self.time_window and not (len(self.time_window) == 2 and self.time_window[0] < self.time_window[1]):
+            raise UserError(f"{at}time_window: got {list(self.time_window)}, expected two shares, such as [0.75, 1]")
+        check_depth(f"{at}hidden_dims", self.hidden_dims)
+
+
+def check_depth(key: str, hidden_dims: Sequence[int]) -> None:
+    """Raises UserError for more layers than any over-arch has."""
+    if len(hidden_dims) > MOST_LAYERS:
+        raise UserError(f"{key}: got {len(hidden_dims)} layers; expected at most {MOST_LAYERS}")
 
 
 def row_features(data: PreparedData) -> list[str]:
@@ -152,10 +174,7 @@ def build_ranker(
     tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
     Raises UserError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
     """
-    if config.model not in MODELS:
-        raise UserError(f"rank.model is {config.model!r}; expected one of {', '.join(MODELS)}")
-    if config.knowledge not in ("none", *MODES):
-        raise UserError(f"rank.knowledge is {config.knowledge!r}; expected one of {', '.join(('none', *MODES))}")
+    limits.check(config, "rank")
     if (knowledge is None) != (config.knowledge == "none"):
         raise UserError(f"rank.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given")
     fusion = knowledge and KnowledgeFusion(
@@ -277,10 +296,6 @@ def run(config: "Config") -> dict[str, float | str]:
     """
     settings, started = config.rank, time.perf_counter()
     device = init_distributed(threads=config.threads)
-    if settings.tables not in TABLES:
-        raise UserError(f"rank.tables is {settings.tables!r}; expected one of {', '.join(TABLES)}")
-    if settings.tables == "lum" and settings.warm_start.source:
-        raise UserError("rank.tables=lum and rank.warm_start.source both fill the tables: give one of them")
     data = open_or_prepare(config)
     inputs = {"data": data.fingerprint}
     lum = production = None

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING, List, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from lumrec import limits
 from lumrec.data.negatives import NegativesConfig
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
@@ -21,28 +22,34 @@ from lumrec.data.schema import features_by_role
 from lumrec.data.tower_rows import TowerBuilder, TowerLoader
 from lumrec.errors import UserError
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
-from lumrec.evaluation.retrieval import Targets, last_events, metric_sums, rank_targets, sum_over_ranks
+from lumrec.evaluation.retrieval import (
+    Targets,
+    check_cut_offs,
+    last_events,
+    metric_sums,
+    rank_targets,
+    retrieval_names,
+    sum_over_ranks,
+)
+from lumrec.limits import count, setting, share
 from lumrec.modules.losses import info_nce
 from lumrec.modules.moments import average_moments
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.query.store import Knowledge
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.lum import data_tables
+from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.lum import MOST_WIDTH, data_tables
 from lumrec.train.negatives import gather_candidates
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
-from lumrec.train.rank import open_knowledge
+from lumrec.train.rank import check_depth, open_knowledge
 from lumrec.train.run import RunFolder
 
 if TYPE_CHECKING:
     from lumrec.config import Config
 
 logger = logging.getLogger(__name__)
-
-KNOWLEDGE = ("none", "direct")
-POSITIVES = ("label", "all")
 
 
 @dataclass(frozen=True)
@@ -62,24 +69,24 @@ class RetrieveConfig:
     select: validation metric of the weights that are kept and tested.
     """
 
-    knowledge: str = "none"
-    knowledge_dim: int = 32
-    knowledge_dropout: float = 0.0
-    positives: str = "label"
+    knowledge: Literal["none", "direct"] = "none"
+    knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
+    knowledge_dropout: float = share(0.0)
+    positives: Literal["label", "all"] = "label"
     conditions: List[str] = field(default_factory=list)
-    max_history: int = 50
-    batch_size: int = 2048
-    pooling: str = "attention"
-    similarity: str = "cosine"
-    temperature: float = 0.05
-    dim: int = 64
-    hidden_dims: List[int] = field(default_factory=lambda: [128])
-    dropout: float = 0.1
-    activation: str = "relu"
+    max_history: int = count(50, most=2**20)
+    batch_size: int = count(2048, least=1, most=2**24)
+    pooling: Literal["attention", "mean"] = "attention"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = setting(0.05, least=1e-6, most=1e6)
+    dim: int = count(64, least=1, most=MOST_WIDTH)
+    hidden_dims: List[int] = count(lambda: [128], least=1, most=MOST_WIDTH)
+    dropout: float = share(0.1)
+    activation: Literal["relu", "prelu", "dice"] = "relu"
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
-    label_smoothing: float = 0.0
-    ks: List[int] = field(default_factory=lambda: [10, 50])
-    max_users: int = 0
+    label_smoothing: float = share(0.0)
+    ks: List[int] = count(lambda: [10, 50], least=1)
+    max_users: int = count(0)
     ann: AnnConfig = field(default_factory=AnnConfig)
     select: str = "ndcg@10"
     train: TrainConfig = field(
@@ -90,6 +97,12 @@ class RetrieveConfig:
             ),
         )
     )
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
+        check_cut_offs(at, self.ks)
+        check_select(at, self.select, retrieval_names(self.ks), patience=self.train.patience)
+        check_depth(f"{at}hidden_dims", self.hidden_dims)
 
 
 def tower_features(config: RetrieveConfig, data: PreparedData) -> list[str]:
@@ -116,8 +129,7 @@ def build_towers(
 
     Raises UserError for an unknown setting, and for knowledge that the config does not want, or the reverse.
     """
-    if config.knowledge not in KNOWLEDGE:
-        raise UserError(f"retrieve.knowledge is {config.knowledge!r}; expected one of {', '.join(KNOWLEDGE)}")
+    limits.check(config, "retrieve")
     if (knowledge is None) != (config.knowledge == "none"):
         raise UserError(
             f"retrieve.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
@@ -155,8 +167,6 @@ def build_towers(
 
 def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepOutput]:
     """The step function of the training loop: InfoNCE of the batch's rows, the loss of step 1."""
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"retrieve.label_smoothing is {config.label_smoothing}; expected a share, 0 or more, below 1")
     negatives = config.negatives
 
     def step(model: nn.Module, batch: TowerBatch) -> StepOutput:
@@ -179,8 +189,6 @@ def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepO
 
 def positive_events(config: RetrieveConfig, data: PreparedData) -> np.ndarray:
     """Events that are learned from and aimed at, bool [E]. Raises UserError for an unknown `positives`."""
-    if config.positives not in POSITIVES:
-        raise UserError(f"retrieve.positives is {config.positives!r}; expected one of {', '.join(POSITIVES)}")
     return data.label > 0.5 if config.positives == "label" else np.ones(data.num_events, dtype=bool)
 
 

@@ -25,13 +25,16 @@ class WarmStartConfig:
     source: str = ""
     rules: str = ""
 
-    def open(self) -> Source:
-        """The source. Collective. Raises UserError where one of the two is not given, and as `open_source` does."""
-        if not self.source or not self.rules:
+    def check(self, at: str) -> None:
+        """Raises UserError where one of the two is given without the other (`at`: the section, with a dot)."""
+        if bool(self.source) != bool(self.rules):
             raise UserError(
-                f"warm_start.source is {self.source!r} and warm_start.rules {self.rules!r}: a warm start needs both, a "
-                "checkpoint and rules for its names, see docs/how-to/warm-start.md"
+                f"{at}source is {self.source!r} and {at}rules {self.rules!r}: a warm start needs both, a checkpoint "
+                "and rules for its names, see docs/how-to/warm-start.md"
             )
+
+    def open(self) -> Source:
+        """The source. Collective. Raises as `open_source` does."""
         is_run = (Path(self.source) / "checkpoints").is_dir()
         return open_source(best_checkpoint(self.source) if is_run else self.source)
 

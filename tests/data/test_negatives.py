@@ -130,7 +130,7 @@ def test_the_full_catalogue():
     [
         (NegativesConfig(in_batch=False, sampled=0), "no negatives"),
         (NegativesConfig(sampling="zipf"), "expected one of"),
-        (NegativesConfig(sampling="mixed", popularity_share=1.5), "between 0 and 1"),
+        (NegativesConfig(sampling="mixed", popularity_share=1.5), "at least 0 and at most 1"),
         (NegativesConfig(sampling="popularity"), "set negatives.sampled"),
         (NegativesConfig(full=True, across_ranks=True), "whole catalogue already"),
         (NegativesConfig(logq=False, logq_positive=True), "logq=true"),

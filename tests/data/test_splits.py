@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec import limits
 from lumrec.data.splits import (
     LATER,
     TEST,
@@ -82,8 +83,8 @@ def test_rotation_validates_and_tests_on_users_who_all_trained():
 
 @pytest.mark.parametrize("rotation", [-0.1, 1.0])
 def test_rotation_is_a_share_of_the_users(rotation: float):
-    with pytest.raises(ValueError, match="share of the users"):
-        check_split(SplitConfig("user", rotation=rotation))
+    with pytest.raises(ValueError, match=r"data.split.rotation: .* at least 0 and less than 1"):
+        limits.check(SplitConfig("user", rotation=rotation), "data.split")
 
 
 def test_rotation_belongs_to_the_user_split():

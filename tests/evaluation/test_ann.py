@@ -52,5 +52,5 @@ def test_an_approximate_index_finds_most(config):
 
 
 def test_an_unknown_index_is_refused():
-    with pytest.raises(ValueError, match="ann.index is 'tree'; expected one of flat, hnsw, ivf"):
+    with pytest.raises(ValueError, match="ann.index: got 'tree', expected one of hnsw, flat, ivf"):
         ItemIndex(torch.zeros(3, DIM), np.ones(3, bool), AnnConfig("tree"))

@@ -134,12 +134,12 @@ def test_schedules():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"table_optimizer": "adam"}, "no fused kernel on CPU"),
+        ({"table_optimizer": "adam"}, "table_optimizer: got 'adam', expected one of rowwise_adagrad, adagrad, sgd"),
         ({"schedule": "exponential"}, "constant, linear, cosine"),
-        ({"table_lr": -1.0}, "table_lr=-1.0"),
-        ({"table_lrs": {"t0": -1.0}}, "table_lrs: t0 has -1.0"),
-        ({"min_lr_factor": 1.5}, "min_lr_factor=1.5 must lie between 0 and 1"),
-        ({"decay_share": -0.1}, "decay_share=-0.1 must lie between 0 and 1"),
+        ({"table_lr": -1.0}, "table_lr: got -1.0, expected at least 0"),
+        ({"table_lrs": {"t0": -1.0}}, "table_lrs.t0: got -1.0, expected at least 0"),
+        ({"min_lr_factor": 1.5}, "min_lr_factor: got 1.5, expected at least 0 and at most 1"),
+        ({"decay_share": -0.1}, "decay_share: got -0.1, expected at least 0 and at most 1"),
     ],
 )
 def test_what_cannot_work_is_refused(settings, message):

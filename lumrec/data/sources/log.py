@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import polars as pl
 
@@ -21,6 +21,7 @@ from lumrec.data.forms import text_of
 from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.sources.folders import nearest
 from lumrec.data.sources.lines import NO_VALUE
+from lumrec.data.sources.log_csv import check_encoding
 from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, open_table
 from lumrec.data.sources.log_time import as_microseconds, choose_unit, time_checks
 from lumrec.data.sources.raw_log import (
@@ -33,6 +34,7 @@ from lumrec.data.sources.raw_log import (
     positive,
 )
 from lumrec.errors import UserError
+from lumrec.limits import setting
 
 if TYPE_CHECKING:
     from lumrec.data.prepare import DataConfig
@@ -95,8 +97,8 @@ class LogConfig:
     user_in_users: str = ""
     title: str = ""
     all_positive: bool = False
-    time_unit: str = "auto"
-    utc_offset_hours: float = 0.0
+    time_unit: Literal["auto", "s", "ms", "us", "ns", "iso"] = "auto"
+    utc_offset_hours: float = setting(0.0, least=-24, most=24)
     known_after: Names = field(default_factory=list)
     separator: str = ","
     quote: str = '"'
@@ -107,6 +109,14 @@ class LogConfig:
     list_separator: str = "|"
     decimal_comma: Names = field(default_factory=list)
     exact: Names = field(default_factory=list)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for names and texts that no log can have (`at`: the section, with a dot)."""
+        for name in ("user", "item", "list_separator"):
+            if not getattr(self, name):
+                what = "the text between the values of a list" if name == "list_separator" else "the name of a column"
+                raise UserError(f"{at}{name}: got '', expected {what}")
+        check_encoding(f"{at}encoding", self.encoding)
 
 
 @dataclass(frozen=True)
@@ -389,8 +399,6 @@ def _check_names(config: LogConfig, tables: Tables) -> None:
         if tables.items is None:
             raise UserError(f"data.log.title is {config.title!r}, and there are no items; give data.log.items too")
         tables.items.require(config.title, "data.log.title")
-    if not config.list_separator:
-        raise UserError("data.log.list_separator: got '', expected the text between the values of a list")
 
 
 def _id_check(table: Table, name: str) -> Tuple[pl.Expr, str]:

@@ -101,12 +101,15 @@ def _check_settings(config: LogConfig) -> None:
     for key, value, lengths in (("separator", separator, (1,)), ("quote", config.quote, (0, 1))):
         if len(value.encode()) not in lengths:
             raise UserError(f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
+    check_encoding("data.log.encoding", config.encoding)
+
+
+def check_encoding(key: str, name: str) -> None:
+    """Raises UserError for a name that is no encoding of text ("zip" is one of bytes)."""
     try:
-        codecs.lookup(config.encoding)
-    except LookupError:
-        raise UserError(
-            f"data.log.encoding: got {config.encoding!r}, expected the name of an encoding, such as utf8, latin-1, gbk"
-        ) from None
+        "".encode(name)
+    except (LookupError, ValueError):
+        raise UserError(f"{key}: got {name!r}, expected the name of an encoding, such as utf8, latin-1, gbk") from None
 
 
 def _separator(file: Path, config: LogConfig) -> str:

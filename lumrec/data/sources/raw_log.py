@@ -36,6 +36,11 @@ class LabelConfig:
     at_least: Optional[float] = None
     values: List[str] = field(default_factory=list)
 
+    def check(self, at: str) -> None:
+        """Raises UserError for two rules at once (`at`: the section, with a dot)."""
+        if self.values and self.at_least is not None:
+            raise UserError(f"{at}values and {at}at_least are both given; expected one of the two")
+
 
 @dataclass(frozen=True)
 class RawLog:

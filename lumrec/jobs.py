@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumrec.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20
 SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
@@ -104,6 +107,8 @@ def _next(waiting: Sequence[Job], running: Sequence[_Running], done: set[str], p
 def _start(job: Job, log: Path, threads: int) -> _Running:
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
     environment["OMP_NUM_THREADS"] = str(threads)
+    if Path.cwd() != ROOT:
+        environment["PYTHONSAFEPATH"] = "1"  # a queue.py in the working directory is not Python's (from 3.11 on)
     with open(log, "wb") as file:
         process = subprocess.Popen(
             list(job.command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
@@ -149,11 +154,18 @@ def _clock(start: float) -> str:
 
 def torchx_command(stage: str, words: Sequence[str], *, config: Path, processes: int = 1) -> list[str]:
     """`torchx run apps/<stage>.py …` on this interpreter, whether or not its folder is on PATH."""
-    app = Path("apps") / f"{stage}.py"
-    if not app.is_file():
-        app = Path(__file__).resolve().parents[1] / app
     prefix = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "--scheduler", "local_cwd"]
-    return [*prefix, f"{app}:{stage}", "-j", f"1x{processes}", "--config", str(config), *words]
+    return [*prefix, f"{script_of(stage)}:{stage}", "-j", f"1x{processes}", "--config", str(config), *words]
+
+
+def script_of(stage: str) -> str:
+    """The app of a stage that came with this package, whatever the working directory holds: `apps/<stage>.py` in the
+    checkout itself (remote jobs have it at the same place), else its whole path. Raises UserError where there is none.
+    """
+    app = ROOT / "apps" / f"{stage}.py"
+    if not app.is_file():
+        raise UserError(f"{app} is not there: lumrec runs its stages by the apps of its checkout; install from one")
+    return str(app.relative_to(ROOT) if Path.cwd() == ROOT else app)
 
 
 def as_typed(command: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,12 +31,31 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
+        codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        # When one ends, the launcher ends the others with SIGTERM.
+        killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+        failed = [code for code in codes.values() if code > 0]
+        if killed or not failed:
+            rank = killed[0] if killed else next(iter(codes))
+            print(f"lumrec: {_ended(rank, -codes[rank])}", file=sys.stderr, flush=True)
+            return 1
         first = error.get_first_failure()[1].exitcode
-        if first < 0:
-            print(f"lumrec: a process was ended by signal {-first} (out of memory?)", file=sys.stderr)
-        return first if first > 0 else next((code for code in codes if code > 0), 1)
+        return first if first > 0 else failed[0]
     return 0
+
+
+def _ended(rank: int, number: int) -> str:
+    """What became of a process that a signal has ended, and what may have sent it."""
+    name = signal.Signals(number).name if number in {each.value for each in signal.Signals} else "a signal"
+    why = "which is a fault in native code, of lumrec or of a library, or was sent by somebody"
+    if number == signal.SIGKILL:
+        why = (
+            "by the system where memory ran out, as a rule (lower the batch or pack size, or start fewer processes), "
+            "or by somebody"
+        )
+    elif number == signal.SIGBUS:
+        why = "as a rule because the shared memory (/dev/shm) or the disk of a mapped file is full"
+    return f"rank {rank} was ended by {name} (signal {number}), {why}; the same command goes on from what is saved"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from lumrec.environment import check_environment
-from lumrec.errors import UserError
+from lumrec.failures import is_lost_peer, sentence, tell, terminal
 from lumrec.jobs import JobFailed
 from lumrec.printable import PrintableFormatter, say
 from lumrec.train.interrupt import Interrupted
@@ -52,10 +52,16 @@ TABLES = {
 
 
 def run_stage(stage: str, description: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a stage with --config and key=value words. Exits with 2 for an error of the user's (one message, no trace).
+    """Runs a stage with --config and key=value words. Exits with 2 for an error of the user's or the machine's (one
+    message, no trace; see lumrec/failures.py).
 
     LUMREC_TRACEBACK=1 shows the trace of such an error too.
     """
+    with terminal():
+        _run_stage(stage, description, arguments)
+
+
+def _run_stage(stage: str, description: str, arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,12 +98,18 @@ def run_stage(stage: str, description: str, arguments: Sequence[str] | None = No
     except JobFailed as failure:  # the failed stage has told its own error
         say(f"lumrec: {failure}", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:
-        if not is_for_the_user(error) or os.environ.get("LUMREC_TRACEBACK") == "1":
+    except (BrokenPipeError, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        said = sentence(error)
+        if os.environ.get("LUMREC_TRACEBACK") == "1" or not (said or is_lost_peer(error)):
             traceback.print_exc()
-            sys.exit(2 if is_for_the_user(error) else 1)
-        tell(str(error))
-        sys.exit(2)
+        elif said:
+            tell(said)
+        else:
+            time.sleep(5.0)  # the launcher ends this process, and says which one was the first to end
+            tell("another process of this job has ended")
+        sys.exit(2 if said else 1)
     if rank() == 0 and stage in HEADLINES:
         say(f"{stage} finished: {headline(stage, result)}")
 
@@ -117,19 +129,6 @@ def start_logging() -> None:
         handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for name in ("torchrec", "torch", "fsspec", "matplotlib", "urllib3", "faiss"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def is_for_the_user(error: BaseException) -> bool:
-    """Whether an error is told in one sentence; every other one is a bug of ours, and shows its traceback."""
-    return isinstance(error, UserError)
-
-
-def tell(message: str) -> None:
-    """The message on stderr, once: when every rank fails alike, torchrun ends the others while they wait here."""
-    if rank() > 0:
-        time.sleep(3.0)
-        message = f"(rank {rank()}) {message}"
-    say(f"lumrec: {message}", file=sys.stderr)
 
 
 def headline(stage: str, result: dict[str, float | str]) -> str:

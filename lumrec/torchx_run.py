@@ -13,14 +13,13 @@ from typing import Mapping, Optional, Sequence
 import torchx.specs as specs
 from torchx.cli.cmd_run import CmdRun
 from torchx.components.dist import ddp
-from torchx.runner import Runner
+from torchx.runner import Runner, config
 from torchx.schedulers.local_scheduler import SignalException
 
 from lumrec.errors import UserError
-from lumrec.jobs import SAME_WITHOUT
+from lumrec.jobs import SAME_WITHOUT, script_of
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ("--check",)  # options that are given without a value
 
 
@@ -29,7 +28,15 @@ class UsageError(UserError):
 
 
 class CmdRunFile(CmdRun):
-    """`torchx run` that also takes a file alone: apps/pretrain.py means apps/pretrain.py:pretrain."""
+    """`torchx run` that also takes a file alone: apps/pretrain.py means apps/pretrain.py:pretrain.
+
+    Without -s, and without a .torchxconfig that names another scheduler, jobs are processes on this machine.
+    """
+
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        super().add_arguments(subparser)
+        if config.get_config("cli", "run", "scheduler") is None:
+            subparser.set_defaults(scheduler="local_cwd")
 
     def run(self, args: argparse.Namespace) -> None:
         words = args.component_name_and_args
@@ -43,7 +50,7 @@ class CmdRunFile(CmdRun):
             words[first + 1 :] = with_values(words[first + 1 :])
         try:
             super().run(args)
-        except UsageError as error:
+        except UserError as error:
             print(f"torchx run: {error}", file=sys.stderr)
             sys.exit(2)
         except SignalException as stop:
@@ -88,7 +95,8 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches
         plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
         print(SAME_WITHOUT + shlex.join(plain), file=sys.stderr)
     # One process writes straight through; several get their rank in front of each line.
-    app = ddp(*arguments, script=script, name=f"/{stage}", j=j, tee=3 if num_nodes * num_processes > 1 else 0)
+    tee = 3 if num_nodes * num_processes > 1 else 0
+    app = ddp(*literal(arguments), script=literal([script])[0], name=f"/{stage}", j=j, tee=tee)
     command = app.roles[0].args[1]
     assert command.startswith("torchrun ")
     # The launching interpreter comes first on PATH; where its folder does not exist (a container), the image's does.
@@ -107,7 +115,7 @@ def single_app(
     given = [text for name, value in (options or {}).items() if value for text in (f"--{name}", value)]
     arguments, script = _arguments(stage, words, config, given)
     print(SAME_WITHOUT + shlex.join(["python", script, *arguments]), file=sys.stderr)
-    role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=[script, *arguments])
+    role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=literal([script, *arguments]))
     return specs.AppDef(name=stage, roles=[role])
 
 
@@ -116,9 +124,17 @@ def _arguments(stage: str, words: Sequence[str], config: str, switches: Sequence
     for word in words:
         if "=" not in word:
             raise UsageError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
-    relative = Path("apps") / f"{stage}.py"
-    script = relative if relative.is_file() else ROOT / relative
-    return [*switches, *(["--config", config] if config else []), *words], str(script)
+    arguments = [*switches, *(["--config", config] if config else []), *words]
+    return arguments, script_of(stage)
+
+
+def literal(arguments: Sequence[str]) -> "list[str]":
+    """The arguments for a TorchX role, which puts values of its own in the place of $app_id, and $ in that of $$.
+
+    >>> literal(["inspect.user=$$"])
+    ['inspect.user=$$$$']
+    """
+    return [argument.replace("$", "$$") for argument in arguments]
 
 
 def _parse_j(j: str) -> "tuple[int, int]":

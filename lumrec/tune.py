@@ -47,6 +47,10 @@ class TuneConfig:
         ]
     )
 
+    def check(self, at: str) -> None:
+        """Raises UserError for a space that trials cannot be drawn from (`at`: the section, with a dot)."""
+        draw(self)
+
 
 def run(config: Config) -> dict[str, float | str]:
     """Runs the trials that are not finished yet, and gives for each "<ranker>/<knowledge>": "…/valid/<metric>" of the

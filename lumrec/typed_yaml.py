@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -226,6 +227,11 @@ _TRUTHS = ("true", "True", "TRUE", "false", "False", "FALSE")
 
 def field_types(kind: Any) -> dict[str, Any]:
     """Name → type of the fields of a dataclass."""
+    return _field_types(kind)
+
+
+@functools.cache
+def _field_types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

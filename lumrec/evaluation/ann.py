@@ -35,7 +35,7 @@ class AnnConfig:
     """
 
     index: Literal["hnsw", "flat", "ivf", ""] = "hnsw"
-    k: int = count(50, least=1)
+    k: int = count(50, least=1, most=10_000)
     links: int = count(32, least=2, most=1024)  # FAISS divides by log(links), and aborts at 0
     build_beam: int = count(200, least=1, most=2**20)
     beam: int = count(128, least=1, most=2**20)
@@ -101,10 +101,10 @@ def ann_metrics(
     searched = time.perf_counter()
     exact_BK = exact_nearest(o_BV, e_IV, is_candidate_I, config.k)
     exact = time.perf_counter()
-    num_users = len(o_BV)
+    num_users, block = len(o_BV), max(1, SEEN_BUDGET // config.k**2)
     common = sum(
         (one_BK[:, :, None] == other_BK[:, None, :]).any(2).sum().item()
-        for one_BK, other_BK in zip(exact_BK.split(1024), found_BK.split(1024), strict=True)
+        for one_BK, other_BK in zip(exact_BK.split(block), found_BK.split(block), strict=True)
     )
     sums = metric_sums(found_ranks(index, o_BV, data, targets, k=max(ks)), ks)
     return {

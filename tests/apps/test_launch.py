@@ -17,6 +17,20 @@ if sys.argv[1] == "fail":
     time.sleep(60)
 if sys.argv[1] == "die":
     os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "one":
+    import torch
+    import lumrec.train.pretrain
+    from lumrec.stages import run_stage
+
+    def run(config):
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.zeros(3))
+
+    lumrec.train.pretrain.run = run
+    run_stage("pretrain", "", [])
 """
 
 
@@ -46,7 +60,14 @@ def test_failure_is_told_once_and_its_exit_code_kept(launch):
 def test_a_killed_process_is_named(launch):
     result = launch("die", 1)
     assert result.returncode == 1
-    assert "signal 9" in result.stderr
+    assert result.stderr.startswith("lumrec: rank 0 was ended by SIGKILL (signal 9), by the system where memory ran")
+
+
+def test_one_process_of_two_killed_is_one_line(launch):
+    result = launch("one", 2)
+    assert result.returncode == 1
+    assert "lumrec: rank 1 was ended by SIGKILL" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
 def test_cores_are_shared_among_the_processes(launch):

@@ -1,16 +1,21 @@
 """The main of the apps: what an error of the user's looks like, and what a fault of ours does."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
+import torch
 
 from lumrec.config import load
-from lumrec.stages import headline, is_for_the_user, run_stage
+from lumrec.failures import sentence
+from lumrec.stages import headline, run_stage
+from lumrec.train.files import write_atomically
 from lumrec.train.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,16 +62,54 @@ def test_help_needs_no_torch():
     assert " torch\n" not in result.stderr
 
 
-def test_only_our_own_errors_are_for_the_user():
-    def raised(call):
-        with pytest.raises(Exception) as error:
-            call()
-        return error.value
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda folder: load(None, ["x=1"]), "the command line: unknown key 'x'"),
+        (lambda folder: load("nowhere.yaml"), "no config file nowhere.yaml"),
+        (lambda folder: os.mkdir(folder / ("x" * 300)), "xxx: file name too long; choose a shorter name"),
+        (lambda folder: (folder / "file").write_text("") or os.mkdir(folder / "file/x"), "file/x: not a directory"),
+        (lambda folder: open("/dev/full", "w").write("x" * 10**6), "a file: no space left on device; make room there"),
+        (lambda folder: write_atomically(Path("/dev/null/x"), ""), "/dev/null/.x.tmp: not a directory"),
+        (lambda folder: np.empty(1 << 50), "out of memory (Unable to allocate 8.00 PiB"),
+        (lambda folder: torch.empty(1 << 50), "out of memory ("),
+        (lambda folder: pl.DataFrame({"x": [1]}).write_parquet("/dev/full"), "no space left on device"),
+    ],
+)
+def test_what_the_user_or_the_machine_is_at_fault_for_is_one_sentence(fault, says, tmp_path):
+    with pytest.raises(Exception) as error:
+        fault(tmp_path)
+    assert says in sentence(error.value), repr(error.value)
+    assert "\n" not in sentence(error.value)
 
-    assert is_for_the_user(raised(lambda: load(None, ["x=1"])))
-    assert is_for_the_user(raised(lambda: load("nowhere.yaml")))
-    assert not is_for_the_user(raised(lambda: np.zeros(3).reshape(2)))
-    assert not is_for_the_user(raised(lambda: {}["key"]))
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: np.zeros(3).reshape(2),
+        lambda: {}["key"],
+        lambda: int("x"),
+        lambda: list(zip([1], [], strict=True)),
+        lambda: open("/nowhere/at/all"),
+        lambda: torch.zeros(2) + torch.zeros(3),
+        lambda: pl.DataFrame({"x": [1]})["y"],
+    ],
+)
+def test_a_bug_has_no_sentence(bug):
+    with pytest.raises(Exception) as error:
+        bug()
+    assert sentence(error.value) == ""
+
+
+def test_a_reader_that_goes_away_and_a_terminal_without_letters(tmp_path):
+    log = tmp_path / "log.csv"
+    rows = [f"u{n},i{n % 7},{n + 10**9},1,é{n}" for n in range(40)]
+    log.write_text("\n".join(["user_id,item_id,timestamp,label,title", *rows, ""]))
+    command = [sys.executable, str(ROOT / "apps/prepare.py"), "--check", f"data.log.events={log}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(f"{shlex.join(command)} | head -n 1", shell=True, env=environment, capture_output=True)
+    assert result.stdout.decode("ascii").startswith("files")
+    assert result.stderr == b""
 
 
 def test_headline_picks_the_figures_that_count():

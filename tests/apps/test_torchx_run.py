@@ -1,12 +1,17 @@
 """The components as `torchx run` takes them. Nothing is launched here: --dryrun shows the job."""
 
+import argparse
 import importlib.metadata
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from torchx.cli.argparse_util import torchxconfig
 from torchx.cli.main import get_sub_cmds, run_main
+from torchx.specs import macros
 
+from lumrec.jobs import torchx_command
 from lumrec.torchx_run import CmdRunFile, UsageError, single_app, stage_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +88,50 @@ def test_processes_write_their_rank_only_when_there_are_several(capsys):
         "python apps/pipeline.py --config c.yaml a=b"
         in (single_app("pipeline", ["a=b"], config="c.yaml"), capsys.readouterr().err)[1]
     )
+
+
+WORDS = ["run=$$", "name=$HOME", "a=${app_id}", "b=100% 'x' \"y\" \\\\ `z`", "c=two\nlines", "d=é $replica_id"]
+
+
+def test_words_reach_the_job_as_they_were_typed(tmp_path):
+    values = macros.Values(img_root="I", app_id="A", replica_id="R", rank0_env="X")
+    shell = stage_app("pretrain", WORDS, config="c.yaml", j="1x1").roles[0]
+    args = values.apply(shell).args
+    show = tmp_path / "python"
+    show.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    show.chmod(0o755)
+    command = args[1].partition(" exec ")[2]
+    path = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    run = subprocess.run(["bash", "-c", command], env=path, capture_output=True, text=True)
+    assert run.stdout.split("\0")[-len(WORDS) - 1 : -1] == WORDS
+    single = values.apply(single_app("inspect", WORDS).roles[0])
+    assert single.args[-len(WORDS) :] == WORDS
+
+
+def test_the_apps_are_those_of_this_package(tmp_path, monkeypatch):
+    (tmp_path / "apps").mkdir()
+    for stage in ("prepare", "pipeline"):
+        (tmp_path / f"apps/{stage}.py").write_text("raise SystemExit('a stranger')\n")
+    monkeypatch.chdir(tmp_path)
+    assert str(ROOT / "apps/prepare.py") in stage_app("prepare", [], config="", j="1x1").roles[0].args[1]
+    assert single_app("pipeline", []).roles[0].args[0] == str(ROOT / "apps/pipeline.py")
+    assert f"{ROOT}/apps/prepare.py:prepare" in torchx_command("prepare", [], config=tmp_path / "c.yaml")
+
+
+def test_this_machine_is_the_scheduler_from_any_folder(tmp_path, monkeypatch):
+    given = tmp_path / ".torchxconfig"
+    monkeypatch.setenv("TORCHXCONFIG", str(given))
+    given.write_text("")
+    assert _scheduler(monkeypatch) == "local_cwd"
+    given.write_text("[cli:run]\nscheduler = kubernetes\n")
+    assert _scheduler(monkeypatch) == "kubernetes"
+
+
+def _scheduler(monkeypatch):
+    monkeypatch.setattr(torchxconfig, "_subcmd_configs", {})
+    parser = argparse.ArgumentParser()
+    CmdRunFile().add_arguments(parser)
+    return parser.parse_args(["apps/x.py"]).scheduler
 
 
 def test_two_nodes_meet_at_the_first(capsys):

@@ -162,8 +162,8 @@ def test_clipping_leaves_tables_alone(tmp_path):
 @pytest.mark.parametrize(
     ("config", "evaluate", "select", "message"),
     [
-        (TrainConfig(epochs=0), None, "", "epochs=0"),
-        (TrainConfig(checkpoint_every=-1), None, "", "checkpoint_every=-1"),
+        (TrainConfig(epochs=0), None, "", "epochs: got 0, expected at least 1"),
+        (TrainConfig(checkpoint_every=-1), None, "", "checkpoint_every: got -1, expected at least 0"),
         (TrainConfig(patience=1), noisy_evaluation, "", "needs a metric"),
         (TrainConfig(), None, "auc", "need an evaluation"),
         (TrainConfig(), noisy_evaluation, "auc", "'auc', but the evaluation gives chance"),

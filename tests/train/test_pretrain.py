@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_training import weights_of
 
+from lumrec import limits
 from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
 from lumrec.evaluation.retrieval import evaluate_retrieval
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.train.lum import build_lum, load_lum
 from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import PretrainConfig, make_step, parse_fold, run
+from lumrec.train.pretrain import PretrainConfig, parse_fold, run
 from lumrec.train.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -178,5 +179,5 @@ def test_a_fold_that_is_none_is_refused(fold):
 
 
 def test_label_smoothing_that_is_no_share_is_refused():
-    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
-        make_step(PretrainConfig(label_smoothing=1.0))
+    with pytest.raises(ValueError, match=r"label_smoothing: got 1\.0, expected at least 0 and less than 1"):
+        limits.check(PretrainConfig(label_smoothing=1.0))

@@ -232,12 +232,12 @@ def test_one_class_only_is_stated(words, tmp_path):
 @pytest.mark.parametrize(
     ("word", "error", "message"),
     [
-        ("rank.model=dim", ValueError, "rank.model is 'dim'; expected one of din, dlrm, dien, sim, twin"),
+        ("rank.model=dim", ValueError, "rank.model: got 'dim' .*expected one of din, dlrm, dien, sim, twin"),
         ("rank.model=twin rank.category=taste", ValueError, "rank.category is 'taste'; expected an item feature"),
-        ("rank.model=sim rank.search=quick", ValueError, "the search is 'quick'; expected one of hard, soft"),
-        ("rank.knowledge=some", ValueError, "rank.knowledge is 'some'; expected one of none, direct"),
-        ("rank.tables=warm", ValueError, "rank.tables is 'warm'; expected one of fresh, lum"),
-        ("rank.statistics=few", ValueError, "'few'; expected one of all, user, none"),
+        ("rank.model=sim rank.search=quick", ValueError, "rank.search: got 'quick', expected one of soft, hard"),
+        ("rank.knowledge=some", ValueError, "rank.knowledge: got 'some', expected one of none, direct"),
+        ("rank.tables=warm", ValueError, "rank.tables: got 'warm', expected one of fresh, lum"),
+        ("rank.statistics=few", ValueError, "'few', expected one of all, user, none"),
         ("rank.select=auk", ValueError, "auk"),
     ],
 )

@@ -116,7 +116,7 @@ def planted(data: PreparedData) -> PreparedData:
 
 def test_a_planted_signal_is_found(tiny_prepared):
     log = planted(tiny_prepared)
-    config = RetrieveConfig(positives="all", max_history=10, batch_size=256, dropout=0.0, ks=[1, 5])
+    config = RetrieveConfig(positives="all", max_history=10, batch_size=256, dropout=0.0, ks=[1, 5], select="hr@1")
     torch.manual_seed(0)
     towers, builder = build_towers(config, log)
     optimizer = OptimizerConfig(table_lr=0.1, dense_lr=1e-2)
@@ -226,10 +226,10 @@ def test_two_ranks_train_as_one(words, forks, negatives):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("retrieve.knowledge=both", "retrieve.knowledge is 'both'; expected one of none, direct"),
-        ("retrieve.positives=some", "retrieve.positives is 'some'; expected one of label, all"),
+        ("retrieve.knowledge=both", "retrieve.knowledge: got 'both', expected one of none, direct"),
+        ("retrieve.positives=some", "retrieve.positives: got 'some', expected one of label, all"),
         ("retrieve.conditions=[genre]", "retrieve.conditions names"),
-        ("retrieve.label_smoothing=1", "expected a share"),
+        ("retrieve.label_smoothing=1", "expected at least 0 and less than 1"),
     ],
 )
 def test_a_wrong_setting_is_refused(words, word, message):

@@ -56,7 +56,7 @@ class ModelConfig:
     max_events: int = count(128, least=2, most=2**20)
     dropout: float = share(0.1)
     similarity: Literal["cosine", "dot"] = "cosine"
-    temperature: float = setting(0.05, least=1e-6, most=1e6)
+    temperature: float = setting(0.05, least=1e-12, most=1e12)
     conditions: Optional[List[str]] = None  # noqa: UP006, UP045
 
     def check(self, at: str) -> None:

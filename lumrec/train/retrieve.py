@@ -78,7 +78,7 @@ class RetrieveConfig:
     batch_size: int = count(2048, least=1, most=2**24)
     pooling: Literal["attention", "mean"] = "attention"
     similarity: Literal["cosine", "dot"] = "cosine"
-    temperature: float = setting(0.05, least=1e-6, most=1e6)
+    temperature: float = setting(0.05, least=1e-12, most=1e12)
     dim: int = count(64, least=1, most=MOST_WIDTH)
     hidden_dims: List[int] = count(lambda: [128], least=1, most=MOST_WIDTH)
     dropout: float = share(0.1)

@@ -84,7 +84,7 @@ def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, ca
     [
         ([], "no user is given; expected inspect.user="),
         (["inspect.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
-        (["inspect.user=1", "inspect.top=0"], "inspect.top is 0"),
+        (["inspect.user=1", "inspect.top=0"], "inspect.top: got 0, expected at least 1"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(experiment, words, message):

@@ -277,8 +277,8 @@ def test_two_ranks_write_what_one_writes(experiment, in_subprocess):
         (["query.dtype=float61"], "expected one of"),
         (["query.rows=false", "query.users=false"], "nothing to ask about"),
         (["query.conditions=[{feedback: liek}]"], "did you mean 'like'"),
-        (["query.stride=16"], "expected 1 to 15"),
-        (["query.tokens_per_pack=0"], "expected a positive number"),
+        (["query.stride=16"], "expected less than the LUM.s model.max_events=16"),
+        (["query.tokens_per_pack=0"], "query.tokens_per_pack: got 0, expected at least 1"),
     ],
 )
 def test_inputs_that_do_not_belong_together_are_refused(experiment, words, message):

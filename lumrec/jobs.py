@@ -36,12 +36,16 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One command. needs: names of jobs that must have ended well before. exclusive: nothing runs beside it."""
+    """One command. needs: names of jobs that must have ended well before. exclusive: nothing runs beside it.
+
+    then: called when it has ended well, before any other job starts.
+    """
 
     name: str
     command: Sequence[str]
     needs: tuple[str, ...] = ()
     exclusive: bool = False
+    then: Callable[[], None] | None = None
 
 
 @dataclass
@@ -87,6 +91,8 @@ def run_jobs(
                     f"{_clock(start)} {one.job.name}: done in {seconds[one.job.name]:.0f} s "
                     f"({len(seconds)} of {len(jobs)})"
                 )
+                if one.job.then is not None:
+                    one.job.then()
                 told = time.monotonic()
             if time.monotonic() - told > HEARTBEAT_S:
                 for one in running:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Literal, get_args
 
@@ -126,7 +127,11 @@ def make(
     """
     from lumrec.typed_yaml import to_yaml
 
+    check_stages(config, stages)
     left = pending(stages, overwrite=config.overwrite)
+    reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
+    if "prepare" not in left:
+        check_prepared(stages[0], reads)
     # All that is to be made again is marked before anything is made: after a kill, no stage that read the old one is
     # taken for finished.
     for stage in stages:
@@ -151,9 +156,32 @@ def make(
         if stage.name in left and (only is None or stage.name in only):
             command = torchx_command(stage.app, stage_words(stage, config), config=folder / "config.yaml")
             needs = tuple(need for need in stage.needs if need in left)
-            jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive))
+            then = partial(check_prepared, stage, reads) if stage.app == "prepare" else None
+            jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive, then=then))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
     return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
+
+
+def check_stages(config: Config, stages: Sequence[Stage]) -> None:
+    """Raises UserError for what the settings of any stage name and the schema has not."""
+    from lumrec.data.prepare import schema_in_use
+    from lumrec.precheck import check_schema
+
+    schema = schema_in_use(config)
+    for stage in stages:
+        limits.check(stage.config)
+        check_schema(stage.config, schema, stage.app)
+
+
+def check_prepared(prepared: Stage, stages: Sequence[Stage]) -> None:
+    """Raises UserError where one of the stages asks for what the prepared data have not."""
+    from lumrec.data.prepared import PreparedData
+    from lumrec.precheck import check_data
+
+    if stages:
+        data = PreparedData.open(prepared.path, verify=False)
+        for stage in stages:
+            check_data(stage.config, data, stage.app)
 
 
 def discard(stage: Stage) -> None:
@@ -274,9 +302,9 @@ def differences(stage: Stage) -> list[str]:
     of one's own that are not those it was prepared from; [] for no folder.
     """
     from lumrec.data.prepare import changed_files
-    from lumrec.train.run import config_differences
+    from lumrec.train.run import config_differences, has_work
 
-    if not (stage.path / "config.yaml").exists():
+    if not (stage.path / "config.yaml").exists() or not has_work(stage.path):
         return []
     if stage.app == "prepare" and not (stage.path / "result.json").exists():  # see `discard`
         return []

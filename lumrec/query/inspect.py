@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Sequence
 import numpy as np
 import torch
 
+from lumrec import limits
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
@@ -88,6 +89,7 @@ def run(config: Config) -> dict[str, float | str]:
     With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Raises MissingFileError for a
     missing input, UserError for an unknown user (it names the nearest), condition or setting.
     """
+    limits.check(config)
     device = init_distributed(threads=config.threads)
     settings = config.inspect
     data = open_or_prepare(config, make=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumrec import limits
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
@@ -122,6 +123,7 @@ def run(config: Config) -> dict[str, float | str]:
     the next version is built beside the old one, which can be read meanwhile. Raises MissingFileError for a missing
     input (with the command that makes it), UserError for inputs that do not belong together.
     """
+    limits.check(config)
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)

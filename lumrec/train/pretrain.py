@@ -23,6 +23,7 @@ from lumrec.limits import setting, share
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.modules.lum import LargeUserModel, Pack
+from lumrec.precheck import check_data, has_events
 from lumrec.train.continual import find_earlier, growth_table, start_from
 from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
@@ -130,9 +131,14 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
             contrast = counterfactual_contrast(o_TD[event_Q].float(), o_QD.float(), e_QD.float())
             metrics["contrast"] = contrast.detach()
             loss = nce + config.contrast.weight * contrast
-        return StepOutput(loss, pack.num_events, metrics, tokens=2 * pack.num_events + pack.num_queries)
+        return StepOutput(loss, pack.num_events, metrics, tokens=_tokens_read(pack))
 
     return step
+
+
+def _tokens_read(pack: Pack) -> int:
+    """Tokens that the encoder reads of a pack: of its events (one or two each, by model.tokens) and its queries."""
+    return len(pack.layout.token_place_T) + pack.num_queries
 
 
 def _tell(model: LargeUserModel, config: PretrainConfig, device: torch.device) -> None:
@@ -164,6 +170,7 @@ def run(config: "Config") -> dict[str, float | str]:
     """
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
+    check_data(config, data, "pretrain")
     earlier = find_earlier(config, data) if config.pretrain.start_from else None
     inputs = {"prepared": data.fingerprint} | ({"start_from": earlier.fingerprint} if earlier else {})
     production = None
@@ -222,12 +229,15 @@ def run(config: "Config") -> dict[str, float | str]:
         step=make_step(settings),
         config=train,
         run=run_folder,
-        evaluate=lambda: evaluate("valid"),
+        evaluate=(lambda: evaluate("valid")) if has_events(data, "valid", users) else None,
         select=settings.select,
         progress="pretrain",
         fingerprint=lum_fingerprint(config.model, data, fold=config.fold, time_share=settings.time_share),
         dtype=PRECISIONS[settings.precision],
     )
-    result |= evaluate("test")
+    if has_events(data, "test", users):
+        result |= evaluate("test")
+    else:
+        result["note"] = " ".join(filter(None, [str(result.get("note", "")), "The test part has no events."]))
     run_folder.finish(result)
     return result

@@ -37,6 +37,7 @@ from lumrec.modules.rankers.din import Din
 from lumrec.modules.rankers.dlrm import Dlrm
 from lumrec.modules.rankers.sim import Sim
 from lumrec.modules.rankers.twin import Twin
+from lumrec.precheck import check_data
 from lumrec.query.store import Knowledge
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
@@ -297,6 +298,7 @@ def run(config: "Config") -> dict[str, float | str]:
     settings, started = config.rank, time.perf_counter()
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
+    check_data(config, data, "rank")
     inputs = {"data": data.fingerprint}
     lum = production = None
     knowledge = open_knowledge(config, data, settings.knowledge)

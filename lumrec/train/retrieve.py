@@ -35,6 +35,7 @@ from lumrec.limits import count, setting, share
 from lumrec.modules.losses import info_nce
 from lumrec.modules.moments import average_moments
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
+from lumrec.precheck import check_data
 from lumrec.query.store import Knowledge
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
@@ -281,6 +282,7 @@ def run(config: "Config") -> dict[str, float | str]:
     settings, started = config.retrieve, time.perf_counter()
     device = init_distributed(threads=config.threads)
     data = open_or_prepare(config)
+    check_data(config, data, "retrieve")
     inputs = {"data": data.fingerprint}
     knowledge = open_knowledge(config, data, settings.knowledge)
     if knowledge is not None:

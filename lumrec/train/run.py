@@ -45,6 +45,8 @@ NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
 # What a folder may hold whose making was interrupted before config.yaml was there.
 _FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
+# What a run leaves that failed before its first checkpoint.
+_NO_WORK = ("config.yaml", "plan.", "metrics.jsonl", "tensorboard", "non-finite-", "warm_start.", ".clearing")
 # In a folder while it is emptied to be made again: whatever else is in it, it is ours, and is not to be continued.
 _CLEARING = ".clearing"
 _AGAIN = "make the run again with overwrite=true"
@@ -124,7 +126,7 @@ class RunFolder:
                     raise
                 changes = [str(error)]
             state = "a finished" if finished else "an unfinished"
-            begun = others != {"config.yaml"}
+            begun = has_work(path)
             if changes and begun and not config.overwrite:
                 more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
                 raise UserError(
@@ -291,6 +293,15 @@ def _names(path: Path) -> set[str]:
         return set()
     except NotADirectoryError:
         raise UserError(f"{path} is a file; expected a folder: choose another run=<name>") from None
+
+
+def has_work(path: Path) -> bool:
+    """Whether a run folder holds anything that would be lost: a checkpoint, a result, or what else a stage
+    made. What a run leaves that failed before its first checkpoint (settings, plan, the lines of its log) is nothing:
+    it would begin from the start anyway, so a corrected command simply takes its place.
+    """
+    left = {name for name in _names(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
+    return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in _names(path / "checkpoints"))
 
 
 def run_name(config: Any, stage: str) -> str:

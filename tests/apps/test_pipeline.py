@@ -212,12 +212,12 @@ def test_a_feature_that_is_gone_is_another_setting(config):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("pipeline.rankers=[dim]", "got 'dim', expected one of 'din', 'dlrm'"),
-        ("pipeline.knowledge=[all]", "got 'all', expected one of 'none', 'tables', 'direct'"),
+        ("pipeline.rankers=[dim]", "got 'dim' (did you mean 'sim'?), expected one of din, dlrm"),
+        ("pipeline.knowledge=[all]", "got 'all', expected one of none, tables, direct"),
         ("pipeline.dataset=ml", "pipeline.dataset: got 'ml'"),
-        ("pipeline.seeds=[]", "must each name at least one"),
-        ("pipeline.seeds=[1, 1]", "names one twice"),
-        ("pipeline.folds=0", "pipeline.folds=0 must be 1 or more"),
+        ("pipeline.seeds=[]", "pipeline.seeds: got [], expected one or more"),
+        ("pipeline.seeds=[1, 1]", "pipeline.seeds: got [1, 1], expected one or more, none of them twice"),
+        ("pipeline.folds=0", "pipeline.folds: got 0, expected at least 1"),
         ("fold=0/2", "fold=0/2 is for apps/pretrain.py"),
     ],
 )

@@ -104,7 +104,7 @@ def test_every_number_has_limits():
         ("model={dim: 16384, num_layers: 1024}", "parameters; expected at most 100,000,000,000"),
         ("model.dropout=1", "model.dropout: got 1.0, expected at least 0 and less than 1"),
         ("pretrain.packing.condition_dropout=2", "condition_dropout: got 2.0, expected at least 0 and at most 1"),
-        ("pretrain.precision=float8", "pretrain.precision: got 'float8', expected one of float32, bfloat16"),
+        ("pretrain.precision=float8", "pretrain.precision: got 'float8' (did you mean 'float32'?)"),
         ("pretrain.train.optimizer.table_lr=nan", "table_lr: got nan, expected a finite number"),
         ("rank.hidden_dims=[-1]", "rank.hidden_dims: got -1, expected at least 1"),
         ("rank.token_l2=-1", "rank.token_l2: got -1.0, expected at least 0"),

@@ -15,6 +15,7 @@ import pytest
 from lumrec.config import load, with_words
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.errors import UserError
 from lumrec.evaluation.compare import Scores, read_scores, write_scores
 from lumrec.jobs import JobFailed
 from lumrec.pipeline import (
@@ -225,6 +226,55 @@ def test_settings_that_cannot_work(word, says):
     with pytest.raises(ValueError) as error:
         check(load(None, [word]))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("query.conditions=[{feedbck: like}]", "query.conditions: got 'feedbck' (did you mean 'feedback'?)"),
+        ("model.conditions=[mood]", "model.conditions names ['mood']"),
+        ("pretrain.contrast.feature=mood", "pretrain.contrast.feature: got 'mood'"),
+        ("pretrain.contrast.feature=query", "'query' is multi-valued"),
+        ("pretrain.evaluate.condition={mood: sad}", "pretrain.evaluate.condition: got 'mood'"),
+        ("pretrain.train.optimizer.table_lrs={itm: 0.1}", "table_lrs: got 'itm'"),
+        ("rank.leave_out=[mood]", "rank.leave_out: got 'mood'"),
+        ("rank.category=mood", "rank.category: got 'mood'"),
+        ("query.stride=32", "query.stride: got 32, expected less than the LUM's model.max_events=32"),
+        ("pipeline.tuned={din: [rank.droput=0]}", "unknown key 'rank.droput'"),
+        ("pipeline.tuned={din: [rank.dropout=2]}", "rank.dropout: got 2.0"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_found_before_the_first(config, word, says):
+    with pytest.raises(UserError) as error:
+        run(with_words(config, [word], origin="test"))
+    assert says in str(error.value)
+    assert list(Path(config.runs_dir).iterdir()) == []
+
+
+def test_values_are_checked_once_the_data_are_prepared(config):
+    stages = plan(config)
+    prepare(stages[0].config, stages[0].path)
+    for word, says in (
+        ("query.conditions=[{feedback: liked}]", "'liked' does not occur in the training part (did you mean 'like'?)"),
+        ("pretrain.evaluate.condition={feedback: liked}", "'liked' does not occur"),
+        ("query.conditions=[{category: 'top 9'}, {category: '*'}]", "query.max_conditions is 4"),
+    ):
+        wrong = with_words(config, [word, "query.max_conditions=4"], origin="test")
+        with pytest.raises(UserError) as error:
+            run(wrong)
+        assert says in str(error.value)
+    assert {path.name for path in (Path(config.runs_dir) / "all").iterdir()} == {"prepare"}
+
+
+def test_what_a_failed_stage_left_does_not_stop_the_corrected_command(config):
+    stage = plan(config)[1]
+    stage.path.mkdir(parents=True)
+    wrong = with_words(stage.config, ["pretrain.train.optimizer.dense_lr=9"], origin="test")
+    for name, text in (("config.yaml", to_yaml(wrong)), ("metrics.jsonl", "{}\n"), ("non-finite-step-1.pt", "")):
+        (stage.path / name).write_text(text)
+    assert differences(stage) == []
+    (stage.path / "checkpoints/step-00000001").mkdir(parents=True)
+    assert differences(stage) == ["pretrain.train.optimizer.dense_lr: 9.0 → 0.001"]
 
 
 def test_auto_falls_back_to_the_simulator_and_says_so(tmp_path, capsys):

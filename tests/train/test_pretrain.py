@@ -178,6 +178,31 @@ def test_a_fold_that_is_none_is_refused(fold):
         parse_fold(fold)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["data.split.fractions=[0.5, 0, 0.5]"],
+            "the validation part has no event, and pretrain.select=ndcg@10 chooses",
+        ),
+        (["data.split.fractions=[0, 0.5, 0.5]", "pretrain.select="], "there are no training events for this LUM"),
+    ],
+)
+def test_an_empty_part_is_found_before_the_first_step(tiny_words, tmp_path, words, says):
+    config = load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"])
+    with pytest.raises(ValueError, match=says):
+        run(config)
+    assert not (tmp_path / "tiny-pretrain").exists()
+
+
+def test_without_validation_and_test_the_last_weights_are_kept(tiny_words, tmp_path):
+    words = ["data.split.fractions=[1, 0, 0]", "pretrain.select=", "pretrain.train.max_steps=2", "model.tokens=merged"]
+    result = run(load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"]))
+    assert result["note"].endswith("The test part has no events.")
+    assert not any(name.startswith(("valid/", "hr@")) for name in result)
+    assert result["tokens_per_s"] == result["events_per_s"]  # merged: one token an event
+
+
 def test_label_smoothing_that_is_no_share_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing: got 1\.0, expected at least 0 and less than 1"):
         limits.check(PretrainConfig(label_smoothing=1.0))

@@ -103,6 +103,7 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
     first = RunFolder.create(config, "pretrain", inputs={"prepared": "abc"})
     first.log(1, loss=0.5)
     first.close()
+    (first.path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = replace(config, seed=1, pretrain=Inner(train=TrainConfig(epochs=9)))
     with pytest.raises(ValueError) as raised:
         RunFolder.create(other, "pretrain", inputs={"prepared": "xyz"})
@@ -118,6 +119,18 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
     run = RunFolder.create(replace(other, overwrite=True), "pretrain")
     assert not run.resumed and yaml.safe_load((run.path / "config.yaml").read_text())["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m-pretrain"]
+
+
+def test_a_run_without_a_checkpoint_does_not_stop_a_corrected_command(tmp_path):
+    config = Root(str(tmp_path))
+    first = RunFolder.create(config, "pretrain")
+    first.log(1, loss=0.5)
+    (first.path / "plan.json").write_text("{}")
+    (first.path / "non-finite-step-1-rank-0.pt").write_bytes(b"")
+    first.close()
+    run = RunFolder.create(replace(config, seed=1), "pretrain")
+    assert not run.resumed and yaml.safe_load((run.path / "config.yaml").read_text())["seed"] == 1
+    assert not (run.path / "metrics.jsonl").exists()
 
 
 def test_a_folder_of_an_earlier_version_counts_with_the_defaults_of_what_it_did_not_know(tmp_path):

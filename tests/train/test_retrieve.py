@@ -228,7 +228,7 @@ def test_two_ranks_train_as_one(words, forks, negatives):
     [
         ("retrieve.knowledge=both", "retrieve.knowledge: got 'both', expected one of none, direct"),
         ("retrieve.positives=some", "retrieve.positives: got 'some', expected one of label, all"),
-        ("retrieve.conditions=[genre]", "retrieve.conditions names"),
+        ("retrieve.conditions=[genre]", "retrieve.conditions: got 'genre'"),
         ("retrieve.label_smoothing=1", "expected at least 0 and less than 1"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lumrec.printable import markdown, printable
 from lumrec.train.files import write_atomically
 
 
@@ -56,25 +57,25 @@ class Audit:
 
     def text(self) -> str:
         """The audit as a table for the terminal."""
-        cells = [list(_HEAD), *(_cells(row) for row in self.rows)]
+        cells = [list(_HEAD), *(list(map(printable, _cells(row))) for row in self.rows)]
         widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
-        lines = [f"warm start from {self.source} ({self.kind}): {self._state()}"]
+        lines = [f"warm start from {printable(self.source)} ({self.kind}): {self._state()}"]
         for line in cells:
             aligned = [
                 cell.rjust(w) if _HEAD[i] in _NUMBERS else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(line, widths))
             ]
             lines.append("  ".join(aligned).rstrip())
-        return "\n".join([*lines, *(f"{name}: {', '.join(values) or 'none'}" for name, values in self._lists())])
+        return "\n".join(
+            [*lines, *(f"{name}: {', '.join(map(printable, values)) or 'none'}" for name, values in self._lists())]
+        )
 
     def markdown(self) -> str:
         """The audit as Markdown."""
-        lines = [f"# Warm start from `{self.source}` ({self.kind}): {self._state()}", ""]
+        lines = [f"# Warm start from {_code(self.source)} ({self.kind}): {self._state()}", ""]
         lines += [f"| {' | '.join(_HEAD)} |", f"|{'|'.join('---:' if name in _NUMBERS else '---' for name in _HEAD)}|"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows] + [""]
-        lines += [
-            f"- {name}: {', '.join(f'`{value}`' for value in values) or 'none'}" for name, values in self._lists()
-        ]
+        lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in self.rows] + [""]
+        lines += [f"- {name}: {', '.join(map(_code, values)) or 'none'}" for name, values in self._lists()]
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> None:
@@ -99,6 +100,11 @@ class Audit:
 
 _HEAD = ("parameter", "source", "shape", "dtype", "taken", "new", "unused", "columns", "optimizer state")
 _NUMBERS = ("taken", "new", "unused")
+
+
+def _code(text: str) -> str:
+    """Markdown of a name, as it is."""
+    return f"`{printable(text).replace('`', chr(39))}`"
 
 
 def _cells(row: AuditRow) -> list[str]:

@@ -1,0 +1,77 @@
+"""Foreign text on a terminal, in a report and in an audit: shown, never obeyed."""
+
+import io
+import logging
+import sys
+
+import pytest
+
+from lumrec.printable import PrintableFormatter, markdown, printable, say
+from lumrec.query.inspect import Event, Match, UserView, text
+from lumrec.report.page import escape
+from lumrec.report.plots import Series, curves
+from lumrec.stages import tell
+from lumrec.warm_start.audit import Audit, AuditRow
+
+HOSTILE = [
+    "\x1b[2J",
+    "\x1b]0;title\x07",
+    "\x1b]52;c;ZXZpbA==\x07",
+    "\x9b31m",
+    "a\rb",
+    "a\bb",
+    "\x00",
+    "\x7f",
+    "\u202eexe.txt",
+    "\u2066x\u2069",
+    "\u200b",
+    "\ufeff",
+    "\u2028",
+    "\ud800",
+    "\U000e0041",
+]
+OBEYED = set("\x1b\x07\x9b\r\b\x00\x7f\u202e\u2066\u2069\u200b\ufeff\u2028\ud800\U000e0041")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_every_place_that_shows_text(hostile, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    view = UserView(hostile, 1, [Event("", hostile, {"f": hostile})], [{"f": hostile}], [[Match(hostile, 1, 1, True)]])
+    row = AuditRow(
+        target=hostile, source=hostile, target_size=[1], source_size=[2], dtype=hostile, rows_taken=1, rows_new=0,
+        rows_unused=0, new_rows="", joined=None, columns_taken=1, columns_new=0,
+        columns_unused=0, new_columns="", optimizer=hostile,
+    )  # fmt: skip
+    audit = Audit(hostile, "dcp", [row], fresh=[hostile], unused=[hostile], others=[hostile])
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (hostile,), None)
+    tell(hostile)
+    say(hostile)
+    shown = [printable(hostile), text(view), audit.text(), audit.markdown(), escape(hostile), *capsys.readouterr()]
+    shown += [PrintableFormatter("%(message)s").format(record), curves({hostile: [Series(hostile, [1], [2])]})]
+    for output in shown:
+        assert not OBEYED & set(output), ascii(output)
+
+
+@pytest.mark.parametrize("fine", ["Amélie (2001)", "千と千尋", "نیم‌فاصله", "👩‍🚀", "a b", "50 % — “x”", "\u00a0"])
+def test_text_to_be_read_stays(fine):
+    assert printable(fine) == fine
+
+
+def test_an_encoding_that_has_not_all_letters(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("Amélie →")
+    assert stream.buffer.getvalue() == b"Am\\xe9lie \\u2192\n"
+
+
+@pytest.mark.parametrize(
+    "hostile", ["<script>alert(1)</script>", "' onload='x", '"><img src=x onerror=y>', "</svg><b>", "-->"]
+)
+def test_html_and_svg(hostile):
+    svg = curves({hostile: [Series(hostile, [1, 2], [1, 2]), Series("$\\frac{$", [1], [1])]})
+    assert "<script>" not in svg and "<img" not in svg and "<b>" not in svg
+    assert not {"<", '"', "'"} & set(escape(hostile))
+
+
+def test_markdown_cells():
+    assert markdown("a|b`c\nd<e>[f](g)") == r"a\|b\`c\\nd\<e\>\[f\](g)"

@@ -170,7 +170,7 @@ def random_knowledge(folder: Path, data: PreparedData) -> Knowledge:
     """Random answers of two LUMs to two conditions, width 64, read from files as those of a query stage are."""
     rng, shape = np.random.default_rng(0), (data.num_events, 2, 64)
     folder.mkdir()
-    np.save(folder / "items_e.npy", rng.standard_normal((2, data.num_items, 64), np.float32))
+    np.save(folder / "items_e.npy", rng.standard_normal((2, data.num_items, 64), np.float32).astype(np.float16))
     np.save(folder / "user_fold.npy", rng.integers(0, 2, data.num_users).astype(np.int8))
     np.save(folder / "rows_o.npy", rng.standard_normal(shape, np.float32).astype(np.float16))
     np.save(folder / "rows_log_z.npy", rng.standard_normal(shape[:2], np.float32))
@@ -180,6 +180,7 @@ def random_knowledge(folder: Path, data: PreparedData) -> Knowledge:
         "conditions": [{"wish": "like"}, {"wish": "dislike"}],
         "hazard": "cross_fit",
         "dim": 64,
+        "dtype": "float16",
         "lums": [{}, {}],
     }
     return Knowledge(folder, {**manifest, "files": files}, data.user)

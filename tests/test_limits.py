@@ -52,7 +52,7 @@ def test_every_key_with_every_strange_value():
     kinds = {key: kind_of(key) for key in taken}
     assert len(taken) > 260
     for key, values in taken.items():
-        assert "a\0b" not in values, key
+        assert key.endswith(".column") or "a\0b" not in values, key
         if kinds[key] in (int, float):
             assert not {"nan", "inf", "", "[-1]", "{a: b}"} & {*values} - (
                 {""} if key.endswith("at_least") else set()

@@ -198,7 +198,6 @@ def test_on_two_ranks(logs, before, said_before, forks):
         (["fold=0/2"], "fold=0/2 keeps users from this LUM, and before-pretrain .fold=.none.. has seen them"),
         (["data.vocabulary_from="], "has .* values elsewhere .* data.vocabulary_from=before-prepare"),
         (["data.split.kind=user"], "may have learned from events that this data holds out"),
-        (["pretrain.table_state=warm"], "pretrain.table_state is 'warm'"),
     ],
 )
 def test_what_does_not_fit_is_refused(logs, words, message):

@@ -38,12 +38,13 @@ def test_a_short_run_is_named():
 @pytest.mark.parametrize("app", [rank, pretrain, retrieve])
 def test_a_run_is_fitted_and_says_so_in_the_log_and_in_its_result(app, tiny_words, tiny_prepared, tmp_path, caplog):
     name = app.__name__.rpartition(".")[2]
-    words = [*tiny_words, f"runs_dir={tiny_prepared.path.parent}", f"{name}.train.epochs=1", "retrieve.batch_size=512"]
+    words = [*tiny_words, f"runs_dir={tmp_path}", f"{name}.train.epochs=1", "retrieve.batch_size=512"]
+    (tmp_path / tiny_prepared.path.name).symlink_to(tiny_prepared.path)
     with caplog.at_level(logging.INFO):
-        short = app.run(load(None, [*words, f"run={tmp_path / 'short'}"]))
+        short = app.run(load(None, [*words, "run=short"]))
         assert short["steps"] < 10
         assert f"{short['steps']} steps of training" in short["note"]
         assert f"{name}: {short['note']}" in caplog.text
-        fitted = app.run(load(None, [*words, f"run={tmp_path / 'fitted'}", f"{name}.train.min_steps=20"]))
+        fitted = app.run(load(None, [*words, "run=fitted", f"{name}.train.min_steps=20"]))
     assert fitted["steps"] >= 20
     assert "fewer than min_steps 20" in caplog.text

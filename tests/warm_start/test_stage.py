@@ -149,7 +149,7 @@ def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
 def test_contradictions(words):
     with pytest.raises(ValueError, match="both fill the tables"):
         rank.run(config(from_production(words), "rank.tables=lum", "run=both"))
-    with pytest.raises(ValueError, match="source is 'somewhere' and warm_start.rules ''"):
+    with pytest.raises(ValueError, match="source is 'somewhere' and rank.warm_start.rules ''"):
         rank.run(config(words, "rank.warm_start.source=somewhere", "run=half"))
     with pytest.raises(FileNotFoundError, match="there is no somewhere; expected a DCP folder"):
         more = ("rank.warm_start.source=somewhere", "rank.warm_start.rules=rules.yaml")

@@ -15,9 +15,12 @@ Shape suffixes: N conditions, D width, I catalogue items, k items shown.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shlex
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import numpy as np
@@ -39,6 +42,7 @@ from lumrec.train.parallel import init_distributed
 if TYPE_CHECKING:
     from lumrec.config import Config
 
+logger = logging.getLogger(__name__)
 TITLE_WIDTH = 48
 
 
@@ -86,11 +90,13 @@ class UserView(NamedTuple):
 def run(config: Config) -> dict[str, float | str]:
     """Prints what the LUM knows of the user `config.inspect.user`; gives back how much that was.
 
-    With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Raises MissingFileError for a
-    missing input, UserError for an unknown user (it names the nearest), condition or setting.
+    With cross-fitted LUMs (inputs.lums) the one that has not seen the user answers. Where apps/pretrain.py made none of
+    this name, the LUMs of the config's pipeline are asked. Raises MissingFileError for a missing input, UserError for
+    an unknown user (it names the nearest), condition or setting.
     """
     limits.check(config)
     device = init_distributed(threads=config.threads)
+    config = of_pipeline(config)
     settings = config.inspect
     data = open_or_prepare(config, make=False)
     lums = find_lums(config, data)
@@ -111,6 +117,24 @@ def run(config: Config) -> dict[str, float | str]:
     view = look(query, user, num_top=settings.top, num_events=settings.events, leave_out_seen=settings.leave_out_seen)
     say(f"{lum.run} says of\n{text(view)}")
     return {"user": view.user, "events": view.num_events, "conditions": len(view.conditions)}
+
+
+def of_pipeline(config: Config) -> Config:
+    """`config` with the data and the LUMs of its pipeline as inputs, where it names none and no LUM has its name."""
+    runs, inputs = Path(config.runs_dir), config.inputs
+    if inputs.prepared or inputs.lums or (runs / f"{config.name}-pretrain").exists():
+        return config
+    names = [config.run or config.name]
+    if config.pipeline.dataset == "auto" and not config.run:
+        names += [f"{config.name}-ml-1m", f"{config.name}-simulator"]
+    for name in names:
+        lums = [f"{name}/{path.parent.name}" for path in sorted((runs / name).glob("lum*/result.json"))]
+        if lums and (runs / name / "prepare").exists():
+            logger.info("asking the LUMs of the pipeline in %s", runs / name)
+            return dataclasses.replace(
+                config, inputs=dataclasses.replace(inputs, prepared=f"{name}/prepare", lums=lums)
+            )
+    return config
 
 
 def look(

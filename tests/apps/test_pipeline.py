@@ -31,6 +31,7 @@ from lumrec.pipeline import (
     run,
     stage_words,
 )
+from lumrec.query import inspect
 from lumrec.report.page import write_page
 from lumrec.report.table import comparison, rows
 from lumrec.typed_yaml import to_yaml
@@ -442,6 +443,10 @@ def test_from_a_simulated_log_to_the_report(tiny_words, stages_in_forks, tmp_pat
     assert stored["query/hazard"] == "cross_fit"
     assert stored["stages_run"] == 6
     assert "Cross-fitted over users" in (tmp_path / "all" / "report.html").read_text()
+
+    user = PreparedData.open(tmp_path / "all" / "prepare").user_keys()[0]
+    assert inspect.run(load(None, [*tiny_words, f"runs_dir={tmp_path}", "run=all", f"inspect.user={user}"]))
+    assert f"user {user}: " in capsys.readouterr().out
 
     again = run(config)
     assert "6 finished before" in capsys.readouterr().out

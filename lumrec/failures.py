@@ -134,5 +134,18 @@ def terminal() -> Iterator[None]:
         sys.exit(141)  # as a shell has it for SIGPIPE
 
 
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Around the main of a command that is no app: an error with a sentence ends it with that and exit code 2."""
+    with terminal():
+        try:
+            yield
+        except Exception as error:
+            if not (said := sentence(error)):
+                raise
+            say(f"lumrec: {said}", file=sys.stderr)
+            sys.exit(2)
+
+
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,7 +10,6 @@ Shape suffixes: N rows.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from lumrec.errors import MissingFileError, UserError
 from lumrec.evaluation.bootstrap import Comparison, Interval, compare
+from lumrec.failures import reported
 from lumrec.printable import say
 from lumrec.train.files import sync_file
 
@@ -124,13 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--level", type=float, default=0.95, help="share of the resamples within an interval")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     given = parser.parse_args(arguments)
-    try:
+    with reported():
         scores, found = compare_runs(
             given.a, given.b, num_resamples=given.resamples, level=given.level, seed=given.seed
         )
-    except (ValueError, FileNotFoundError) as error:
-        say(f"lumrec: {error}", file=sys.stderr)
-        sys.exit(2)
     say(as_table(given.a, given.b, scores, found, num_resamples=given.resamples, level=given.level))
 
 

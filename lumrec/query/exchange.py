@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any, Sequence
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lumrec.errors import MissingFileError, UserError
+from lumrec.failures import reported
 from lumrec.printable import say
 from lumrec.query.checks import identity_problem
 from lumrec.query.forget import forgotten_among, halves
@@ -257,14 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="export: the run folder; import: the folder of the Parquet files")
     parser.add_argument("target", type=Path, help="export: folder for the Parquet files; import: the run folder")
     given = parser.parse_args(arguments)
-    try:
+    with reported():
         if given.what == "export":
             counts = export_parquet(given.source, given.target)
         else:
             counts = import_parquet(given.source, given.target)["counts"]
-    except (ValueError, FileNotFoundError) as error:
-        say(f"lumrec: {error}", file=sys.stderr)
-        sys.exit(2)
     say(f"{given.target}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 

@@ -39,6 +39,7 @@ import torch
 
 from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
 from lumrec.errors import MissingFileError, UserError
+from lumrec.failures import reported
 from lumrec.printable import say
 from lumrec.query.records import user_digest
 from lumrec.query.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
@@ -335,14 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     start_logging()
     problem = ""
-    try:
+    with reported():
         keys = [*given.keys, *(read_keys_file(given.keys_file) if given.keys_file else [])]
-        removed = forget(given.runs_dir, keys, prepare=given.prepare)
-    except Incomplete as error:
-        problem, removed = str(error), error.removed
-    except UserError as error:
-        say(f"lumrec: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            removed = forget(given.runs_dir, keys, prepare=given.prepare)
+        except Incomplete as error:
+            problem, removed = str(error), error.removed
     say(f"{len(set(keys))} users noted in {given.runs_dir / FORGOTTEN}; users removed from each store:")
     for name, count in removed.items():
         say(f"  {name}: {count}")

@@ -14,6 +14,7 @@ from lumrec.report.plots import Series, comparison_plot, curves, read_series
 from lumrec.report.table import (
     LABELS,
     METRICS,
+    ONE_SEED,
     RANKER_NAMES,
     Row,
     alone,
@@ -155,7 +156,7 @@ def _gains(config: Config, table: Sequence[Row], result: Mapping[str, float | st
                 )
     if not body:
         return ""
-    one_seed = "" if len(config.pipeline.seeds) > 1 else " One seed: how far another would differ is not measured."
+    one_seed = "" if len(config.pipeline.seeds) > 1 else f" {ONE_SEED}"
     return (
         f"<h2>What LUM knowledge gives</h2><p class='note'>{escape(test_part(result))}. Better or worse: the interval "
         f"leaves 0 out, and every seed agrees; else the gain is within noise.{one_seed}</p>"

@@ -20,6 +20,7 @@ LABELS = {
     "both": "+ both",
 }
 RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM", "dien": "DIEN", "sim": "SIM", "twin": "TWIN"}
+ONE_SEED = "One seed: how far another would differ is not measured."
 
 
 class Figure(NamedTuple):
@@ -106,15 +107,18 @@ def test_part(result: Mapping[str, float | str]) -> str:
 
 def gain_lines(table: Sequence[Row]) -> list[str]:
     """Each gain over the base, a line for each metric; [] where there are none."""
-    lines = []
+    lines, is_one_seed = [], True
     for row in table:
         name = f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}"
         for metric, figure in row.figures.items():
             if figure.gain is not None and figure.verdict:
                 interval = f"{figure.gain:+.4f} {interval_of(figure)}"
+                is_one_seed = is_one_seed and figure.gain_sd is None
                 spread = "" if figure.gain_sd is None else f"± {figure.gain_sd:.4f} over seeds"
                 lines.append(f"{name:28}{METRICS[metric]:10}{interval:28}{spread:22}{figure.verdict}".rstrip())
                 name = ""
+    if lines and is_one_seed:
+        lines.append(ONE_SEED)
     return ["gain over the base, 95 % interval over users (the same users for both)", *lines] if lines else []
 
 

@@ -435,6 +435,7 @@ def test_from_a_simulated_log_to_the_report(tiny_words, stages_in_forks, tmp_pat
     told = capsys.readouterr().out
     assert "DIN base" in told
     assert "+ both" in told
+    assert "One seed: how far another would differ is not measured." in told
     stored = json.loads((tmp_path / "all" / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert stored["dataset"] == "simulator"

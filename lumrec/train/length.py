@@ -58,10 +58,12 @@ def too_short(config: TrainConfig, steps_per_epoch: int) -> str:
     if steps >= FEW_STEPS and steps >= FEW_WARM_UPS * warm_up:
         return ""
     under = f" with a warm-up of {warm_up}" if steps < FEW_WARM_UPS * warm_up else ""
-    return (
-        f"{steps} steps of training{under} are too few to learn in, and the figures say little; min_steps: 300 beside "
-        "epochs fits batches, epochs and warm-up to the log"
+    mend = (
+        f"more than that min_steps: {config.min_steps} cannot make of so small a log"
+        if min(config.min_steps, config.max_steps or config.min_steps) > steps
+        else "min_steps: 300 beside epochs fits batches, epochs and warm-up to the log"
     )
+    return f"{steps} steps of training{under} are too few to learn in, and the figures say little; {mend}"
 
 
 def _steps(num_rows: int, batch: int) -> int:

@@ -30,7 +30,7 @@ from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.negative_rows import draw_lines, draw_warnings
 from lumrec.data.numbers import number_facts, number_lines
 from lumrec.data.parts import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
-from lumrec.data.prepare import DataConfig, read_source
+from lumrec.data.prepare import DataConfig, read_source, read_to_its_end
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.sources.log import as_list, label_column, open_tables, raw_log
 from lumrec.data.sources.raw_log import RawLog
@@ -93,7 +93,7 @@ def check(config: Any, scratch: Path, report: Report) -> None:
     config = replace(config, data=data)
     for name in ("source", "intake"):
         (scratch / name).mkdir()
-    try:
+    with read_to_its_end(data):
         if data.source == "log":
             _check_log(config, report, scratch)
             return
@@ -103,8 +103,6 @@ def check(config: Any, scratch: Path, report: Report) -> None:
         found = _check_intake(raw, schema, data, report, scratch / "intake")
         _check_split(report, raw, data, found, choose=False)
         report.yaml = as_yaml(data, DataConfig(source=""), schema, {}, {})
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"the log cannot be read to its end: {str(error).splitlines()[0]}") from None
 
 
 def _check_log(config: Any, report: Report, scratch: Path) -> None:
@@ -117,7 +115,7 @@ def _check_log(config: Any, report: Report, scratch: Path) -> None:
         ]
     try:
         data, guesses = guess_data(config.data, tables)
-    except ValueError:
+    except UserError:
         for table in tables:
             types = ", ".join(f"{name} {'' if table.is_text else kind}".strip() for name, kind in table.schema.items())
             report.section(f"columns of the {table.name}", [types])

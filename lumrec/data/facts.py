@@ -7,7 +7,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import polars as pl
 
-from lumrec.data.sources.log_time import looks_like_time
+from lumrec.data.sources.log_time import looks_like_time, of_calendar
 from lumrec.data.sources.raw_log import RawLog
 
 SAMPLE_ROWS = 20_000  # from the top of a table: what is told by examples
@@ -52,6 +52,7 @@ def column_facts(raw: RawLog) -> List[ColumnFacts]:
             continue
         schema = frame.collect_schema()
         names = [name for name in schema.names() if name not in OWN_COLUMNS]
+        frame = frame.with_columns(of_calendar(pl.col(name), schema[name]) for name in names)
         good = frame.filter(pl.col("reason").is_null()) if "reason" in schema else frame
         rows = good.select(names).head(SAMPLE_ROWS).collect(engine="streaming")
         plain = [name for name in names if not schema[name].is_nested()]

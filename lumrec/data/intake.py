@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import polars as pl
@@ -67,10 +67,13 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     events = _with_wishes_of_items(with_derived_columns(raw), raw, schema)
     columns = _columns_to_keep(raw, schema, events.collect_schema())
     dense = [feature.column for feature in schema.features.values() if feature.kind == "dense"]
-    landed, num_read, quarantine = _land(events, columns, max_list_length, scratch, dense=dense)
+    own = raw.events.collect_schema().names()
+    unusable = {name: check for name, check in raw.unusable.get("items", {}).items() if name not in own}  # for wishes
+    unusable |= raw.unusable.get("events", {})
+    landed, num_read, quarantine = _land(events, columns, max_list_length, scratch, dense=dense, unusable=unusable)
     _check_any(landed, raw, num_read, quarantine)
-    items, bad_items = _catalogue(raw.items, "item", landed, of_roles(schema, ("item",)))
-    users, bad_users = _catalogue(raw.users, "user", landed, of_roles(schema, ("user",)))
+    items, bad_items = _catalogue(raw.items, "item", landed, of_roles(schema, ("item",)), raw.unusable.get("items", {}))
+    users, bad_users = _catalogue(raw.users, "user", landed, of_roles(schema, ("user",)), raw.unusable.get("users", {}))
     for ids in (items["item_id"], users["user_id"]) if raw.exact is not None else ():
         _check_ids(ids, None, raw.exact or ())
     users = users.sort(*([pl.col("user_id").str.len_chars()] if users["user_id"].dtype == pl.String else []), "user_id")
@@ -198,12 +201,12 @@ def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> Lis
             tables[table] = of.collect_schema().names()
     for role, frame in (("item", raw.items), ("user", raw.users)):
         features = of_roles(schema, (role,))
-        check_columns(features, "events" if frame is None else f"{role}s", tables)
+        check_columns(features, "events" if frame is None else f"{role}s", tables, raw.left_out)
         if frame is None:
             wanted |= features
         else:
             _check_kinds(features, frame.collect_schema())
-    check_columns(of_roles(schema, EVENT_ROLES), "events", tables)
+    check_columns(of_roles(schema, EVENT_ROLES), "events", tables, raw.left_out)
     _check_kinds(wanted, names)
     columns = ["user_id", "item_id", "time_us", "order", "label"]
     columns += [name for name in OPTIONAL if name in names]
@@ -212,7 +215,13 @@ def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> Lis
 
 def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
     for name, feature in features.items():
-        is_list = isinstance(names[feature.column], pl.List)
+        kind = names[feature.column]
+        is_list = isinstance(kind, pl.List)
+        if (kind.inner if isinstance(kind, pl.List) else kind).base_type() in (pl.List, pl.Array, pl.Struct, pl.Map):
+            raise UserError(
+                f"schema.features.{name}: column {feature.column!r} is of type {kind}; expected text, numbers, dates "
+                "or lists of these"
+            )
         if is_list != (feature.kind == "multi"):
             raise UserError(
                 f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, "
@@ -220,11 +229,18 @@ def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
             )
 
 
-def check_columns(features: Dict[str, FeatureConfig], table: str, columns: Dict[str, List[str]]) -> None:
-    """Raises UserError where a feature names a column that the table has not. columns: of each table there is."""
+def check_columns(
+    features: Dict[str, FeatureConfig], table: str, columns: Dict[str, List[str]], left_out: Mapping[str, str]
+) -> None:
+    """Raises UserError where a feature names a column that the table has not. columns: of each table there is.
+
+    left_out: columns that cannot be read, and why.
+    """
     for name, feature in features.items():
         if feature.column in columns[table]:
             continue
+        if feature.column in left_out:
+            raise UserError(f"schema.features.{name}: {left_out[feature.column]}")
         others = [other for other in columns if other != table and feature.column in columns[other]]
         mend = {
             "items": "read it there with role: item, or ask for it as a wish with role: condition and wish: true",
@@ -239,13 +255,20 @@ def check_columns(features: Dict[str, FeatureConfig], table: str, columns: Dict[
 
 
 def _land(
-    events: pl.LazyFrame, columns: List[str], max_list_length: int, scratch: Path, *, dense: Sequence[str]
+    events: pl.LazyFrame,
+    columns: List[str],
+    max_list_length: int,
+    scratch: Path,
+    *,
+    dense: Sequence[str],
+    unusable: Mapping[str, Tuple[pl.Expr, str]],
 ) -> Tuple[Path, int, List[Path]]:
     """One file of the rows that pass the checks, the number of rows read, and the files of the others."""
     schema = events.collect_schema()
     lists = [name for name in columns if isinstance(schema[name], pl.List)]
     checks = [(_missing(name, schema), f"{name} is missing") for name in ("user_id", "item_id")]
     checks += [
+        *(unusable[name] for name in columns if name in unusable),
         (pl.col("time_us").is_null(), "impossible time"),
         (~pl.col("label").is_in([0.0, 1.0]) | pl.col("label").is_null(), "label is missing"),
         *((pl.col(name).list.len() > max_list_length, f"{name}: a list of over {max_list_length}") for name in lists),
@@ -271,23 +294,31 @@ def _missing(name: str, schema: pl.Schema) -> pl.Expr:
 
 
 def _catalogue(
-    frame: pl.LazyFrame | None, entity: str, landed: Path, features: Dict[str, FeatureConfig]
+    frame: pl.LazyFrame | None,
+    entity: str,
+    landed: Path,
+    features: Dict[str, FeatureConfig],
+    unusable: Mapping[str, Tuple[pl.Expr, str]],
 ) -> Tuple[pl.DataFrame, pl.DataFrame]:
     """Items or users that can be used, in their order, and the quarantine; from the events where there is no file."""
     key = f"{entity}_id"
+    columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
     if frame is None:
         # Two passes rather than a sort: the first event of each id, then what stands there.
         events = pl.scan_parquet(landed)
         first = events.group_by(key).agg(pl.col("order").min()).select("order").collect(engine="streaming")
-        columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
         of_first = events.join(first.lazy(), on="order", how="semi", maintain_order="left").select(*columns, "order")
         catalogue = of_first.collect(engine="streaming").sort("order").drop("order")
         return catalogue, pl.DataFrame(schema=QUARANTINE)
     if "reason" not in frame.collect_schema().names():
         frame = frame.with_columns(pl.lit(None, pl.String).alias("reason"))
-    rows = frame.collect(engine="streaming")
-    missing = first_reason((_missing(key, rows.schema), f"{key} is missing"))
-    rows = rows.with_columns(pl.coalesce("reason", missing).alias("reason"))
+    beside = [name for name in ("title", "order", "reason", "raw") if name in frame.collect_schema()]
+    rows = frame.select(list(dict.fromkeys([*columns, *beside]))).collect(engine="streaming")
+    checks = [
+        (_missing(key, rows.schema), f"{key} is missing"),
+        *(unusable[name] for name in columns if name in unusable),
+    ]
+    rows = rows.with_columns(pl.coalesce("reason", first_reason(*checks)).alias("reason"))
     again = pl.col("reason").is_null() & ~pl.struct(key, "reason").is_first_distinct()
     rows = rows.with_columns(pl.coalesce("reason", first_reason((again, f"{key} occurs again"))).alias("reason"))
     for name, feature in features.items():

@@ -35,7 +35,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.simulator import SimulatorConfig
 from lumrec.data.sources.folders import find_files
-from lumrec.data.sources.log import LogConfig, as_list
+from lumrec.data.sources.log import LogConfig, as_list, damaged_file
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.data.sources.registry import SOURCES, source_module
 from lumrec.data.splits import PARTS, SplitConfig, check_split
@@ -146,7 +146,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
     told = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
     with _claimed(path) as work, told:
         (scratch := work / "source").mkdir()
-        try:
+        with read_to_its_end(data):
             older_fingerprint, older = _older_vocabularies(config, path)
             raw, schema = read_source(config, scratch)
             files = {name: sha256(file) for name, file in _named(raw.files).items()}
@@ -167,11 +167,6 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
                 older=older,
                 negatives=data.negatives,
             )
-        except pl.exceptions.PolarsError as error:  # a page of a Parquet file that is damaged, found while it is read
-            raise UserError(
-                f"the log cannot be read to its end: {str(error).splitlines()[0]}. A file of it is damaged: copy or "
-                "write it again"
-            ) from error
         shutil.rmtree(scratch)
         blank_quarantine(work / "quarantine.parquet", forgotten)
         _check_positives(data.label, content["facts"])
@@ -202,6 +197,21 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
         replace_folder(work, path)
     say(summary(raw.note, manifest, path, result["wall_s"]))
     return result
+
+
+@contextlib.contextmanager
+def read_to_its_end(data: DataConfig) -> Iterator[None]:
+    """Makes one UserError of whatever polars makes of a damaged file of the log; its other errors are bugs of ours."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        file = damaged_file(data.log) if data.source == "log" else None
+        if file is None and not (isinstance(error, pl.exceptions.ComputeError) and data.source != "log"):
+            raise
+        raise UserError(
+            f"{file or 'the log'} cannot be read to its end: {str(error).splitlines()[0]}. It is damaged: copy or "
+            "write it again"
+        ) from error
 
 
 def _check_positives(label: LabelConfig, facts: Dict[str, Any]) -> None:

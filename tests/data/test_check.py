@@ -379,7 +379,7 @@ def test_a_log_that_is_damaged_within_is_one_sentence(tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[3000:3200] = bytes(byte ^ 0x5A for byte in content[3000:3200])
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="the log cannot be read to its end"):
+    with pytest.raises(ValueError, match="log.parquet cannot be read to its end"):
         check.check(load(None, [f"data.log.events={path}"]), tmp_path, check.Report())
 
 

@@ -11,6 +11,7 @@ it holds the number of a customer's order) is handed on as <name>_raw, which is 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Literal, Optional, Sequence, Tuple, Union
@@ -19,11 +20,11 @@ import polars as pl
 
 from lumrec.data.forms import text_of
 from lumrec.data.schema import FeatureConfig, SchemaConfig
-from lumrec.data.sources.folders import nearest
+from lumrec.data.sources.folders import find_files, nearest
 from lumrec.data.sources.lines import NO_VALUE
 from lumrec.data.sources.log_csv import check_encoding
-from lumrec.data.sources.log_files import RAW, REASON, ROW, Table, open_table
-from lumrec.data.sources.log_time import as_microseconds, choose_unit, time_checks
+from lumrec.data.sources.log_files import FORMATS, RAW, REASON, ROW, UNDECODABLE, Table, decode, open_table
+from lumrec.data.sources.log_time import as_microseconds, choose_unit, of_calendar, out_of_calendar, time_checks
 from lumrec.data.sources.raw_log import (
     NO_CLOCK_S,
     SHOWN_WITH,
@@ -156,6 +157,19 @@ def open_tables(config: LogConfig, scratch: Path) -> Tables:
     return Tables(opened[0], opened[1], opened[2])
 
 
+def damaged_file(config: LogConfig) -> Optional[Path]:
+    """The first Parquet file of a log that polars cannot read, whatever is made of it; None where there is none."""
+    for name in ("events", "items", "users"):
+        patterns = as_list(getattr(config, name))
+        for file in find_files(patterns, f"data.log.{name}") if patterns else []:
+            try:
+                if FORMATS.get(file.suffix.lower()) == "Parquet":
+                    pl.scan_parquet(file, glob=False).sink_ipc(os.devnull)
+            except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+                return file
+    return None
+
+
 def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     """The raw log that the tables make with the columns that `data` names. Raises as `read` does for the columns."""
     config, events = data.log, tables.events
@@ -201,6 +215,8 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
         absolute_time=bool(config.timestamp),
         has_clock=bool(config.timestamp),
         request=names.get(data.request, data.request),
+        unusable={table.name: _unusable(table, config, label if table is events else "") for table in given},
+        left_out={name: why for table in given for name, why in table.left_out.items()},
         exact=tuple(exact.get(name) or names.get(name, name) for name in as_list(config.exact)),
         extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in given}},
     )
@@ -267,6 +283,7 @@ def _is_whole(table: Table, name: str) -> bool:
     if not table.is_text or kind != pl.String:
         return False  # text that was declared as such; UInt64 and Decimal may go beyond 64 bits, their text does not
     text = pl.col(name).filter(pl.col(REASON).is_null()).drop_nulls()
+    text = text.filter(~text.str.contains(UNDECODABLE, literal=True))
     is_whole = text.str.contains(WHOLE) & text.cast(pl.Int64, strict=False).is_not_null()
     as_float = text.str.contains(WHOLE_AS_FLOAT)
     facts = (
@@ -292,7 +309,9 @@ def _events(
     table: Table, data: DataConfig, label: str, unit: str, user_type: pl.DataType, item_type: pl.DataType
 ) -> pl.LazyFrame:
     config, label_config = data.log, data.label
+    keys_read = [name for name in (config.user, config.item, label, data.request) if name in table.undecodable]
     checks = [_id_check(table, config.user), _id_check(table, config.item)]
+    checks += [_text_check(pl.col(name), table.undecodable[name]) for name in keys_read]
     time = pl.lit(NO_CLOCK_S * 1_000_000, pl.Int64)
     if config.timestamp:
         column, kind = pl.col(config.timestamp), table.schema[config.timestamp]
@@ -336,17 +355,20 @@ def _request(table: Table, name: str) -> pl.Expr:
 
 
 def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: LogConfig) -> pl.LazyFrame:
-    reason = pl.coalesce(REASON, first_reason(_id_check(table, name)))
+    checks = [_id_check(table, name)]
+    checks += [_text_check(pl.col(name), table.undecodable[name])] if name in table.undecodable else []
     columns = {
         key: pl.col(name).cast(kind, strict=False),
         "order": pl.col(ROW),
-        "reason": reason,
-        # a catalogue is held in memory, and its rows as read need not be
-        "raw": pl.when(reason.is_not_null()).then(RAW),
+        "reason": pl.coalesce(REASON, first_reason(*checks)),
+        "raw": pl.col(RAW),
     }
     if table.name == "items" and config.title:
-        columns["title"] = pl.col(config.title).cast(pl.String)
-    return table.frame.select(**columns, **_features(table, config, handed_on(table, config)))
+        columns["title"] = pl.col(config.title).cast(pl.String).str.replace_all(UNDECODABLE, "\ufffd", literal=True)
+    frame = table.frame.select(**columns, **_features(table, config, handed_on(table, config)))
+    # a catalogue is held in memory, and its rows as read need not be
+    is_bad = [pl.col("reason").is_not_null(), *(bad for bad, _ in _unusable(table, config).values())]
+    return frame.with_columns(pl.when(pl.any_horizontal(is_bad)).then("raw").alias("raw"))
 
 
 def handed_on(table: Table, config: LogConfig, label: str = "") -> Dict[str, str]:
@@ -375,8 +397,10 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
         column, kind = pl.col(name), table.schema[name]
         if isinstance(kind, (pl.List, pl.Array)):
             column = column.cast(pl.List(kind.inner))
-            if not (kind.inner.is_nested() or kind.inner == pl.Duration):  # type: ignore[union-attr]
-                column = column.list.eval(text_of(pl.element(), kind.inner))  # type: ignore[arg-type]
+            if kind.inner == pl.Binary:
+                column = column.list.eval(decode(pl.element()))
+            elif not (kind.inner.is_nested() or kind.inner == pl.Duration):  # type: ignore[union-attr]
+                column = column.list.eval(text_of(of_calendar(pl.element(), kind.inner), kind.inner))  # type: ignore[arg-type]
         elif name in as_list(config.lists):
             parts = column.cast(pl.String).str.split(config.list_separator)
             column = parts.list.eval(pl.element().filter(pl.element() != ""))
@@ -384,6 +408,25 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
             column = with_decimal_point(column)
         features[new] = column
     return features
+
+
+def _unusable(table: Table, config: LogConfig, label: str = "") -> Dict[str, Tuple[pl.Expr, str]]:
+    """Columns as they are handed on → when a value cannot be used, and why: see RawLog."""
+    found = {}
+    for name, new in handed_on(table, config, label).items():
+        kind, column = table.schema[name], pl.col(new)
+        beyond = out_of_calendar(column, kind)
+        if beyond is not None:
+            found[new] = (beyond, f"{name} is no {'time' if kind == pl.Time else 'date of the years 1 to 9999'}")
+        elif name in table.undecodable:
+            is_list = isinstance(kind, (pl.List, pl.Array)) or name in as_list(config.lists)
+            text = column.list.join("", ignore_nulls=True) if is_list else column
+            found[new] = _text_check(text, table.undecodable[name])
+    return found
+
+
+def _text_check(text: pl.Expr, why: str) -> Tuple[pl.Expr, str]:
+    return text.str.contains(UNDECODABLE, literal=True), why
 
 
 def _check_names(config: LogConfig, tables: Tables) -> None:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from lumrec.data.sources.log_files import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique, undecodable
+from lumrec.data.sources.log_files import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique
 from lumrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _convert(
     except OSError as error:
         raise _damaged(file, error) from None
     kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
-    return Part(file, target, pl.Schema(kinds), num_good + num_bad, separator)
+    return Part(file, target, pl.Schema(kinds), num_good + num_bad, separator, UNDECODABLE in stream.seen)
 
 
 def _batches(
@@ -342,9 +342,7 @@ def _reasons(
     """
     empty = _all_equal(batch, [""] * len(header)) if len(header) > 1 else None
     found: List[Tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
-    for name, column in zip(_names(header), batch.columns):
-        if UNDECODABLE in seen:
-            found.append((pc.match_substring(column, UNDECODABLE), undecodable(name, config.encoding)))
+    for column in batch.columns:
         if config.quote in seen and not config.line_breaks:
             breaks = pc.match_substring_regex(column, "[\r\n]")
             found.append((breaks, LINE_BREAK))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from polars import selectors
 
 from lumrec.data.sources.folders import find_files, nearest, partitions
-from lumrec.data.sources.raw_log import first_reason
+from lumrec.data.sources.log_time import of_calendar
 from lumrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Columns that are added to a table; the prefix keeps them apart from any that a file has.
+OURS = "lumrec."
 ROW, REASON, RAW = "lumrec.row", "lumrec.reason", "lumrec.raw"
 _FILE = "lumrec.file"
 FORMATS = {
@@ -36,6 +37,7 @@ FORMATS = {
 }
 UNDECODABLE = "\ufdd0"  # stands for bytes that are no text in the encoding given; Unicode keeps it free for such a use
 MARK_ERRORS = "lumrec.undecodable"  # name of the error handler that puts it there
+MAX_DIGITS = 38  # of a decimal, in polars
 MAX_ROWS = 2**32 - 2  # polars counts rows in 32 bits
 
 codecs.register_error(MARK_ERRORS, lambda error: (UNDECODABLE, error.end))  # type: ignore[attr-defined]
@@ -45,7 +47,8 @@ class Part(NamedTuple):
     """One file of a table, ready to be scanned.
 
     file: as the user named it. parquet: what is read for it. schema: types of the columns in that. separator: of a CSV
-    file. partition: columns that the names of its folders give.
+    file. has_undecodable: whether a CSV file holds bytes that are no text. partition: columns that the names of its
+    folders give.
     """
 
     file: Path
@@ -53,6 +56,7 @@ class Part(NamedTuple):
     schema: pl.Schema
     num_rows: int
     separator: str = ""
+    has_undecodable: bool = False
     partition: Dict[str, Optional[str]] = {}
 
 
@@ -64,6 +68,8 @@ class Table:
     files in order of their names, from 0; header lines are no rows), REASON (why the row cannot be used, null where
     nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. origin: a
     file that has the column in that type. lacking: columns that are missing in some files, and the first of those.
+    left_out: columns that cannot be read, and why.
+    undecodable: columns whose values may hold UNDECODABLE, and why such a row cannot be used, where one reads them.
     separator: between the fields of the first CSV file. is_text: the files are CSV or TSV, so that every type is text.
     """
 
@@ -74,6 +80,8 @@ class Table:
     schema: pl.Schema
     origin: Dict[str, Path]
     lacking: Dict[str, Path]
+    left_out: Dict[str, str]
+    undecodable: Dict[str, str]
     num_rows: int
     separator: str = ""
 
@@ -83,6 +91,8 @@ class Table:
 
     def require(self, column: str, key: str) -> None:
         """Raises UserError, which names the nearest column, where a file lacks that column; `key` asked for it."""
+        if column in self.left_out:
+            raise UserError(f"{key}: {self.left_out[column]}")
         if column in self.lacking:
             raise UserError(
                 f"{key}: {self.lacking[column]} has no column {column!r}, which {self.origin[column]} has; expected "
@@ -128,7 +138,9 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         raise UserError(
             f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
         )
-    schema, origin = _common_schema(parts)
+    schema, origin, left_out = _common_schema(parts)
+    for why in left_out.values():
+        log.warning("%s: %s; it is left out", name, why)
     names = readable(list(schema))
     lacking = {
         column: part.file
@@ -144,10 +156,13 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         if new != column:
             log.warning("%s: column %r is read as %r", name, column, new)
     if format == "Parquet":
+        as_bytes = {name: undecodable(name, "utf8") for name, kind in schema.items() if _is_bytes(kind)}
         frame, schema = _parquet_columns(frame, schema)
     else:
+        is_bad = any(part.has_undecodable for part in parts)
         frame, schema = _text_columns(frame, schema, parts[0].separator, config.missing)
-    return Table(name, format, files, frame, schema, origin, lacking, num_rows, parts[0].separator)
+        as_bytes = {name: undecodable(name, config.encoding) for name in schema} if is_bad else {}
+    return Table(name, format, files, frame, schema, origin, lacking, left_out, as_bytes, num_rows, parts[0].separator)
 
 
 def is_number(text: str) -> bool:
@@ -181,6 +196,9 @@ def _parquet_part(file: Path) -> Part:
         names = metadata.schema.to_arrow_schema().names
         check_unique(names, file)
         schema = pl.read_parquet_schema(file)
+        groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        if groups != metadata.num_rows:
+            raise pa.ArrowInvalid(f"it says that it has {metadata.num_rows:,} rows, and its parts have {groups:,}")
     except (pa.ArrowInvalid, OSError, pl.exceptions.PolarsError) as error:
         raise UserError(
             f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
@@ -202,7 +220,9 @@ def _with_partition(part: Part) -> Part:
 
 
 def check_unique(names: Sequence[str], file: Path) -> None:
-    """Raises UserError where a column name occurs twice."""
+    """Raises UserError where a column name occurs twice, or is one that lumrec gives to columns of its own."""
+    if taken := [name for name in names if name.startswith(OURS)]:
+        raise UserError(f"{file}: column {taken[0]!r} begins with {OURS}, as lumrec's own columns do; rename it")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         number = list(names).count(twice[0])
@@ -210,29 +230,34 @@ def check_unique(names: Sequence[str], file: Path) -> None:
         raise UserError(f"{file}: column {twice[0]!r} occurs {number} times; names must be unique{hint}")
 
 
-def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
-    """Every column of any file, with a type that holds what each file has, and a file that made it that type.
-
-    Raises UserError, which names two files, where a column is of different kinds (text and numbers, say). A column
-    that a file lacks is missing for all its rows.
+def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path], Dict[str, str]]:
+    """Every column of any file, with a type that holds what each file has, and a file that made it that type; and the
+    columns that cannot be read, each with the reason: of different kinds in two files (text and numbers, say), or of
+    decimals that are too long. A column that a file lacks is missing for all its rows.
     """
     common: Dict[str, pl.DataType] = {}
     origin: Dict[str, Path] = {}
+    left_out: Dict[str, str] = {}
     for part in parts:
         for name, kind in part.schema.items():
-            if name == ROW:
+            if isinstance(kind, pl.Decimal) and (kind.precision or 0) > MAX_DIGITS:
+                left_out[name] = f"column {name!r} of {part.file} has decimals of over {MAX_DIGITS} digits"
+            if name == ROW or name in left_out:
                 continue
             if name not in common or common[name] == pl.Null:
                 common[name], origin[name] = kind, part.file
                 continue
             wider = wider_type(common[name], kind)
             if wider is None:
-                raise UserError(
+                left_out[name] = (
                     f"column {name!r} is {common[name]} in {origin[name]}, and {kind} in {part.file}; expected one "
-                    "kind of values in all files. Write one of them again, or leave it out"
+                    "kind of values in all files"
                 )
-            if wider != common[name]:
+            elif wider != common[name]:
                 common[name], origin[name] = wider, part.file
+    for name in left_out:
+        common.pop(name, None)
+        origin.pop(name, None)
     for part in parts:
         for name in part.partition:
             if common.setdefault(name, pl.String()) != pl.String():
@@ -241,7 +266,7 @@ def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path]]:
                     "expected one of the two in all files"
                 )
             origin.setdefault(name, part.file)
-    return pl.Schema(common), origin
+    return pl.Schema(common), origin, left_out
 
 
 def wider_type(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
@@ -270,13 +295,17 @@ def _is_text(kind: pl.DataType) -> bool:
     return kind in (pl.String, pl.Binary, pl.Categorical) or isinstance(kind, pl.Enum)
 
 
-def _has_bytes(kind: pl.DataType) -> bool:
-    """Whether there are bytes in it, at any depth: these cannot be written as JSON."""
+def _is_bytes(kind: pl.DataType) -> bool:
+    return kind == pl.Binary or (isinstance(kind, (pl.List, pl.Array)) and kind.inner == pl.Binary)
+
+
+def _is_json(kind: pl.DataType, *, nested: bool = False) -> bool:
+    """Whether every value can be written as JSON: bytes cannot, nor times in lists, which may be in no calendar."""
     if isinstance(kind, (pl.List, pl.Array)):
-        return _has_bytes(kind.inner)  # type: ignore[arg-type]
+        return _is_json(kind.inner, nested=True)  # type: ignore[arg-type]
     if isinstance(kind, pl.Struct):
-        return any(_has_bytes(inner.dtype) for inner in kind.fields)  # type: ignore[arg-type]
-    return kind == pl.Binary
+        return all(_is_json(inner.dtype, nested=True) for inner in kind.fields)  # type: ignore[arg-type]
+    return kind != pl.Binary and not (nested and kind.is_temporal())
 
 
 def readable(names: Sequence[str]) -> Dict[str, str]:
@@ -351,20 +380,18 @@ def _text_columns(
 
 
 def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> Tuple[pl.LazyFrame, pl.Schema]:
-    """Parquet: bytes and categories as text, empty text as null, the row as JSON; what is no text is a reason."""
+    """Parquet: bytes and categories as text, empty text as null, the row as JSON."""
     as_bytes = [name for name, kind in schema.items() if kind == pl.Binary]
     own = pl.Schema({name: pl.String() if _is_text(kind) else kind for name, kind in schema.items()})
     texts = [name for name, kind in own.items() if kind == pl.String]
     frame = frame.with_columns(
         decode(pl.col(name)) if name in as_bytes else pl.col(name).cast(pl.String) for name in texts
     )
-    bad = first_reason(
-        *((pl.col(name).str.contains(UNDECODABLE, literal=True), undecodable(name, "utf8")) for name in as_bytes)
-    )
-    row = pl.struct([pl.col(name) for name, kind in own.items() if not _has_bytes(kind)]).struct.json_encode()
+    row = pl.struct([of_calendar(pl.col(name), kind) for name, kind in own.items() if _is_json(kind)])
+    row = row.struct.json_encode()
     as_read = row.str.replace_all(UNDECODABLE, "\ufffd", literal=True)
     values = [pl.when(pl.col(name) != "").then(name).alias(name) for name in texts]
-    return frame.with_columns(bad.alias(REASON), as_read.alias(RAW), *values), own
+    return frame.with_columns(pl.lit(None, pl.String).alias(REASON), as_read.alias(RAW), *values), own
 
 
 def undecodable(name: str, encoding: str) -> str:

@@ -16,6 +16,8 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 UNITS = ("auto", *PER_SECOND, "iso")
 NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", "iso": "ISO 8601"}
 RECENT_S = 100_000_000  # since March 1973: numbers of this size and more tell their unit, as the four ranges are apart
+_DAY_S = 86_400
+_FIRST_S, _END_S = -62_135_596_800 + _DAY_S, 253_402_300_800 - _DAY_S  # years 1 and 9999, less a day for zones
 MIXED = 0.05  # of the rows in another unit: then nobody can say which of the two is meant
 
 
@@ -104,6 +106,27 @@ def as_microseconds(column: pl.Expr, kind: pl.DataType, unit: str) -> pl.Expr:
     return pl.coalesce(
         _of_whole(text.cast(pl.Int64, strict=False), unit), _of_fraction(text.cast(pl.Float64, strict=False), unit)
     )
+
+
+def out_of_calendar(column: pl.Expr, kind: pl.DataType) -> pl.Expr | None:
+    """Whether dates and times of a column lie outside of the years 1 to 9999, where none can be written; None for a
+    type whose values never do.
+    """
+    if kind == pl.Date:
+        low, high = _FIRST_S // _DAY_S, _END_S // _DAY_S
+    elif isinstance(kind, pl.Datetime) and kind.time_unit != "ns":
+        low, high = (end * PER_SECOND[kind.time_unit] for end in (_FIRST_S, _END_S))
+    elif kind == pl.Time:
+        low, high = 0, _DAY_S * PER_SECOND["ns"]
+    else:
+        return None
+    return ~column.to_physical().is_between(low, high, closed="left")
+
+
+def of_calendar(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """The column, null where `out_of_calendar`."""
+    beyond = out_of_calendar(column, kind)
+    return column if beyond is None else pl.when(~beyond).then(column)
 
 
 def time_checks(column: pl.Expr, name: str, kind: pl.DataType, unit: str) -> List[Tuple[pl.Expr, str]]:

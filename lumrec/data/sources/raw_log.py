@@ -60,6 +60,8 @@ class RawLog:
     has_clock: False where only the order of events is known, and times say nothing.
     request: name by which features would find the column that SHOWN_WITH is made of; "" where there is none.
     exact: columns whose values may differ in form alone, such as 007 and 7 (lumrec/data/forms.py); None: all of them.
+    unusable: "events", "items", "users" → column → (when a value of it cannot be used, why): the row is left out where
+    a feature reads it. left_out: columns of the files that no feature can read, and why.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
@@ -74,6 +76,8 @@ class RawLog:
     has_clock: bool = True
     request: str = ""
     exact: Optional[Tuple[str, ...]] = None
+    unusable: Dict[str, Dict[str, Tuple[pl.Expr, str]]] = field(default_factory=dict)
+    left_out: Dict[str, str] = field(default_factory=dict)
     extra: Dict[str, object] = field(default_factory=dict)
 
 

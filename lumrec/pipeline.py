@@ -348,8 +348,7 @@ def collect(config: Config, stages: list[Stage]) -> dict[str, float | str]:
                 base, other = (
                     [f"rank-{ranker}-{of}-s{seed}" for seed in config.pipeline.seeds] for of in ("none", kind)
                 )
-                notes = [str(results[name].get("note", "")) for name in (*base, *other)]
-                found = gains([paths[name] for name in base], [paths[name] for name in other], notes)
+                found = gains([paths[name] for name in base], [paths[name] for name in other])
                 test = {f"rank/{name}": found.pop(name) for name in ("test_rows", "test_users") if name in found}
                 collected |= test | {f"rank/{ranker}/{kind}/{name}": value for name, value in found.items()}
     collected |= {f"note/{name}": result["note"] for name, result in results.items() if result.get("note")}

@@ -22,11 +22,13 @@ from lumrec import pipeline, towers, warm_up
 from lumrec.config import Config, load, with_words
 from lumrec.errors import UserError
 from lumrec.pipeline import say, write_json
+from lumrec.report import gains as report_gains
 from lumrec.report.plots import result_plot
 from lumrec.report.table import METRICS, RANKER_NAMES
 from lumrec.train.files import read_json, write_atomically
 
 OUT = "docs/results"
+EARLIER = "no interval: rows of an earlier call are in the average"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "reproduce"
 TITLES = {
     "4": "Table 4 of the LUM paper",
@@ -44,7 +46,7 @@ PAPER_4 = {"ml-1m": ML_1M, "ml-1m-plain": ML_1M}
 
 class Case(NamedTuple):
     """One row: its name in the JSON, its label, the pipeline it is of, its ranker ("" = two towers), the paper's AUC
-    where it has one, and which of warm_up.ROWS it is."""
+    where it has one, which of warm_up.ROWS it is, and the key of the row that it gains over ("" = none)."""
 
     key: str
     label: str
@@ -53,6 +55,7 @@ class Case(NamedTuple):
     knowledge: str
     paper: float | None = None
     row: str = ""
+    over: str = ""
 
     @property
     def model(self) -> str:
@@ -68,7 +71,7 @@ def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
         base, lum = PAPER_4.get(dataset, {}).get(ranker, (None, None))
         cases.append(Case(f"{ranker}/base", f"{name} base", "", ranker, "none", base))
         cases.append(Case(f"{ranker}/tables", f"{name} on the LUM's tables", "", ranker, "tables"))
-        cases.append(Case(f"{ranker}/lum", f"{name} + LUM", "", ranker, "both", lum))
+        cases.append(Case(f"{ranker}/lum", f"{name} + LUM", "", ranker, "both", lum, over=f"{ranker}/base"))
     return cases
 
 
@@ -76,23 +79,26 @@ def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
 TABLE_5 = {
     "scratch": [
         Case("dlrm/scratch", "DLRM", "", "dlrm", "none", 0.7338),
-        Case("lum/scratch", "LUM", "", "dlrm", "both", 0.7514),
+        Case("lum/scratch", "LUM", "", "dlrm", "both", 0.7514, over="dlrm/scratch"),
     ],
     "utilization": [
-        Case("lum/direct", "LUM (direct feature)", "", "dlrm", "direct", 0.7402),
-        Case("lum/both", "LUM (direct feature + interest matching)", "", "dlrm", "both", 0.7514),
+        Case("lum/direct", "LUM (direct feature)", "", "dlrm", "direct", 0.7402, over="dlrm/scratch"),
+        Case("lum/both", "LUM (direct feature + interest matching)", "", "dlrm", "both", 0.7514, over="dlrm/scratch"),
     ],
     "tokenization": [
-        Case("lum/no_condition", "LUM (w/o condition token)", "-no-condition", "dlrm", "both", 0.7416),
-        Case("lum/multi_conditions", "LUM (multi-conditions)", "-multi-conditions", "dlrm", "both", 0.7545),
+        Case(f"lum/{key}", label, f"-{key.replace('_', '-')}", "dlrm", "both", paper, over="dlrm/scratch")
+        for key, label, paper in (
+            ("no_condition", "LUM (w/o condition token)", 0.7416),
+            ("multi_conditions", "LUM (multi-conditions)", 0.7545),
+        )
     ],
 }
 
 WARM_UP = [
-    Case(f"{model}/{row}", f"{model.upper()} ({says})", "-warm-up", "dlrm", knowledge, paper, row)
-    for model, knowledge, papers in (
-        ("dlrm", "none", (0.7338, 0.7541, 0.7525, 0.7777)),
-        ("lum", "both", (0.7514, 0.7659, 0.7620, 0.7794)),
+    Case(f"{model}/{row}", f"{model.upper()} ({says})", "-warm-up", "dlrm", knowledge, paper, row, over and over + row)
+    for model, knowledge, over, papers in (
+        ("dlrm", "none", "", (0.7338, 0.7541, 0.7525, 0.7777)),
+        ("lum", "both", "dlrm/", (0.7514, 0.7659, 0.7620, 0.7794)),
     )
     for row, says, paper in zip(warm_up.ROWS, ("scratch", "feature", "param", "param + feature"), papers, strict=True)
 ]
@@ -100,14 +106,14 @@ WARM_UP = [
 # Ours: how the LUM is kept from the rows that the ranker trains on, and the base, which trains on all of them.
 HAZARD = [
     Case("base", "base", "", "", "none"),
-    Case("cross_fit", "+ LUM, cross-fitted over users", "", "", "both"),
-    Case("in_sample", "+ LUM, in-sample", "-in-sample", "", "both"),
-    Case("time_split", "+ LUM, split in time", "-time-split", "", "both"),
+    Case("cross_fit", "+ LUM, cross-fitted over users", "", "", "both", over="base"),
+    Case("in_sample", "+ LUM, in-sample", "-in-sample", "", "both", over="base"),
+    Case("time_split", "+ LUM, split in time", "-time-split", "", "both", over="base"),
 ]
 
 RETRIEVAL = [
     Case("edb/base", "EDB", "-retrieval", "", "none"),
-    Case("edb/lum", "EDB + LUM", "-retrieval", "", "direct"),
+    Case("edb/lum", "EDB + LUM", "-retrieval", "", "direct", over="edb/base"),
     Case("lum", "the LUM by itself, asked without a condition", "-retrieval", "", "lum"),
 ]
 
@@ -123,7 +129,8 @@ def run(
     warm-up.
     The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over the seeds, "…/paper_auc", and as text
     `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its runs); where there is a base to gain
-    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc".
+    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc". Of each row that gains over another
+    "<row>/auc_gain", "…_gain_low", "…_gain_high", "…_gain_sd", "…_verdict", and "test_rows", "test_users".
     Rows of other rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
     Raises UserError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
     as the pipeline does.
@@ -139,6 +146,7 @@ def run(
     if table in BY_RANKER:
         result |= others(stem.with_suffix(".json"), config.pipeline.rankers, result["protocol"])
     commits: dict[str, set[str]] = {}
+    folders: dict[str, list[Path]] = {}
     by_variant: dict[str, list[Case]] = {}
     for case in cases:
         by_variant.setdefault(case.variant, []).append(case)
@@ -153,6 +161,7 @@ def run(
         for case in of_variant:
             result |= _figures(case, figures, metrics)
             commits.setdefault(case.model, set()).update(_commits(case, settings))
+            folders[case.key] = _folders(case, settings)
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     options += ["--out", out] if out != OUT else []
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
@@ -163,7 +172,7 @@ def run(
         cases = choose(
             table, dataset, rows, with_words(config, [f"pipeline.rankers={json.dumps(rankers)}"], origin=out)
         )
-    result |= gains(cases, result, metrics)
+    result |= paired_gains(cases, folders, list(metrics)) | gains(cases, result, metrics)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(stem.with_suffix(".json"), result)
     write_atomically(stem.with_suffix(".md"), markdown(table, cases, result, stem.name, metrics))
@@ -200,7 +209,12 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
         return table_4(dataset, config.pipeline.rankers)
     if table == "hazard":
         return [
-            case._replace(key=f"{ranker}/{case.key}", label=f"{RANKER_NAMES[ranker]} {case.label}", ranker=ranker)
+            case._replace(
+                key=f"{ranker}/{case.key}",
+                label=f"{RANKER_NAMES[ranker]} {case.label}",
+                ranker=ranker,
+                over=case.over and f"{ranker}/{case.over}",
+            )
             for ranker in config.pipeline.rankers
             for case in HAZARD
         ]
@@ -239,6 +253,30 @@ def only(config: Config, cases: Sequence[Case]) -> Config:
     kinds = [kind for kind in pipeline.KNOWLEDGE if any(case.knowledge == kind for case in cases)]
     words = [f"pipeline.rankers={json.dumps(rankers)}", f"pipeline.knowledge={json.dumps(kinds)}"]
     return with_words(config, words, origin="the rows of the table")
+
+
+def paired_gains(
+    cases: Sequence[Case], folders: Mapping[str, Sequence[Path]], metrics: Sequence[str]
+) -> dict[str, float | str]:
+    """ "<row>/<metric>_gain", … of each row of this call that gains over another, as lumrec/report/gains.py has them.
+
+    "average/lum/…": of the mean over several models, where the folders of all of them are of this call.
+    """
+    found: dict[str, float | str] = {}
+    pairs = [(case.over, case.key) for case in cases if case.over in folders and case.key in folders]
+    for over, key in pairs:
+        of_row = report_gains.gains(folders[over], folders[key], metrics)
+        found |= {name: of_row.pop(name) for name in ("test_rows", "test_users") if name in of_row}
+        found |= {f"{key}/{name}": value for name, value in of_row.items()}
+    averaged = [case for case in cases if case.key.endswith("/lum") and case.over]
+    if 1 < len(averaged) == len([case for case in averaged if (case.over, case.key) in pairs]):
+        base = [folder for case in averaged for folder in folders[case.over]]
+        other = [folder for case in averaged for folder in folders[case.key]]
+        of_all = report_gains.gains(base, other, metrics, num_seeds=len(folders[averaged[0].key]))
+        found |= {f"average/lum/{name}": value for name, value in of_all.items() if not name.startswith("test_")}
+    elif len(averaged) > 1:
+        found |= {f"average/lum/{metric}_verdict": EARLIER for metric in metrics}
+    return found
 
 
 def gains(
@@ -293,23 +331,28 @@ def markdown(
 ) -> str:
     """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
     main = next(iter(metrics))
+    labels = {case.key: case.label for case in cases}
     heads = [*metrics.values(), *(["the paper's AUC"] if any(case.paper is not None for case in cases) else [])]
 
     def line(label: str, *cells: str) -> str:
         return f"| {' | '.join([label, *cells, *[''] * (len(heads) - len(cells))])} |"
 
-    def gain(label: str, model: str) -> str:
+    def gain(label: str, key: str, over: str = "") -> str:
+        """The gains of a row over another; of the average without those two, as it has no rows."""
+        model = key.partition("/")[0]
         paper = [_spoken(result, f"{model}/gain", "paper_auc", "+.4f")] if f"{model}/gain/paper_auc" in result else []
-        gained, lum = _spoken(result, f"{model}/gain", main, "+.4f"), f"{model}/lum/{main}"
-        if f"{lum}_gain_low" in result:
-            low, high = (float(result[f"{lum}_gain_{end}"]) for end in ("low", "high"))
-            gained += f" [{low:+.4f}, {high:+.4f}], {result[f'{lum}_verdict']}"
-        return line(label, gained, *[""] * (len(metrics) - 1), *paper)
+        differences = {f"{key}/{main}_gain": result.get(f"{model}/gain/{main}")}
+        for metric in metrics:
+            ours, base = result.get(f"{key}/{metric}"), result.get(f"{over}/{metric}")
+            if isinstance(ours, float) and isinstance(base, float):
+                differences[f"{key}/{metric}_gain"] = ours - base
+        known = {name: value for name, value in differences.items() if value is not None} | dict(result)
+        return line(label, *(report_gains.gain_text(known, f"{key}/{metric}") for metric in metrics), *paper)
 
     lines = [
         f"# {TITLES[table]}: {result['dataset']}",
         "",
-        f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}.",
+        f"{str(result['protocol'])[:1].upper()}{str(result['protocol'])[1:]}.{report_gains.measured(result)}",
         "",
         *_commands(cases, result),
         line("", *heads),
@@ -318,10 +361,11 @@ def markdown(
     for case in cases:
         paper = [] if case.paper is None else [f"{case.paper:.4f}"]
         lines.append(line(case.label, *(_spoken(result, case.key, metric) for metric in metrics), *paper))
-        if case.key.endswith("/lum") and f"{case.model}/gain/{main}" in result:
-            lines.append(gain("Imp.", case.model))
-    if len(models_of(case for case in cases if case.key.endswith("/lum"))) > 1:
-        lines.append(gain("average Imp.", "average"))
+        if case.over in labels:
+            label = "Imp." if case.over.endswith("base") else f"Imp. over {labels[case.over]}"
+            lines.append(gain(label, case.key, case.over))
+    if f"average/gain/{main}" in result and len(models_of(case for case in cases if case.key.endswith("/lum"))) > 1:
+        lines.append(gain("average Imp.", "average/lum"))
     if f"online/{main}" in result:
         lines.append(line("the online model as it stands", *(_spoken(result, "online", metric) for metric in metrics)))
     return "\n".join([*lines, "", f"![]({title}.svg)", ""])
@@ -332,8 +376,7 @@ def _figures(
 ) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for metric in metrics:
-        gained = ("gain_low", "gain_high", "verdict") if case.key.endswith("/lum") else ()
-        for name in (metric, f"{metric}_sd", *(f"{metric}_{end}" for end in gained)):
+        for name in (metric, f"{metric}_sd"):
             parts = (*(("rank", case.ranker) if case.ranker else ("retrieve",)), case.knowledge, case.row, name)
             value = figures.get("/".join(filter(None, parts)))
             if value is not None:
@@ -351,6 +394,13 @@ def _commands(cases: Sequence[Case], result: Mapping[str, float | str]) -> list[
         names = ", ".join(RANKER_NAMES.get(model, model) for model in models)
         lines += [f"{f'{names}: c' if len(groups) > 1 else 'C'}ommit {version}", "", f"    {command}", ""]
     return lines
+
+
+def _folders(case: Case, config: Config) -> list[Path]:
+    """The runs of a row, one for each seed."""
+    parts = ("rank" if case.ranker else "retrieve", case.ranker, case.knowledge, case.row)
+    name = "-".join(filter(None, parts))
+    return [Path(config.runs_dir) / config.run / f"{name}-s{seed}" for seed in config.pipeline.seeds]
 
 
 def _commits(case: Case, config: Config) -> set[str]:

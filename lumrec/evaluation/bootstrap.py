@@ -9,7 +9,7 @@ Shape suffixes: N rows, U users, R resamples, S score vectors, M metrics,
 P positive and Q negative rows in the order of their scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +95,33 @@ def compare_means(
     seed: int = 0,
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
     """As `compare`, of the mean of each metric over several seeds of a and as many of b; and b - a of each seed."""
-    num = len(logits_a)
     rows = _Rows(label_N, [*logits_a, *logits_b], user_N)
+    return _compare(rows, METRICS, num_resamples=num_resamples, level=level, seed=seed)
+
+
+def compare_user_means(
+    a: Sequence[Mapping[str, np.ndarray]],
+    b: Sequence[Mapping[str, np.ndarray]],
+    *,
+    num_resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
+    """As `compare_means`, of metrics that are means of one value for each user: name → value_U, of each seed.
+
+    >>> hit = [{"hr@10": np.array([0.0, 1.0, 1.0, 0.0])}, {"hr@10": np.array([1.0, 1.0, 1.0, 0.0])}]
+    >>> compare_user_means(hit[:1], hit[1:])[0]["hr@10"].difference
+    Interval(value=0.25, low=0.0, high=0.75)
+    """
+    users = _Users(np.array([list(values.values()) for values in (*a, *b)], dtype=np.float64))
+    return _compare(users, list(a[0]), num_resamples=num_resamples, level=level, seed=seed)
+
+
+def _compare(
+    rows: "_Rows | _Users", names: Sequence[str], *, num_resamples: int, level: float, seed: int
+) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
+    """`compare_means` of score vectors of which the first half is of a, the second of b."""
+    num = len(rows.scores) // 2
     each_SM, drawn_RSM = rows.metrics(np.ones(rows.num_users)), _resamples(rows, num_resamples, level, seed)
 
     def means(metrics: np.ndarray) -> np.ndarray:
@@ -107,8 +132,20 @@ def compare_means(
     value_SM, drawn_RSM = means(each_SM), means(drawn_RSM)
     return {
         name: Comparison(*(_interval(value_SM[s, m], drawn_RSM[:, s, m], rows.num_usable[m], level) for s in range(3)))
-        for m, name in enumerate(METRICS)
-    }, {name: (each_SM[num:, m] - each_SM[:num, m]).tolist() for m, name in enumerate(METRICS)}
+        for m, name in enumerate(names)
+    }, {name: (each_SM[num:, m] - each_SM[:num, m]).tolist() for m, name in enumerate(names)}
+
+
+class _Users:
+    """Metrics that are means over users, value_SMU, and their means by any weights of the users."""
+
+    def __init__(self, value_SMU: np.ndarray) -> None:
+        self.scores, (_, num_metrics, self.num_users) = value_SMU, value_SMU.shape
+        self.num_usable = (self.num_users,) * num_metrics
+
+    def metrics(self, weight_U: np.ndarray) -> np.ndarray:
+        """[S, M]."""
+        return self.scores @ weight_U / weight_U.sum()
 
 
 class _Rows:
@@ -158,7 +195,7 @@ class _Scores:
         return wins / np.float64(weight_P.sum() * negatives_Q[-1])
 
 
-def _resamples(rows: _Rows, num_resamples: int, level: float, seed: int) -> np.ndarray:
+def _resamples(rows: _Rows | _Users, num_resamples: int, level: float, seed: int) -> np.ndarray:
     """[R, S, M]: the metrics of each resample."""
     if num_resamples < 1 or not 0 < level < 1:
         raise UserError(f"got {num_resamples} resamples and level={level}; expected at least 1, and between 0 and 1")
@@ -166,7 +203,7 @@ def _resamples(rows: _Rows, num_resamples: int, level: float, seed: int) -> np.n
     # As many draws as there are users, counted: what a multinomial gives, and faster than NumPy's.
     draws = (np.bincount(generator.integers(num, size=num), minlength=num) for _ in range(num_resamples if num else 0))
     return np.array([rows.metrics(weight_U.astype(np.float64)) for weight_U in draws]).reshape(
-        -1, len(rows.scores), len(METRICS)
+        -1, len(rows.scores), len(rows.num_usable)
     )
 
 

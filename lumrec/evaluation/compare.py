@@ -24,7 +24,7 @@ from lumrec.failures import reported
 from lumrec.printable import say
 from lumrec.train.files import sync_file
 
-SCORES = "scores.parquet"
+SCORES, RANKS = "scores.parquet", "ranks.parquet"
 LOWER_IS_BETTER = ("log_loss",)
 
 
@@ -37,13 +37,22 @@ class Scores(NamedTuple):
     logit_N: np.ndarray
 
 
-def write_scores(folder: Path, scores: Scores) -> None:
+class Ranks(NamedTuple):
+    """Of two towers: the rank of each test user's target among all items, from 1. row_N, user_N, rank_N: int64."""
+
+    row_N: np.ndarray
+    user_N: np.ndarray
+    rank_N: np.ndarray
+
+
+def write_scores(folder: Path, scores: Scores | Ranks) -> None:
     """Writes `scores` to the run folder, whole or not at all."""
-    temporary = folder / f".{SCORES}.tmp"
+    name = SCORES if isinstance(scores, Scores) else RANKS
+    temporary = folder / f".{name}.tmp"
     table = pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()})
     pq.write_table(table, temporary, write_page_checksum=True)
     sync_file(temporary)
-    os.replace(temporary, folder / SCORES)
+    os.replace(temporary, folder / name)
 
 
 def read_scores(folder: Path) -> Scores:
@@ -51,16 +60,25 @@ def read_scores(folder: Path) -> Scores:
     if not (folder / "result.json").exists() or not (folder / SCORES).exists():
         what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
         raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
-    names = [field.removesuffix("_N") for field in Scores._fields]
+    return Scores(*_columns(folder / SCORES, Scores._fields))
+
+
+def read_ranks(folder: Path) -> Ranks:
+    """The ranks that a finished run of two towers keeps. Raises UserError for a file that is damaged."""
+    return Ranks(*_columns(folder / RANKS, Ranks._fields))
+
+
+def _columns(path: Path, fields: Sequence[str]) -> list[np.ndarray]:
+    names = [field.removesuffix("_N") for field in fields]
     try:
-        table = pq.read_table(folder / SCORES, page_checksum_verification=True)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{folder / SCORES} is damaged ({str(error).splitlines()[0]}); train the run again with overwrite=true"
+            f"{path} is damaged ({str(error).splitlines()[0]}); train the run again with overwrite=true"
         ) from None
     if table.column_names != names:
-        raise UserError(f"{folder / SCORES} has the columns {table.column_names}; expected {names}")
-    return Scores(*(table[name].to_numpy() for name in names))
+        raise UserError(f"{path} has the columns {table.column_names}; expected {names}")
+    return [table[name].to_numpy() for name in names]
 
 
 def compare_runs(

@@ -179,18 +179,23 @@ def target_ranks(
     return torch.where(is_candidate_I[target_B], 1 + ahead_BI.sum(1), len(e_ID) + 1)
 
 
+def user_metrics(rank_B: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """HR@k and NDCG@k of each user (float64 [B])."""
+    gain_B = 1 / torch.log2(1 + rank_B.double())
+    found: dict[str, Tensor] = {}
+    for k in ks:
+        hit_B = rank_B <= k
+        found |= {f"hr@{k}": hit_B.double(), f"ndcg@{k}": gain_B * hit_B}
+    return found
+
+
 def metric_sums(rank_B: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """Sums over users of what HR@k and NDCG@k average.
 
     >>> metric_sums(torch.tensor([1, 3, 11]), [10])
     {'hr@10': 2.0, 'ndcg@10': 1.5}
     """
-    gain_B = 1 / torch.log2(1 + rank_B.double())
-    sums: dict[str, float] = {}
-    for k in ks:
-        hit_B = rank_B <= k
-        sums |= {f"hr@{k}": float(hit_B.sum()), f"ndcg@{k}": float((gain_B * hit_B).sum())}
-    return sums
+    return {name: float(value_B.sum()) for name, value_B in user_metrics(rank_B, ks).items()}
 
 
 def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Iterator[Targets]:

@@ -22,6 +22,7 @@ from lumrec.data.schema import features_by_role
 from lumrec.data.tower_rows import TowerBuilder, TowerLoader
 from lumrec.errors import UserError
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
+from lumrec.evaluation.compare import Ranks, write_scores
 from lumrec.evaluation.retrieval import (
     Targets,
     check_cut_offs,
@@ -29,7 +30,6 @@ from lumrec.evaluation.retrieval import (
     metric_sums,
     rank_targets,
     retrieval_names,
-    sum_over_ranks,
 )
 from lumrec.limits import count, setting, share
 from lumrec.modules.losses import info_nce
@@ -219,8 +219,9 @@ def item_vectors(dmp: DistributedModelParallel, builder: TowerBuilder) -> Tensor
 
 def retrieval_metrics(
     dmp: DistributedModelParallel, builder: TowerBuilder, part: str, config: RetrieveConfig, *, max_users: int = 0
-) -> tuple[dict[str, float], tuple[Tensor, Tensor, Targets]]:
-    """{"hr@10": …, "ndcg@10": …, "retrieval_users": …} of `part`, exact over the catalogue; vectors and targets of it.
+) -> tuple[dict[str, float], tuple[Tensor, Tensor, Targets, Tensor]]:
+    """{"hr@10": …, "ndcg@10": …, "retrieval_users": …} of `part`, exact over the catalogue; vectors, targets and their
+    ranks.
 
     The target is each user's last positive event of the part, the history what is before its moment, and items of the
     history are left out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
@@ -236,14 +237,19 @@ def retrieval_metrics(
         e_IV = item_vectors(dmp, builder)
     finally:
         dmp.train(training)
-    return _exact(o_BV, e_IV, builder.data, targets, config.ks), (o_BV, e_IV, targets)
+    rank_B = _ranks(o_BV, e_IV, builder.data, targets)
+    means = {name: value / len(rank_B) for name, value in metric_sums(rank_B, config.ks).items()}
+    return means | {"retrieval_users": float(len(rank_B))}, (o_BV, e_IV, targets, rank_B)
 
 
-def _exact(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets, ks: List[int]) -> dict[str, float]:
+def _ranks(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets) -> Tensor:
+    """Rank of each target among the catalogue, rank_B (int64), on every rank; each computes its share. Collective."""
     mine = slice(rank(), None, world_size())
-    ranks = rank_targets(o_BV[mine], e_IV, data, targets.take(mine))
-    sums, num_users = sum_over_ranks(metric_sums(ranks, ks)), len(targets.row_B)
-    return {name: value / num_users for name, value in sums.items()} | {"retrieval_users": float(num_users)}
+    rank_B = torch.zeros(len(targets.row_B), dtype=torch.int64)
+    rank_B[mine] = rank_targets(o_BV[mine], e_IV, data, targets.take(mine))
+    if world_size() > 1:
+        dist.all_reduce(rank_B)
+    return rank_B
 
 
 def _in_key(value: str) -> str:
@@ -260,14 +266,13 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
     result: dict[str, float] = {}
     for place, condition in enumerate(knowledge.conditions):
         name = ",".join(f"{feature}={_in_key(value)}" for feature, value in condition.items()) or "no condition"
-        sums: dict[str, float] = dict.fromkeys(metric_sums(torch.zeros(0, dtype=torch.int64), ks), 0.0)
+        rank_B = torch.full((len(targets.row_B),), torch.iinfo(torch.int64).max)
         for fold in range(knowledge.num_folds):
             theirs = answers.fold_B == fold
             if bool(theirs.any()):
-                part = targets.take(theirs)
-                found = _exact(answers.o_BND[theirs, place], knowledge.items_e[fold].float(), data, part, ks)
-                sums = {metric: value + found[metric] * len(part.row_B) for metric, value in sums.items()}
-        result |= {f"lum/{name}/{metric}": value / len(targets.row_B) for metric, value in sums.items()}
+                e_ID = knowledge.items_e[fold].float()
+                rank_B[theirs] = _ranks(answers.o_BND[theirs, place], e_ID, data, targets.take(theirs))
+        result |= {f"lum/{name}/{metric}": value / len(rank_B) for metric, value in metric_sums(rank_B, ks).items()}
     return result
 
 
@@ -276,8 +281,8 @@ def run(config: "Config") -> dict[str, float | str]:
 
     Keys: hr@k, ndcg@k, retrieval_users of the test part, exact over the catalogue; valid/… of the kept weights; ann/…
     of the FAISS index (see ann_metrics); lum/<condition>/… of the LUM's answers alone; rows_per_s, wall_s, best_step,
-    …; and as text knowledge and knowledge_hazard. Raises MissingFileError for a missing input, with the command that
-    makes it.
+    …; and as text knowledge and knowledge_hazard. The test users' ranks are kept for
+    lumrec/report/gains.py. Raises MissingFileError for a missing input, with the command that makes it.
     """
     settings, started = config.retrieve, time.perf_counter()
     device = init_distributed(threads=config.threads)
@@ -326,8 +331,11 @@ def run(config: "Config") -> dict[str, float | str]:
         fingerprint={**inputs, "model": model},
     )
     result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in metrics.items()}
-    exact, (o_BV, e_IV, targets) = retrieval_metrics(dmp, builder, "test", settings)
+    exact, (o_BV, e_IV, targets, rank_B) = retrieval_metrics(dmp, builder, "test", settings)
     result |= exact
+    if rank() == 0:
+        row_B = targets.row_B.numpy()
+        write_scores(run_folder.path, Ranks(row_B, data.user[row_B].astype(np.int64), rank_B.numpy()))
     if settings.ann.index:
         result |= ann_metrics(o_BV, e_IV, data, targets, config=settings.ann, ks=settings.ks)
     if knowledge is not None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from lumrec import reproduce, towers, warm_up
@@ -9,7 +10,10 @@ from lumrec.config import load
 from lumrec.data.prepared import PreparedData
 from lumrec.data.rows import training_rows
 from lumrec.data.splits import TRAIN
+from lumrec.evaluation.bootstrap import METRICS
+from lumrec.evaluation.compare import RANKS, Ranks, Scores, write_scores
 from lumrec.query.store import Knowledge
+from lumrec.report import gains as report_gains
 from lumrec.train import rank
 
 
@@ -103,6 +107,8 @@ def test_a_table_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     text = stem.with_suffix(".md").read_text()
     assert f"| DIN + LUM | {result['din/lum/auc']:.4f} |" in text
     assert f"| Imp. | {gain:+.4f} [" in text and f"], {result['din/lum/auc_verdict']} |" in text
+    assert f"{result['test_rows']:,} test rows of {result['test_users']} users" in text
+    assert "average Imp." not in text
     assert f"--table 4 --dataset simulator --out {tmp_path}/results" in text
     assert "cross-fitted over 2 folds of users" in text
     assert stem.with_suffix(".svg").read_text().startswith("<svg")
@@ -122,6 +128,7 @@ def test_a_table_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     assert both["average/gain/auc"] == pytest.approx(sum(gains) / 2)
     text = stem.with_suffix(".md").read_text()
     assert text.index("| DIN + LUM |") < text.index("| DLRM + LUM |") < text.index("| average Imp. |")
+    assert "], " + both["dlrm/lum/gauc_verdict"] in text and f", {reproduce.EARLIER} |" in text
     assert "DIN: commit" in text and "DLRM: commit" in text and "pipeline.rankers=[dlrm]" in text
     with pytest.raises(ValueError, match="rows of din by another protocol .*seeds .0., .* seeds .0, 1., "):
         reproduce.run([*words, "pipeline.seeds=[0,1]"], table="4", dataset="simulator", out=str(tmp_path / "results"))
@@ -165,9 +172,12 @@ def test_the_towers_table_has_a_gain_and_no_column_of_the_papers():
     for case in cases:
         result |= reproduce._figures(case, figures, reproduce.RETRIEVED)
     result |= reproduce.gains(cases, result, reproduce.RETRIEVED)
+    result |= {f"edb/lum/hr@10_{name}": value for name, value in (("gain_low", 0.02), ("gain_high", 0.04))}
+    result |= {"edb/lum/hr@10_verdict": "better", "test_rows": 90, "test_users": 90}
     text = reproduce.markdown("retrieval", cases, result, "retrieval-a-log", reproduce.RETRIEVED)
+    assert "P. 90 test rows of 90 users. Imp.: the gain" in text
     assert "|  | R@10 | NDCG@10 | R@50 | NDCG@50 |\n|---|---|---|---|---|" in text
-    assert "| EDB + LUM | 0.2800 ± 0.0100 | – | – | – |\n| Imp. | +0.0300 |  |  |  |" in text
+    assert "| EDB + LUM | 0.2800 ± 0.0100 | – | – | – |\n| Imp. | +0.0300 [+0.0200, +0.0400], better |" in text
     assert "average" not in text
 
 
@@ -182,8 +192,77 @@ def test_the_towers_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
         assert runs[0]["best_step"] and runs[0]["knowledge"] == kind
         assert result[f"retrieve/{kind}/hr@10"] == pytest.approx((runs[0]["hr@10"] + runs[1]["hr@10"]) / 2)
         assert result[f"retrieve/{kind}/hr@10_sd"] == pytest.approx(abs(runs[0]["hr@10"] - runs[1]["hr@10"]) / 2**0.5)
+    folders = [[tmp_path / f"runs/towers/retrieve-{kind}-s{seed}" for seed in (0, 1)] for kind in ("none", "direct")]
+    found = report_gains.gains(*folders, ["hr@10", "ndcg@50"])
+    gain = result["retrieve/direct/hr@10"] - result["retrieve/none/hr@10"]
+    assert found["hr@10_gain"] == pytest.approx(gain)
+    assert found["hr@10_gain_low"] <= found["hr@10_gain"] <= found["hr@10_gain_high"] and "hr@10_gain_sd" in found
+    assert "ndcg@50_verdict" in found and found["test_rows"] == found["test_users"] > 0
+    (folders[1][1] / RANKS).unlink()
+    assert report_gains.gains(*folders, ["hr@10"]) == {"hr@10_verdict": report_gains.NO_SCORES}
     lum = json.loads((tmp_path / "runs/towers/lum/result.json").read_text())
     assert result["retrieve/lum/hr@10"] == lum["hr@10"]
+
+
+def keep(folder, scores):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_scores(folder, scores)
+    (folder / "result.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hits", "users", "verdict"),
+    [(0.8, 60, "better"), (0.2, 60, "worse"), (0.5, 60, "within noise"), (0.8, 20, report_gains.NO_ROWS)],
+)
+def test_a_gain_of_two_towers_is_paired_over_users(tmp_path, hits, users, verdict):
+    """Half of the users are hit at 10 by the base; of few users, and of hits that are few, nothing can be said."""
+    user = np.arange(users)
+
+    def runs(name, share):
+        found = []
+        for seed in (0, 1):
+            is_hit = np.random.default_rng([seed, name == "b" and share != 0.5]).permutation(users) < share * users
+            found.append(keep(tmp_path / f"{name}{seed}", Ranks(user * 3, user, np.where(is_hit, 1, 999))))
+        return found
+
+    found = report_gains.gains(runs("a", 0.5), runs("b", hits), ["hr@10", "ndcg@10", "hr@1"])
+    assert {found[f"{metric}_verdict"] for metric in ("hr@10", "ndcg@10", "hr@1")} == {verdict}
+    assert found["hr@10_gain"] == pytest.approx(hits - 0.5) and found["test_users"] == users
+    rare = report_gains.gains(runs("a", 0.02), runs("b", 0.02), ["hr@10"])
+    assert rare["hr@10_verdict"] in (report_gains.NO_HITS, report_gains.NO_ROWS)
+    keep(tmp_path / "a0", Ranks(user * 3 + 1, user, np.ones(users, np.int64)))
+    assert report_gains.gains([tmp_path / "a0"], [tmp_path / "b0"], ["hr@10"]) == {
+        "hr@10_verdict": report_gains.OTHER_ROWS
+    }
+
+
+def test_the_average_gain_is_of_all_rankers_and_of_this_call_only(tmp_path):
+    """The spread is that of the seeds' averages, not that of the rankers."""
+    random = np.random.default_rng(0)
+    user, label = np.repeat(np.arange(60), 20), (random.random(1200) < 0.4).astype(np.int8)
+    cases, folders = reproduce.table_4("ml-1m", ["din", "dlrm"]), {}
+    for place, case in enumerate(cases):
+        signal = {"none": 1.0, "tables": 1.0, "both": 1.5 + place / 10}[case.knowledge]
+        folders[case.key] = [
+            keep(
+                tmp_path / f"{case.key}-s{seed}".replace("/", "-"),
+                Scores(np.arange(1200), label, user, signal * label + random.normal(size=1200)),
+            )
+            for seed in (0, 1)
+        ]
+    found = reproduce.paired_gains(cases, folders, METRICS)
+    each = [found[f"{ranker}/lum/auc_gain"] for ranker in ("din", "dlrm")]
+    assert found["average/lum/auc_gain"] == pytest.approx(sum(each) / 2)
+    assert found["average/lum/auc_verdict"] == "better" and "din/tables/auc_verdict" not in found
+    assert found["average/lum/auc_gain_low"] < found["average/lum/auc_gain"] < found["average/lum/auc_gain_high"]
+    one_by_one = [
+        reproduce.paired_gains(cases, {key: [of[seed]] for key, of in folders.items()}, METRICS) for seed in (0, 1)
+    ]
+    low, high = sorted(one["average/lum/auc_gain"] for one in one_by_one)
+    assert found["average/lum/auc_gain_sd"] == pytest.approx((high - low) / 2**0.5)
+    del folders["din/lum"]
+    assert reproduce.paired_gains(cases, folders, METRICS)["average/lum/auc_verdict"] == reproduce.EARLIER
 
 
 def test_rules_of_the_warm_up_keep_the_columns_of_what_is_still_read():
@@ -206,7 +285,12 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
     config = reproduce.read_config("simulator", "-warm-up", [])
     cases = reproduce.choose("5", "simulator", "warm-up", config)
     assert [case.key for case in cases] == [f"{model}/{row}" for model in ("dlrm", "lum") for row in warm_up.ROWS]
-    figures = {"rank/dlrm/both/param_feature/auc": 0.75, "rank/dlrm/none/scratch/auc": 0.5, "dataset": "a log"}
+    figures = {
+        "rank/dlrm/both/scratch/auc": 0.53,
+        "rank/dlrm/both/param_feature/auc": 0.75,
+        "rank/dlrm/none/scratch/auc": 0.5,
+        "dataset": "a log",
+    }
     result = {"online/auc": 0.7, "dataset": "a log"}
     result |= {f"{model}/{name}": "x" for model in ("dlrm", "lum") for name in ("commit", "command")}
     result |= {"protocol": reproduce.protocol(config, is_warm_up=True)}
@@ -214,6 +298,7 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
         result |= reproduce._figures(case, figures)
     text = reproduce.markdown("5", cases, result, "table5-warm-up-simulator")
     assert "| LUM (param + feature) | 0.7500 | – | – | 0.7794 |" in text
+    assert f"| Imp. over DLRM (scratch) | +0.0300, {report_gains.NO_SCORES} |" in text
     assert (
         "| DLRM (scratch) | 0.5000 | – | – | 0.7338 |" in text
         and "| the online model as it stands | 0.7000 | – | – |  |" in text

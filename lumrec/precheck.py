@@ -46,8 +46,12 @@ def check_schema(config: Config, schema: SchemaConfig, app: str) -> None:
         check_names("query.conditions", [name for each in config.query.conditions for name in each], read, READ)
     elif app == "rank":
         check_names("rank.leave_out", list(config.rank.leave_out), features, "features of the schema")
-        items = features_by_role(schema, "item")
-        check_names("rank.category", [config.rank.category] if config.rank.category else [], items, "item features")
+        declared = features_by_role(schema, "item")
+        items = [name for name in declared if name not in config.rank.leave_out]
+        if not items:
+            raise UserError(f"rank.leave_out leaves no item feature for the ranker to read; keep one of {declared}")
+        category = [config.rank.category] if config.rank.category else []
+        check_names("rank.category", category, items, "item features that the ranker reads")
     elif app == "retrieve":
         check_names("retrieve.conditions", list(config.retrieve.conditions), conditions, "condition features")
     if app in ("pretrain", "rank", "retrieve"):

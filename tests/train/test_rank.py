@@ -234,6 +234,8 @@ def test_one_class_only_is_stated(words, tmp_path):
     [
         ("rank.model=dim", ValueError, "rank.model: got 'dim' .*expected one of din, dlrm, dien, sim, twin"),
         ("rank.model=twin rank.category=taste", ValueError, "rank.category: got 'taste'; the item features"),
+        ("rank.leave_out=[item_id,categories,price_bucket]", ValueError, "leaves no item feature for the ranker"),
+        ("rank.leave_out=[categories] rank.category=categories", ValueError, "that the ranker reads: 'item_id'"),
         ("rank.model=sim rank.search=quick", ValueError, "rank.search: got 'quick', expected one of soft, hard"),
         ("rank.knowledge=some", ValueError, "rank.knowledge: got 'some', expected one of none, direct"),
         ("rank.tables=warm", ValueError, "rank.tables: got 'warm', expected one of fresh, lum"),

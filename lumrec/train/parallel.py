@@ -8,10 +8,8 @@ Shape suffixes: K keys of a KJT, S bags (stride).
 import atexit
 import logging
 import os
-import tempfile
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from lumrec import limits
 from lumrec.errors import UserError
+from lumrec.modules.tokens import guard_key_order
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 
@@ -59,10 +58,10 @@ def world_size() -> int:
 def init_distributed(device: str | torch.device | None = None, *, threads: int = 0) -> torch.device:
     """The device of this process, its process group initialised and its number of torch threads set.
 
-    Under torchrun the group comes from its environment variables; without them it is a group of one process over a file
-    store. A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a
-    device; None takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is
-    asked for and absent.
+    Under torchrun the group comes from its environment variables; without them it is a group of one process, in memory.
+    A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a device; None
+    takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is asked for and
+    absent.
     """
     if threads > 0:
         torch.set_num_threads(threads)
@@ -82,10 +81,7 @@ def init_distributed(device: str | torch.device | None = None, *, threads: int =
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
-        folder = tempfile.TemporaryDirectory(prefix="lumrec-store-")
-        atexit.register(folder.cleanup)
-        store = dist.FileStore(str(Path(folder.name) / "store"), 1)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(_destroy)
     return kind
 
@@ -118,8 +114,9 @@ def shard(
     - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
 
     `model` itself is taken over: its EmbeddingBagCollections are replaced. One that several modules in it hold becomes
-    one sharded collection that they share. Raises UserError for unknown names, a plan that does not fit, a table width
-    that is no multiple of 4, `fsdp` without any encoder, and tables that another DMP has taken over before.
+    one sharded collection that they share. A collection raises ValueError for keys in another order than in its first
+    call (`guard_key_order`). Raises UserError for unknown names, a plan that does not fit, a table width that is no
+    multiple of 4, `fsdp` without any encoder, and tables that another DMP has taken over before.
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
@@ -171,6 +168,7 @@ def shard(
             _fully_shard(encoder, device)
         sharded.init_data_parallel()
     _keep_row_wise_right(sharded, device)
+    guard_key_order(sharded)
     return sharded
 
 

@@ -20,7 +20,6 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 from lumrec.evaluation.metrics import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 from lumrec.modules.moments import average_moments
-from lumrec.modules.tokens import guard_key_order
 from lumrec.modules.torchrec_models import KnowledgeModel
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
 from lumrec.train.parallel import init_distributed, rank, shard
@@ -84,7 +83,6 @@ def train(folder: str, name: str) -> None:
     model = KnowledgeModel(make_model(name), make_fusion())
     settings = OptimizerConfig(dense_lr=1e-2)
     dmp = shard(model, device=device, optimizer=settings)
-    guard_key_order(dmp)
     optimizer, before = build_optimizer(dmp, settings), weights_of(dmp)
     for step in range(STEPS):
         dense, sparse, knowledge, label_B = make_batch(2 * step + rank(), ROWS // 2 + rank())

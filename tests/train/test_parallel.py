@@ -1,13 +1,16 @@
 """Sharding: every table trains, and sharded equals unsharded, however unevenly a batch is spread over the ranks."""
 
 import json
+import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_training import TinyLoader, TinyModel, loss_sum, make_batch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.optim import RowWiseAdagrad
 from two_ranks import RUNS
 
@@ -159,3 +162,32 @@ def test_cuda_that_is_not_there_is_refused():
 def test_the_process_group_of_one_process_is_made_once(tmp_path: Path):
     assert init_distributed("cpu") == init_distributed(torch.device("cpu")) == torch.device("cpu")
     assert torch.distributed.get_world_size() == 1
+
+
+def test_a_sharded_collection_refuses_another_order_of_keys():
+    """TorchRec keeps the order of the first call, and would read the rows of `a` for `b`."""
+    init_distributed("cpu")
+    tables = [
+        EmbeddingBagConfig(name=name, embedding_dim=4, num_embeddings=9, feature_names=[name]) for name in ("a", "b")
+    ]
+    dmp = shard(nn.ModuleDict({"ebc": EmbeddingBagCollection(tables=tables)}), device="cpu")
+    of_ab, of_ba = (
+        KeyedJaggedTensor(list(keys), torch.arange(4), lengths=torch.ones(4, dtype=torch.int32))
+        for keys in ("ab", "ba")
+    )
+    dmp.module.ebc(of_ab)
+    with pytest.raises(ValueError, match=r"first called with the keys \['a', 'b'\] and now with \['b', 'a'\]"):
+        dmp.module.ebc(of_ba)
+
+
+def killed_in_its_group(folder: str) -> None:
+    tempfile.tempdir = folder
+    init_distributed("cpu", threads=1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_leaves_nothing_in_the_temporary_folder(forks, tmp_path):
+    assert forks.start("tests.train.test_parallel:killed_in_its_group", folder=str(tmp_path)).wait() == [
+        -signal.SIGKILL
+    ]
+    assert not list(tmp_path.iterdir())

@@ -42,7 +42,7 @@ from lumrec.train.checkpoint_meta import (
 from lumrec.train.checkpoint_reader import Reader, load_tensors
 from lumrec.train.files import full_disk_told, remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
-from lumrec.train.parallel import rank, world_size
+from lumrec.train.parallel import rank, refuse_managed_collisions, world_size
 
 __all__ = [
     "Checkpointer",
@@ -96,6 +96,7 @@ class Checkpointer:
             raise UserError(f"keep_checkpoints={keep} must be 1 or more: a run resumes from its newest checkpoint")
         if optimizer_state not in OPTIMIZER_STATE:
             raise UserError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATE)}")
+        refuse_managed_collisions(model)
         self.folder = folder
         self._model = model
         self._optimizer = optimizer
@@ -251,6 +252,7 @@ def load_weights(
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
+    refuse_managed_collisions(target)
     meta = verified_meta(path)
     if fingerprint is not None:
         check_fingerprint(path, meta, fingerprint)

@@ -116,13 +116,14 @@ def shard(
     `model` itself is taken over: its EmbeddingBagCollections are replaced. One that several modules in it hold becomes
     one sharded collection that they share. A collection raises ValueError for keys in another order than in its first
     call (`guard_key_order`). Raises UserError for unknown names, a plan that does not fit, a table width that is no
-    multiple of 4, `fsdp` without any encoder, and tables that another DMP has taken over before.
+    multiple of 4, managed collisions (ZCH), `fsdp` without any encoder, and tables that another DMP has taken over.
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
     limits.check(optimizer)
     if not dist.is_initialized():
         raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
+    refuse_managed_collisions(model)
     collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
     if any(hasattr(module, _SHARDED) for module in collections):
         raise UserError(
@@ -170,6 +171,16 @@ def shard(
     _keep_row_wise_right(sharded, device)
     guard_key_order(sharded)
     return sharded
+
+
+def refuse_managed_collisions(model: nn.Module) -> None:
+    """Raises UserError for TorchRec's managed collisions (ZCH): each rank routes raw ids to rows in its own way."""
+    if routing := [name for name in model.state_dict() if "._mch_" in name or "._hash_zch_" in name]:
+        raise UserError(
+            f"{routing[0]!r} is of managed collisions (ZCH), which lumrec neither shards nor keeps in its checkpoints: "
+            "on other ranks raw ids would find others' rows; use an EmbeddingBagCollection and rows by vocabulary "
+            "(docs/how-to/warm-start.md)"
+        )
 
 
 def _encoders(model: nn.Module) -> dict[str, nn.Module]:

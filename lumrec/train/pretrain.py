@@ -82,6 +82,8 @@ class PretrainConfig:
         check_select(at, self.select, known, patience=self.train.patience)
         if self.start_from and self.warm_start.source:
             raise UserError(f"{at}start_from and {at}warm_start.source both fill the weights: give one of them")
+        if self.warm_start.scores:
+            raise UserError(f"{at}warm_start.scores compares a ranker's scores; a LUM has none: say check in its rules")
 
 
 def parse_fold(fold: str) -> tuple[int, int] | None:
@@ -176,7 +178,7 @@ def run(config: "Config") -> dict[str, float | str]:
     production = None
     if config.pretrain.warm_start.source:
         production = config.pretrain.warm_start.open()
-        inputs["warm_start"] = production.fingerprint()
+        inputs["warm_start"] = config.pretrain.warm_start.fingerprint(production)
     run_folder = RunFolder.create(config, "pretrain", inputs=inputs)
     if run_folder.finished:
         run_folder.close()

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Literal
 
@@ -49,6 +50,7 @@ from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import init_distributed, rank, shard, world_size
 from lumrec.train.run import RunFolder
 from lumrec.warm_start.config import WarmStartConfig
+from lumrec.warm_start.scores import read_expected
 
 if TYPE_CHECKING:
     from lumrec.config import Config
@@ -309,7 +311,8 @@ def run(config: "Config") -> dict[str, float | str]:
         inputs["lum"] = _lum_of_tables(lum, lum.name).fingerprint
     if settings.warm_start.source:
         production = settings.warm_start.open()
-        inputs["warm_start"] = production.fingerprint()
+        inputs["warm_start"] = settings.warm_start.fingerprint(production)
+    expected = read_expected(settings.warm_start.scores, data) if settings.warm_start.scores else None
     run_folder = RunFolder.create(config, "rank", inputs=inputs)
     if run_folder.finished:
         return run_folder.result()
@@ -326,7 +329,9 @@ def run(config: "Config") -> dict[str, float | str]:
     if lum is not None:
         result["tables_from_lum"] = ", ".join(load_lum_tables(lum, data, dmp))
     if production is not None:
-        result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
+        logits = partial(score, dmp, builder, batch_size=settings.batch_size)
+        audit = settings.warm_start.fill(dmp, production, run_folder.path, expected=expected, score=logits)
+        result["warm_start"] = audit.source
     # The run folder compares how it is trained; a checkpoint belongs to what is trained.
     model = Settings.of(settings, ignored=["train"])
     result |= _train(config, dmp, builder, run_folder, {**inputs, "model": model})

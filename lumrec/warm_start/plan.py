@@ -195,6 +195,11 @@ def _add(plan: Plan, rules: Rules, rule: Rule, name: str, full: str, target: str
     """Adds the copy of one parameter, and its row of the audit."""
     stored = plan.source.tensors[full]
     (source_rows, source_columns), (target_rows, target_columns) = flat(stored.size), flat(tuple(value.size()))
+    if not math.prod(stored.size) and math.prod(value.size()):
+        raise UserError(
+            f"{name!r} is {list(stored.size)} and holds no numbers for {target!r}: list it as unused, and "
+            f"{target!r} as fresh"
+        )
     _check_dtype(rule, name, stored.dtype, target, value.dtype)
     if max(len(stored.size), len(value.size())) > 2 and stored.size[1:] != tuple(value.size())[1:]:
         raise UserError(
@@ -248,6 +253,8 @@ def _check_dtype(rule: Rule, name: str, source: torch.dtype, target_name: str, t
         raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted{hint}"
         )
+    if source.is_floating_point and source.itemsize == 1:  # torch converts them to no other type by itself
+        raise UserError(f"{name!r} is {source}, for {target_name!r}: 8-bit floats are not read; save them as bfloat16")
     if rule.dtype == "up" and torch.promote_types(source, target) != target:
         raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: precision is lost; say dtype=cast to allow it"

@@ -89,7 +89,11 @@ class Source:
     def fingerprint(self) -> str:
         """Changes with the names, lengths, first or last bytes of its files: cheap, for files that nobody forges."""
         digest = hashlib.sha256()
-        for file in sorted(f for f in self.path.rglob("*") if f.is_file()) if self.path.is_dir() else [self.path]:
+        if self.path.is_dir():
+            files = {file for file in self.path.rglob("*") if file.is_file()}
+        else:  # an index of safetensors files names others
+            files = {self.path, *(piece.place().file for stored in self.tensors.values() for piece in stored.pieces)}
+        for file in sorted(files):
             length = file.stat().st_size
             digest.update(f"{file.name} {length}\n".encode())
             with open(file, "rb") as opened:

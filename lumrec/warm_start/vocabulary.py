@@ -66,6 +66,8 @@ def read_columns(path: Path, columns: list[str], *, numbers: Sequence[str] = ())
         )
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'CSV'}: {str(error).splitlines()[0]}") from None
+    if twice := [name for name in frame.columns if f"{name}_duplicated_0" in frame.columns]:  # as polars renames them
+        raise UserError(f"{path} has the column {twice[0]!r} twice; expected each once")
     absent = [name for name in columns if name not in frame.columns]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; it has {', '.join(frame.columns)}")

@@ -256,6 +256,13 @@ def test_a_whole_download_is_not_fetched_again(publisher: Publisher, tmp_path: P
     assert publisher.asked == [f"bytes={len(publisher.content)}-"]
 
 
+def test_what_a_process_that_was_killed_while_it_unpacked_has_left_is_cleared(publisher: Publisher, tmp_path: Path):
+    (tmp_path / ".ml-1m.unpacking").mkdir()
+    (tmp_path / ".ml-1m.unpacking" / "ratings.dat").write_bytes(b"half")
+    assert fetch(publisher.offer(FILES), tmp_path / "ml-1m") == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["ml-1m"]
+
+
 def test_a_partial_file_longer_than_the_archive_is_thrown_away(publisher: Publisher, tmp_path: Path):
     archive = publisher.offer(FILES)
     left_over(publisher, archive, tmp_path, 10_000)

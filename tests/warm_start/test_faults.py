@@ -177,6 +177,39 @@ def test_vocabularies_that_are_wrong(copied, refused, tmp_path, frame, said, suf
     refused(copied / "dcp", said, {**given, "rules": [*given["rules"], item]}, dlrm(rows={**ROWS, "item": 60}))
 
 
+def test_a_column_that_is_there_twice(tmp_path, refused):
+    (tmp_path / "ours.csv").write_text("key,row\na,1\n")
+    (tmp_path / "theirs.csv").write_text("key,key,row\na,b,1\n")
+    torch.save({"weight": torch.ones(4, 3)}, tmp_path / "table.pt")
+    rule = {"source": "weight", "rows": "remap", "new_rows": "zero"}
+    rule |= {"source_vocabulary": "theirs.csv", "target_vocabulary": "ours.csv"}
+    given = {"folder": str(tmp_path), "rules": [rule]}
+    refused(tmp_path / "table.pt", "has the column 'key' twice", given, nn.Embedding(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("table", "rule", "said"),
+    [
+        (torch.empty(0, 3), {"rows": "grow", "new_rows": "zero"}, r"is \[0, 3\] and holds no numbers"),
+        (torch.empty(4, 0), {"columns": "pad_zero"}, r"is \[4, 0\] and holds no numbers"),
+        (torch.ones(4, 3).to(torch.float8_e4m3fn), {}, "8-bit floats are not read; save them as bfloat16"),
+        (torch.ones(4, 3).long(), {"dtype": "cast"}, "numbers of different kinds are not converted"),
+    ],
+)
+def test_tables_without_numbers_that_ours_could_be(tmp_path, refused, table, rule, said):
+    torch.save({"weight": table}, tmp_path / "table.pt")
+    refused(tmp_path / "table.pt", said, {"rules": [{"source": "weight", **rule}]}, nn.Embedding(4, 3))
+
+
+def test_a_changed_shard_changes_the_fingerprint_of_its_index(tmp_path):
+    index, shard = tmp_path / "m.safetensors.index.json", tmp_path / "m-1.safetensors"
+    index.write_text(json.dumps({"weight_map": {"weight": shard.name}}))
+    save_file({"weight": torch.ones(2, 3)}, shard)
+    before = open_source(index).fingerprint()
+    save_file({"weight": torch.zeros(2, 3)}, shard)
+    assert open_source(index).fingerprint() != before
+
+
 def test_a_dcp_file_that_holds_another_tensor(copied, refused):
     """Two tensors' places in the metadata are exchanged."""
     metadata = metadata_of(copied / "dcp")

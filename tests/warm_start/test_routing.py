@@ -8,6 +8,9 @@ from routed import RULES, SLOTS, routed
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lumrec.errors import UserError
+from lumrec.train.checkpoint import Checkpointer, load_weights
+from lumrec.train.parallel import init_distributed, shard
 from lumrec.warm_start import warm_start
 
 TABLE = "mc._embedding_module.embedding_bags.item.weight"
@@ -57,6 +60,18 @@ def test_routing_goes_with_its_rows_or_not_at_all(tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             warm_start(model, tmp_path / "zch.pt", rules)
+
+
+def test_neither_shard_nor_lumrecs_checkpoints_take_managed_collisions(tmp_path):
+    init_distributed("cpu")
+    for refused in (
+        lambda: shard(routed(seed=1), device="cpu"),
+        lambda: Checkpointer(tmp_path, model=routed(seed=1), optimizer=None),
+        lambda: load_weights(tmp_path, routed(seed=1)),
+    ):
+        with pytest.raises(UserError, match="is of managed collisions") as error:
+            refused()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("bucket", "said"), [(4, "the source has 2 buckets, the model 4"), (None, "is missing, so")])

@@ -1,12 +1,15 @@
 """A ranker of apps/rank.py that begins from a checkpoint, and the dry run of apps/warm_start.py."""
 
 import json
+import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 from lumrec.config import Config, load
+from lumrec.data.prepared import PreparedData
 from lumrec.stages import run_stage
 from lumrec.train import pretrain, rank
 from lumrec.train.checkpoint import best_checkpoint
@@ -154,3 +157,112 @@ def test_contradictions(words):
     with pytest.raises(FileNotFoundError, match="there is no somewhere; expected a DCP folder"):
         more = ("rank.warm_start.source=somewhere", "rank.warm_start.rules=rules.yaml")
         rank.run(config(words, *more, "run=nowhere"))
+    with pytest.raises(ValueError, match="there is no warm start to check"):
+        config(words, "rank.warm_start.scores=said.csv")
+    with pytest.raises(ValueError, match="a LUM has none"):
+        config(for_lum(words), "pretrain.warm_start.scores=said.csv")
+    with pytest.raises(ValueError, match="there is nothing to compare"):
+        config(from_production(words), "rank.warm_start.tolerance=.1")
+
+
+def said_by_production(words: list[str], path: Path) -> str:
+    """The word of a file of raw ids with production's logits of its test rows."""
+    folder = Path(config(words).runs_dir)
+    scores = pl.read_parquet(folder / "production" / "scores.parquet")
+    data = PreparedData.open(folder / "tiny-prepare")
+    event_N, item_N, _ = data.rows(scores["row"].to_numpy())
+    users, items = data.user_keys(), data.item_keys()
+    columns = {
+        "user": [users[user] for user in data.user[event_N]],
+        "item": [items[item] for item in item_N],
+        "timestamp": data.timestamp[event_N],
+        "logit": scores["logit"],
+    }
+    frame = pl.DataFrame(columns).unique(["user", "item", "timestamp"], keep="none", maintain_order=True)
+    if path.suffix == ".csv":  # the other form: probabilities
+        frame = frame.with_columns(score=1 / (1 + (-pl.col("logit")).exp())).drop("logit")
+        frame.write_csv(path)
+    else:
+        frame.write_parquet(path)
+    return f"rank.warm_start.scores={path}"
+
+
+OTHER = """
+source_prefix: model.
+optimizer_prefix: optim.
+rules:
+  - {source: "", match: prefix, exclude: ["tables.embedding_bags.item_id.weight"]}
+unused: ["tables.embedding_bags.item_id.weight"]
+fresh: ["tables.embedding_bags.item_id.weight"]
+"""
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_scores_of_production_accept_a_takeover_or_refuse_it(words, tmp_path, capsys, suffix):
+    folder = Path(config(words).runs_dir)
+    (folder / "other.yaml").write_text(OTHER)
+    scores, run = said_by_production(words, tmp_path / f"said.{suffix}"), f"run=checked-{suffix}"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run_stage("warm_start", "", [*from_production(words, "other.yaml"), scores])
+    assert "scores differ from production's by more than 1e-05" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_stage("rank", "", [*from_production(words, "other.yaml"), scores, run])
+    err = capsys.readouterr().err
+    assert "scores differ from production's" in err and "the model is filled and must not be used" in err
+    left = {path.name for path in (folder / f"checked-{suffix}").rglob("*")}
+    assert not left & {"warm_start.json", "warm_start.md", "checkpoints", "result.json", "metrics.jsonl"}, left
+
+    run_stage("warm_start", "", [*from_production(words), scores])
+    assert "scores equal production's" in capsys.readouterr().out
+    rank.run(config(from_production(words), scores, run))  # the corrected command goes on in the same run
+    audit = json.loads((folder / f"checked-{suffix}" / "warm_start.json").read_text())
+    assert audit["applied"] and audit["checked"] > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no file .*; expected Parquet or CSV with the columns user, item"),
+        ("user,item\n1,2\n", "expected one of score and logit"),
+        ("user,item,score,logit\n1,2,.5,.1\n", "expected one of score and logit"),
+        ("user,score\n1,.5\n", "has no column 'item'"),
+        ("user,item,score\n", "has no rows"),
+        ("user,item,score\nU,I,1.5\n", "score has 1.5 to 1.5, expected probabilities"),
+        ("user,item,logit\nU,I,inf\n", "without user, item or a finite logit"),
+        ("user,item,logit\nU,I,\n", "without user, item or a finite logit"),
+        ("user,item,logit\nU,I,high\n", "expected numbers as logit"),
+        ("user,item,timestamp,logit\nU,I,2024-05-20,1\n", "whole seconds as timestamp"),
+        ("user,item,logit\nU,nobody,1\nV,I,1\n", "2 of 2 rows are no event of the prepared log, such as user 'U'"),
+    ],
+)
+def test_files_of_scores_that_are_wrong(words, tmp_path, text, said):
+    path = tmp_path / "said.csv"
+    if text is not None:
+        path.write_text(text)
+    folder = Path(config(words).runs_dir)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        rank.run(config(from_production(words), f"rank.warm_start.scores={path}", "run=wrong-scores"))
+    assert not (folder / "wrong-scores").exists()
+
+
+def test_a_changed_source_of_the_optimizer_or_rules_is_another_warm_start(words, tmp_path):
+    folder = Path(config(words).runs_dir)
+    best = best_checkpoint(folder / "production")
+    shutil.copytree(best, tmp_path / "optim")
+    text = RULES.replace("optimizer_prefix", f"optimizer_source: {tmp_path / 'optim'}\noptimizer_prefix")
+    (folder / "second.yaml").write_text(text + "unused: [optim.*]\n")
+    settings = config(from_production(words, "second.yaml")).rank.warm_start
+    source = settings.open()
+    first = settings.fingerprint(source)
+    assert settings.fingerprint(source) == first != config(from_production(words)).rank.warm_start.fingerprint(source)
+    rank.run(config(from_production(words, "second.yaml"), "run=second"))
+    rank.run(config(words, "run=longer", "rank.train.epochs=2"))
+    shutil.rmtree(tmp_path / "optim")
+    shutil.copytree(best_checkpoint(folder / "longer"), tmp_path / "optim")
+    assert settings.fingerprint(source) != first
+    with pytest.raises(ValueError, match="input warm_start"):
+        rank.run(config(from_production(words, "second.yaml"), "run=second"))
+    (folder / "second.yaml").write_text(RULES.replace("prefix}", "prefix, optimizer: drop}"))
+    with pytest.raises(ValueError, match="input warm_start"):
+        rank.run(config(from_production(words, "second.yaml"), "run=second"))

@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -214,12 +213,13 @@ def file_digest(path: Path, kind: str) -> str:
 
 def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) -> None:
     """The folder `target` with `files`, found by their names; whatever else is in the archive stays there."""
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = target.with_name(f".{target.name}.unpacking")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    work.mkdir()
     try:
         (_unpack_zip if archive.url.endswith(".zip") else _unpack_tar)(part, archive.folder, files, work)
         if missing := [name for name in files if not (work / name).is_file()]:
             raise UserError(f"{archive.url} does not hold {', '.join(missing)} in {archive.folder}/; nothing was kept")
-        work.chmod(0o755)  # mkdtemp makes folders that nobody else can read
         os.rename(work, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive.url} cannot be unpacked: {error}; nothing was kept, try again") from error

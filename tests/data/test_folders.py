@@ -125,3 +125,18 @@ def test_a_column_that_is_in_the_file_too_is_refused(tmp_path: Path):
 def test_partitions_by_hand():
     assert partitions(Path("/a=b/x/=c/d=/e=f=g/h=1.parquet")) == {"a": "b", "d": None, "e": "f=g"}
     assert partitions(Path("log/plain.csv")) == {}
+
+
+@pytest.mark.parametrize(
+    ("folders", "says"),
+    [
+        ("scene=a/scene=b", "its folders give column 'scene' two values, 'a' and 'b'"),
+        ("scene=a/scene=__HIVE_DEFAULT_PARTITION__", "its folders give column 'scene' two values, 'a' and None"),
+        ("scene=%FF", "the folder 'scene=%FF' is not UTF-8 once its %XX are decoded"),  # else the same value as %FE
+    ],
+)
+def test_partitions_that_say_two_things_or_nothing_are_refused(tmp_path: Path, folders: str, says: str):
+    csv(tmp_path / folders / "a.csv")
+    with pytest.raises(UserError, match=says):
+        open_tables(LogConfig(events=str(tmp_path)), tmp_path)
+    assert partitions(Path("scene=a/x/scene=a/a.csv")) == {"scene": "a"}

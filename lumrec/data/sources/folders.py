@@ -101,14 +101,26 @@ def _matches(parts: List[str], pattern: List[str]) -> bool:
 def partitions(file: Path) -> Dict[str, Optional[str]]:
     """The columns that the names of a file's folders give (key=value, as Hive and Spark write them), as text.
 
+    Raises UserError where a column has two values, or a name that is no text.
+
     >>> partitions(Path("log/scene=a%20b/day=__HIVE_DEFAULT_PARTITION__/part-0.parquet"))
     {'scene': 'a b', 'day': None}
     """
     found: Dict[str, Optional[str]] = {}
     for part in file.parts[:-1]:
         name, equals, value = part.partition("=")
-        if equals and name:
-            found[unquote(name)] = None if value in (NO_PARTITION, "") else unquote(value)
+        if not (equals and name):
+            continue
+        try:
+            name, value = (unquote(text, errors="strict") for text in (name, value))
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: the folder {part!r} is not UTF-8 once its %XX are decoded; rename it") from None
+        new = None if value in (NO_PARTITION, "") else value
+        if found.setdefault(name, new) != new:
+            raise UserError(
+                f"{file}: its folders give column {name!r} two values, {found[name]!r} and {new!r}; expected one. "
+                "Rename one of the folders"
+            )
     return found
 
 

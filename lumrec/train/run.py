@@ -250,8 +250,14 @@ def check_made_by(path: Path, stage: str) -> None:
             f"{path} is not a run folder of {stage} (no {lacks}), and is never replaced: choose another run=<name>, or "
             "remove it yourself"
         )
-    made_by = read_json(path / "versions.json", again="remove the folder, or choose another run=<name>").get("stage")
-    if made_by not in (None, stage):  # runs of earlier versions do not say
+    versions = read_json(path / "versions.json", again="remove the folder, or choose another run=<name>")
+    made_by = versions.get("stage")
+    if made_by is None and not {"commit", "platform"} <= versions.keys():  # runs of earlier versions have no stage
+        raise UserError(
+            f"{path} is not a run folder of {stage} (its versions.json was not written by lumrec), and is never "
+            "replaced: choose another run=<name>, or remove it yourself"
+        )
+    if made_by not in (None, stage):
         raise UserError(
             f"{path} is a run of {made_by}, and is never replaced by one of {stage}: choose another run=<name> or "
             "remove it yourself"

@@ -277,6 +277,8 @@ def test_a_folder_of_another_stage_a_stranger_or_with_runs_inside_is_never_repla
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "config.yaml").write_text("years: of work")
     kept(r"not a run folder of rank \(no versions.json\)", "rank", run="y")
+    (tmp_path / "y" / "versions.json").write_text('{"app": "2.0"}')
+    kept("its versions.json was not written by lumrec", "rank", run="y")
     RunFolder.create(Root(str(tmp_path), run="z"), "rank").close()
     RunFolder.create(Root(str(tmp_path), run="z/inner"), "rank").close()
     kept("holds another run, .*z/inner", "rank", run="z", seed=1)

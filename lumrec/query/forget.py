@@ -312,7 +312,8 @@ def _in_bytes(file: Path, keys: Sequence[str]) -> int:
 def read_keys_file(file: Path) -> list[str]:
     """The keys in a file, one a line; blanks around them, blank lines, a byte-order mark and CRLF are left out.
 
-    Raises MissingFileError, and UserError for a file that is not UTF-8 or holds no key.
+    Raises MissingFileError, and UserError for a file that is not UTF-8, holds no key, or one with a carriage return
+    or NUL within it.
     """
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
@@ -322,6 +323,8 @@ def read_keys_file(file: Path) -> list[str]:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): write it again in that encoding") from None
     if not (keys := [key for line in lines if (key := line.strip())]):
         raise UserError(f"{file} holds no key; expected one raw user key a line")
+    if bad := [key for key in keys if "\r" in key or "\0" in key]:
+        raise UserError(f"{file}: {bad[0][:80]!r} holds a carriage return or NUL; expected one raw user key a line")
     return keys
 
 

@@ -34,7 +34,7 @@ $(STAMP): $(LOCK) pyproject.toml requirements/create_venv.sh
 	@$(PIP) install $(TORCH_FLAGS) "$$(grep -E '^torch==' $(LOCK))"
 	@$(PIP) install --no-deps --requirement $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m lumrec.environment
+	@$(BIN)/python -m lumrec.launch.environment
 	@touch $@
 
 quickstart: $(STAMP) ## prepare, pre-train, query, rank without and with LUM, report; under 10 minutes on 2 cores
@@ -46,10 +46,11 @@ test: $(STAMP) ## the whole test suite, two processes, one thread each
 fuzz: $(STAMP) ## MINUTES=60 of examples that make test does not draw; every find with what reproduces it
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(MINUTES) --numprocesses $(JOBS) $(ARGS)
 
-lint: $(STAMP) ## ruff check, ruff format --check, mypy
+lint: $(STAMP) ## ruff check, ruff format --check, mypy, import-linter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 format: $(STAMP) ## ruff format and the fixes ruff can make
 	@$(BIN)/ruff check --fix .

@@ -22,14 +22,14 @@ def prepare(*words: str, config: str = "", check: bool = False, j: str = "1x1") 
         check: tell what is in the log and what preparing would do, write nothing
         j: nodes x processes per node
     """
-    from lumrec.torchx_run import stage_app
+    from lumrec.launch.torchx import stage_app
 
     config = config or ("" if check else "configs/ml-1m.yaml")
     return stage_app("prepare", words, config=config, j=j, switches=["--check"] if check else [])
 
 
 def main() -> None:
-    from lumrec.stages import run_stage
+    from lumrec.launch.main import run_stage
 
     run_stage("prepare", __doc__)
 

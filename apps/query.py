@@ -4,8 +4,8 @@ torchx run apps/query.py --config configs/ml-1m.yaml inputs.lums=[ml-1m-pretrain
 torchx run apps/query.py -j 1x2 --config configs/ml-1m.yaml
 
 Run again over newer data, it asks only about users with another history. Beside it:
-python -m lumrec.query.forget RUNS_DIR KEY ...                   removes users for good (right to be forgotten)
-python -m lumrec.query.exchange export RUN_FOLDER FOLDER         users and items as Parquet; import makes a store of it
+python -m lumrec.knowledge.forget RUNS_DIR KEY ...                   removes users for good (right to be forgotten)
+python -m lumrec.knowledge.parquet export RUN_FOLDER FOLDER   users and items as Parquet; import makes a store of it
 """
 
 import torchx.specs as specs
@@ -23,13 +23,13 @@ def query(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") -> sp
         config: YAML file with the settings
         j: nodes x processes per node
     """
-    from lumrec.torchx_run import stage_app
+    from lumrec.launch.torchx import stage_app
 
     return stage_app("query", words, config=config, j=j)
 
 
 def main() -> None:
-    from lumrec.stages import run_stage
+    from lumrec.launch.main import run_stage
 
     run_stage("query", __doc__)
 

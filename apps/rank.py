@@ -19,13 +19,13 @@ def rank(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") -> spe
         config: YAML file with the settings
         j: nodes x processes per node
     """
-    from lumrec.torchx_run import stage_app
+    from lumrec.launch.torchx import stage_app
 
     return stage_app("rank", words, config=config, j=j)
 
 
 def main() -> None:
-    from lumrec.stages import run_stage
+    from lumrec.launch.main import run_stage
 
     run_stage("rank", __doc__)
 

@@ -25,14 +25,14 @@ def reproduce(
         rows: of table 5, some of scratch, utilization, tokenization, with commas (default: these), or warm-up
         out: folder that the files are written into
     """
-    from lumrec.torchx_run import single_app
+    from lumrec.launch.torchx import single_app
 
     options = {"table": table, "dataset": dataset, "rows": rows, "out": out}
     return single_app("reproduce", words, options=options)
 
 
 def main() -> None:
-    from lumrec.stages import run_stage
+    from lumrec.launch.main import run_stage
 
     run_stage("reproduce", __doc__)
 

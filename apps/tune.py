@@ -17,13 +17,13 @@ def tune(*words: str, config: str = "configs/ml-1m.yaml") -> specs.AppDef:
         words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
         config: YAML file with the settings
     """
-    from lumrec.torchx_run import single_app
+    from lumrec.launch.torchx import single_app
 
     return single_app("tune", words, config=config)
 
 
 def main() -> None:
-    from lumrec.stages import run_stage
+    from lumrec.launch.main import run_stage
 
     run_stage("tune", __doc__)
 

@@ -15,20 +15,20 @@ from _measure import Timeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.packs import PackingConfig, PackLoader
+from lumrec.batches.windows import Windows, training_windows
 from lumrec.data.columns import Column, expand_ranges
-from lumrec.data.negatives import NegativesConfig
-from lumrec.data.packing import PackingConfig, PackLoader
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig, validate
-from lumrec.data.sequences import Windows, training_windows
 from lumrec.data.splits import TRAIN
+from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.modules import user_encoder
-from lumrec.modules.lum import TOKENS_PER_EVENT, Pack
+from lumrec.modules.large_user_model import TOKENS_PER_EVENT, Pack
 from lumrec.modules.relative_bias import bias_indices
-from lumrec.train.lum import ModelConfig, build_lum
+from lumrec.stages.pretrain import PRECISIONS, PretrainConfig, make_step
 from lumrec.train.optimizers import build_optimizer, clip_grad_norm
 from lumrec.train.parallel import shard
-from lumrec.train.pretrain import PRECISIONS, PretrainConfig, make_step
 
 CONDITION_ROWS, CONDITION_WIDTH = 4, 16
 PARTS = ("data", "lookup", "projection", "attention", "blocks", "loss", "optimizer", "other")
@@ -70,7 +70,7 @@ def drawn_log(lengths_U: np.ndarray, *, num_items: int, width: int) -> PreparedD
 
 
 class LumTraining:
-    """A fresh LUM, its optimizer and its loader, as `lumrec.train.pretrain` puts them together.
+    """A fresh LUM, its optimizer and its loader, as `lumrec.stages.pretrain` puts them together.
 
     windows: those of the one pack that every step is trained on (made anew each time), shuffled and as many as a pack
     of `events` takes, so that repeats differ by the machine alone.

@@ -3,7 +3,7 @@
     python benchmarks/packing.py [--ratings ml-1m/ratings.dat] [--width 64]
 
 Counts, no training. Padding: tokens that the linear layers see, scores of causal attention, and both in operations (see
-lumrec.data.sequences.token_cost), for the packs of one epoch; "saved" is against padding to the longest window allowed,
+lumrec.batches.windows.token_cost), for one epoch's packs; "saved" is against padding to the longest window allowed,
 and what an ideal packing would save stands below. Balance: operations of the busiest rank of a step over the mean.
 """
 
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from lumrec.data.sequences import deal, token_cost, training_windows, window_cost
+from lumrec.batches.windows import deal, token_cost, training_windows, window_cost
 from lumrec.data.splits import TRAIN
 from lumrec.modules.layout import make_layout
 

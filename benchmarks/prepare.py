@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lumrec.stages.registry import STAGES
+
 EVENTS_PER_USER = 100
 # source → folder of LUMREC_DATA, further words
 PUBLISHED = {
@@ -48,17 +50,17 @@ def cpu_s() -> float:
 
 def measure(kind: str, words: list[str], folder: str) -> dict[str, float]:
     """Does the work of one measurement in this process: events, seconds, processor seconds, MiB at start and peak."""
-    from lumrec.config import load
-    from lumrec.data.prepare import read_source, run
+    from lumrec.data.open_log import read_source
+    from lumrec.experiments.config import load
 
     config = load(None, words)
     if kind == "plain":  # what the source does before the log is a frame is not measured: CSVs are read in `collect`
-        events = read_source(config, Path(folder))[0].events
+        events = read_source(config.data, config.schema, seed=config.seed, scratch=Path(folder))[0].events
     start_mib, start_s, start_cpu_s = peak_mib(), time.perf_counter(), cpu_s()
     if kind == "prepare":
-        num_events = run(config)["events_read"]
+        num_events = STAGES["prepare"].run(config)["events_read"]
     elif kind == "simulate":
-        read_source(config, Path(folder))
+        read_source(config.data, config.schema, seed=config.seed, scratch=Path(folder))
         num_events = 0
     else:
         num_events = len(events.collect(engine="in-memory").sort("user_id", "time_us", "order"))

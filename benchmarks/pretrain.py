@@ -23,11 +23,11 @@ from _measure import WARM_UP, Times, in_turn, parser_of, print_machine
 from _training import LumTraining, PlainTraining, drawn_log, log_normal
 
 from lumrec.data.prepared import PreparedData
-from lumrec.modules.lum import TOKENS_PER_EVENT
+from lumrec.models.lum import ModelConfig
+from lumrec.modules.large_user_model import TOKENS_PER_EVENT
 from lumrec.modules.user_encoder import ENCODERS
-from lumrec.train.lum import ModelConfig
-from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import PRECISIONS
+from lumrec.run.distributed import init_distributed
+from lumrec.stages.pretrain import PRECISIONS
 
 NUM_ITEMS = 3900
 # median and sigma of the histories' lengths, longest window in events

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import torchrec
 
-from lumrec.config import load
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.experiments.config import load
+from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.query.group_query import GroupQuery
-from lumrec.query.kept import KeptHistories
-from lumrec.train.lum import ModelConfig, build_lum
+from lumrec.query.prefix_cache import KeptHistories
 
 EVENTS_A_CALL = 4096
 REPEATS = 5

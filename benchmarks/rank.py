@@ -31,15 +31,17 @@ from _measure import Times, in_turn, parser_of, print_machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.config import load
 from lumrec.data.columns import Column
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.statistics import Statistics, dense_inputs
-from lumrec.query.store import Knowledge
+from lumrec.experiments.config import load
+from lumrec.features.statistics import Statistics, dense_inputs
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.ranker import MODELS, build_ranker, build_rows, row_features
+from lumrec.run.distributed import init_distributed
+from lumrec.stages.rank import RankConfig, step
 from lumrec.train.optimizers import build_optimizer
-from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.rank import MODELS, RankConfig, build_ranker, build_rows, row_features, step
+from lumrec.train.parallel import shard
 
 TWINS = ("din", "dlrm")
 ITEM, FEEDBACK = ("item_id", "categories", "price_bucket"), ("clicked",)

@@ -27,8 +27,8 @@ from _measure import in_turn, parser_of, print_machine
 from _training import LumTraining, PlainTraining, drawn_log, log_normal
 
 from lumrec.data.prepared import PreparedData
-from lumrec.train.lum import ModelConfig
-from lumrec.train.parallel import init_distributed
+from lumrec.models.lum import ModelConfig
+from lumrec.run.distributed import init_distributed
 
 HEAD_WIDTH = 32
 FACTORS = (1, 4, 16)

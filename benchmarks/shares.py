@@ -24,8 +24,8 @@ from typing import NamedTuple
 from _measure import in_turn, parser_of, print_machine
 from _training import PARTS, LumTraining, PlainTraining, drawn_log, log_normal
 
-from lumrec.train.lum import ModelConfig
-from lumrec.train.parallel import init_distributed
+from lumrec.models.lum import ModelConfig
+from lumrec.run.distributed import init_distributed
 
 
 class Case(NamedTuple):

@@ -27,22 +27,21 @@ import lmdb
 import numpy as np
 import torch
 
-from lumrec.config import load
-from lumrec.data import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.query import stage
-from lumrec.query.history import key_digests
-from lumrec.query.records import (
+from lumrec.experiments.config import load
+from lumrec.knowledge.digests import key_digests
+from lumrec.knowledge.records import (
     bytes_to_records,
     decode_records,
     identity_user_dtype,
     records_to_bytes,
     user_key_bytes,
 )
-from lumrec.query.refresh import Earlier, stored_users, take_over_users
-from lumrec.query.store import KnowledgeStore, identity_of, read_manifest
-from lumrec.query.writer import KnowledgeWriter
-from lumrec.train import pretrain
+from lumrec.knowledge.refresh import Earlier, stored_users, take_over_users
+from lumrec.knowledge.store import KnowledgeStore, identity_of, read_manifest
+from lumrec.knowledge.writer import KnowledgeWriter
+from lumrec.stages import query as stage
+from lumrec.stages.registry import STAGES
 
 NUM_CONDITIONS, DIM, BATCHES, BLOCK = 2, 64, (1, 100), 50_000
 
@@ -154,10 +153,10 @@ def benchmark_refresh(log_users: int) -> None:
         words = ["data.source=simulator", f"data.simulator.num_users={log_users}", "query.rows=false", "name=bench"]
         words += ["data.simulator.events_per_user=60", "pretrain.train.max_steps=1", f"runs_dir={runs}"]
         with contextlib.redirect_stdout(io.StringIO()):
-            prepare.run(load(None, words))
-        pretrain.run(load(None, words))
+            STAGES["prepare"].run(load(None, words))
+        STAGES["pretrain"].run(load(None, words))
         start = time.perf_counter()
-        stage.run(load(None, [*words, "run=whole"]))
+        STAGES["query"].run(load(None, [*words, "run=whole"]))
         whole = time.perf_counter() - start
         data = PreparedData.open(Path(runs) / "bench-prepare")
         print(f"\nrefresh: {log_users:,} users, {data.num_events:,} events; a build from nothing takes {whole:.2f} s")
@@ -180,7 +179,7 @@ def refresh_with(share: float, words: list[str]) -> tuple[dict, float]:
     stage._Job._unchanged = changed  # type: ignore[method-assign]
     try:
         start = time.perf_counter()
-        result = stage.run(load(None, [*words, f"run=share-{share}", "query.refresh_from=whole"]))
+        result = STAGES["query"].run(load(None, [*words, f"run=share-{share}", "query.refresh_from=whole"]))
         return result, time.perf_counter() - start
     finally:
         stage._Job._unchanged = unchanged  # type: ignore[method-assign]

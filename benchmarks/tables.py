@@ -22,8 +22,9 @@ from _measure import in_turn, parser_of, print_machine
 from torch import Tensor, nn
 
 from lumrec.modules.tokens import make_kjt, make_tables
+from lumrec.run.distributed import init_distributed
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 
 
 def lumrec_step(id_FT: Tensor, grad_TX: Tensor, args: argparse.Namespace, rows: int) -> Callable[[], None]:

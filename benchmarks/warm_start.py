@@ -33,7 +33,8 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.modules.tokens import make_tables
-from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.run.distributed import init_distributed, rank
+from lumrec.train.parallel import shard
 from lumrec.warm_start import warm_start
 from lumrec.warm_start.plan import shards_of
 

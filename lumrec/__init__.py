@@ -1,6 +1,54 @@
-"""lumrec: the Large User Model (arXiv 2502.08309) as a recommender stack on TorchRec."""
+"""lumrec: the Large User Model (arXiv 2502.08309) as a recommender stack on TorchRec.
 
-from lumrec.errors import MissingFileError, UserError
+    import lumrec
 
-__all__ = ["MissingFileError", "UserError"]
+    lum, builder, trained = lumrec.load_lum("runs/ml-1m-pretrain")
+    query = lumrec.GroupQuery(lum, builder, [{"feedback": "like"}], max_events=trained.model.max_events)
+
+What is listed here is the public Python API; each name is imported when it is first used. `lumrec.modules` has the
+nn.Modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lumrec.data.prepared import PreparedData
+    from lumrec.experiments.config import Config
+    from lumrec.experiments.config import load as load_config
+    from lumrec.knowledge.store import Knowledge, KnowledgeStore
+    from lumrec.models.lum import load_lum
+    from lumrec.query.group_query import GroupQuery
+    from lumrec.run.errors import MissingFileError, UserError
+
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "GroupQuery",
+    "Knowledge",
+    "KnowledgeStore",
+    "MissingFileError",
+    "PreparedData",
+    "UserError",
+    "load_config",
+    "load_lum",
+]
+_MODULES = {
+    "Config": "lumrec.experiments.config",
+    "GroupQuery": "lumrec.query.group_query",
+    "Knowledge": "lumrec.knowledge.store",
+    "KnowledgeStore": "lumrec.knowledge.store",
+    "MissingFileError": "lumrec.run.errors",
+    "PreparedData": "lumrec.data.prepared",
+    "UserError": "lumrec.run.errors",
+    "load_config": "lumrec.experiments.config",
+    "load_lum": "lumrec.models.lum",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lumrec' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), "load" if name == "load_config" else name)

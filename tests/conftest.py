@@ -11,6 +11,8 @@ import pytest
 from forks import ForkServer
 from hypothesis import HealthCheck, Phase, settings
 
+from lumrec.stages.registry import STAGES
+
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
 
@@ -69,12 +71,11 @@ def tiny_words() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_prepared(tiny_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """The small simulated log, prepared; neither it nor its folder is to be written to."""
-    from lumrec.config import load
-    from lumrec.data.prepare import run
     from lumrec.data.prepared import PreparedData
+    from lumrec.experiments.config import load
 
     runs = tmp_path_factory.mktemp("tiny")
-    run(load(None, [*tiny_words, f"runs_dir={runs}"]))
+    STAGES["prepare"].run(load(None, [*tiny_words, f"runs_dir={runs}"]))
     return PreparedData.open(runs / "tiny-prepare")
 
 

@@ -39,15 +39,14 @@ import torch  # noqa: E402
 from shop_log import SHOP_USERS, shop_log  # noqa: E402
 from small_store import KEYS, publish  # noqa: E402
 
-from lumrec.config import load  # noqa: E402
-from lumrec.data import prepare  # noqa: E402
 from lumrec.data.prepared import PreparedData  # noqa: E402
-from lumrec.query import stage  # noqa: E402
-from lumrec.query.exchange import export_parquet, import_parquet  # noqa: E402
-from lumrec.query.forget import forget  # noqa: E402
-from lumrec.query.store import Knowledge, KnowledgeStore  # noqa: E402
-from lumrec.query.writer import KnowledgeWriter  # noqa: E402
-from lumrec.train import pretrain  # noqa: E402
+from lumrec.experiments.config import load  # noqa: E402
+from lumrec.knowledge.forget import forget  # noqa: E402
+from lumrec.knowledge.parquet import export_parquet, import_parquet  # noqa: E402
+from lumrec.knowledge.store import Knowledge, KnowledgeStore  # noqa: E402
+from lumrec.knowledge.writer import KnowledgeWriter  # noqa: E402
+from lumrec.stages import query as stage  # noqa: E402
+from lumrec.stages.registry import STAGES  # noqa: E402
 from lumrec.train.checkpoint import best_checkpoint, read_meta  # noqa: E402
 
 STOPPED = 77
@@ -257,7 +256,7 @@ def write_log(base: Path, *, tuesday: bool) -> None:
 
 def prepare_monday(base: Path) -> None:
     write_log(base, tuesday=False)
-    prepare.run(shop(base))
+    STAGES["prepare"].run(shop(base))
 
 
 def prepared(base: Path) -> Any:
@@ -283,18 +282,18 @@ def trained(base: Path) -> Any:
 
 def with_lum(base: Path) -> None:
     prepare_monday(base)
-    pretrain.run(shop(base))
+    STAGES["pretrain"].run(shop(base))
 
 
 def with_store(base: Path) -> None:
     with_lum(base)
-    stage.run(shop(base))
+    STAGES["query"].run(shop(base))
 
 
 def with_newer_data(base: Path) -> None:
     with_store(base)
     write_log(base, tuesday=True)
-    prepare.run(shop(base, "overwrite=true"))
+    STAGES["prepare"].run(shop(base, "overwrite=true"))
 
 
 def shop_store(base: Path) -> Any:
@@ -343,17 +342,19 @@ def exported(base: Path) -> None:
 
 COMMANDS = {
     "prepare": Command(
-        lambda base: write_log(base, tuesday=False), lambda base: prepare.run(shop(base)), nothing, prepared
+        lambda base: write_log(base, tuesday=False), lambda base: STAGES["prepare"].run(shop(base)), nothing, prepared
     ),
     "prepare-overwrite": Command(
-        overwritten, lambda base: prepare.run(shop(base, "overwrite=true")), prepared, prepared
+        overwritten, lambda base: STAGES["prepare"].run(shop(base, "overwrite=true")), prepared, prepared
     ),
-    "checkpoint": Command(prepare_monday, lambda base: pretrain.run(shop(base)), nothing, trained),
-    "pretrain-overwrite": Command(with_lum, lambda base: pretrain.run(shop(base, "overwrite=true")), nothing, trained),
-    "publish": Command(with_lum, lambda base: stage.run(shop(base)), nothing, shop_answers),
-    "refresh": Command(with_newer_data, lambda base: stage.run(shop(base)), shop_store, shop_answers),
+    "checkpoint": Command(prepare_monday, lambda base: STAGES["pretrain"].run(shop(base)), nothing, trained),
+    "pretrain-overwrite": Command(
+        with_lum, lambda base: STAGES["pretrain"].run(shop(base, "overwrite=true")), nothing, trained
+    ),
+    "publish": Command(with_lum, lambda base: STAGES["query"].run(shop(base)), nothing, shop_answers),
+    "refresh": Command(with_newer_data, lambda base: STAGES["query"].run(shop(base)), shop_store, shop_answers),
     "query-overwrite": Command(
-        with_store, lambda base: stage.run(shop(base, "overwrite=true")), shop_store, shop_answers
+        with_store, lambda base: STAGES["query"].run(shop(base, "overwrite=true")), shop_store, shop_answers
     ),
     "publish-small": Command(
         lambda base: publish(base / "run"),

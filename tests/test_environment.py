@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.environment import diagnose, versions
+from lumrec.launch.environment import diagnose, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +27,7 @@ def check(*folders: Path, code: str = "", isolated: bool = False) -> subprocess.
         sys.executable,
         *(["-S"] if isolated else []),
         "-c",
-        code + "\nimport lumrec.environment as e\ne.check_environment()",
+        code + "\nimport lumrec.launch.environment as e\ne.check_environment()",
     ]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from lumrec import limits
-from lumrec.config import Config, load, valid_keys
-from lumrec.errors import UserError
-from lumrec.stages import run_stage
-from lumrec.typed_yaml import field_types, section_of
+from lumrec.experiments.config import Config, load
+from lumrec.launch.main import run_stage
+from lumrec.run import limits
+from lumrec.run.config_file import valid_keys
+from lumrec.run.errors import UserError
+from lumrec.run.typed_yaml import field_types, section_of
 
 LONG = "x" * 300
 VALUES = ["-1", "0", "nan", "inf", "1e9", "1000000000", "", "[-1]", "[nan]", "{a: b}", "a\0b"]
@@ -48,7 +49,7 @@ def accepted(key, value):
 
 
 def test_every_key_with_every_strange_value():
-    taken = {key: [value for value in VALUES if accepted(key, value)] for key in valid_keys()}
+    taken = {key: [value for value in VALUES if accepted(key, value)] for key in valid_keys(Config)}
     kinds = {key: kind_of(key) for key in taken}
     assert len(taken) > 260
     for key, values in taken.items():

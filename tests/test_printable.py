@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from lumrec.printable import PrintableFormatter, markdown, printable, say
-from lumrec.query.inspect import Event, Match, UserView, text
-from lumrec.report.page import escape
-from lumrec.report.plots import Series, curves
-from lumrec.stages import tell
+from lumrec.experiments.report_page import escape
+from lumrec.experiments.report_plots import Series, curves
+from lumrec.launch.main import tell
+from lumrec.run.printable import PrintableFormatter, markdown, printable, say
+from lumrec.stages.show_user import Event, Match, UserView, text
 from lumrec.warm_start.audit import Audit, AuditRow
 
 HOSTILE = [

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import Config, as_word, leaves, load, with_words
-from lumrec.errors import UserError
-from lumrec.typed_yaml import built, defaults, overlaid, parse, to_yaml
+from lumrec.experiments.config import Config, load
+from lumrec.run.config_file import as_text, leaves, with_overrides
+from lumrec.run.errors import UserError
+from lumrec.run.typed_yaml import built, defaults, overlaid, parse, to_yaml
 
 # What YAML 1.1 makes numbers, truth values, null, dates or the environment's variables of.
 TEMPTING = """010 NO no yes On off y n 12:30 1_000 1e5 1.0 007 0x1F 0o17 +7 -0 2024-05-20 2024-05-20T01:02:03Z ~ null
@@ -52,16 +53,16 @@ def test_text_stays_as_it_is_written(text, tmp_path, monkeypatch):
     file = tmp_path / "a.yaml"
     quoted = f"'{text}'" if text[0] in "$\\?" else text  # these cannot stand in a flow mapping without
     file.write_text(
-        f"inspect: {{user: {quoted}}}\ninputs:\n  lums:\n    - {text}\nquery: {{conditions: [{{scene: {quoted}}}]}}\n"
+        f"show_user: {{user: {quoted}}}\ninputs:\n  lums:\n    - {text}\nquery: {{conditions: [{{scene: {quoted}}}]}}\n"
         f"schema: {{features: {{any: {{role: item, column: {quoted}}}}}}}\ndata: {{log: {{events: {quoted}}}}}\n"
     )
     words = [
-        f"inspect.user={text}", f"inputs.lums=[{quoted}]", f"query.conditions=[{{scene: {quoted}}}]",
+        f"show_user.user={text}", f"inputs.lums=[{quoted}]", f"query.conditions=[{{scene: {quoted}}}]",
         f"data.log.events={text}",
         f"schema.features={{any: {{role: item, column: {quoted}}}}}", "name=a",
     ]  # fmt: skip
-    for config in (load(file), load(None, words), with_words(Config(), words, origin="words")):
-        assert (config.inspect.user, config.inputs.lums, config.query.conditions) == (text, [text], [{"scene": text}])
+    for config in (load(file), load(None, words), with_overrides(Config(), words, origin="words")):
+        assert (config.show_user.user, config.inputs.lums, config.query.conditions) == (text, [text], [{"scene": text}])
         assert (config.schema.features["any"].column, config.data.log.events) == (text, text)
         stored = to_yaml(config)
         assert "hunter2" not in stored
@@ -180,13 +181,13 @@ def test_words_carry_every_text(tmp_path_factory, text, texts, mapping):
     """Words made of a config, as the pipeline hands its own to the stages, give the config again."""
     config = load(None, ["name=x"])
     words = [
-        f"inspect.user={text}", f"inputs.lums={as_word(texts)}", f"query.conditions={as_word([mapping])}",
-        f"schema.features={as_word({f'f{i}': {'role': 'item', 'column': x} for i, x in enumerate(mapping.values())})}",
+        f"show_user.user={text}", f"inputs.lums={as_text(texts)}", f"query.conditions={as_text([mapping])}",
+        f"schema.features={as_text({f'f{i}': {'role': 'item', 'column': x} for i, x in enumerate(mapping.values())})}",
     ]  # fmt: skip
     config = load(None, ["name=x", *words])
-    assert (config.inspect.user, config.inputs.lums, config.query.conditions) == (text, texts, [mapping])
+    assert (config.show_user.user, config.inputs.lums, config.query.conditions) == (text, texts, [mapping])
     usual = leaves(Config())
-    again = [f"{key}={as_word(value)}" for key, value in leaves(config).items() if usual.get(key) != value]
+    again = [f"{key}={as_text(value)}" for key, value in leaves(config).items() if usual.get(key) != value]
     assert load(None, again) == config
 
 
@@ -206,4 +207,4 @@ def test_dates_are_texts_of_a_split():
     wanted = ["2024-05-20", "2024-05-27"]
     assert load(None, ["data.split.kind=time", "data.split.times=[2024-05-20,2024-05-27]"]).data.split.times == wanted
     assert load(None, ["data.split={kind: time, times: [2024-05-20, 2024-05-27]}"]).data.split.times == wanted
-    assert load(None, ["inspect.user=007", "data.log.separator=\\t"]).inspect.user == "007"
+    assert load(None, ["show_user.user=007", "data.log.separator=\\t"]).show_user.user == "007"

@@ -11,17 +11,17 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import polars as pl
 
+from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
 from lumrec.data.forms import check_forms
-from lumrec.data.intake import Intake, count_reasons, of_roles, take_in
-from lumrec.data.negative_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
+from lumrec.data.ingest import Intake, count_reasons, of_roles, take_in
 from lumrec.data.numbers import number_facts
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
-from lumrec.data.simulator import click_facts
+from lumrec.data.simulator.simulate import click_facts
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import PARTS, TEST, TRAIN, SplitConfig, assign_block, cut_times
 from lumrec.data.vocabulary import build_vocabulary, count_values, encode
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 FACT_ROWS = 10_000_000  # test events that the AUCs of a simulated log are taken over, at most
 

@@ -1,6 +1,6 @@
 """Forgotten users in the data: kept out of what is prepared, and found in what was prepared before.
 
-`<runs_dir>/forgotten.txt` holds the SHA-256 of each raw user key (lumrec/query/forget.py writes it). The manifest of
+`<runs_dir>/forgotten.txt` holds the SHA-256 of each raw user key (see lumrec/knowledge/forget.py). The manifest of
 prepared data lists those that were known when it was made; rows of these users are in no file of it.
 """
 
@@ -17,7 +17,7 @@ import polars as pl
 
 from lumrec.data.manifest import read_manifest
 from lumrec.data.sources.raw_log import RawLog
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 FORGOTTEN = "forgotten.txt"
 BLANKED = "(a row of a forgotten user)"

@@ -13,7 +13,7 @@ from typing import Dict, Optional, Sequence, Tuple
 import polars as pl
 
 from lumrec.data.schema import FeatureConfig, SchemaConfig
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 _WHOLE_OR_FRACTION = r"^[+-]?[0-9]+(\.[0-9]*)?$"
 _EXPONENT = r"^[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]{1,2}$"

@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Dict
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"

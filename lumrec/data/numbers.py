@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import polars as pl
 
 from lumrec.data.schema import FeatureConfig, SchemaConfig
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 MAX_NUMBER = 1e30  # the square of a larger one is beyond what moments (64 bits) and models (32 bits) hold
 UNREADABLE = 0.5  # of the values of a column that are no numbers: then it is no column of numbers

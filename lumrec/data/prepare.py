@@ -1,4 +1,4 @@
-"""The prepare stage: a raw log becomes a prepared folder, which every later stage reads.
+"""A raw log becomes a prepared folder, which every later stage reads.
 
     manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet
     quarantine.parquet  (rows left out, and why)        beside them config.yaml and result.json
@@ -17,34 +17,33 @@ import os
 import resource
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
 
 import polars as pl
 
-from lumrec import limits
+from lumrec.data.common import Common
+from lumrec.data.config import DataConfig
 from lumrec.data.convert import convert
+from lumrec.data.drawn_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
 from lumrec.data.moments import seen_line, seen_warnings
-from lumrec.data.negative_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.numbers import number_lines
-from lumrec.data.parts import part_line, split_warnings
+from lumrec.data.open_log import named_files, plain_split, read_source, request
+from lumrec.data.own_log.config import as_list
+from lumrec.data.own_log.folders import find_files
+from lumrec.data.own_log.read import damaged_file
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import SchemaConfig, validate
-from lumrec.data.simulator import SimulatorConfig
-from lumrec.data.sources.folders import find_files
-from lumrec.data.sources.log import LogConfig, as_list, damaged_file
-from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
-from lumrec.data.sources.registry import SOURCES, source_module
-from lumrec.data.splits import PARTS, SplitConfig, check_split
+from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
+from lumrec.data.split_notes import part_line, split_warnings
+from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
-from lumrec.errors import MissingFileError, UserError
-from lumrec.limits import count
-from lumrec.printable import say
-from lumrec.train.files import full_disk_told, leftovers, read_json, replace_folder
-from lumrec.typed_yaml import to_yaml
+from lumrec.run.distributed import on_rank_zero
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import full_disk_told, leftovers, read_json, replace_folder
+from lumrec.run.printable import say
+from lumrec.run.typed_yaml import to_yaml
 
 MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
 OPTIONAL = {"negatives", "result.json"}
@@ -52,61 +51,11 @@ ROOM = "what was there is as it was. Make room and run the same command again"
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which log, and how it is split.
-
-    source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
-    download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
-    allow_other_files: take files whose checksum or counts are not the published ones. min_count: a value that occurs
-    less often in the training part is unknown (row 0 of its table). vocabulary_from: run name or folder of an earlier
-    prepared log: its values keep their rows, min_count is for new ones, and a LUM of that log can go on learning from
-    this one (pretrain.start_from). max_list_length: rows with a longer list are left
-    out, into the quarantine.
-    duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
-    request: of source "log": a column of the events with one value for each request (or page) of a user. Rows of one
-    request were shown together, whenever each was recorded: none sees another, and their time is that of the first.
-    "" = rows of the same time were. A row without a value was shown by itself.
-    negatives: rows that are drawn for rankers beside a log of positives alone (docs/how-to/own-data.md); null = none.
-    log: of source "log". simulator: of source "simulator".
-    """
-
-    source: str = "movielens-1m"
-    path: str = ""
-    category: str = ""
-    label: LabelConfig = field(default_factory=LabelConfig)
-    allow_other_files: bool = False
-    split: SplitConfig = field(default_factory=SplitConfig)
-    min_count: int = count(1, least=1)
-    vocabulary_from: str = ""
-    max_list_length: int = count(1000, least=1)
-    duplicates: Literal["drop", "keep"] = "drop"
-    request: str = ""
-    negatives: Optional[NegativeRowsConfig] = None
-    log: LogConfig = field(default_factory=LogConfig)
-    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
-
-    def check(self, at: str) -> None:
-        """Raises UserError for a source that there is not (`at`: the section, with a dot)."""
-        limits.check_choice(f"{at}source", self.source, tuple(SOURCES))
+def _request(common: Common) -> Dict[str, Any]:
+    return request(common.data, common.schema, seed=common.seed)
 
 
-def prepared_path(config: Any) -> Path:
-    """Folder where the later stages find the prepared data: inputs.prepared, or "<name>-prepare", under runs_dir."""
-    return Path(config.runs_dir) / (config.inputs.prepared or f"{config.name}-prepare")
-
-
-def run(config: Any) -> Dict[str, Any]:
-    """The prepare stage: makes the folder <runs_dir>/<run or "<name>-prepare">; gives back what result.json holds.
-
-    Under torchrun only rank 0 works; the others give back an empty dict.
-    """
-    if int(os.environ.get("RANK", "0")) > 0:
-        return {}
-    return prepare(config, Path(config.runs_dir) / (config.run or f"{config.name}-prepare"))
-
-
-def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> PreparedData:
+def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True) -> PreparedData:
     """The prepared data that a stage reads; the default folder is made first, saying so, where it is missing.
 
     Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
@@ -114,17 +63,15 @@ def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> P
     named in inputs.prepared is taken as it is. Where not `make`, a missing folder raises MissingFileError, with the
     command that makes it.
     """
-    from lumrec.train.run import on_rank_zero  # here: it loads torchrec, which `run` does not need
-
-    path = prepared_path(config)
+    path = common.prepared
     if not make and not path.exists():
         raise MissingFileError(
             f"there is no prepared data in {path}; make it with: torchx run apps/prepare.py --config <your config>"
         )
-    if not config.inputs.prepared:
-        on_rank_zero(lambda: _make_if_missing(config, path))
+    if not common.inputs.prepared:
+        on_rank_zero(lambda: _make_if_missing(common, path))
     data = PreparedData.open(path, verify=verify)
-    if not config.inputs.prepared and (differences := _differences(data.manifest["request"], request(config))):
+    if not common.inputs.prepared and (differences := _differences(data.manifest["request"], _request(common))):
         raise PreparedDataError(
             f"{path} was prepared with another config:\n{differences}\nPrepare it again (apps/prepare.py with "
             "overwrite=true), choose another name=..., or name the folder in inputs.prepared to use it as it is."
@@ -132,27 +79,27 @@ def open_or_prepare(config: Any, *, verify: bool = True, make: bool = True) -> P
     return data
 
 
-def prepare(config: Any, path: Path) -> Dict[str, Any]:
+def prepare(common: Common, path: Path) -> Dict[str, Any]:
     """Makes the prepared folder at `path`; gives back the flat facts of result.json.
 
     A whole folder that was prepared with the same config from the same files stays as it is. Raises UserError for a
     config, schema or log that cannot be used, for a folder that was prepared with another config (unless
-    config.overwrite) or that is no prepared folder, and DataSetMissing.
+    common.overwrite) or that is no prepared folder, and DataSetMissing.
     """
     start = time.perf_counter()
-    data: DataConfig = config.data
+    data = common.data
     path = _checked_place(path)
-    forgotten = read_forgotten(Path(config.runs_dir))
+    forgotten = read_forgotten(common.runs)
     told = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
     with _claimed(path) as work, told:
         (scratch := work / "source").mkdir()
         with read_to_its_end(data):
-            older_fingerprint, older = _older_vocabularies(config, path)
-            raw, schema = read_source(config, scratch)
-            files = {name: sha256(file) for name, file in _named(raw.files).items()}
+            older_fingerprint, older = _older_vocabularies(common, path)
+            raw, schema = read_source(data, common.schema, seed=common.seed, scratch=scratch)
+            files = {name: sha256(file) for name, file in named_files(raw.files).items()}
             if older:
                 files[VOCABULARY] = older_fingerprint
-            standing = _standing_result(path, config, files, forgotten)
+            standing = _standing_result(path, common, files, forgotten)
             if standing is not None:
                 say(f"{path} is prepared already, with this config and these files (overwrite=true makes it again)")
                 return standing
@@ -175,9 +122,9 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             {
                 "dataset": data.source,
                 "source": {"files": files, **raw.extra},
-                "request": request(config),
+                "request": _request(common),
                 "schema": dataclasses.asdict(schema),
-                "split": _plain_split(data.split),
+                "split": plain_split(data.split),
                 **content,
                 **_growth(older_fingerprint, older, content["table_rows"]),
                 **({"forgotten": sorted(forgotten)} if forgotten else {}),
@@ -192,7 +139,7 @@ def prepare(config: Any, path: Path) -> Dict[str, Any]:
             **({"note": "; ".join(found)} if (found := warnings(manifest)) else {}),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         }
-        (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (work / "config.yaml").write_text(to_yaml(common.settings()), encoding="utf-8")
         (work / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         replace_folder(work, path)
     say(summary(raw.note, manifest, path, result["wall_s"]))
@@ -221,17 +168,11 @@ def _check_positives(label: LabelConfig, facts: Dict[str, Any]) -> None:
         raise UserError(f"data.label.{said}: no event is positive; look at the label's column with --check")
 
 
-def find_run(config: Any, name: str) -> Path:
-    """The folder of a run, by its name under runs_dir; or, where there is none, the folder of that path."""
-    under_runs = Path(config.runs_dir) / name
-    return under_runs if under_runs.exists() else Path(name)
-
-
-def _older_vocabularies(config: Any, path: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
+def _older_vocabularies(common: Common, path: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
     """Fingerprint and vocabularies of the log that data.vocabulary_from names; ("", {}) where it names none."""
-    if not config.data.vocabulary_from:
+    if not common.data.vocabulary_from:
         return "", {}
-    folder = find_run(config, config.data.vocabulary_from)
+    folder = common.find_run(common.data.vocabulary_from)
     if folder.resolve() == path.resolve():
         raise UserError(
             f"data.vocabulary_from: {folder} is the folder to be made, and LUMs of it would lose their data; choose "
@@ -247,61 +188,6 @@ def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], table_rows: Dict[s
     taken = {table: len(older[table]) if table in older else 0 for table in table_rows}
     tables = {table: {"taken": taken[table], "new": rows - 1 - taken[table]} for table, rows in table_rows.items()}
     return {"vocabulary_from": {"fingerprint": fingerprint, "tables": tables}}
-
-
-def read_source(config: Any, scratch: Path) -> Tuple[RawLog, SchemaConfig]:
-    """The raw log of `config.data.source`, and the schema in use; `scratch` takes temporary files, and must outlive it.
-
-    Raises what the source and the checks raise.
-    """
-    data: DataConfig = config.data
-    schema = schema_in_use(config)
-    limits.check(data, "data")
-    if data.request and data.source != "log":
-        raise UserError(
-            f"data.request: got {data.request!r} with data.source={data.source}; it names a column of source log alone"
-        )
-    return source_module(data.source).read(data, seed=config.seed, scratch=scratch), schema
-
-
-def schema_in_use(config: Any) -> SchemaConfig:
-    """The validated schema: the config's, or the source's own where the config declares no feature."""
-    default = source_module(config.data.source).DEFAULT_SCHEMAS[config.data.source]
-    return validate(config.schema if config.schema.features else default)
-
-
-def _named(files: Sequence[Path]) -> Dict[str, Path]:
-    """The files by name; where two have one name, by the end of their paths that tells them apart."""
-    for parts in range(1, max((len(file.parts) for file in files), default=1) + 1):
-        named = {"/".join(file.parts[-parts:]): file for file in files}
-        if len(named) == len(set(files)):
-            break
-    return named
-
-
-def request(config: Any) -> Dict[str, Any]:
-    """What of the config decides the prepared bytes; in the manifest, so that a folder made otherwise is told apart."""
-    data: DataConfig = config.data
-    decides: Dict[str, Any] = dataclasses.asdict(data)
-    for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
-        del decides[name]
-    if data.vocabulary_from:  # what it holds is told apart by its fingerprint, beside the files
-        decides["vocabulary_from"] = Path(data.vocabulary_from).name
-    else:
-        del decides["vocabulary_from"]
-    if data.negatives is None:
-        del decides["negatives"]
-    decides["split"] = _plain_split(data.split)
-    wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(config))}
-    if data.source == "log":  # the files themselves are told apart by their checksums
-        for name in ("events", "items", "users"):
-            del decides["log"][name]
-        for name in ("decimal_comma", "exact"):  # data prepared before there were these keep their request
-            if not decides["log"][name]:
-                del decides["log"][name]
-    if data.source == "simulator":
-        wanted["seed"] = config.seed
-    return wanted
 
 
 def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> str:
@@ -345,17 +231,10 @@ def warnings(manifest: Dict[str, Any]) -> List[str]:
     return found + (draw_warnings(NegativeRowsConfig(**negatives), manifest["facts"]) if negatives else [])
 
 
-def _plain_split(split: SplitConfig) -> Dict[str, Any]:
-    plain = {**dataclasses.asdict(split), "fractions": check_split(split)}
-    if not split.rotation:
-        del plain["rotation"]  # so data prepared before there was one keep their fingerprint
-    return plain
-
-
-def _make_if_missing(config: Any, path: Path) -> None:
+def _make_if_missing(common: Common, path: Path) -> None:
     if not path.exists():
         say(f"no prepared data at {path}: preparing it now")
-        prepare(config, path)
+        prepare(common, path)
 
 
 @contextlib.contextmanager
@@ -418,7 +297,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def _standing_result(
-    path: Path, config: Any, files: Dict[str, str], forgotten: Collection[str]
+    path: Path, common: Common, files: Dict[str, str], forgotten: Collection[str]
 ) -> Optional[Dict[str, Any]]:
     """result.json of a folder that needs no work; None where it is missing or to be overwritten.
 
@@ -428,11 +307,11 @@ def _standing_result(
     if not path.exists() or not any(path.iterdir()):
         return None
     check_replaceable(path)
-    if getattr(config, "overwrite", False) or not (path / "result.json").exists():
+    if common.overwrite or not (path / "result.json").exists():
         return None
     manifest = read_manifest(path)
     differences = _differences(
-        {**manifest["request"], "files": manifest["source"]["files"]}, {**request(config), "files": files}
+        {**manifest["request"], "files": manifest["source"]["files"]}, {**_request(common), "files": files}
     )
     if differences:
         raise UserError(
@@ -446,16 +325,16 @@ def _standing_result(
     return read_json(path / "result.json", again="prepare it again with overwrite=true")
 
 
-def changed_files(path: Path, config: Any) -> List[str]:
+def changed_files(path: Path, data: DataConfig) -> List[str]:
     """The files of a log of one's own that are not those `path` was prepared from, "file <name>: changed" (or new, or
     gone) each; one line too where `path` is damaged.
 
     [] for every other source, whose published files are checked where they are read, and, saying so, where the log is
     not there any more: what was prepared from it stands.
     """
-    if config.data.source != "log":
+    if data.source != "log":
         return []
-    given = {name: as_list(getattr(config.data.log, name)) for name in ("events", "items", "users")}
+    given = {name: as_list(getattr(data.log, name)) for name in ("events", "items", "users")}
     try:
         made = read_manifest(path, verify=False)["source"]["files"]
         files = [file for name, of in given.items() if of for file in find_files(of, f"data.log.{name}")]
@@ -464,7 +343,7 @@ def changed_files(path: Path, config: Any) -> List[str]:
     except DataSetMissing as error:
         say(f"{path} stands as it was prepared; whether the log has changed cannot be told: {error}")
         return []
-    now = {name: sha256(file) for name, file in _named(files).items()}
+    now = {name: sha256(file) for name, file in named_files(files).items()}
     names = sorted({*made, *now} - {VOCABULARY})
     how = {name: "new" if name not in made else "gone" if name not in now else "changed" for name in names}
     return [f"file {name}: {how[name]}" for name in names if made.get(name) != now.get(name)]

@@ -28,7 +28,7 @@ from lumrec.data.columns import Column
 from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate
 from lumrec.data.splits import TRAIN
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from lumrec.data.numbers import number
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 MAX_SCALED = {"log": 1e6, "standard": 1e6, "none": 1e12}  # beyond, sums of products overflow in 32 bits
 

@@ -19,8 +19,8 @@ from typing import Dict, List, Literal, Sequence, get_args
 
 from torch import nn
 
-from lumrec.errors import UserError
-from lumrec.limits import count
+from lumrec.run.errors import UserError
+from lumrec.run.limits import count
 
 Role = Literal["item", "condition", "feedback", "user", "context"]
 Kind = Literal["id", "multi", "dense"]

@@ -18,10 +18,10 @@ from typing import List, Literal, Optional, Sequence, get_args
 import numpy as np
 import polars as pl
 
-from lumrec import limits
 from lumrec.data.moments import inseparable
-from lumrec.errors import UserError
-from lumrec.limits import setting
+from lumrec.run import limits
+from lumrec.run.errors import UserError
+from lumrec.run.limits import setting
 
 TRAIN, VALID, TEST = 0, 1, 2
 LATER = 3  # training events that a LUM leaves out, see `leave_out_later`
@@ -257,3 +257,16 @@ def mix(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+def parse_fold(fold: str) -> tuple[int, int] | None:
+    """(k, K) of "k/K", None of "". Raises UserError for anything else."""
+    if not fold:
+        return None
+    left, _, right = fold.partition("/")
+    if left.isdecimal() and right.isdecimal() and int(left) < int(right) and 2 <= int(right) <= MOST_FOLDS:
+        return int(left), int(right)
+    raise UserError(
+        f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and 2 ≤ K ≤ {MOST_FOLDS}, such as fold=0/2, or "" for all '
+        "users"
+    )

@@ -1,1 +1,1 @@
-"""Metrics and protocols of evaluation."""
+"""Evaluation of LUMs, rankers and retrieval."""

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumrec import limits
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.evaluation.retrieval import Targets, metric_sums
-from lumrec.limits import count
+from lumrec.run import limits
+from lumrec.run.limits import count
 
 # Users × items of the marks of seen items held at once (elements).
 SEEN_BUDGET = 1 << 25

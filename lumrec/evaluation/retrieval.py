@@ -22,16 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lumrec.batches.packs import PackBuilder, Queries
+from lumrec.batches.windows import Windows
 from lumrec.data.columns import Column, expand_ranges
-from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import Windows
 from lumrec.data.splits import PARTS
-from lumrec.errors import UserError
-from lumrec.limits import count
 from lumrec.query.conditions import condition_columns
 from lumrec.query.group_query import encode_items
-from lumrec.train.parallel import rank, world_size
+from lumrec.run.distributed import rank, world_size
+from lumrec.run.errors import UserError
+from lumrec.run.limits import count
 
 # Users × items of the scores held at once (elements).
 SCORE_BUDGET = 1 << 23

@@ -1,1 +1,1 @@
-"""Step 2: group query over a user base, and the knowledge store."""
+"""Step 2: conditions, group query, and the build of a knowledge store (LUM section 4.2)."""

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lumrec.batches.windows import Windows
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
-from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 ALL = "*"
 TOP = re.compile(r"top (\d+)")
@@ -293,3 +293,8 @@ def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def spoken(condition: dict[str, str]) -> str:
+    """A condition as it is read out: feedback=like and scenario=home."""
+    return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

@@ -10,9 +10,9 @@ A query never sees another query, or an event of the moment that it asks for or 
 From nothing to the ten best items for two users, each asked twice (`load_lum` gives a trained LUM):
 
 >>> import tempfile
->>> from lumrec.config import load
+>>> from lumrec.experiments.config import load
 >>> from lumrec.data.prepare import open_or_prepare
->>> from lumrec.train.lum import build_lum
+>>> from lumrec.models.lum import build_lum
 >>> runs = tempfile.TemporaryDirectory()
 >>> config = load(None, ["data.source=simulator", "data.simulator.num_users=20", f"runs_dir={runs.name}"])
 >>> data = open_or_prepare(config)
@@ -41,19 +41,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lumrec.batches.packs import PackBuilder, Queries
+from lumrec.batches.windows import AnsweringWindows, Windows, answering_windows, behind
 from lumrec.data.columns import expand_ranges
-from lumrec.data.packing import PackBuilder, Queries
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import AnsweringWindows, Windows, answering_windows, behind
-from lumrec.errors import UserError
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, expand
+from lumrec.run.errors import UserError
 
-# Rows × items of the similarities held at once while their sum is taken (elements): what stays in a core's cache.
-SUM_BUDGET = 1 << 19
 SORTED_WINDOWS = 4096
-ITEM_BLOCK = 1 << 16
-# Sums over 2**16 items of exp(±SAFE_EXPONENT) are neither infinite nor denormal in float32.
-SAFE_EXPONENT = 60.0
 _USERS: WeakKeyDictionary[PreparedData, dict[str, int]] = WeakKeyDictionary()
 
 
@@ -288,25 +283,3 @@ def encode_items(model: nn.Module, builder: PackBuilder, *, block: int = 32768) 
         items = torch.arange(start, min(start + block, builder.data.num_items))
         parts.append(model(builder.pack(nothing, candidates_C=items).to(device), queries_only=True).e_CD.float().cpu())
     return torch.cat(parts)
-
-
-def log_normalizer(o_XD: Tensor, e_ID: Tensor) -> Tensor:
-    """log Σ over all items of exp(o · e), exact, float32 [X]; memory is bounded whatever the size of the catalogue.
-
-    exp(o · e_i - log_normalizer) is the share of item i in the LUM's answer.
-
-    >>> log_normalizer(torch.zeros(1, 2), torch.ones(4, 2)).exp()
-    tensor([4.])
-    """
-    rows = max(1, SUM_BUDGET // min(len(e_ID), ITEM_BLOCK))
-    # Where no similarity can be large, as with a cosine, exp cannot overflow and needs no largest one taken off first.
-    bound = float(o_XD.norm(dim=1).max() * e_ID.norm(dim=1).max()) if len(o_XD) else 0.0
-    log_z_X = o_XD.new_full((len(o_XD),), float("-inf"))
-    for block in e_ID.split(ITEM_BLOCK):
-        similarity = (part @ block.T for part in o_XD.split(rows))
-        if bound <= SAFE_EXPONENT:
-            sums = [part.exp_().sum(1).log_() for part in similarity]
-        else:
-            sums = [part.logsumexp(1) for part in similarity]
-        log_z_X = torch.logaddexp(log_z_X, torch.cat(sums))
-    return log_z_X

@@ -25,7 +25,9 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.distributed import rank, world_size
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import full_disk_told, remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.checkpoint_meta import (
     FORMAT,
     Fingerprint,
@@ -40,9 +42,8 @@ from lumrec.train.checkpoint_meta import (
     unusable,
 )
 from lumrec.train.checkpoint_reader import Reader, load_tensors
-from lumrec.train.files import full_disk_told, remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.optimizers import TableAndDenseOptimizer, table_shardings
-from lumrec.train.parallel import rank, refuse_managed_collisions, world_size
+from lumrec.train.parallel import refuse_managed_collisions
 
 __all__ = [
     "Checkpointer",

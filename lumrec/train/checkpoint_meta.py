@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lumrec.errors import MissingFileError, UserError
-from lumrec.train.files import sha256
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import sha256
 from lumrec.train.identity import Settings
 
 logger = logging.getLogger(__name__)

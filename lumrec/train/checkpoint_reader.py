@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _ReaderView
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError
 
 DCP_VERSIONS = ("1.0.0",)
 _LARGEST = 2**63 - 1

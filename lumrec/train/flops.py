@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lumrec.train.parallel import world_size
+from lumrec.run.distributed import world_size
 
 # torch.utils.flop_counter knows these on CUDA alone.
 _ATEN = torch.ops.aten

@@ -20,7 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 _LONGEST = 100_000
 

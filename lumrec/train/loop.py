@@ -23,22 +23,22 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
-from lumrec import limits
-from lumrec.errors import UserError
-from lumrec.limits import check_choice, count
 from lumrec.modules.moments import average_moments
+from lumrec.run import limits
+from lumrec.run.distributed import rank, world_size
+from lumrec.run.errors import UserError
+from lumrec.run.files import write_atomically
+from lumrec.run.folder import RunFolder
+from lumrec.run.interrupt import SIGNALS, Interrupted, Interrupts
+from lumrec.run.limits import check_choice, count
 from lumrec.train.checkpoint import Checkpointer, Loaded
 from lumrec.train.checkpoint_meta import Fingerprint
-from lumrec.train.files import write_atomically
 from lumrec.train.flops import Utilization
-from lumrec.train.interrupt import SIGNALS, Interrupted, Interrupts
 from lumrec.train.non_finite import NonFiniteError, save_batch
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer, clip_grad_norm, learning_rate_factor
-from lumrec.train.parallel import rank, world_size
 from lumrec.train.plan import plan_json, plan_table
 from lumrec.train.prefetch import Fetched, prefetch
 from lumrec.train.randomness import random_state, seed_generators, set_random_state
-from lumrec.train.run import RunFolder
 from lumrec.train.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,8 @@ On one process the same code runs with a process group of one, so there is no se
 Shape suffixes: K keys of a KJT, S bags (stride).
 """
 
-import atexit
 import logging
-import os
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,9 +23,10 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
-from lumrec import limits
-from lumrec.errors import UserError
 from lumrec.modules.tokens import guard_key_order
+from lumrec.run import limits
+from lumrec.run.distributed import rank, world_size
+from lumrec.run.errors import UserError
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
 
@@ -43,52 +41,6 @@ logging.getLogger().addFilter(
 
 
 _SHARDED = "_lumrec_sharded"  # on an EmbeddingBagCollection that DMP has taken over
-
-
-def rank() -> int:
-    """This process's rank; 0 where no process group exists."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes that train together; 1 where no process group exists."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def init_distributed(device: str | torch.device | None = None, *, threads: int = 0) -> torch.device:
-    """The device of this process, its process group initialised and its number of torch threads set.
-
-    Under torchrun the group comes from its environment variables; without them it is a group of one process, in memory.
-    A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a device; None
-    takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is asked for and
-    absent.
-    """
-    if threads > 0:
-        torch.set_num_threads(threads)
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if kind.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device"
-            )
-        if kind.index is None:
-            kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(kind)
-    if dist.is_initialized():
-        return kind
-    # gloo stays beside nccl: checkpoints and small Python objects go through the CPU.
-    backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(_destroy)
-    return kind
-
-
-def _destroy() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def shard(
@@ -122,7 +74,7 @@ def shard(
     optimizer = optimizer or OptimizerConfig()
     limits.check(optimizer)
     if not dist.is_initialized():
-        raise RuntimeError("shard() needs a process group: call lumrec.train.parallel.init_distributed() first")
+        raise RuntimeError("shard() needs a process group: call lumrec.run.distributed.init_distributed() first")
     refuse_managed_collisions(model)
     collections = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
     if any(hasattr(module, _SHARDED) for module in collections):

@@ -28,9 +28,9 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.sharding_plan import column_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
+from lumrec.run.typed_yaml import overlaid, read
 from lumrec.train.optimizers import table_shardings
-from lumrec.typed_yaml import overlaid, read
 
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 

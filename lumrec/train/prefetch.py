@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 
 class Fetched(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 _MOST = 2**53
 

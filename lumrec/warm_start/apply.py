@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lumrec.errors import UserError
-from lumrec.train.parallel import rank, world_size
+from lumrec.run.distributed import rank, world_size
+from lumrec.run.errors import UserError
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.check import check_rows, check_scores, read_checks
 from lumrec.warm_start.plan import Copy, Plan, Shard, flat, make_plan, shards_of

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lumrec.printable import markdown, printable
-from lumrec.train.files import write_atomically
+from lumrec.run.files import write_atomically
+from lumrec.run.printable import markdown, printable
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lumrec.errors import MissingFileError, UserError
-from lumrec.train.parallel import world_size
-from lumrec.train.run import on_rank_zero
+from lumrec.run.distributed import on_rank_zero, world_size
+from lumrec.run.errors import MissingFileError, UserError
 from lumrec.warm_start.plan import Plan, flat, shards_of
 from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.vocabulary import join, read_vocabulary

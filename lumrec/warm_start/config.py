@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from lumrec.errors import UserError
-from lumrec.limits import setting
+from lumrec.run.distributed import rank
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
+from lumrec.run.limits import setting
 from lumrec.train.checkpoint import best_checkpoint
-from lumrec.train.files import sha256
-from lumrec.train.parallel import rank
 from lumrec.warm_start.apply import warm_start
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.rules import read_rules

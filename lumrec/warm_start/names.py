@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.quantized import is_companion
 from lumrec.warm_start.rules import Rule, Rules, nearest

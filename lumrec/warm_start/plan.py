@@ -16,8 +16,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lumrec.errors import UserError
-from lumrec.train.run import on_rank_zero
+from lumrec.run.distributed import on_rank_zero
+from lumrec.run.errors import UserError
 from lumrec.warm_start import states
 from lumrec.warm_start.audit import Audit, AuditRow
 from lumrec.warm_start.names import SECOND, match_names, without_prefix

@@ -6,7 +6,7 @@ Shape suffixes: N rows of a block, C columns.
 import torch
 from torch import Tensor
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.sources import Source, Stored
 

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.vocabulary import hash_rows, join, lookalikes, read_columns, read_vocabulary, short
 

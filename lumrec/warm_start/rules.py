@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional, cast
 
-from lumrec.errors import MissingFileError, UserError
-from lumrec.typed_yaml import Text, built, defaults, overlaid, parse, read, to_yaml
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.typed_yaml import Text, built, defaults, overlaid, parse, read, to_yaml
 
 MATCHES = ("exact", "prefix", "regex")
 ROWS = ("error", "grow", "remap", "hash")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 from lumrec.warm_start.vocabulary import read_columns, short
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError
 from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import FileSlice, check_archive, metadata_of
 

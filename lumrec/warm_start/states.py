@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from lumrec.errors import UserError
-from lumrec.train.parallel import world_size
+from lumrec.run.distributed import world_size
+from lumrec.run.errors import UserError
 from lumrec.warm_start.rules import Rules
 from lumrec.warm_start.sources import Source
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError
 
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 # One form for ids that mean the same to a reader: no blanks around, `7` for `007`, `+7`, `7.` and `7.00`.

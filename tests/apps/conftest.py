@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from forks import ForkServer
 
-from lumrec import pipeline
-from lumrec.jobs import Job
+from lumrec.experiments import pipeline
+from lumrec.experiments.jobs import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 

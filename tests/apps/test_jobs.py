@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.jobs import Job, JobFailed, as_typed, run_jobs, tail, torchx_command
+from lumrec.experiments.jobs import Job, JobFailed, as_typed, run_jobs, tail, torchx_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +83,7 @@ def test_sigterm_ends_the_jobs(tmp_path):
     pid = tmp_path / "pid"
     child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(500)"
     code = (
-        "import sys, pathlib\nfrom lumrec.jobs import Job, run_jobs\n"
+        "import sys, pathlib\nfrom lumrec.experiments.jobs import Job, run_jobs\n"
         f"run_jobs([Job('long', [sys.executable, '-c', {child!r}])], parallel=1, cores=1, "
         f"logs=pathlib.Path({str(tmp_path)!r}))"
     )

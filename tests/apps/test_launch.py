@@ -19,17 +19,17 @@ if sys.argv[1] == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "one":
     import torch
-    import lumrec.train.pretrain
-    from lumrec.stages import run_stage
+    import lumrec.stages.pretrain
+    from lumrec.launch.main import run_stage
 
-    def run(config):
+    def run(*settings):
         torch.distributed.init_process_group("gloo")
         torch.distributed.barrier()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         torch.distributed.all_reduce(torch.zeros(3))
 
-    lumrec.train.pretrain.run = run
+    lumrec.stages.pretrain.run = run
     run_stage("pretrain", "", [])
 """
 
@@ -41,7 +41,7 @@ def launch(tmp_path):
 
     def run(what, processes):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        command = [sys.executable, "-m", "lumrec.launch", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, "-m", "lumrec.launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.run(
             [*command, str(script), what], env=environment, capture_output=True, text=True, timeout=600
         )

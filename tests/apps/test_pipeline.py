@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumrec.config import load, with_words
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
-from lumrec.evaluation.compare import Scores, read_scores, write_scores
-from lumrec.jobs import JobFailed
-from lumrec.pipeline import (
+from lumrec.experiments.config import load
+from lumrec.experiments.jobs import JobFailed
+from lumrec.experiments.pipeline import (
     add_up,
     check,
     collect,
@@ -26,15 +24,17 @@ from lumrec.pipeline import (
     discard,
     make,
     pending,
-    plan,
     resolve_dataset,
     run,
-    stage_words,
 )
-from lumrec.query import inspect
-from lumrec.report.page import write_page
-from lumrec.report.table import comparison, rows
-from lumrec.typed_yaml import to_yaml
+from lumrec.experiments.plan import plan, stage_words
+from lumrec.experiments.report_page import write_page
+from lumrec.experiments.report_table import comparison, rows
+from lumrec.metrics.compare import Scores, read_scores, write_scores
+from lumrec.run.config_file import with_overrides
+from lumrec.run.errors import UserError
+from lumrec.run.typed_yaml import to_yaml
+from lumrec.stages.registry import STAGES
 
 SHOP = Path(__file__).parents[1] / "data" / "own_log"
 
@@ -155,7 +155,7 @@ def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_s
 def test_a_stage_that_another_process_writes_is_not_made_again(config):
     stage = next(stage for stage in plan(config) if stage.app == "pretrain")
     finish(stage)
-    hold = "import pathlib, sys; from lumrec.train.run import RunFolder\n"
+    hold = "import pathlib, sys; from lumrec.run.folder import RunFolder\n"
     hold += "folder = RunFolder.locked(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(stage.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -201,11 +201,11 @@ def test_settings_of_other_stages_do_not_count(config):
 def test_a_feature_that_is_gone_is_another_setting(config):
     """What is missing now counts as much as what is new: a finished stage without it must not stand."""
     words = ["schema.features={genre: {role: item}, hour: {role: context}}"]
-    with_hour = with_words(config, words, origin="test")
+    with_hour = with_overrides(config, words, origin="test")
     for stage in plan(with_hour):
         finish(stage)
     assert pending(plan(with_hour), overwrite=False) == {}
-    without = with_words(config, ["schema.features={genre: {role: item}}"], origin="test")
+    without = with_overrides(config, ["schema.features={genre: {role: item}}"], origin="test")
     with pytest.raises(ValueError, match=r"all/prepare was made with other settings or files \(schema.features.hour"):
         pending(plan(without), overwrite=False)
     assert set(pending(plan(without), overwrite=True)) == {stage.name for stage in plan(without)}
@@ -247,7 +247,7 @@ def test_settings_that_cannot_work(word, says):
 )
 def test_what_a_later_stage_cannot_do_is_found_before_the_first(config, word, says):
     with pytest.raises(UserError) as error:
-        run(with_words(config, [word], origin="test"))
+        run(with_overrides(config, [word], origin="test"))
     assert says in str(error.value)
     assert list(Path(config.runs_dir).iterdir()) == []
 
@@ -260,7 +260,7 @@ def test_values_are_checked_once_the_data_are_prepared(config):
         ("pretrain.evaluate.condition={feedback: liked}", "'liked' does not occur"),
         ("query.conditions=[{category: 'top 9'}, {category: '*'}]", "query.max_conditions is 4"),
     ):
-        wrong = with_words(config, [word, "query.max_conditions=4"], origin="test")
+        wrong = with_overrides(config, [word, "query.max_conditions=4"], origin="test")
         with pytest.raises(UserError) as error:
             run(wrong)
         assert says in str(error.value)
@@ -270,7 +270,7 @@ def test_values_are_checked_once_the_data_are_prepared(config):
 def test_what_a_failed_stage_left_does_not_stop_the_corrected_command(config):
     stage = plan(config)[1]
     stage.path.mkdir(parents=True)
-    wrong = with_words(stage.config, ["pretrain.train.optimizer.dense_lr=9"], origin="test")
+    wrong = with_overrides(stage.config, ["pretrain.train.optimizer.dense_lr=9"], origin="test")
     for name, text in (("config.yaml", to_yaml(wrong)), ("metrics.jsonl", "{}\n"), ("non-finite-step-1.pt", "")):
         (stage.path / name).write_text(text)
     assert differences(stage) == []
@@ -446,7 +446,9 @@ def test_from_a_simulated_log_to_the_report(tiny_words, stages_in_forks, tmp_pat
     assert "Cross-fitted over users" in (tmp_path / "all" / "report.html").read_text()
 
     user = PreparedData.open(tmp_path / "all" / "prepare").user_keys()[0]
-    assert inspect.run(load(None, [*tiny_words, f"runs_dir={tmp_path}", "run=all", f"inspect.user={user}"]))
+    assert STAGES["show_user"].run(
+        load(None, [*tiny_words, f"runs_dir={tmp_path}", "run=all", f"show_user.user={user}"])
+    )
     assert f"user {user}: " in capsys.readouterr().out
 
     again = run(config)

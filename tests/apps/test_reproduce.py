@@ -5,16 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from lumrec import reproduce, towers, warm_up
-from lumrec.config import load
+from lumrec.batches.rows import training_rows
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import training_rows
 from lumrec.data.splits import TRAIN
-from lumrec.evaluation.bootstrap import METRICS
-from lumrec.evaluation.compare import RANKS, Ranks, Scores, write_scores
-from lumrec.query.store import Knowledge
-from lumrec.report import gains as report_gains
-from lumrec.train import rank
+from lumrec.experiments import paper_tables as reproduce
+from lumrec.experiments import report_gains
+from lumrec.experiments import two_towers as towers
+from lumrec.experiments import warm_up_rows as warm_up
+from lumrec.experiments.config import load
+from lumrec.knowledge.store import Knowledge
+from lumrec.metrics.bootstrap import METRICS
+from lumrec.metrics.compare import RANKS, Ranks, Scores, write_scores
+from lumrec.stages.registry import STAGES
 
 
 def test_rows_of_table_4_have_the_papers_figures_and_a_control():
@@ -329,5 +331,5 @@ def test_the_warm_up_rows_on_the_simulator(tiny_words, stages_in_forks, tmp_path
     assert first["columns_unused"] > 0 and first["columns_new"] > 0 and first["new_columns"] == "zero"
     # With learning rates of 0 the row is the online model, answers and all.
     still = ["run=study/still", "rank.train.optimizer.table_lr=0", "rank.train.optimizer.dense_lr=0"]
-    untrained = rank.run(load(runs / "rank-dlrm-both-param_feature-s0" / "config.yaml", still))
+    untrained = STAGES["rank"].run(load(runs / "rank-dlrm-both-param_feature-s0" / "config.yaml", still))
     assert untrained["auc"] == pytest.approx(result["online/auc"], abs=1e-9)

@@ -12,11 +12,12 @@ import polars as pl
 import pytest
 import torch
 
-from lumrec.config import load
-from lumrec.failures import sentence
-from lumrec.stages import headline, run_stage
-from lumrec.train.files import write_atomically
-from lumrec.train.interrupt import Interrupted
+from lumrec.experiments.config import load
+from lumrec.launch.main import headline, run_stage
+from lumrec.run.failures import sentence
+from lumrec.run.files import write_atomically
+from lumrec.run.interrupt import Interrupted
+from lumrec.stages.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,16 +115,16 @@ def test_a_reader_that_goes_away_and_a_terminal_without_letters(tmp_path):
 
 def test_headline_picks_the_figures_that_count():
     result = {"auc": 0.71234567, "valid/auc": 0.5, "num_rows": 3, "log_loss": 0.5, "note": "one class"}
-    assert headline("rank", result) == "auc 0.71235, log_loss 0.5, note one class"
-    assert headline("pretrain", {"hr@10": 0.25, "steps": 3}) == "hr@10 0.25"
+    assert headline(STAGES["rank"].headline, result) == "auc 0.71235, log_loss 0.5, note one class"
+    assert headline(STAGES["pretrain"].headline, {"hr@10": 0.25, "steps": 3}) == "hr@10 0.25"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_a_signal_ended_says_how_to_go_on(monkeypatch, capsys, number):
-    def stopped(config):
+    def stopped(*settings):
         raise Interrupted(number, "saved in step-00000012")
 
-    monkeypatch.setattr("lumrec.train.pretrain.run", stopped)
+    monkeypatch.setattr("lumrec.stages.pretrain.run", stopped)
     with pytest.raises(SystemExit) as ended:
         run_stage("pretrain", "", [])
     assert ended.value.code == 128 + number

@@ -11,8 +11,8 @@ from torchx.cli.argparse_util import torchxconfig
 from torchx.cli.main import get_sub_cmds, run_main
 from torchx.specs import macros
 
-from lumrec.jobs import torchx_command
-from lumrec.torchx_run import CmdRunFile, UsageError, single_app, stage_app
+from lumrec.experiments.jobs import torchx_command
+from lumrec.launch.torchx import CmdRunFile, UsageError, single_app, stage_app
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("prepare", "pretrain", "query", "rank", "retrieve", "warm_start")
@@ -32,7 +32,7 @@ def test_a_file_alone_is_its_component(component, capsys):
     torchx_run(component, "-j", "1x2", "--config", "configs/ml-1m.yaml", "model.dim=32", "query.conditions=[{a: b}]")
     out, err = capsys.readouterr()
     out = re.sub(r"'\s+'", "", out)  # TorchX breaks long arguments into several literals
-    assert "lumrec.launch" in out
+    assert "lumrec.launch.torchrun" in out
     assert "--nproc_per_node 2" in out
     assert "apps/pretrain.py --config configs/ml-1m.yaml model.dim=32" in out
     assert (
@@ -41,7 +41,7 @@ def test_a_file_alone_is_its_component(component, capsys):
     )
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "inspect", "pipeline"])
+@pytest.mark.parametrize("stage", [*STAGES, "show_user", "pipeline"])
 def test_help_teaches(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         torchx_run(f"apps/{stage}.py", "--help")
@@ -53,8 +53,8 @@ def test_help_teaches(stage, capsys):
 
 
 def test_a_user_to_inspect_is_an_option(capsys):
-    torchx_run("apps/inspect.py", "--user", "42", "inspect.top=3")
-    assert "apps/inspect.py --config configs/ml-1m.yaml inspect.top=3 inspect.user=42" in capsys.readouterr().err
+    torchx_run("apps/show_user.py", "--user", "42", "show_user.top=3")
+    assert "apps/show_user.py --config configs/ml-1m.yaml show_user.top=3 show_user.user=42" in capsys.readouterr().err
 
 
 def test_builtin_components_stay(capsys):
@@ -104,7 +104,7 @@ def test_words_reach_the_job_as_they_were_typed(tmp_path):
     path = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
     run = subprocess.run(["bash", "-c", command], env=path, capture_output=True, text=True)
     assert run.stdout.split("\0")[-len(WORDS) - 1 : -1] == WORDS
-    single = values.apply(single_app("inspect", WORDS).roles[0])
+    single = values.apply(single_app("show_user", WORDS).roles[0])
     assert single.args[-len(WORDS) :] == WORDS
 
 

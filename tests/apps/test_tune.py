@@ -6,9 +6,10 @@ import json
 import pytest
 import yaml
 
-from lumrec import pipeline
-from lumrec.config import load
-from lumrec.tune import TuneConfig, draw, plan, run
+from lumrec.experiments import pipeline
+from lumrec.experiments.config import load
+from lumrec.experiments.settings import TuneConfig, draw
+from lumrec.experiments.tune import plan, run
 
 SPACE = ["rank.dropout=0.0|0.3", "rank.train.optimizer.table_lr=0.05|0.1|0.2"]
 

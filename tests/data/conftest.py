@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.common import Common
+from lumrec.data.config import DataConfig
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import SchemaConfig
 
 
-@dataclass(frozen=True)
-class Inputs:
-    prepared: str = ""
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """The part of the root config that preparing reads."""
-
-    data: DataConfig
-    runs_dir: str
-    schema: SchemaConfig = field(default_factory=SchemaConfig)
-    inputs: Inputs = field(default_factory=Inputs)
-    run: str = ""
-    name: str = "test"
-    seed: int = 0
-    overwrite: bool = False
+def StageConfig(data: DataConfig, runs_dir: str, *, name: str = "test", **fields: object) -> Common:
+    """What preparing reads."""
+    return Common(data=data, runs_dir=runs_dir, name=name, **fields)  # type: ignore[arg-type]
 
 
 MOVIES = [
@@ -43,16 +29,16 @@ USERS = ["1::F::1::10::48067", "2::M::56::16::70072", "10::M::25::15::55117", "1
 
 
 @pytest.fixture(scope="session")
-def stage_config() -> type[StageConfig]:
+def stage_config() -> Callable[..., Common]:
     """The config class itself, for fixtures that outlive one test."""
     return StageConfig
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> Callable[..., StageConfig]:
+def make_config(tmp_path: Path) -> Callable[..., Common]:
     """A config that prepares under the test's own folder; keywords replace its fields."""
 
-    def make(data: DataConfig, **fields: object) -> StageConfig:
+    def make(data: DataConfig, **fields: object) -> Common:
         return StageConfig(**{"data": data, "runs_dir": str(tmp_path / "runs"), **fields})  # type: ignore[arg-type]
 
     return make
@@ -73,10 +59,10 @@ def movielens_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def open_log() -> Callable[[StageConfig], PreparedData]:
+def open_log() -> Callable[[Common], PreparedData]:
     """Prepares what a config asks for, and opens it."""
 
-    def run(config: StageConfig) -> PreparedData:
+    def run(config: Common) -> PreparedData:
         prepare(config, Path(config.runs_dir) / "prepared")
         return PreparedData.open(Path(config.runs_dir) / "prepared")
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.prepare import DataConfig
+from lumrec.data.config import DataConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 from lumrec.data.sources import amazon, json_lines

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lumrec.config import load
 from lumrec.data.manifest import _hash, sha256
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 from lumrec.warm_start.rules import read_rules
 
 LOG = {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [1, 2, 3], "label": [1, 0, 1]}

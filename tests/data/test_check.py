@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchx.cli.main import run_main
 
-from lumrec.config import load
-from lumrec.data import check
-from lumrec.data.guess import is_condition, is_known_after, positive_of
+from lumrec.data.own_log import check
+from lumrec.data.own_log.guess import is_condition, is_known_after, positive_of
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sources.raw_log import LabelConfig
-from lumrec.torchx_run import CmdRunFile, with_values
+from lumrec.experiments.config import load
+from lumrec.launch.torchx import CmdRunFile, with_values
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOP = Path(__file__).parent / "own_log"

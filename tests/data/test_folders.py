@@ -9,12 +9,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from lumrec.config import load
-from lumrec.data.check import Report, check
-from lumrec.data.sources.folders import find_files, partitions
-from lumrec.data.sources.log import LogConfig, open_tables
+from lumrec.data.own_log.check import Report, check
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.own_log.folders import find_files, partitions
+from lumrec.data.own_log.read import open_tables
 from lumrec.data.sources.raw_log import DataSetMissing
-from lumrec.errors import UserError
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 HEADER, ROW = "user_id,item_id,timestamp,label\n", "u,7,1714521600,1\n"
 

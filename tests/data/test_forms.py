@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
 from lumrec.data.forms import as_text, mixed_forms, one_form
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.own_log.read import read
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sources.log import LogConfig, read
 from lumrec.data.sources.raw_log import LabelConfig
-from lumrec.errors import UserError
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 SCHEMA = "schema.features={item_id: {role: item}, scene: {role: context}}"
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.data import intake
-from lumrec.data.intake import take_in, with_derived_columns
+from lumrec.data import ingest as intake
+from lumrec.data.ingest import take_in, with_derived_columns
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, microseconds, positive
-from lumrec.errors import UserError
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 SCHEMA = validate(
     SchemaConfig(

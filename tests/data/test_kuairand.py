@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from lumrec.data.prepare import DataConfig
+from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.sources import kuairand
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog

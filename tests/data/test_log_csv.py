@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.config import load
-from lumrec.data.prepare import DataConfig
-from lumrec.data.sources.log import LogConfig, read
-from lumrec.errors import UserError
+from lumrec.data.config import DataConfig
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.own_log.read import read
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 TEXT = (
     "user_id;item_id;timestamp;label;scene\nu;007;1714521600;1;caf\u00e9\nu;8;1714521601;0;a,b\nu;9;1714521602;0;x|y\n"

@@ -12,19 +12,19 @@ from drawn_logs import events_of, prepared, with_another_future
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.data import check
+from lumrec.batches.rows import RowBuilder
+from lumrec.batches.tower_rows import TowerBuilder
 from lumrec.data.moments import first_of_moment, inseparable
+from lumrec.data.own_log import check
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder
 from lumrec.data.splits import DEFAULT_FRACTIONS, TRAIN
-from lumrec.data.statistics import Statistics, raw_statistics
-from lumrec.data.tower_rows import TowerBuilder
+from lumrec.experiments.config import load
+from lumrec.features.statistics import Statistics, raw_statistics
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.models.ranker import MODELS
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.query.group_query import GroupQuery
-from lumrec.train.lum import ModelConfig, build_lum
-from lumrec.train.rank import MODELS
 
 READS = sorted({name for ranker, _ in MODELS.values() for name in ranker.reads} | {"item_U", "category_U"})
 FEATURES = {"features": ["item_id", "tags", "clicked"], "item_features": ["item_id", "tags"], "row_features": []}
@@ -189,7 +189,7 @@ def test_without_times_the_order_of_the_rows_counts(pages, tmp_path: Path, capsy
         (["data.request=pge"], "data.request.*'pge'"),
         (["data.request=click"], "data.request: got 'click', which is the label"),
         (["data.request=user"], "data.request: got 'user', which is data.log.user"),
-        (["data.source=simulator", "data.request=page"], "it names a column of source log alone"),
+        (["data.source=simulator", "data.request=page"], "it names a column of source log only"),
         (
             ["data.request=page", "schema.features={item_id: {role: item}, page: {role: context}}"],
             "schema.features.page: column 'page' is data.request",

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.data.prepare import DataConfig
+from lumrec.data.config import DataConfig
 from lumrec.data.schema import validate
 from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
 from lumrec.data.splits import SplitConfig
+from lumrec.experiments.config import load
 
 ANY = DataConfig(allow_other_files=True)
 

@@ -11,14 +11,15 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.data import check
-from lumrec.data.facts import ColumnFacts
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.config import DataConfig
+from lumrec.data.own_log import check
+from lumrec.data.own_log.column_facts import ColumnFacts
+from lumrec.data.own_log.suggest import as_schema, as_yaml, suggest
+from lumrec.data.own_log.tables import readable
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import RESERVED, FeatureConfig, SchemaConfig, TableConfig, validate
-from lumrec.data.sources.log_files import readable
-from lumrec.data.suggest import as_schema, as_yaml, suggest
+from lumrec.experiments.config import load
 
 NASTY = [
     *("+.4f", "a.b", "a[0]", "[x]", "{y}", "${HOME}", "$x", "$$", "it's", '"', "a b", "a_b", "a-b", "-a", "--config"),
@@ -64,7 +65,7 @@ def test_the_suggested_schema_is_read_back_whatever_the_columns_are_called(tmp_p
     suggestions = suggest(facts_of, keys=[], label="", known_after=[], made_of_time=["hour", "weekday"])
     schema, left_out = as_schema(suggestions), {s.column: s.why for s in suggestions if s.feature is None}
     config = tmp_path_factory.getbasetemp() / "names.yaml"
-    config.write_text(as_yaml(DataConfig(), DataConfig(), schema, {s.name: s.why for s in suggestions}, left_out))
+    config.write_text(as_yaml(DataConfig(), schema, {s.name: s.why for s in suggestions}, left_out))
     read = load(config, [])
     assert read.schema == schema
     columns_read = {feature.column for feature in validate(read.schema).features.values()} | set(left_out)

@@ -9,17 +9,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
+from lumrec.batches.rows import RowBuilder, training_rows
 from lumrec.data import prepare
-from lumrec.data.negative_rows import NegativeRows, NegativeRowsConfig
+from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, training_rows
 from lumrec.data.splits import PARTS, TEST, TRAIN
-from lumrec.data.statistics import raw_statistics, row_statistics
-from lumrec.evaluation.metrics import auc
-from lumrec.query import stage as query
-from lumrec.query.store import Knowledge
-from lumrec.train import pretrain, rank
+from lumrec.experiments.config import load
+from lumrec.features.statistics import raw_statistics, row_statistics
+from lumrec.knowledge.store import Knowledge
+from lumrec.metrics.ranking import auc
+from lumrec.stages.registry import STAGES
 
 NUM_ITEMS = 30
 YAML = """
@@ -72,7 +71,7 @@ def bought(tmp_path_factory: pytest.TempPathFactory):
     def make(*words: str) -> PreparedData:
         runs = tmp_path_factory.mktemp("runs")
         config = load(folder / "bought.yaml", [*WORDS, *words, f"runs_dir={runs}"])
-        prepare.run(config)
+        STAGES["prepare"].run(config)
         return PreparedData.open(runs / "bought-prepare")
 
     make.config = folder / "bought.yaml"
@@ -210,9 +209,9 @@ def test_popularity_is_told(data: PreparedData):
 def test_rankers_and_answers_are_measured_on_both(bought):
     data = bought(ONE_EACH)
     words = [*WORDS, ONE_EACH, f"runs_dir={data.path.parent}"]
-    pretrain.run(load(bought.config, words))
-    answers = query.run(load(bought.config, words))
-    result = rank.run(load(bought.config, [*words, "rank.knowledge=both"]))
+    STAGES["pretrain"].run(load(bought.config, words))
+    answers = STAGES["query"].run(load(bought.config, words))
+    result = STAGES["rank"].run(load(bought.config, [*words, "rank.knowledge=both"]))
     num_test = int((data.split == TEST).sum())
     assert result["num_rows"] == 2 * num_test and 0.0 <= result["auc"] <= 1.0
     knowledge = Knowledge.open(data.path.parent / "bought-query", data)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.negatives import Candidates, NegativeSampler, NegativesConfig
+from lumrec.batches.negatives import Candidates, NegativeSampler, NegativesConfig
 
 COUNTS = np.array([0, 1, 5, 20, 100, 3])
 NONE = torch.zeros(0, dtype=torch.int64)

@@ -8,11 +8,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from lumrec.config import load
-from lumrec.data.check import Report, check
+from lumrec.data.own_log.check import Report, check
 from lumrec.data.prepare import prepare
 from lumrec.data.scaling import Moments, scaled
-from lumrec.errors import UserError
+from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 SCHEMA = (
     "schema.features={item_id: {role: item}, price: {role: item, kind: dense}, speed: {role: context, kind: dense}, "

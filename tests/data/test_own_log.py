@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.config import DataConfig
+from lumrec.data.own_log import csv_files as log_csv
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.own_log.read import read
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sources import log_csv
-from lumrec.data.sources.log import LogConfig, read
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
+from lumrec.experiments.config import load
 
 SHOP = Path(__file__).parent / "own_log"
 HEADER = "user_id,item_id,timestamp,label,scene\n"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.packs import ABSENT, PackingConfig, PackLoader, Queries
+from lumrec.batches.windows import Windows
 from lumrec.data.columns import expand_ranges
-from lumrec.data.negatives import NegativesConfig
-from lumrec.data.packing import ABSENT, PackingConfig, PackLoader, Queries
-from lumrec.data.sequences import Windows
 from lumrec.data.splits import TRAIN, user_fold
-from lumrec.train.lum import ModelConfig, build_lum
-from lumrec.train.pretrain import training_users
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.stages.pretrain import training_users
 
 MODEL = ModelConfig(dim=16, num_heads=2, max_events=16, conditions=["feedback", "scenario"])
 

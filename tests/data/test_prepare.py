@@ -18,15 +18,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.data.config import DataConfig
 from lumrec.data.convert import convert
 from lumrec.data.manifest import PreparedDataError, write_manifest
-from lumrec.data.prepare import DataConfig, open_or_prepare, prepare, prepared_path, read_source, run
+from lumrec.data.open_log import read_source
+from lumrec.data.prepare import open_or_prepare, prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
-from lumrec.data.simulator import DEFAULT_SCHEMAS, SimulatorConfig
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.simulator.simulate import DEFAULT_SCHEMAS
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import TEST, TRAIN, SplitConfig, user_fold
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
+from lumrec.stages.prepare import run
+from lumrec.stages.registry import STAGES
 
 SMALL = DataConfig(source="simulator", simulator=SimulatorConfig(num_users=40, num_items=50, events_per_user=20))
 KINDS = ["temporal", "leave_one_out", "user", "time"]
@@ -40,8 +45,8 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def test_the_stage_makes_the_folder_and_its_result(make_config: Callable, capsys: pytest.CaptureFixture):
     config = make_config(SMALL)
-    result = run(config)
-    folder = prepared_path(config)
+    result = STAGES["prepare"].run(config)
+    folder = config.prepared
     assert folder.name == "test-prepare"
     assert json.loads((folder / "result.json").read_text()) == result
     assert all(isinstance(value, (int, float, str)) for value in result.values())
@@ -63,7 +68,7 @@ def test_the_stage_makes_the_folder_and_its_result(make_config: Callable, capsys
 def test_only_rank_0_of_a_launched_job_prepares(make_config: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     config = make_config(SMALL)
-    assert run(config) == {}
+    assert STAGES["prepare"].run(config) == {}
     assert not Path(config.runs_dir).exists()
 
 
@@ -86,7 +91,7 @@ def test_labels_and_feedback_of_the_test_part_change_nothing_else(make_config: C
     """Leakage: shuffle what the test part would tell, and compare everything that training reads."""
     config = make_config(replace(SMALL, split=SplitConfig(kind)))
     (scratch := tmp_path / "source").mkdir()
-    raw, schema = read_source(config, scratch)
+    raw, schema = read_source(config.data, config.schema, seed=config.seed, scratch=scratch)
     before = convert_log(raw, config.data.split, schema, tmp_path / "before")
     in_test = pl.Series(np.isin(np.arange(before.num_events), before.order[before.split == TEST]))
     events = raw.events.collect()
@@ -211,12 +216,15 @@ def test_a_log_without_a_declared_column_is_refused(make_config: Callable):
     ):
         schema = SchemaConfig(features={"item_id": FeatureConfig("item"), "new": feature})
         with pytest.raises(ValueError, match=f"schema.features.new: the {message}"):
-            run(make_config(SMALL, schema=schema))
+            STAGES["prepare"].run(make_config(SMALL, schema=schema))
 
 
 def test_bad_settings_are_refused(make_config: Callable):
     for data, message in (
-        (replace(SMALL, source="movielens"), r"data.source: got 'movielens' \(did you mean movielens-1m\?\), expected"),
+        (
+            replace(SMALL, source="movielens"),
+            r"data.source: got 'movielens' \(did you mean 'movielens-1m'\?\), expected",
+        ),
         (replace(SMALL, min_count=0), "data.min_count: got 0"),
         (replace(SMALL, split=SplitConfig("random")), "data.split.kind: got 'random'"),
         (replace(SMALL, max_list_length=0), "data.max_list_length: got 0"),
@@ -224,47 +232,47 @@ def test_bad_settings_are_refused(make_config: Callable):
         (replace(SMALL, simulator=SimulatorConfig(num_users=0)), "data.simulator.num_users: got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(make_config(data))
+            STAGES["prepare"].run(make_config(data))
 
 
 def test_a_folder_that_stands_is_kept_or_refused_or_replaced(make_config: Callable, capsys: pytest.CaptureFixture):
     config = make_config(SMALL)
-    first = run(config)
-    folder = prepared_path(config)
+    first = STAGES["prepare"].run(config)
+    folder = config.prepared
     made = os.stat(folder).st_ino
-    assert run(config) == first
+    assert STAGES["prepare"].run(config) == first
     assert os.stat(folder).st_ino == made
     assert "is prepared already" in capsys.readouterr().out
     other = replace(config, data=replace(SMALL, split=SplitConfig("leave_one_out")))
     with pytest.raises(ValueError, match="data.split.kind: 'temporal' in the folder, 'leave_one_out' asked for"):
-        run(other)
+        STAGES["prepare"].run(other)
     with pytest.raises(PreparedDataError, match="prepared with another config"):
         open_or_prepare(other)
     assert open_or_prepare(replace(other, inputs=replace(config.inputs, prepared="test-prepare"))).num_events
-    assert run(replace(other, overwrite=True))["fingerprint"] != first["fingerprint"]
+    assert STAGES["prepare"].run(replace(other, overwrite=True))["fingerprint"] != first["fingerprint"]
     assert open_or_prepare(other).manifest["split"]["kind"] == "leave_one_out"
     assert os.listdir(config.runs_dir) == ["test-prepare"]
 
 
 def test_a_damaged_folder_is_told_and_prepared_again_with_overwrite(make_config: Callable):
     config = make_config(SMALL)
-    run(config)
-    path = prepared_path(config) / "items.parquet"
+    STAGES["prepare"].run(config)
+    path = config.prepared / "items.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(PreparedDataError, match="items.parquet was changed or damaged.*overwrite=true"):
-        run(config)
-    run(replace(config, overwrite=True))
+        STAGES["prepare"].run(config)
+    STAGES["prepare"].run(replace(config, overwrite=True))
     assert path.read_bytes() == whole
 
 
 def test_a_folder_of_something_else_is_left_alone(make_config: Callable):
     config = make_config(SMALL, overwrite=True)
-    folder = prepared_path(config)
+    folder = config.prepared
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("two years")
     with pytest.raises(ValueError, match="holds no prepared data"):
-        run(config)
+        STAGES["prepare"].run(config)
     assert (folder / "thesis.txt").read_text() == "two years"
     assert os.listdir(config.runs_dir) == ["test-prepare"]
 
@@ -274,9 +282,9 @@ def test_what_a_killed_process_left_is_removed(make_config: Callable):
     left = Path(config.runs_dir) / ".test-prepare.preparing"
     (left / "events").mkdir(parents=True)
     (left / "events" / "part-00007.parquet").write_bytes(b"half")
-    run(config)
+    STAGES["prepare"].run(config)
     assert os.listdir(config.runs_dir) == ["test-prepare"]
-    assert os.listdir(prepared_path(config) / "events") == ["part-00000.parquet"]
+    assert os.listdir(config.prepared / "events") == ["part-00000.parquet"]
 
 
 def test_a_second_process_waits_for_the_first(make_config: Callable, capsys: pytest.CaptureFixture):
@@ -292,10 +300,10 @@ def test_a_second_process_waits_for_the_first(make_config: Callable, capsys: pyt
         said += capsys.readouterr().out
         time.sleep(0.01)
     assert thread.is_alive()
-    assert not prepared_path(config).exists()
+    assert not config.prepared.exists()
     os.close(lock)
     thread.join()
-    assert PreparedData.open(prepared_path(config)).num_users == 40
+    assert PreparedData.open(config.prepared).num_users == 40
 
 
 def test_the_default_folder_is_made_on_demand_and_a_named_one_is_not(
@@ -312,57 +320,57 @@ def test_the_default_folder_is_made_on_demand_and_a_named_one_is_not(
 
 def test_only_what_prepare_made_is_replaced(make_config: Callable):
     config = make_config(SMALL, overwrite=True)
-    folder = prepared_path(config)
+    folder = config.prepared
     for content in ('{"format": 2, "folder": "knowledge-0123456789abcdef-1"}', "{}", "cut"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").write_text(content)
         (folder / "thesis.txt").write_text("two years")
         with pytest.raises(UserError, match="was not made by the prepare stage .*thesis.txt.*never replaced"):
-            run(config)
+            STAGES["prepare"].run(config)
         (folder / "thesis.txt").unlink()
         with pytest.raises(UserError, match="was not made by the prepare stage"):
-            run(config)
+            STAGES["prepare"].run(config)
     (folder / "manifest.json").unlink()
-    run(config)
+    STAGES["prepare"].run(config)
     (folder / "thesis.txt").write_text("two years")
     with pytest.raises(UserError, match="thesis.txt"):
-        run(config)
+        STAGES["prepare"].run(config)
     (folder / "thesis.txt").unlink()
     (folder / "manifest.json").write_text("cut")
-    run(config)
+    STAGES["prepare"].run(config)
     assert PreparedData.open(folder).num_users == 40
 
 
 def test_a_link_is_kept_and_a_mount_refused(make_config: Callable, tmp_path: Path):
     config = make_config(SMALL)
-    folder, real = prepared_path(config), tmp_path / "disk" / "real"
+    folder, real = config.prepared, tmp_path / "disk" / "real"
     real.mkdir(parents=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(real)
     for overwrite in (False, True):
-        run(replace(config, overwrite=overwrite))
+        STAGES["prepare"].run(replace(config, overwrite=overwrite))
         assert folder.is_symlink() and PreparedData.open(real).num_users == 40
     assert os.listdir(real.parent) == ["real"] and os.listdir(folder.parent) == ["test-prepare"]
     shutil.rmtree(real)
     with pytest.raises(UserError, match="is a link to .*real, which does not exist"):
-        run(config)
+        STAGES["prepare"].run(config)
     folder.unlink()
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting needs the rights of root")
     try:
         with pytest.raises(UserError, match="is a mount: .*Mount .* instead"):
-            run(config)
+            STAGES["prepare"].run(config)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_data_that_were_replaced_since_they_were_opened_are_not_mixed_with_the_new_ones(make_config: Callable):
     config = make_config(SMALL)
-    run(config)
-    data = PreparedData.open(prepared_path(config))
+    STAGES["prepare"].run(config)
+    data = PreparedData.open(config.prepared)
     assert data.vocabulary("item_id")
-    run(replace(config, overwrite=True, data=replace(SMALL, min_count=3)))
+    STAGES["prepare"].run(replace(config, overwrite=True, data=replace(SMALL, min_count=3)))
     with pytest.raises(PreparedDataError, match="has changed since the data were opened: open them again"):
         data.vocabulary("item_id")
 
@@ -375,9 +383,9 @@ def test_a_full_disk_is_not_taken_for_a_damaged_log(make_config: Callable, tmp_p
         pytest.skip("mounting a small disk needs the rights of root")
     try:
         with pytest.raises(UserError, match="no space left for what is prepared for test-prepare .*Make room"):
-            run(config)
+            STAGES["prepare"].run(config)
         assert os.listdir(runs) == []
         subprocess.run(["mount", "-o", "remount,size=8m", str(runs)], check=True)
-        run(config)
+        STAGES["prepare"].run(config)
     finally:
         subprocess.run(["umount", "-l", str(runs)], check=True)

@@ -9,11 +9,12 @@ import polars as pl
 import pytest
 import torch
 
+from lumrec.data.config import DataConfig
 from lumrec.data.manifest import PreparedDataError
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import EVENT_ROLES, ROLES, features_by_role
-from lumrec.data.simulator import SimulatorConfig
+from lumrec.data.simulator.config import SimulatorConfig
 
 SMALL = DataConfig(source="simulator", simulator=SimulatorConfig(num_users=30, num_items=40, events_per_user=20))
 
@@ -75,7 +76,7 @@ def test_arrays_and_columns(folder: Path):
 
 
 def test_events_in_several_files(folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, stage_config: type):
-    monkeypatch.setattr("lumrec.data.intake.BLOCK_ROWS", 100)
+    monkeypatch.setattr("lumrec.data.ingest.BLOCK_ROWS", 100)
     config = stage_config(data=SMALL, runs_dir=str(copy.parent), overwrite=True)
     prepare(config, copy)
     one, several = PreparedData.open(folder), PreparedData.open(copy)

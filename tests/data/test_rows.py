@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from lumrec.batches.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
-from lumrec.data.statistics import row_statistics
+from lumrec.features.statistics import row_statistics
 from lumrec.modules.rankers.base import RankBatch
 
 ITEM = ["item_id", "categories", "price_bucket"]

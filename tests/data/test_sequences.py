@@ -6,14 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.sequences import (
-    answering_windows,
-    deal,
-    token_cost,
-    training_lengths,
-    training_windows,
-    window_cost,
-)
+from lumrec.batches.windows import answering_windows, deal, token_cost, training_lengths, training_windows, window_cost
 from lumrec.data.splits import TEST, TRAIN, VALID
 
 

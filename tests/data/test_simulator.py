@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from lumrec.data import simulator
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.config import DataConfig
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import validate
-from lumrec.data.simulator import DEFAULT_SCHEMAS, SimulatorConfig, click_facts, read, simulate
+from lumrec.data.simulator import simulate as simulator
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.simulator.simulate import DEFAULT_SCHEMAS, click_facts, read, simulate
 from lumrec.data.sources.raw_log import RawLog
 
 DAY_US = 86_400_000_000

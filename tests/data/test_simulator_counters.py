@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data import simulator, simulator_counters
-from lumrec.data.simulator import SimulatorConfig, simulate
-from lumrec.data.simulator_counters import ItemCounters, pair_runs, user_counters
+from lumrec.data.simulator import counters as simulator_counters
+from lumrec.data.simulator import simulate as simulator
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.simulator.counters import ItemCounters, pair_runs, user_counters
+from lumrec.data.simulator.simulate import simulate
 
 NUM_ITEMS, NUM_DAYS, NUM_USERS = 4, 5, 3
 COUNTERS = [f"{of}_{what}" for of in ("user", "user_item", "item") for what in ("impressions", "clicks")]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data.simulator import SimulatorConfig
-from lumrec.data.simulator_users import COMMON_WORDS, WORDS_PER_CATEGORY, query_words
-from lumrec.data.simulator_world import _shelf, item_frame, make_world
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.simulator.users import COMMON_WORDS, WORDS_PER_CATEGORY, query_words
+from lumrec.data.simulator.world import _shelf, item_frame, make_world
 
 DAYS = 4
 

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec import limits
 from lumrec.data.splits import (
     LATER,
     TEST,
@@ -20,6 +19,7 @@ from lumrec.data.splits import (
     moment_of_share,
     user_fold,
 )
+from lumrec.run import limits
 
 lengths = st.lists(st.integers(0, 30), max_size=12)
 

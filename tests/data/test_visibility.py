@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.batches.rows import RowBuilder
+from lumrec.batches.windows import answering_windows, training_windows
 from lumrec.data.columns import Column
 from lumrec.data.convert import convert
 from lumrec.data.manifest import write_manifest
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
-from lumrec.data.sequences import answering_windows, training_windows
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import DEFAULT_FRACTIONS, TRAIN, VALID, SplitConfig
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumrec.data.config import DataConfig
 from lumrec.data.manifest import PreparedDataError
-from lumrec.data.prepare import DataConfig, prepare
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig
-from lumrec.data.sources.log import LogConfig
 from lumrec.data.vocabulary import build_vocabulary, encode, moved_values
 
 COUNTS = st.dictionaries(st.sampled_from([f"v{number}" for number in range(12)]), st.integers(1, 5))

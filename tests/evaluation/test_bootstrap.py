@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from lumrec.evaluation.bootstrap import METRICS, _Rows, compare, intervals
-from lumrec.evaluation.metrics import ranking_metrics
+from lumrec.metrics.bootstrap import METRICS, _Rows, compare, intervals
+from lumrec.metrics.ranking import ranking_metrics
 
 ROWS = st.lists(
     st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(0, 4)),  # label, logit with many ties, user

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumrec.errors import UserError
-from lumrec.evaluation.bootstrap import Interval, intervals
-from lumrec.evaluation.compare import SCORES, Scores, compare_runs, main, read_scores, verdict, write_scores
+from lumrec.metrics.bootstrap import Interval, intervals
+from lumrec.metrics.compare import SCORES, Scores, compare_runs, main, read_scores, verdict, write_scores
+from lumrec.run.errors import UserError
 
 
 def make_run(folder, *, noise: float, rows: int = 2000, seed: int = 0):

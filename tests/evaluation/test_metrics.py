@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from lumrec.evaluation.metrics import (
+from lumrec.metrics.ranking import (
     auc,
     calibration_ratio,
     expected_calibration_error,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumrec.data.packing import PackBuilder
+from lumrec.batches.packs import PackBuilder
 from lumrec.evaluation.retrieval import (
     RetrievalConfig,
     evaluate_retrieval,
@@ -15,8 +15,8 @@ from lumrec.evaluation.retrieval import (
     metric_sums,
     target_ranks,
 )
+from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.query.group_query import GroupQuery
-from lumrec.train.lum import ModelConfig, build_lum
 
 MODEL = ModelConfig(dim=16, num_layers=1, num_heads=2, max_events=8, conditions=["feedback", "scenario", "query"])
 NOBODY = torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The Large User Model's invariances on drawn histories. Shapes as in lumrec.modules.lum."""
+"""The Large User Model's invariances on drawn histories. Shapes as in lumrec.modules.large_user_model."""
 
 import functools
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lumrec.modules import lum
+from lumrec.modules import large_user_model as lum
+from lumrec.modules.large_user_model import TOKENS_PER_EVENT, LargeUserModel, Pack
 from lumrec.modules.layout import make_layout
-from lumrec.modules.lum import TOKENS_PER_EVENT, LargeUserModel, Pack
 from lumrec.modules.tokens import TokenEncoder, make_kjt, make_tables
 from lumrec.modules.user_encoder import UserEncoder
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.evaluation.metrics import auc
+from lumrec.metrics.ranking import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 from lumrec.modules.rankers import jagged
 from lumrec.modules.rankers.base import Dice, RankBatch, Ranker

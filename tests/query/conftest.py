@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from shop_log import shop_log
 
-from lumrec.config import load
-from lumrec.data import prepare
-from lumrec.train import pretrain
+from lumrec.experiments.config import load
+from lumrec.stages.registry import STAGES
 
 WORDS = [
     "name=tiny",
@@ -31,7 +30,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds tiny-prepare, tiny-pretrain, tiny-pretrain-0of2 and tiny-pretrain-1of2; not to be changed."""
     runs = tmp_path_factory.mktemp("trained") / "runs"
     for words in ([], ["fold=0/2"], ["fold=1/2"]):
-        pretrain.run(load(None, [*WORDS, f"runs_dir={runs}", *words]))
+        STAGES["pretrain"].run(load(None, [*WORDS, f"runs_dir={runs}", *words]))
     return runs
 
 
@@ -65,8 +64,8 @@ def trained_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         log = runs.with_name(f"{name}.csv")
         shop_log(tuesday=name == "tuesday").write_csv(log)
         words = [*LOG_WORDS, f"data.log.events={log}", f"runs_dir={runs}", f"run={name}"]
-        prepare.run(load(None, words))
-    pretrain.run(load(None, [*LOG_WORDS, f"runs_dir={runs}", "inputs.prepared=monday"]))
+        STAGES["prepare"].run(load(None, words))
+    STAGES["pretrain"].run(load(None, [*LOG_WORDS, f"runs_dir={runs}", "inputs.prepared=monday"]))
     return runs
 
 

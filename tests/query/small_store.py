@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from lumrec.data.splits import user_fold
-from lumrec.query.records import user_key_bytes
-from lumrec.query.writer import KnowledgeWriter
+from lumrec.knowledge.records import user_key_bytes
+from lumrec.knowledge.writer import KnowledgeWriter
 
 KEYS = ["", "1", "ü" * 100, "x" * 5000, "2", "3"]
 ITEMS = ["a", "b", "c"]

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.batches.windows import Windows
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import Windows
-from lumrec.query import stage
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.lum import ModelConfig, build_lum, load_lum
 from lumrec.query.conditions import Conditions, expand, top_values
 from lumrec.query.group_query import GroupQuery
-from lumrec.query.store import Knowledge
-from lumrec.train.lum import ModelConfig, build_lum, load_lum
+from lumrec.stages.registry import STAGES
 
 MAX_EVENTS = 8
 
@@ -164,11 +164,11 @@ def test_a_value_of_the_vocabulary_is_itself(lum):
 def test_the_stage_stores_each_slot(experiment):
     """What is stored for "top 1 of 2" at a row is the answer to the user's own value, as it was before that row."""
     config = experiment("query.conditions=[{category: top 2}, {feedback: '*'}]", "query.users=false")
-    assert stage.run(config)["conditions"] == 4
+    assert STAGES["query"].run(config)["conditions"] == 4
     data = PreparedData.open(Path(config.runs_dir) / "tiny-prepare")
     knowledge = Knowledge.open(Path(config.runs_dir) / "tiny-query", data)
     assert knowledge.conditions[:2] == [{"category": "top 1 of 2"}, {"category": "top 2 of 2"}]
-    dmp, builder, _ = load_lum(config, "tiny-pretrain", data, device=torch.device("cpu"))
+    dmp, builder, _ = load_lum(config.runs / "tiny-pretrain", data, device=torch.device("cpu"))
     start = int(data.user_offsets[5])
     names = {row: name for name, row in data.vocabulary("categories").items()}
     own = names[int(data.event_columns["category"].values[start])]

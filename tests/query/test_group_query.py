@@ -8,22 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumrec.batches.packs import PackBuilder, Queries
+from lumrec.batches.windows import Windows, behind
 from lumrec.data.columns import Column
-from lumrec.data.packing import PackBuilder, Queries
-from lumrec.data.sequences import Windows, behind
-from lumrec.modules import lum as lum_module
+from lumrec.knowledge.log_normalizer import log_normalizer
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.modules import large_user_model as lum_module
 from lumrec.modules.user_encoder import ENCODERS
 from lumrec.query.conditions import condition_columns, default_conditions
-from lumrec.query.group_query import (
-    GroupQuery,
-    answered_rows,
-    encode_items,
-    log_normalizer,
-    packs,
-    row_windows,
-    serving_windows,
-)
-from lumrec.train.lum import ModelConfig, build_lum
+from lumrec.query.group_query import GroupQuery, answered_rows, encode_items, packs, row_windows, serving_windows
 
 MODEL = ModelConfig(dim=16, num_layers=2, num_heads=2, max_events=8)
 CONDITIONS = [{"feedback": "like"}, {}, {"feedback": "dislike", "scenario": "search"}, {"scenario": "home"}]
@@ -278,8 +271,8 @@ def test_the_normaliser_is_exact_for_small_and_for_large_similarities(scale):
 def test_the_normaliser_goes_over_several_blocks_of_items(monkeypatch):
     o_XD, e_ID = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.randn(11, 4)
     whole = log_normalizer(o_XD, e_ID)
-    monkeypatch.setattr("lumrec.query.group_query.ITEM_BLOCK", 3)
-    monkeypatch.setattr("lumrec.query.group_query.SUM_BUDGET", 6)
+    monkeypatch.setattr("lumrec.knowledge.log_normalizer.ITEM_BLOCK", 3)
+    monkeypatch.setattr("lumrec.knowledge.log_normalizer.SUM_BUDGET", 6)
     torch.testing.assert_close(log_normalizer(o_XD, e_ID), whole)
 
 

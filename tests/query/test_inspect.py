@@ -1,8 +1,6 @@
 """What the LUM knows of a user, as a person reads it: right titles, similarities and shares, and helpful errors."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,11 @@ import torch
 
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
-from lumrec.query import inspect
+from lumrec.models.lum import ModelConfig, build_lum, load_lum
 from lumrec.query.group_query import GroupQuery
-from lumrec.train.lum import ModelConfig, build_lum, load_lum
+from lumrec.stages import show_user
+from lumrec.stages.registry import STAGES
+from lumrec.stages.show_user import ShowUserConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def query(experiment) -> GroupQuery:
     config = experiment()
     data = PreparedData.open(Path(config.runs_dir) / "tiny-prepare")
-    dmp, builder, trained = load_lum(config, "tiny-pretrain", data, device=torch.device("cpu"))
+    dmp, builder, trained = load_lum(config.runs / "tiny-pretrain", data, device=torch.device("cpu"))
     return GroupQuery(dmp, builder, [{"feedback": "like"}, {}], max_events=trained.model.max_events)
 
 
 def test_the_view_is_what_the_lum_says(query):
     data, user = query.data, 3
-    view = inspect.look(query, user, num_top=data.num_items, num_events=4)
+    view = show_user.look(query, user, num_top=data.num_items, num_events=4)
     start, end = data.user_offsets[user : user + 2]
     titles = data.item_titles()
     assert [event.title for event in view.events] == [titles[item] for item in data.item[end - 4 : end]]
@@ -47,7 +47,7 @@ def test_the_view_is_what_the_lum_says(query):
 
 
 def test_seen_items_can_be_left_out(query):
-    view = inspect.look(query, 3, num_top=10**6, leave_out_seen=True)
+    view = show_user.look(query, 3, num_top=10**6, leave_out_seen=True)
     start, end = query.data.user_offsets[3:5]
     unseen = query.data.num_items - len(set(query.data.item[start:end].tolist()))
     assert [len(matches) for matches in view.matches] == [unseen] * 2
@@ -55,11 +55,13 @@ def test_seen_items_can_be_left_out(query):
 
 
 def test_the_app_prints_it(experiment, forks):
-    config = experiment("inspect.top=3", "inspect.events=2", "query.conditions=[{feedback: like}, {scenario: home}]")
+    config = experiment(
+        "show_user.top=3", "show_user.events=2", "query.conditions=[{feedback: like}, {scenario: home}]"
+    )
     user = PreparedData.open(Path(config.runs_dir) / "tiny-prepare").user_keys()[5]
-    words = [f"runs_dir={config.runs_dir}", "inspect.top=3", "query.conditions=[{feedback: like}, {scenario: home}]"]
+    words = [f"runs_dir={config.runs_dir}", "show_user.top=3", "query.conditions=[{feedback: like}, {scenario: home}]"]
     options = ["--config", f"{config.runs_dir}/tiny-pretrain/config.yaml", "--user", user]
-    said = forks.run_script(ROOT / "apps" / "inspect.py", *options, *words).text()
+    said = forks.run_script(ROOT / "apps" / "show_user.py", *options, *words).text()
     assert f"user {user}: " in said
     assert "\nfeedback=like " in said and "\nscenario=home " in said
     assert said.count("\n   3. ") == 2
@@ -72,7 +74,7 @@ def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, ca
     config = experiment(*words)
     for fold in (0, 1):
         user = keys[fold_U.index(fold)]
-        inspect.run(dataclasses.replace(config, inspect=inspect.InspectConfig(user=user, top=3)))
+        STAGES["show_user"].run(dataclasses.replace(config, show_user=ShowUserConfig(user=user, top=3)))
         line = capsys.readouterr().out.splitlines()[0]
         assert line == f"tiny-pretrain-{fold}of2 says of"
         told.add(line)
@@ -82,31 +84,18 @@ def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no user is given; expected inspect.user="),
-        (["inspect.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
-        (["inspect.user=1", "inspect.top=0"], "inspect.top: got 0, expected at least 1"),
+        ([], "no user is given; expected show_user.user="),
+        (["show_user.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
+        (["show_user.user=1", "show_user.top=0"], "show_user.top: got 0, expected at least 1"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(experiment, words, message):
     with pytest.raises(ValueError, match=message):
-        inspect.run(experiment(*words))
-
-
-def test_other_scripts_still_find_pythons_own_inspect():
-    """`apps/` is the first place where a script in it looks for modules."""
-    code = "import inspect, dataclasses; print(inspect.__file__, inspect.signature(len))"
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, 'apps'); {code}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "apps/" not in result.stdout and "(obj, /)" in result.stdout
+        STAGES["show_user"].run(experiment(*words))
 
 
 def test_a_lum_without_conditions_has_one_list(tiny_prepared):
     model, builder = build_lum(ModelConfig(dim=16, num_layers=1, max_events=8, conditions=[]), tiny_prepared)
-    view = inspect.look(GroupQuery(model, builder, [{}], max_events=8), 0, num_top=3)
+    view = show_user.look(GroupQuery(model, builder, [{}], max_events=8), 0, num_top=3)
     assert view.conditions == [{}] and [len(matches) for matches in view.matches] == [3]
-    assert "\n(no condition) " in inspect.text(view)
+    assert "\n(no condition) " in show_user.text(view)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lumrec.data.sequences import Windows, behind
+from lumrec.batches.windows import Windows, behind
+from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.query.group_query import GroupQuery
-from lumrec.query.kept import KeptHistories
-from lumrec.train.lum import ModelConfig, build_lum
+from lumrec.query.prefix_cache import KeptHistories
 
 MAX_EVENTS = 24
 CONDITIONS = [{"feedback": "like"}, {"category": "top 1"}, {}]

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.packs import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.columns import Column
-from lumrec.data.negatives import NegativesConfig
-from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.splits import TRAIN, user_fold
-from lumrec.errors import UserError
-from lumrec.query.history import user_index
-from lumrec.query.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
-from lumrec.query.store import Knowledge, KnowledgeStore, manifest_hash, read_manifest
-from lumrec.query.writer import KnowledgeWriter
-from lumrec.train.lum import ModelConfig, build_lum
-from lumrec.train.pretrain import training_users
+from lumrec.knowledge.digests import user_index
+from lumrec.knowledge.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
+from lumrec.knowledge.store import Knowledge, KnowledgeStore, manifest_hash, read_manifest
+from lumrec.knowledge.writer import KnowledgeWriter
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.run.errors import UserError
+from lumrec.stages.pretrain import training_users
 
 N, D = 2, 8
 IDENTITY = {
@@ -205,7 +205,7 @@ def test_a_build_that_was_killed_before_it_was_published_is_continued(build, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lumrec.query.writer.sync_tree", killed)
+        patch.setattr("lumrec.knowledge.writer.sync_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             build()
     path = build.path

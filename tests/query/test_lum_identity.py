@@ -7,19 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumrec.config import Config
 from lumrec.data.prepare import open_or_prepare
-from lumrec.errors import UserError
-from lumrec.query import inspect
-from lumrec.query import stage as query
-from lumrec.train import rank
+from lumrec.experiments.config import Config
+from lumrec.models.lum import ModelConfig, load_lum
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
+from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint_meta import read_meta
-from lumrec.train.continual import find_earlier
-from lumrec.train.files import sha256
 from lumrec.train.identity import Settings
-from lumrec.train.lum import ModelConfig, load_lum
+from lumrec.warm_start.continual import find_earlier
 
-WORDS = ["name=tiny", "inspect.user=u0"]
+WORDS = ["name=tiny", "show_user.user=u0"]
 
 
 def edit(run: Path, old: str, new: str) -> None:
@@ -43,11 +41,15 @@ def rewrite(checkpoint: Path, **fingerprint: str | None) -> None:
 
 
 READERS: dict[str, Callable[[Config], object]] = {
-    "query": query.run,
-    "inspect": lambda config: inspect.run(config),
-    "rank": lambda config: rank.run(config),
-    "load_lum": lambda config: load_lum(config, "tiny-pretrain", open_or_prepare(config), device=torch.device("cpu")),
-    "start_from": lambda config: find_earlier(config, open_or_prepare(config)),
+    "query": STAGES["query"].run,
+    "inspect": lambda config: STAGES["show_user"].run(config),
+    "rank": lambda config: STAGES["rank"].run(config),
+    "load_lum": lambda config: load_lum(
+        config.runs / "tiny-pretrain", open_or_prepare(config), device=torch.device("cpu")
+    ),
+    "start_from": lambda config: find_earlier(
+        config, config.model, config.pretrain.start_from, open_or_prepare(config)
+    ),
 }
 CHANGES = [
     ("num_heads: 2", "num_heads: 4", "model.*num_heads is 2 there, 4 here"),
@@ -63,7 +65,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("old", "new", "said"), CHANGES)
 def test_a_config_that_the_checkpoint_contradicts(experiment, old, new, said):
-    config = experiment("pretrain.start_from=tiny-pretrain", "run=other", "rank.tables=lum", "inspect.user=0")
+    config = experiment("pretrain.start_from=tiny-pretrain", "run=other", "rank.tables=lum", "show_user.user=0")
     edit(Path(config.runs_dir) / "tiny-pretrain", old, new)
     with pytest.raises(UserError, match=said):
         READERS["query"](config)
@@ -71,7 +73,7 @@ def test_a_config_that_the_checkpoint_contradicts(experiment, old, new, said):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_compares(experiment, reader):
-    words = ["pretrain.start_from=tiny-pretrain", "run=other", "rank.tables=lum", "inspect.user=0"]
+    words = ["pretrain.start_from=tiny-pretrain", "run=other", "rank.tables=lum", "show_user.user=0"]
     config = experiment(*words)
     edit(Path(config.runs_dir) / "tiny-pretrain", "num_heads: 2", "num_heads: 4")
     with pytest.raises(UserError, match=r"tiny-pretrain/config.yaml says.*num_heads is 2 there, 4 here"):

@@ -12,15 +12,15 @@ import torch
 from forks import Run
 from sklearn.metrics import roc_auc_score
 
+from lumrec.batches.rows import training_rows
+from lumrec.batches.windows import training_windows
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import training_rows
-from lumrec.data.sequences import training_windows
 from lumrec.data.splits import LATER, TEST, TRAIN, leave_out_later, user_fold
-from lumrec.query import stage
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
+from lumrec.models.lum import load_lum
 from lumrec.query.group_query import GroupQuery
-from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.train import pretrain
-from lumrec.train.lum import load_lum
+from lumrec.run.typed_yaml import to_yaml
+from lumrec.stages.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDS = "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"
@@ -33,7 +33,7 @@ def opened(config) -> tuple[PreparedData, Path]:
 
 
 def asked_directly(config, run: str, data: PreparedData, conditions) -> GroupQuery:
-    dmp, builder, trained = load_lum(config, run, data, device=torch.device("cpu"))
+    dmp, builder, trained = load_lum(config.runs / run, data, device=torch.device("cpu"))
     return GroupQuery(dmp, builder, conditions, max_events=trained.model.max_events)
 
 
@@ -45,15 +45,17 @@ def in_subprocess(forks):
 
 def in_forks(forks, code: str, config, *words: str, ranks: int) -> Run:
     folder = Path(config.runs_dir).parent
-    text = "import sys\nfrom lumrec.config import load\nfrom lumrec.query import stage, writer\n"
-    text += f"config = load({str(folder / 'runs/tiny-pretrain/config.yaml')!r}, sys.argv[1:])\n"
+    text = "import sys\nfrom lumrec.experiments.config import load\nfrom lumrec.knowledge import writer\n"
+    text += "from lumrec.stages.registry import STAGES\n"
+    (folder / "script.yaml").write_text(to_yaml(config))
+    text += f"config = load({str(folder / 'script.yaml')!r}, sys.argv[1:])\n"
     (folder / "script.py").write_text(text + textwrap.dedent(code))
     return forks.start_script(folder / "script.py", f"runs_dir={config.runs_dir}", *words, world_size=ranks)
 
 
 def test_what_is_published_is_what_the_lum_says(experiment):
     config = experiment(CONDITIONS)
-    result = stage.run(config)
+    result = STAGES["query"].run(config)
     data, path = opened(config)
     knowledge, store = Knowledge.open(path, data), KnowledgeStore.open(path)
     query = asked_directly(config, "tiny-pretrain", data, knowledge.conditions)
@@ -94,7 +96,7 @@ def test_what_is_published_is_what_the_lum_says(experiment):
 
 def test_a_first_event_and_an_unknown_user_are_absent(experiment):
     config = experiment()
-    stage.run(config)
+    STAGES["query"].run(config)
     data, path = opened(config)
     firsts = Knowledge.open(path, data).for_rows(data.user_offsets[:-1])
     assert not firsts.present_BN.any() and not firsts.o_BND.any()
@@ -109,13 +111,15 @@ def test_a_first_event_and_an_unknown_user_are_absent(experiment):
 
 def test_a_finished_run_stands_and_a_new_lum_makes_a_new_version(experiment):
     config = experiment("query.users=false")
-    result = stage.run(config)
+    result = STAGES["query"].run(config)
     data, path = opened(config)
     before = Knowledge.open(path, data)
-    assert stage.run(config) == result and Knowledge.open(path, data).path == before.path
+    assert STAGES["query"].run(config) == result and Knowledge.open(path, data).path == before.path
 
-    pretrain.run(experiment("seed=1", "data.simulator.num_users=60", "overwrite=true", "inputs.prepared=tiny-prepare"))
-    stage.run(config)
+    STAGES["pretrain"].run(
+        experiment("seed=1", "data.simulator.num_users=60", "overwrite=true", "inputs.prepared=tiny-prepare")
+    )
+    STAGES["query"].run(config)
     after = Knowledge.open(path, data)
     assert after.path != before.path and not before.path.exists()
     assert not torch.equal(after.items_e, before.items_e)
@@ -125,9 +129,9 @@ def test_a_finished_run_stands_and_a_new_lum_makes_a_new_version(experiment):
 
 
 def test_knowledge_split_in_time_leaves_the_later_rows_to_the_ranker(experiment):
-    pretrain.run(experiment("run=early", "pretrain.time_share=0.5", "inputs.prepared=tiny-prepare"))
+    STAGES["pretrain"].run(experiment("run=early", "pretrain.time_share=0.5", "inputs.prepared=tiny-prepare"))
     config = experiment("inputs.lums=[early]", "query.users=false")
-    assert stage.run(config)["hazard"] == "time_split"
+    assert STAGES["query"].run(config)["hazard"] == "time_split"
     data, path = opened(config)
     knowledge = Knowledge.open(path, data)
     learnt = leave_out_later(data.split, data.timestamp, 0.5)
@@ -145,7 +149,7 @@ def test_knowledge_split_in_time_leaves_the_later_rows_to_the_ranker(experiment)
 
 def test_cross_fitting_asks_each_user_of_the_lum_that_never_saw_them(experiment):
     config = experiment("inputs.lums=[tiny-pretrain-1of2, tiny-pretrain-0of2]")  # whatever the order
-    result = stage.run(config)
+    result = STAGES["query"].run(config)
     assert result["hazard"] == "cross_fit" and result["lums"] == 2
     data, path = opened(config)
     knowledge = Knowledge.open(path, data)
@@ -167,7 +171,7 @@ def test_cross_fitting_asks_each_user_of_the_lum_that_never_saw_them(experiment)
 
 def test_switched_off_parts_are_not_there(experiment):
     config = experiment("query.rows=false", "query.log_normalizer=false", "query.dtype=float32")
-    result = stage.run(config)
+    result = STAGES["query"].run(config)
     data, path = opened(config)
     assert "rows" not in result
     knowledge = Knowledge.open(path, data)
@@ -189,14 +193,14 @@ def test_switched_off_parts_are_not_there(experiment):
 def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experiment, in_subprocess):
     words = [FOLDS, CONDITIONS]
     config = experiment(*words)
-    stage.run(config)
+    STAGES["query"].run(config)
     data, path = opened(config)
     old = Knowledge.open(path, data)
     everything = np.arange(data.num_events)
     answers = old.for_rows(everything)
 
     other = experiment("seed=1", "fold=0/2", "overwrite=true", "inputs.prepared=tiny-prepare")
-    pretrain.run(other)
+    STAGES["pretrain"].run(other)
     killed = in_subprocess(
         """
         import os, signal
@@ -206,7 +210,7 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
                 os.kill(os.getpid(), signal.SIGKILL)
             commit(self, unit)
         writer.KnowledgeWriter.commit = die_or_commit
-        stage.run(config)
+        STAGES["query"].run(config)
         """,
         config,
         *words,
@@ -224,7 +228,7 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
             print("unit", unit)
             commit(self, unit)
         writer.KnowledgeWriter.commit = tell_and_commit
-        stage.run(config)
+        STAGES["query"].run(config)
         """,
         config,
         *words,
@@ -237,7 +241,7 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
     assert new.path != old.path and not (path / "building").exists()
 
     fresh = experiment(*words, "run=uninterrupted")
-    result = stage.run(fresh)
+    result = STAGES["query"].run(fresh)
     whole = Knowledge.open(path.with_name("uninterrupted"), data)
     for name in ("rows_o.npy", "rows_log_z.npy", "rows_present.npy", "items_e.npy", "user_fold.npy"):
         assert (new.path / name).read_bytes() == (whole.path / name).read_bytes(), name
@@ -249,9 +253,9 @@ def test_a_killed_build_goes_on_and_the_old_version_can_be_read_meanwhile(experi
 def test_two_ranks_write_what_one_writes(experiment, in_subprocess):
     words = [FOLDS, CONDITIONS]
     config = experiment(*words)
-    both = in_subprocess("stage.run(config)", config, *words, "run=two-ranks", ranks=2)
+    both = in_subprocess('STAGES["query"].run(config)', config, *words, "run=two-ranks", ranks=2)
     assert both.wait() == [0, 0], both.text()
-    stage.run(config)
+    STAGES["query"].run(config)
     data, path = opened(config)
     one, two = Knowledge.open(path, data), Knowledge.open(path.with_name("two-ranks"), data)
     everything = np.arange(data.num_events)
@@ -283,27 +287,26 @@ def test_two_ranks_write_what_one_writes(experiment, in_subprocess):
 )
 def test_inputs_that_do_not_belong_together_are_refused(experiment, words, message):
     with pytest.raises(ValueError, match=message):
-        stage.run(experiment(*words))
+        STAGES["query"].run(experiment(*words))
 
 
 def test_missing_inputs_name_the_command_that_makes_them(experiment):
     with pytest.raises(FileNotFoundError, match=r"apps/pretrain.py .* run=tiny-pretrain-3of4 fold=3/4"):
-        stage.run(experiment("inputs.lums=[tiny-pretrain-3of4]"))
+        STAGES["query"].run(experiment("inputs.lums=[tiny-pretrain-3of4]"))
     config = experiment()
     shutil.rmtree(Path(config.runs_dir) / "tiny-prepare")
     with pytest.raises(FileNotFoundError, match="apps/prepare.py"):
-        stage.run(config)
+        STAGES["query"].run(config)
 
 
 def test_a_lum_of_other_data_is_refused(experiment, tmp_path):
-    from lumrec.data import prepare
 
-    prepare.run(experiment("run=other", "seed=5"))
+    STAGES["prepare"].run(experiment("run=other", "seed=5"))
     with pytest.raises(ValueError, match="trained on other data"):
-        stage.run(experiment("inputs.prepared=other"))
+        STAGES["query"].run(experiment("inputs.prepared=other"))
 
 
 def test_answers_too_large_for_the_dtype_are_refused(experiment):
-    pretrain.run(experiment("run=hot", "model.temperature=1e-12"))
+    STAGES["pretrain"].run(experiment("run=hot", "model.temperature=1e-12"))
     with pytest.raises(ValueError, match="query.dtype=float32"):
-        stage.run(experiment("inputs.lums=[hot]"))
+        STAGES["query"].run(experiment("inputs.lums=[hot]"))

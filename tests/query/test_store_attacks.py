@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import publish
 
-from lumrec.errors import UserError
-from lumrec.query.exchange import export_parquet, import_parquet
-from lumrec.query.refresh import Earlier
-from lumrec.query.store import KnowledgeStore, identity_of, manifest_hash, read_manifest, version_name
-from lumrec.train.files import sha256
+from lumrec.knowledge.parquet import export_parquet, import_parquet
+from lumrec.knowledge.refresh import Earlier
+from lumrec.knowledge.store import KnowledgeStore, identity_of, manifest_hash, read_manifest, version_name
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
 
 
 class Runs:
@@ -209,7 +209,7 @@ def test_item_keys_of_another_kind(store):
 
 
 def test_an_index_that_leads_out_of_the_rows(store):
-    from lumrec.query.history import USER_INDEX
+    from lumrec.knowledge.digests import USER_INDEX
 
     for first_row, num_events in ((-1, 1), (0, -1)):
         index = np.zeros(1, USER_INDEX)
@@ -223,7 +223,7 @@ def test_an_index_that_leads_out_of_the_rows(store):
 
 
 class TestExported:
-    """What `python -m lumrec.query.exchange import` takes."""
+    """What `python -m lumrec.knowledge.parquet import` takes."""
 
     @pytest.fixture
     def warehouse(self, store: Path, tmp_path: Path) -> Path:

@@ -10,11 +10,11 @@ import torch
 from small_store import ITEMS, KEYS, publish
 
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
-from lumrec.query import exchange
-from lumrec.query.exchange import export_parquet, import_parquet
-from lumrec.query.forget import Incomplete, forget
-from lumrec.query.store import Knowledge, KnowledgeStore
+from lumrec.knowledge import parquet as exchange
+from lumrec.knowledge.forget import Incomplete, forget
+from lumrec.knowledge.parquet import export_parquet, import_parquet
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
+from lumrec.run.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])

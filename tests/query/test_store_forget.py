@@ -12,17 +12,16 @@ import torch
 from shop_log import SHOP_USERS
 from small_store import publish
 
-from lumrec.config import load
-from lumrec.data import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
-from lumrec.query import forget as forgetting
-from lumrec.query import stage
-from lumrec.query.forget import FORGOTTEN, Incomplete, forget, read_keys_file
-from lumrec.query.records import user_digest
-from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.query.writer import KnowledgeWriter
-from lumrec.train.run import RunFolder
+from lumrec.experiments.config import load
+from lumrec.knowledge import forget as forgetting
+from lumrec.knowledge.forget import FORGOTTEN, Incomplete, forget, read_keys_file
+from lumrec.knowledge.records import user_digest
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
+from lumrec.knowledge.writer import KnowledgeWriter
+from lumrec.run.errors import UserError
+from lumrec.run.folder import RunFolder
+from lumrec.stages.registry import STAGES
 
 
 def files_with(folder: Path, words: bytes) -> list[str]:
@@ -38,7 +37,7 @@ def forget_in_stores(runs: Path, keys: list[str]) -> dict[str, int]:
 
 def test_a_forgotten_user_is_gone_for_good(shop):
     words = ["run=kept", "query.dtype=int8"]
-    stage.run(shop(*words, "inputs.prepared=monday"))
+    STAGES["query"].run(shop(*words, "inputs.prepared=monday"))
     runs = Path(shop().runs_dir)
     data = PreparedData.open(runs / "monday")
     before, rows_before = KnowledgeStore.open(runs / "kept"), Knowledge.open(runs / "kept", data)
@@ -65,14 +64,14 @@ def test_a_forgotten_user_is_gone_for_good(shop):
     assert rows.manifest["counts"]["rows"] == int(now.present_BN[:, 0].sum())
 
     # The same stage again: what is published is what is wanted. A refresh, another run, one made anew: not asked.
-    assert stage.run(shop(*words, "inputs.prepared=monday"))["users_asked"] == 41
+    assert STAGES["query"].run(shop(*words, "inputs.prepared=monday"))["users_asked"] == 41
     assert KnowledgeStore.open(runs / "kept").path == store.path
     shutil.rmtree(runs / "monday")
     shutil.copytree(runs / "tuesday", runs / "monday")
-    refreshed = stage.run(shop(*words, "inputs.prepared=monday"))
+    refreshed = STAGES["query"].run(shop(*words, "inputs.prepared=monday"))
     assert (refreshed["users_asked"], refreshed["users_taken_over"]) == (12, 28)
-    stage.run(shop("run=other", "query.dtype=int8", "inputs.prepared=tuesday"))
-    stage.run(shop(*words, "inputs.prepared=tuesday", "overwrite=true"))
+    STAGES["query"].run(shop("run=other", "query.dtype=int8", "inputs.prepared=tuesday"))
+    STAGES["query"].run(shop(*words, "inputs.prepared=tuesday", "overwrite=true"))
     for name in ("kept", "other"):
         assert not KnowledgeStore.open(runs / name).get([key]).present_BN.any()
         assert files_with(runs / name, key.encode()) == []
@@ -84,7 +83,7 @@ def test_a_forgotten_user_is_gone_for_good(shop):
 
 
 def test_what_was_killed_is_completed_and_leftovers_go(shop, monkeypatch):
-    stage.run(shop("run=kept", "inputs.prepared=monday"))
+    STAGES["query"].run(shop("run=kept", "inputs.prepared=monday"))
     runs, key = Path(shop().runs_dir), SHOP_USERS[20]
     trash = runs / "kept" / ".trash-knowledge-0123-9"
     trash.mkdir()
@@ -102,7 +101,7 @@ def test_what_was_killed_is_completed_and_leftovers_go(shop, monkeypatch):
 
 
 def test_a_store_in_use_is_named_and_the_user_noted_all_the_same(shop):
-    stage.run(shop("run=kept", "inputs.prepared=monday"))
+    STAGES["query"].run(shop("run=kept", "inputs.prepared=monday"))
     runs = Path(shop().runs_dir)
     lock = RunFolder.locked(runs / "kept")
     # As if another process held it.
@@ -131,7 +130,7 @@ def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
     runs.mkdir()
     (runs / "own").symlink_to(tmp_path / "elsewhere")
     words = ["data.source=log", "data.label={column: clicked, at_least: 1}", f"data.log.events={log}", "run=own"]
-    prepared = prepare.run(load(None, [*words, f"runs_dir={runs}"]))
+    prepared = STAGES["prepare"].run(load(None, [*words, f"runs_dir={runs}"]))
     publish(tmp_path / "store", keys=[key, "7"])
     (runs / "linked").symlink_to(tmp_path / "store")
     for name in (".own.old-17", ".trash-x-17", "nested/.own.preparing"):
@@ -146,7 +145,7 @@ def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
     assert stopped.value.code == 2 and "no store holds 1 of the keys: 'nobody'" in said
     assert re.search(r"own: users.parquet \(1\), quarantine.parquet \(2\): prepare it again", said)
     with pytest.raises(UserError, match="elsewhere holds forgotten users .*overwrite=true"):
-        prepare.run(load(None, [*words, f"runs_dir={runs}"]))
+        STAGES["prepare"].run(load(None, [*words, f"runs_dir={runs}"]))
     forgetting.main([str(runs), "--prepare"])
     for folder in (runs, tmp_path / "elsewhere", tmp_path / "store"):
         assert not [file for file in folder.rglob("*") if file.is_file() and key in str(read_all(file))]
@@ -165,7 +164,7 @@ def read_all(file: Path) -> object:
 def test_texts_of_other_files_are_searched(tmp_path):
     runs, key = tmp_path / "runs", "a-user-who-wants-to-be-forgotten"
     (runs / "deep").mkdir(parents=True)
-    (runs / "deep" / "config.yaml").write_text(f"inspect: {{user: {key}}}")
+    (runs / "deep" / "config.yaml").write_text(f"show_user: {{user: {key}}}")
     pl.DataFrame({"n": [1, 2], "who": [key, "x"]}).write_parquet(runs / "deep" / "log.parquet")
     (runs / "deep" / "loop").symlink_to(runs)
     with pytest.raises(Incomplete, match=r"deep/config.yaml \(1 of the keys\).*deep/log.parquet \(1 of the keys\)"):

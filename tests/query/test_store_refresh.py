@@ -9,12 +9,12 @@ import pytest
 import torch
 from shop_log import DAY, SHOP_USERS, START, shop_log
 
-from lumrec.data import prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.query import stage
-from lumrec.query.history import history_digests, user_index
-from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.train.lum import load_lum
+from lumrec.knowledge.digests import history_digests, user_index
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
+from lumrec.models.lum import load_lum
+from lumrec.stages import query as stage
+from lumrec.stages.registry import STAGES
 
 CHANGED = {*SHOP_USERS[:10], "12", "13", "new"}
 
@@ -22,7 +22,7 @@ CHANGED = {*SHOP_USERS[:10], "12", "13", "new"}
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_refreshed_store_equals_a_fresh_one(shop, dtype):
     words = [f"query.dtype={dtype}", "run=kept"]
-    first = stage.run(shop(*words, "inputs.prepared=monday"))
+    first = STAGES["query"].run(shop(*words, "inputs.prepared=monday"))
     assert first["users_asked"] == first["users"] == 41
     runs = Path(shop().runs_dir)
     old = KnowledgeStore.open(runs / "kept")
@@ -30,8 +30,8 @@ def test_a_refreshed_store_equals_a_fresh_one(shop, dtype):
     shutil.rmtree(runs / "monday")  # the data of yesterday is not needed
     shutil.copytree(runs / "tuesday", runs / "monday")
     (runs / "kept" / "result.json").unlink()
-    refreshed = stage.run(shop(*words, "inputs.prepared=monday"))
-    fresh = stage.run(shop(*words, "run=fresh", "inputs.prepared=tuesday"))
+    refreshed = STAGES["query"].run(shop(*words, "inputs.prepared=monday"))
+    fresh = STAGES["query"].run(shop(*words, "run=fresh", "inputs.prepared=tuesday"))
     assert (refreshed["users_asked"], refreshed["users_taken_over"], refreshed["users_removed"]) == (13, 28, 1)
     assert (fresh["users_asked"], fresh["users_taken_over"]) == (41, 0)
     same = {name for name in fresh if not name.startswith(("users_", "wall", "answers_per", "bytes", "version"))}
@@ -67,29 +67,31 @@ def test_a_user_who_was_listed_without_events_is_not_counted_as_removed(shop, tm
     for name, events in (("before", log), ("after", pl.concat([log, late]))):
         events.write_csv(tmp_path / f"{name}.csv")
         log_words = [f"data.log.events={tmp_path}/{name}.csv", f"data.log.users={tmp_path}/users.csv"]
-        prepare.run(shop(*log_words, f"run={name}"))
-    first = stage.run(shop("run=k", "inputs.prepared=before"))
+        STAGES["prepare"].run(shop(*log_words, f"run={name}"))
+    first = STAGES["query"].run(shop("run=k", "inputs.prepared=before"))
     assert (first["users"], first["users_absent"]) == (41, 1)
-    second = stage.run(shop("run=l", "inputs.prepared=after", "query.refresh_from=k"))
+    second = STAGES["query"].run(shop("run=l", "inputs.prepared=after", "query.refresh_from=k"))
     assert (second["users_asked"], second["users_taken_over"], second["users_removed"]) == (1, 41, 0)
 
 
 def test_answers_are_taken_over_from_another_run(shop):
-    stage.run(shop("run=before", "inputs.prepared=monday"))
-    result = stage.run(shop("run=after", "inputs.prepared=tuesday", "query.refresh_from=before"))
+    STAGES["query"].run(shop("run=before", "inputs.prepared=monday"))
+    result = STAGES["query"].run(shop("run=after", "inputs.prepared=tuesday", "query.refresh_from=before"))
     assert result["users_taken_over"] == 28 and result["users"] == 41
     with pytest.raises(ValueError, match="dtype is 'float16' there, 'float32' here"):
-        stage.run(shop("run=x", "inputs.prepared=tuesday", "query.refresh_from=before", "query.dtype=float32"))
+        STAGES["query"].run(
+            shop("run=x", "inputs.prepared=tuesday", "query.refresh_from=before", "query.dtype=float32")
+        )
     with pytest.raises(FileNotFoundError, match="no knowledge in .*nowhere"):
-        stage.run(shop("run=y", "inputs.prepared=tuesday", "query.refresh_from=nowhere"))
+        STAGES["query"].run(shop("run=y", "inputs.prepared=tuesday", "query.refresh_from=nowhere"))
 
 
 def test_other_items_make_another_normaliser(shop, monkeypatch):
     words = ["inputs.prepared=monday", "query.dtype=float32"]
-    stage.run(shop("run=before", *words))
+    STAGES["query"].run(shop("run=before", *words))
     items = stage.GroupQuery.items
     monkeypatch.setattr(stage.GroupQuery, "items", lambda query: torch.cat([items(query), items(query)[:1]])[:-1] * 0.9)
-    stage.run(shop("run=after", *words, "query.refresh_from=before"))
+    STAGES["query"].run(shop("run=after", *words, "query.refresh_from=before"))
     runs = Path(shop().runs_dir)
     data = PreparedData.open(runs / "monday")
     knowledge, store = Knowledge.open(runs / "after", data), KnowledgeStore.open(runs / "after")
@@ -101,7 +103,7 @@ def test_other_items_make_another_normaliser(shop, monkeypatch):
 
 def test_damaged_knowledge_is_not_taken_over(shop, caplog):
     words = ["run=kept", "inputs.prepared=monday"]
-    stage.run(shop(*words))
+    STAGES["query"].run(shop(*words))
     runs = Path(shop().runs_dir)
     file = KnowledgeStore.open(runs / "kept").path / "rows_o.npy"
     content = bytearray(file.read_bytes())
@@ -110,7 +112,7 @@ def test_damaged_knowledge_is_not_taken_over(shop, caplog):
     (runs / "monday").rename(runs / "old")
     shutil.copytree(runs / "tuesday", runs / "monday")
     with caplog.at_level("INFO"):
-        assert stage.run(shop(*words))["users_taken_over"] == 0
+        assert STAGES["query"].run(shop(*words))["users_taken_over"] == 0
     assert "nothing is taken over" in caplog.text and "rows_o.npy" in caplog.text
     Knowledge.open(runs / "kept", PreparedData.open(runs / "tuesday"))
 
@@ -131,4 +133,4 @@ def test_a_lum_of_other_vocabularies_is_refused(shop):
     data = PreparedData.open(Path(shop().runs_dir) / "tuesday")
     data.vocabulary_fingerprint = "0123456789abcdef"
     with pytest.raises(ValueError, match="trained on other data.*fixed data.split.times"):
-        load_lum(shop(), "shop-pretrain", data, device=torch.device("cpu"))
+        load_lum(shop().runs / "shop-pretrain", data, device=torch.device("cpu"))

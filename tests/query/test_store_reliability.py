@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from small_store import KEYS, publish
 
 from lumrec.data.prepared import PreparedData
-from lumrec.errors import UserError
-from lumrec.query import stage
-from lumrec.query.exchange import export_parquet, import_parquet
-from lumrec.query.forget import forget
-from lumrec.query.records import decode, encode
-from lumrec.query.store import Knowledge, KnowledgeStore
-from lumrec.train.files import sha256
+from lumrec.knowledge.forget import forget
+from lumrec.knowledge.parquet import export_parquet, import_parquet
+from lumrec.knowledge.records import decode, encode
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
+from lumrec.stages.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"num_conditions": 2, "dim": 8}
@@ -39,15 +39,16 @@ sys.stdin.read()
 # Dies after the answers are taken over, when the first users are written but not yet marked as finished.
 DIES = """
 import os, signal, sys
-from lumrec.config import load
-from lumrec.query import stage, writer
+from lumrec.experiments.config import load
+from lumrec.knowledge import writer
+from lumrec.stages.registry import STAGES
 commit = writer.KnowledgeWriter.commit
 def die_or_commit(self, unit):
     if unit.startswith("users/"):
         os.kill(os.getpid(), signal.SIGKILL)
     commit(self, unit)
 writer.KnowledgeWriter.commit = die_or_commit
-stage.run(load(sys.argv[1], sys.argv[2:]))
+STAGES["query"].run(load(sys.argv[1], sys.argv[2:]))
 """
 
 
@@ -190,14 +191,14 @@ def another_process_writes(path: Path) -> Iterator[int]:
 
 def test_two_writers_are_refused(shop):
     config = shop("inputs.prepared=monday")
-    stage.run(config)
+    STAGES["query"].run(config)
     runs = Path(config.runs_dir)
     path = runs / "shop-query"
     export_parquet(path, runs / "out")
     with another_process_writes(path) as pid:
         refused = rf"shop-query is being written by process {pid}"
         with pytest.raises(ValueError, match=refused):
-            stage.run(shop("inputs.prepared=tuesday"))
+            STAGES["query"].run(shop("inputs.prepared=tuesday"))
         with pytest.raises(ValueError, match=refused):
             forget(runs, ["1"])
         assert KnowledgeStore.open(path).get(["1"]).present_BN.all()
@@ -243,7 +244,7 @@ def test_a_full_disk_is_told_and_the_old_version_serves(small_disk, tmp_path, wh
 def test_a_killed_refresh_goes_on_and_gives_the_same(shop, forks):
     config = shop("run=kept", "inputs.prepared=monday")
     runs = Path(config.runs_dir)
-    stage.run(config)
+    STAGES["query"].run(config)
     shutil.copytree(runs / "kept", runs / "killed")
     shutil.rmtree(runs / "monday")
     shutil.copytree(runs / "tuesday", runs / "monday")
@@ -254,8 +255,8 @@ def test_a_killed_refresh_goes_on_and_gives_the_same(shop, forks):
     assert len(KnowledgeStore.open(runs / "killed")) == 41  # the old version is in force
     finished = (runs / "killed" / "building" / "progress-0").read_text().split()
     assert finished[0] == "items/0" and len(finished) > 1
-    assert stage.run(shop("run=killed", "inputs.prepared=monday"))["users_asked"] == 13
-    stage.run(config)
+    assert STAGES["query"].run(shop("run=killed", "inputs.prepared=monday"))["users_asked"] == 13
+    STAGES["query"].run(config)
     data = PreparedData.open(runs / "tuesday")
     for name in ("rows_o.npy", "rows_log_z.npy", "rows_present.npy", "items_e.npy", "users.npy"):
         files = [Knowledge.open(runs / run, data).path / name for run in ("kept", "killed")]

@@ -17,12 +17,13 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 
-from lumrec.evaluation.metrics import auc
+from lumrec.metrics.ranking import auc
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 from lumrec.modules.moments import average_moments
 from lumrec.modules.torchrec_models import KnowledgeModel
+from lumrec.run.distributed import init_distributed, rank
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.train.parallel import shard
 
 N, D, K = 2, 4, 2
 IDS = {"user": 40, "item": 30, "page": 5}

@@ -15,20 +15,21 @@ import torch
 import torch.multiprocessing
 import torch.utils.tensorboard  # noqa: F401 (imported once, before the processes part)
 from forks import free_port
+from runs import create_run
 from tiny_training import TinyConfig
 from torch.distributed.tensor import DTensor
 
-from lumrec.data.packing import NegativesConfig, PackBuilder, PackingConfig, PackLoader
+from lumrec.batches.packs import NegativesConfig, PackBuilder, PackingConfig, PackLoader
+from lumrec.batches.windows import training_windows
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import training_windows
-from lumrec.modules.lum import LargeUserModel, Pack
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.modules.large_user_model import LargeUserModel, Pack
+from lumrec.run.distributed import init_distributed, rank, world_size
+from lumrec.stages.pretrain import PretrainConfig, make_step
 from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.lum import ModelConfig, build_lum
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, rank, shard, world_size
+from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES
-from lumrec.train.pretrain import PretrainConfig, make_step
-from lumrec.train.run import RunFolder
 
 WORLD_SIZES = (1, 2, 4)
 STEPS, WINDOWS_PER_STEP = 5, 15
@@ -112,7 +113,7 @@ def train(folder: str, prepared: str, run: str, *, stop_at: int = 0, **settings:
             raise Interrupted
         return lum_step(model, pack)
 
-    run_folder = RunFolder.create(TinyConfig(folder, run=run, pretrain=config), "pretrain")
+    run_folder = create_run(TinyConfig(folder, run=run, pretrain=config), "pretrain")
     run_folder.finish(fit(model=dmp, loader=DealtPacks(builder), step=step, config=config, run=run_folder))
     return dmp
 

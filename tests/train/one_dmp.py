@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lumrec.config import Config, load
-from lumrec.data.packing import PackLoader
+from lumrec.batches.packs import PackLoader
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
-from lumrec.data.statistics import Statistics
-from lumrec.modules.lum import Pack
+from lumrec.experiments.config import Config, load
+from lumrec.features.statistics import Statistics
+from lumrec.models.lum import build_lum, data_tables
+from lumrec.modules.large_user_model import Pack
 from lumrec.modules.rankers.base import RankBatch
-from lumrec.train import rank as ranking
-from lumrec.train.lum import build_lum, data_tables
+from lumrec.run.distributed import init_distributed, rank
+from lumrec.stages import rank as ranking
+from lumrec.stages.pretrain import make_step
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, rank, shard
-from lumrec.train.pretrain import make_step
+from lumrec.train.parallel import shard
 from lumrec.warm_start.plan import shards_of
 
 LR = 0.05

@@ -10,11 +10,12 @@ import torch
 from tiny_training import TinyModel, loss_sum, make_batch, weights_of
 from torch import nn
 
-from lumrec.errors import UserError
+from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
 from lumrec.train.checkpoint import Checkpointer, load_weights
-from lumrec.train.files import sha256
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 from lumrec.train.randomness import random_state, set_random_state
 
 FINGERPRINT = {"data": "aaa"}

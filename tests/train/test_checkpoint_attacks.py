@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import best_checkpoint, read_meta
 from lumrec.train.checkpoint_reader import Reader, load_tensors, metadata_of
-from lumrec.train.files import sha256
 from lumrec.train.state import TrainState
 from lumrec.warm_start import open_source
 

@@ -12,14 +12,15 @@ from tiny_training import local, weights_of
 from torch import Tensor
 from two_logs import ASKED, answers, config_of, write_logs
 
-from lumrec.config import Config
-from lumrec.data.prepare import open_or_prepare, prepare, prepared_path
+from lumrec.data.prepare import open_or_prepare, prepare
 from lumrec.data.prepared import PreparedData
-from lumrec.train.continual import PROJECTIONS, TABLES, find_earlier, start_from
-from lumrec.train.lum import build_lum, load_lum
+from lumrec.experiments.config import Config
+from lumrec.models.lum import build_lum, load_lum
+from lumrec.run.distributed import init_distributed
+from lumrec.stages.registry import STAGES
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.pretrain import run
+from lumrec.train.parallel import shard
+from lumrec.warm_start.continual import PROJECTIONS, TABLES, find_earlier, start_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def logs(tmp_path_factory) -> Path:
     """Both logs, prepared, and a LUM trained on the first one."""
     folder = tmp_path_factory.mktemp("continual")
     write_logs(folder)
-    run(config_of(folder, "before"))
+    STAGES["pretrain"].run(config_of(folder, "before"))
     for name in ("after", "grown"):
         open_or_prepare(config_of(folder, name))
     return folder
@@ -43,7 +44,7 @@ def before(logs: Path) -> PreparedData:
 def said(config: Config, before: PreparedData) -> tuple[Tensor, Tensor]:
     """Answers of the finished LUM of a config."""
     name = config.run or f"{config.name}-pretrain"
-    lum, builder, _ = load_lum(config, name, open_or_prepare(config), device=init_distributed("cpu"))
+    lum, builder, _ = load_lum(config.runs / name, open_or_prepare(config), device=init_distributed("cpu"))
     return answers(lum, builder, before)
 
 
@@ -56,7 +57,7 @@ def started(config: Config, *, table_optimizer: str = "rowwise_adagrad", shardin
     """The LUM of a config at step 0, its pack builder, and what became of its parameters."""
     device = init_distributed("cpu")
     data = open_or_prepare(config)
-    earlier = find_earlier(config, data)
+    earlier = find_earlier(config, config.model, config.pretrain.start_from, data)
     torch.manual_seed(config.seed)
     model, builder = build_lum(config.model, data)
     optimizer = OptimizerConfig(table_optimizer=table_optimizer)
@@ -112,11 +113,11 @@ def test_then_everything_that_is_new_learns(logs, before, capsys, caplog):
     config = config_of(logs, "grown")
     start = weights_of(started(config)[0])
     with caplog.at_level("INFO"):
-        result = run(config)
+        result = STAGES["pretrain"].run(config)
     assert result["loss"] > 0 and result["hr@10"] >= 0
     assert "goes on from before-pretrain" in caplog.text and "columns new" in caplog.text
     data = open_or_prepare(config)
-    lum, _, _ = load_lum(config, "grown-pretrain", data, device=init_distributed("cpu"))
+    lum, _, _ = load_lum(config.runs / "grown-pretrain", data, device=init_distributed("cpu"))
     end = weights_of(lum)
     assert start.keys() == end.keys()
     for name, value in end.items():
@@ -129,14 +130,14 @@ def test_then_everything_that_is_new_learns(logs, before, capsys, caplog):
             assert len(new) == len(new.unique(dim=0)), f"{table}: rows that learned alike"
         assert changed.any(), name
     inputs = json.loads((logs / "runs" / "grown-pretrain" / "inputs.json").read_text())
-    assert inputs["start_from"] == find_earlier(config, data).fingerprint
+    assert inputs["start_from"] == find_earlier(config, config.model, config.pretrain.start_from, data).fingerprint
 
 
 def test_a_lum_without_any_condition_gets_its_first(logs, before):
     words = ["run=constant", "model.conditions=[]", "pretrain.train.max_steps=2"]
-    run(config_of(logs, "before", *words))
+    STAGES["pretrain"].run(config_of(logs, "before", *words))
     device = init_distributed("cpu")
-    lum, builder, _ = load_lum(config_of(logs, "before"), "constant", before, device=device)
+    lum, builder, _ = load_lum(config_of(logs, "before").runs / "constant", before, device=device)
     then = answers(lum, builder, before, asked=[{}])
     lum, builder, growths = started(config_of(logs, "grown", "pretrain.start_from=constant"))
     for condition in ASKED:
@@ -149,7 +150,7 @@ def test_a_lum_without_any_condition_gets_its_first(logs, before):
 def test_the_state_of_known_rows_goes_on_or_begins_anew(logs, before, table_optimizer):
     words = [f"pretrain.train.optimizer.table_optimizer={table_optimizer}"]
     name = f"before-{table_optimizer}"
-    run(config_of(logs, "before", f"run={name}", "pretrain.train.max_steps=2", *words))
+    STAGES["pretrain"].run(config_of(logs, "before", f"run={name}", "pretrain.train.max_steps=2", *words))
     config = config_of(logs, "after", f"pretrain.start_from={name}")
     kept = table_states(started(config, table_optimizer=table_optimizer)[0])
     assert kept
@@ -204,7 +205,7 @@ def test_what_does_not_fit_is_refused(logs, words, message):
     config = config_of(logs, "after", *words)
     if any(word.startswith(("schema", "data")) for word in words):
         config = dataclasses.replace(config, name="other", overwrite=True)
-        prepare(config, prepared_path(config))
+        prepare(config, config.prepared)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         started(config)
 
@@ -237,12 +238,12 @@ def test_the_earlier_log_must_be_as_it_was(logs, tmp_path):
 def test_each_fold_goes_on_from_its_own(logs):
     """With names as the pipeline gives them."""
     one_step = ["pretrain.train.max_steps=1", "fold=1/2"]
-    run(config_of(logs, "before", "run=old/lum-1of2", "inputs.prepared=before-prepare", *one_step))
-    assert run(config_of(logs, "after", "pretrain.start_from=old/lum-{fold}", *one_step))["loss"] > 0
+    STAGES["pretrain"].run(config_of(logs, "before", "run=old/lum-1of2", "inputs.prepared=before-prepare", *one_step))
+    assert STAGES["pretrain"].run(config_of(logs, "after", "pretrain.start_from=old/lum-{fold}", *one_step))["loss"] > 0
     with pytest.raises(FileNotFoundError, match="old/lum-0of2"):
-        run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-{fold}"))
+        STAGES["pretrain"].run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-{fold}"))
     with pytest.raises(ValueError, match="fold=0/2 keeps users"):
-        run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-1of2"))
+        STAGES["pretrain"].run(config_of(logs, "after", "fold=0/2", "pretrain.start_from=old/lum-1of2"))
 
 
 def test_a_time_split_may_move_on_but_not_back(logs):
@@ -250,7 +251,7 @@ def test_a_time_split_may_move_on_but_not_back(logs):
     first, second, third, last = (times.quantile(share).isoformat() for share in (0.3, 0.5, 0.7, 0.9))
     split = "data.split={{kind: time, times: ['{}', '{}']}}".format
     words = ["name=early", split(second, last), "pretrain.train.max_steps=1"]
-    run(config_of(logs, "before", *words))
+    STAGES["pretrain"].run(config_of(logs, "before", *words))
     later = ["data.vocabulary_from=early-prepare", "pretrain.start_from=early-pretrain", "overwrite=true"]
     started(config_of(logs, "after", "name=later", *later, split(third, last)))
     with pytest.raises(ValueError, match="may have learned from events that this data holds out"):

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lumrec.errors import MissingFileError, UserError
-from lumrec.train import files
-from lumrec.train.files import full_disk_told, leftovers, read_json, remove_folder, replace_folder
+from lumrec.run import files
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import full_disk_told, leftovers, read_json, remove_folder, replace_folder
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
+from lumrec.models.lum import ModelConfig
+from lumrec.stages.rank import RankConfig
+from lumrec.stages.retrieve import RetrieveConfig
 from lumrec.train.identity import Settings
 from lumrec.train.loop import TrainConfig
-from lumrec.train.lum import ModelConfig
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.rank import RankConfig
-from lumrec.train.retrieve import RetrieveConfig
 
 CONFIGS = [
     (ModelConfig(dim=32, conditions=["a", 'b"c'], time_bias=True), ()),

@@ -12,8 +12,8 @@ import torch
 from forks import ForkServer
 from tiny_training import TinyModel
 
+from lumrec.run.interrupt import Interrupts
 from lumrec.train.checkpoint import complete_checkpoints, load_weights
-from lumrec.train.interrupt import Interrupts
 
 RUN = "tiny-pretrain"
 EPOCHS = 12

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumrec.config import load
-from lumrec.train import pretrain, rank, retrieve
+from lumrec.experiments.config import load
+from lumrec.stages.registry import STAGES
 from lumrec.train.length import MOST_EPOCHS, SMALLEST_BATCH, fit_length, too_short
 from lumrec.train.loop import TrainConfig
 from lumrec.train.optimizers import OptimizerConfig
@@ -36,16 +36,15 @@ def test_a_short_run_is_named():
     assert "140 steps of training with a warm-up of 100 are too few" in told and "min_steps: 300" in told
 
 
-@pytest.mark.parametrize("app", [rank, pretrain, retrieve])
-def test_a_run_is_fitted_and_says_so_in_the_log_and_in_its_result(app, tiny_words, tiny_prepared, tmp_path, caplog):
-    name = app.__name__.rpartition(".")[2]
+@pytest.mark.parametrize("name", ["rank", "pretrain", "retrieve"])
+def test_a_run_is_fitted_and_says_so_in_the_log_and_in_its_result(name, tiny_words, tiny_prepared, tmp_path, caplog):
     words = [*tiny_words, f"runs_dir={tmp_path}", f"{name}.train.epochs=1", "retrieve.batch_size=512"]
     (tmp_path / tiny_prepared.path.name).symlink_to(tiny_prepared.path)
     with caplog.at_level(logging.INFO):
-        short = app.run(load(None, [*words, "run=short"]))
+        short = STAGES[name].run(load(None, [*words, "run=short"]))
         assert short["steps"] < 10
         assert f"{short['steps']} steps of training" in short["note"]
         assert f"{name}: {short['note']}" in caplog.text
-        fitted = app.run(load(None, [*words, "run=fitted", f"{name}.train.min_steps=20"]))
+        fitted = STAGES[name].run(load(None, [*words, "run=fitted", f"{name}.train.min_steps=20"]))
     assert fitted["steps"] >= 20
     assert "fewer than min_steps 20" in caplog.text

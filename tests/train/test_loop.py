@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import create_run
 from tiny_training import (
     TinyConfig,
     TinyLoader,
@@ -20,14 +21,14 @@ from tiny_training import (
 )
 from torch import nn
 
+from lumrec.run.distributed import init_distributed
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.flops import gemm_peak
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 from lumrec.train.prefetch import prefetch
-from lumrec.train.run import RunFolder
 
 CPU = torch.device("cpu")
 TIMES = ("events_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
@@ -53,7 +54,7 @@ def train(
     init_distributed("cpu")
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     model = shard(TinyModel(dropout=dropout), device="cpu", optimizer=config.optimizer)
-    folder = RunFolder.create(TinyConfig(str(tmp_path), run=run, pretrain=config), "pretrain")
+    folder = create_run(TinyConfig(str(tmp_path), run=run, pretrain=config), "pretrain")
     result = fit(
         model=model,
         loader=loader or TinyLoader(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from two_ranks_negatives import PRETRAIN, SIZES, draw, draw_parameters, make_model, make_packs
 
 from lumrec.modules.losses import counterfactual_contrast
-from lumrec.train.negatives import gather_candidates
+from lumrec.train.gather_candidates import gather_candidates
 
 
 @pytest.fixture(scope="module")

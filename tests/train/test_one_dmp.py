@@ -8,7 +8,8 @@ import torch
 from one_dmp import LR, WEIGHTS, batch_of, make_model
 from torch import Tensor, nn
 
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.run.distributed import init_distributed
+from lumrec.train.parallel import shard
 
 LUM, RANKER = "lum.token_encoder.tables.", "ranker.tables."
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_training import TinyModel, loss_sum, make_batch
 
+from lumrec.run.distributed import init_distributed
 from lumrec.train.optimizers import (
     SCHEDULES,
     OptimizerConfig,
@@ -11,7 +12,7 @@ from lumrec.train.optimizers import (
     build_optimizer,
     learning_rate_factor,
 )
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 from lumrec.warm_start.plan import shards_of
 
 

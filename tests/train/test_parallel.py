@@ -14,9 +14,10 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.optim import RowWiseAdagrad
 from two_ranks import RUNS
 
+from lumrec.run.distributed import init_distributed
 from lumrec.train.checkpoint import best_checkpoint, load_weights
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES, plan_table
 
 TABLES = ["ebc.embedding_bags.t0.weight", "ebc.embedding_bags.t1.weight"]

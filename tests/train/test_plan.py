@@ -6,7 +6,8 @@ import pytest
 from tiny_training import TinyModel
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.run.distributed import init_distributed
+from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES, TableSharding, plan_json, read_sharding
 
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 from tiny_training import weights_of
 
-from lumrec import limits
-from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
+from lumrec.data.splits import parse_fold
 from lumrec.evaluation.retrieval import evaluate_retrieval
+from lumrec.experiments.config import Config, load
+from lumrec.models.lum import build_lum, load_lum
+from lumrec.run import limits
+from lumrec.run.distributed import init_distributed
+from lumrec.run.folder import RunFolder
+from lumrec.stages.pretrain import PretrainConfig
+from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint import best_checkpoint
-from lumrec.train.lum import build_lum, load_lum
-from lumrec.train.parallel import init_distributed
-from lumrec.train.pretrain import PretrainConfig, parse_fold, run
-from lumrec.train.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -55,7 +57,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def trained(settings) -> tuple[Config, dict]:
     config = config_of(settings, "run=uninterrupted")
-    return config, run(config)
+    return config, STAGES["pretrain"].run(config)
 
 
 def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
@@ -79,12 +81,12 @@ def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
 def test_other_encoders_and_tokens_learn_and_come_back(settings, tiny_prepared, words):
     """What was trained, its best weights loaded, gives the test figures again."""
     config = config_of(settings, f"run=other-{'-'.join(words).replace('.', '-')}", *words)
-    result = run(config)
+    result = STAGES["pretrain"].run(config)
     curve = [loss for _, loss in losses(Path(config.runs_dir) / config.run)]
     assert np.mean(curve[-5:]) < np.mean(curve[:5])
-    model, builder, trained_config = load_lum(config, config.run, tiny_prepared, device=init_distributed("cpu"))
+    model, builder, _ = load_lum(config.runs / config.run, tiny_prepared, device=init_distributed("cpu"))
     again = evaluate_retrieval(
-        model, builder, part="test", config=trained_config.pretrain.evaluate, max_events=config.model.max_events
+        model, builder, part="test", config=config.pretrain.evaluate, max_events=config.model.max_events
     )
     assert again == {name: result[name] for name in again}
 
@@ -92,7 +94,7 @@ def test_other_encoders_and_tokens_learn_and_come_back(settings, tiny_prepared, 
 def test_every_table_and_matrix_has_moved(trained, tiny_prepared):
     config, _ = trained
     device = init_distributed("cpu")
-    dmp, _, _ = load_lum(config, "uninterrupted", tiny_prepared, device=device)
+    dmp, _, _ = load_lum(config.runs / "uninterrupted", tiny_prepared, device=device)
     torch.manual_seed(config.seed)
     fresh, after = build_lum(config.model, tiny_prepared)[0].state_dict(), weights_of(dmp)
     assert fresh.keys() == after.keys()
@@ -110,7 +112,7 @@ def run_until_killed(file: str, words: list[str], step: int) -> None:
         log(self, at, **metrics)
 
     RunFolder.log = log_or_die  # type: ignore[method-assign]
-    run(load(file, words))
+    STAGES["pretrain"].run(load(file, words))
 
 
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(trained, settings, forks):
@@ -156,7 +158,7 @@ def test_two_ranks(settings, forks):
 def test_without_any_condition(settings):
     """LUM's ablation: a constant token in place of the condition."""
     words = ["run=none", "model.conditions=[]", "pretrain.contrast.feature=", "pretrain.train.max_steps=5"]
-    assert np.isfinite(run(config_of(settings, *words))["loss"])
+    assert np.isfinite(STAGES["pretrain"].run(config_of(settings, *words))["loss"])
 
 
 def test_a_checkpoint_of_another_schema_is_refused(trained, tiny_prepared, tmp_path):
@@ -164,12 +166,12 @@ def test_a_checkpoint_of_another_schema_is_refused(trained, tiny_prepared, tmp_p
     other = PreparedData.open(tiny_prepared.path)
     other.fingerprint = other.vocabulary_fingerprint = "another"
     with pytest.raises(ValueError, match="another"):
-        load_lum(config, "uninterrupted", other, device=init_distributed("cpu"))
+        load_lum(config.runs / "uninterrupted", other, device=init_distributed("cpu"))
 
 
 def test_a_missing_lum_names_the_command(settings, tiny_prepared):
     with pytest.raises(FileNotFoundError, match="torchx run apps/pretrain.py"):
-        load_lum(config_of(settings), "nowhere", tiny_prepared, device=init_distributed("cpu"))
+        load_lum(config_of(settings).runs / "nowhere", tiny_prepared, device=init_distributed("cpu"))
 
 
 @pytest.mark.parametrize("fold", ["2/2", "1", "a/b", "0/1", "-1/2"])
@@ -191,13 +193,13 @@ def test_a_fold_that_is_none_is_refused(fold):
 def test_an_empty_part_is_found_before_the_first_step(tiny_words, tmp_path, words, says):
     config = load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"])
     with pytest.raises(ValueError, match=says):
-        run(config)
+        STAGES["pretrain"].run(config)
     assert not (tmp_path / "tiny-pretrain").exists()
 
 
 def test_without_validation_and_test_the_last_weights_are_kept(tiny_words, tmp_path):
     words = ["data.split.fractions=[1, 0, 0]", "pretrain.select=", "pretrain.train.max_steps=2", "model.tokens=merged"]
-    result = run(load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"]))
+    result = STAGES["pretrain"].run(load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"]))
     assert result["note"].endswith("The test part has no events.")
     assert not any(name.startswith(("valid/", "hr@")) for name in result)
     assert result["tokens_per_s"] == result["events_per_s"]  # merged: one token an event

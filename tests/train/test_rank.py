@@ -11,33 +11,26 @@ import torch
 from tiny_knowledge import make_knowledge
 from tiny_training import weights_of
 
-from lumrec.config import Config, load
+from lumrec.batches.rows import RowBuilder, RowLoader
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
-from lumrec.data.rows import RowBuilder, RowLoader
 from lumrec.data.splits import TEST, TRAIN
-from lumrec.data.statistics import dense_inputs
-from lumrec.evaluation.bootstrap import intervals
-from lumrec.evaluation.compare import compare_runs
+from lumrec.evaluation.ranking import evaluate, score
+from lumrec.experiments.config import Config, load
+from lumrec.experiments.report_table import RANKER_NAMES
+from lumrec.experiments.settings import RANKERS
+from lumrec.features.statistics import dense_inputs
+from lumrec.knowledge.store import Knowledge
+from lumrec.metrics.bootstrap import intervals
+from lumrec.metrics.compare import compare_runs
+from lumrec.models.lum import load_lum
+from lumrec.models.ranker import MODELS, build_ranker, build_rows, row_features
 from lumrec.modules.rankers.base import Ranker
-from lumrec.pipeline import RANKERS
-from lumrec.query.store import Knowledge
-from lumrec.report.table import RANKER_NAMES
+from lumrec.run.distributed import init_distributed
+from lumrec.stages.rank import RankConfig, load_lum_tables, lum_of_tables
+from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint import best_checkpoint, load_weights
-from lumrec.train.lum import load_lum
-from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.rank import (
-    MODELS,
-    RankConfig,
-    build_ranker,
-    build_rows,
-    evaluate,
-    load_lum_tables,
-    lum_folder,
-    row_features,
-    run,
-    score,
-)
+from lumrec.train.parallel import shard
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -77,8 +70,8 @@ def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -
 
 def test_the_scores_are_kept_and_intervals_are_those_of_their_rows(words, data):
     config = config_of(words, "run=attending", "rank.knowledge=both", "rank.knowledge_attention=true")
-    result, other = run(config), config_of(words, "run=plain", "rank.model=dlrm")
-    run(other)
+    result, other = STAGES["rank"].run(config), config_of(words, "run=plain", "rank.model=dlrm")
+    STAGES["rank"].run(other)
     scores, found = compare_runs(folder_of(config), folder_of(other), num_resamples=50)
     assert np.array_equal(scores.row_N, np.flatnonzero(data.split == TEST))
     assert np.array_equal(scores.label_N, data.label[scores.row_N])
@@ -103,7 +96,7 @@ EVERY += [("dien", "both"), ("sim", "both"), ("twin", "both")]
 @pytest.mark.parametrize(("model", "knowledge"), EVERY)
 def test_every_ranker_with_every_knowledge(words, data, model, knowledge, caplog):
     config = config_of(words, f"run={model}-{knowledge}", f"rank.model={model}", f"rank.knowledge={knowledge}")
-    result = run(config)
+    result = STAGES["rank"].run(config)
     assert ("which leaves nothing out" in caplog.text) == (model in ("sim", "twin"))
     stored = json.loads((folder_of(config) / "result.json").read_text())
     assert stored == result and (result["model"], result["knowledge"]) == (model, knowledge)
@@ -115,7 +108,7 @@ def test_every_ranker_with_every_knowledge(words, data, model, knowledge, caplog
     curve = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in curve if "loss" in line]
     assert losses[-1] < losses[0]
-    assert run(config) == result  # finished: read, not trained again
+    assert STAGES["rank"].run(config) == result  # finished: read, not trained again
 
 
 def trained_model(config: Config, data: PreparedData):
@@ -133,7 +126,7 @@ def trained_model(config: Config, data: PreparedData):
 
 def test_every_table_and_matrix_moves_and_the_result_is_that_of_the_best_checkpoint(words, data):
     config = config_of(words, "run=moved", "rank.knowledge=both")
-    result = run(config)
+    result = STAGES["rank"].run(config)
     dmp, fresh, builder = trained_model(config, data)
     assert [name for name, value in weights_of(dmp).items() if torch.equal(value, fresh[name])] == []
     rows = np.flatnonzero(data.split == TEST)
@@ -150,14 +143,14 @@ def test_tables_of_the_lum(words, data):
     device = init_distributed("cpu")
     dmp = shard(build_ranker(config.rank, data, num_statistics=0), device=device)
     before = weights_of(dmp)
-    loaded = load_lum_tables(lum_folder(config), data, dmp)
+    loaded = load_lum_tables(lum_of_tables(config).folder, data, dmp)
     assert loaded == ["item_id", "categories", "price_bucket", "clicked", "scenario", "query"]
-    lum = weights_of(load_lum(config, "tiny-pretrain-1of2", data, device=device)[0])
+    lum = weights_of(load_lum(config.runs / "tiny-pretrain-1of2", data, device=device)[0])
     for name, value in weights_of(dmp).items():
         table = name.split(".")[2] if name.startswith("tables.") else ""
         expected = lum[f"token_encoder.{name}"] if table in loaded else before[name]
         assert torch.equal(value, expected), name
-    assert run(config)["tables_from_lum"] == ", ".join(loaded)
+    assert STAGES["rank"].run(config)["tables_from_lum"] == ", ".join(loaded)
 
 
 def test_labels_of_the_test_part_change_no_training_batch(words, data):
@@ -215,7 +208,7 @@ def test_two_ranks_score_alike(words, data, forks, model):
 
 def test_no_validation_rows_and_no_test_rows_are_stated(words, tmp_path):
     words = [*words, f"runs_dir={tmp_path}", "data.split.kind=user", "data.split.fractions=[1, 0, 0]", "run=all"]
-    result = run(config_of(words, "rank.train.epochs=1", "rank.train.patience=3"))
+    result = STAGES["rank"].run(config_of(words, "rank.train.epochs=1", "rank.train.patience=3"))
     assert "validation part has no rows" in result["note"] and "no rows" in result["undefined"]
     assert math.isnan(result["auc"]) and result["num_rows"] == 0
     assert json.loads((tmp_path / "all" / "result.json").read_text())["auc"] is None
@@ -223,7 +216,7 @@ def test_no_validation_rows_and_no_test_rows_are_stated(words, tmp_path):
 
 def test_one_class_only_is_stated(words, tmp_path):
     words = [*words, f"runs_dir={tmp_path}", "data.simulator.bias=-60", "run=zeros", "rank.train.epochs=1"]
-    result = run(config_of(words))
+    result = STAGES["rank"].run(config_of(words))
     assert "all" in result["undefined"] and "labels are 0" in result["undefined"]
     assert "auc is nan over the validation part" in result["note"]
     assert math.isnan(result["auc"]) and result["log_loss"] > 0
@@ -245,11 +238,11 @@ def test_one_class_only_is_stated(words, tmp_path):
 )
 def test_a_wrong_setting_is_refused(words, word, error, message):
     with pytest.raises(error, match=message):
-        run(config_of(words, "run=refused", "overwrite=true", *word.split()))
+        STAGES["rank"].run(config_of(words, "run=refused", "overwrite=true", *word.split()))
 
 
 def test_a_missing_input_names_the_command(words, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"torchx run apps/query\.py"):
-        run(config_of(words, "run=missing", "rank.knowledge=both", "inputs.knowledge=nowhere"))
+        STAGES["rank"].run(config_of(words, "run=missing", "rank.knowledge=both", "inputs.knowledge=nowhere"))
     with pytest.raises(FileNotFoundError, match=r"torchx run apps/pretrain\.py"):
-        run(config_of(words, "run=missing-too", "rank.tables=lum", "inputs.lums=[nowhere]"))
+        STAGES["rank"].run(config_of(words, "run=missing-too", "rank.tables=lum", "inputs.lums=[nowhere]"))

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from forks import ForkServer
+from runs import create_run
 from tiny_training import TinyConfig, TinyLoader, TinyModel, make_batch, plain_step
 from torch import nn
 
+from lumrec.run.distributed import init_distributed
 from lumrec.train.checkpoint import best_checkpoint, complete_checkpoints, load_weights
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.run import RunFolder
+from lumrec.train.parallel import shard
 
 THIS = "test_resharding"
 
@@ -42,7 +43,7 @@ def train(
         optimizer=OptimizerConfig(table_optimizer=table_optimizer, schedule="linear", warmup_steps=3),
     )
     model = shard(TinyModel(), device="cpu", optimizer=config.optimizer, sharding=sharding)
-    run = RunFolder.create(TinyConfig(folder, run="run", pretrain=config), "pretrain")
+    run = create_run(TinyConfig(folder, run="run", pretrain=config), "pretrain")
     done = complete_checkpoints(run.path / "checkpoints")
     steps = int(done[-1].name.removeprefix("step-")) if done else 0
 

@@ -10,29 +10,29 @@ import pytest
 import torch
 from tiny_knowledge import make_knowledge
 
-from lumrec.config import Config, load
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.tower_rows import TowerLoader
 from lumrec.data.columns import Column
-from lumrec.data.negatives import NegativesConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN, VALID
-from lumrec.data.tower_rows import TowerLoader
 from lumrec.evaluation.retrieval import last_events, rank_targets
-from lumrec.query.store import Knowledge
-from lumrec.train.checkpoint import best_checkpoint, load_weights
-from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, shard
-from lumrec.train.retrieve import (
+from lumrec.experiments.config import Config, load
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.towers import build_towers, tower_features
+from lumrec.run.distributed import init_distributed
+from lumrec.stages.registry import STAGES
+from lumrec.stages.retrieve import (
     RetrieveConfig,
-    build_towers,
     item_vectors,
     knowledge_metrics,
     make_step,
     positive_events,
     retrieval_metrics,
-    run,
-    tower_features,
     user_vectors,
 )
+from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.optimizers import OptimizerConfig, build_optimizer
+from lumrec.train.parallel import shard
 
 WORDS = [
     "data.split.kind=leave_one_out",
@@ -68,7 +68,7 @@ def losses_of(folder: Path) -> list[float]:
 @pytest.mark.parametrize("knowledge", ["none", "direct"])
 def test_a_run_ends_with_exact_and_ann_figures_of_its_best_checkpoint(words, data, knowledge):
     config = load(None, [*words, f"run={knowledge}", f"retrieve.knowledge={knowledge}"])
-    result = run(config)
+    result = STAGES["retrieve"].run(config)
     assert json.loads((folder_of(config) / "result.json").read_text()) == result
     assert {"hr@10", "hr@50", "ndcg@10", "valid/ndcg@10", "ann/hr@10", "ann/recall@50", "rows_per_s"} <= set(result)
     assert result.get("knowledge_hazard") == (None if knowledge == "none" else "cross_fit")
@@ -85,7 +85,7 @@ def test_a_run_ends_with_exact_and_ann_figures_of_its_best_checkpoint(words, dat
     assert again == pytest.approx({name: result[name] for name in again})
     if store is not None:
         assert any(name.startswith("lum/") and name.endswith("/hr@10") for name in result)
-    assert run(config) == result  # finished: read, not trained again
+    assert STAGES["retrieve"].run(config) == result  # finished: read, not trained again
 
 
 def test_the_lums_own_figure_is_that_of_one_user_at_a_time(words, data):
@@ -196,13 +196,13 @@ def test_catalogue_vectors_do_not_depend_on_the_block(data, monkeypatch):
     towers, builder = build_towers(RetrieveConfig(), data)
     dmp = shard(towers, device=init_distributed("cpu")).eval()
     whole = item_vectors(dmp, builder)
-    monkeypatch.setattr("lumrec.data.tower_rows.ITEM_BLOCK", 17)
+    monkeypatch.setattr("lumrec.batches.tower_rows.ITEM_BLOCK", 17)
     torch.testing.assert_close(item_vectors(dmp, builder), whole)
     assert whole.shape == (data.num_items, 64)
 
 
 def run_words(words: list[str]) -> None:
-    run(load(None, words))
+    STAGES["retrieve"].run(load(None, words))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_two_ranks_train_as_one(words, forks, negatives):
     more += ["retrieve.dropout=0", "retrieve.positives=all", "retrieve.select=", "retrieve.train.max_steps=8"]
     name = negatives[0].replace("=", "-")
     one = load(None, [*more, f"run=one-rank-{name}"])
-    result = run(one)
+    result = STAGES["retrieve"].run(one)
     two = folder_of(one).with_name(f"two-ranks-{name}")
     forks.run("test_retrieve:run_words", world_size=2, words=[*more, f"run={two.name}", "retrieve.batch_size=64"])
     assert losses_of(two) == pytest.approx(losses_of(folder_of(one)), rel=1e-4) and len(losses_of(two)) == 8
@@ -234,9 +234,11 @@ def test_two_ranks_train_as_one(words, forks, negatives):
 )
 def test_a_wrong_setting_is_refused(words, word, message):
     with pytest.raises(ValueError, match=message):
-        run(load(None, [*words, "run=refused", "overwrite=true", word]))
+        STAGES["retrieve"].run(load(None, [*words, "run=refused", "overwrite=true", word]))
 
 
 def test_missing_knowledge_names_the_command(words):
     with pytest.raises(FileNotFoundError, match=r"torchx run apps/query\.py"):
-        run(load(None, [*words, "run=missing", "retrieve.knowledge=direct", "inputs.knowledge=nowhere"]))
+        STAGES["retrieve"].run(
+            load(None, [*words, "run=missing", "retrieve.knowledge=direct", "inputs.knowledge=nowhere"])
+        )

@@ -12,12 +12,14 @@ from typing import Optional
 
 import pytest
 import yaml
+from runs import create_run, settings_of
 
-from lumrec.errors import UserError
-from lumrec.report.plots import read_series
-from lumrec.train import run as run_module
+from lumrec.data.common import Common
+from lumrec.experiments.report_plots import read_series
+from lumrec.run import versions as versions_module
+from lumrec.run.changes import config_differences
+from lumrec.run.errors import UserError
 from lumrec.train.loop import TrainConfig
-from lumrec.train.run import RunFolder, config_differences, run_name
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,26 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Root:
-    runs_dir: str
-    run: str = ""
-    name: str = "ml-1m"
-    fold: str = ""
-    overwrite: bool = False
-    threads: int = 0
-    seed: int = 0
+class Root(Common):
     pretrain: Inner = field(default_factory=Inner)
     rank: Inner = field(default_factory=Inner)
 
 
+def root(runs_dir: str, *, name: str = "ml-1m", **settings: object) -> Root:
+    return Root(runs_dir=runs_dir, name=name, **settings)
+
+
 def test_names():
-    assert run_name(Root("runs"), "rank") == "ml-1m-rank"
-    assert run_name(Root("runs", fold="0/2"), "pretrain") == "ml-1m-pretrain-0of2"
-    assert run_name(Root("runs", fold="0/2", run="mine"), "pretrain") == "mine"
+    assert root("runs").run_name("rank") == "ml-1m-rank"
+    assert root("runs", fold="0/2").run_name("pretrain") == "ml-1m-pretrain-0of2"
+    assert root("runs", fold="0/2", run="mine").run_name("pretrain") == "mine"
 
 
 def test_a_new_folder_holds_config_and_versions(tmp_path):
-    run = RunFolder.create(Root(str(tmp_path), seed=3), "pretrain", inputs={"prepared": "abc"})
+    run = create_run(root(str(tmp_path), seed=3), "pretrain", inputs={"prepared": "abc"})
     assert (run.path, run.finished, run.resumed) == (tmp_path / "ml-1m-pretrain", False, False)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
-    assert config["seed"] == 3 and config["rank"]["names"] == ["a", "b"]
+    assert config["seed"] == 3 and config["pretrain"]["names"] == ["a", "b"] and "rank" not in config
     assert config["pretrain"]["train"]["optimizer"]["dense_lr"] == 1e-3
     versions = json.loads((run.path / "versions.json").read_text())
     assert {"torch", "torchrec", "python", "commit", "cpu_count", "processes"} <= versions.keys()
@@ -58,9 +57,9 @@ def test_a_new_folder_holds_config_and_versions(tmp_path):
 
 
 def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path):
-    code = tmp_path / "lumrec" / "train" / "run.py"
+    code = tmp_path / "lumrec" / "run" / "versions.py"
     code.parent.mkdir(parents=True)
-    shutil.copy(run_module.__file__, code)
+    shutil.copy(versions_module.__file__, code)
     spec = importlib.util.spec_from_file_location("copied_run", code)
     assert spec is not None and spec.loader is not None
     copied = importlib.util.module_from_spec(spec)
@@ -85,28 +84,28 @@ def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path):
 
 
 def test_an_unfinished_run_of_the_same_config_continues(tmp_path):
-    RunFolder.create(Root(str(tmp_path)), "pretrain").close()
+    create_run(root(str(tmp_path)), "pretrain").close()
     # What belongs to another stage, or says only where to run, does not make it another run.
-    same = Root(
+    same = root(
         str(tmp_path),
         threads=2,
         overwrite=True,
         pretrain=Inner(train=TrainConfig(optimizer_state="drop")),
         rank=Inner(names=("c",)),
     )
-    again = RunFolder.create(same, "pretrain")
+    again = create_run(same, "pretrain")
     assert again.resumed and not again.finished
 
 
 def test_another_config_is_refused_naming_the_keys(tmp_path):
-    config = Root(str(tmp_path))
-    first = RunFolder.create(config, "pretrain", inputs={"prepared": "abc"})
+    config = root(str(tmp_path))
+    first = create_run(config, "pretrain", inputs={"prepared": "abc"})
     first.log(1, loss=0.5)
     first.close()
     (first.path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = replace(config, seed=1, pretrain=Inner(train=TrainConfig(epochs=9)))
     with pytest.raises(ValueError) as raised:
-        RunFolder.create(other, "pretrain", inputs={"prepared": "xyz"})
+        create_run(other, "pretrain", inputs={"prepared": "xyz"})
     for part in (
         "an unfinished run of another config",
         "pretrain.train.epochs: 1 → 9",
@@ -116,36 +115,38 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
         "run=<name>",
     ):
         assert part in str(raised.value)
-    run = RunFolder.create(replace(other, overwrite=True), "pretrain")
+    run = create_run(replace(other, overwrite=True), "pretrain")
     assert not run.resumed and yaml.safe_load((run.path / "config.yaml").read_text())["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ml-1m-pretrain"]
 
 
 def test_a_run_without_a_checkpoint_does_not_stop_a_corrected_command(tmp_path):
-    config = Root(str(tmp_path))
-    first = RunFolder.create(config, "pretrain")
+    config = root(str(tmp_path))
+    first = create_run(config, "pretrain")
     first.log(1, loss=0.5)
     (first.path / "plan.json").write_text("{}")
     (first.path / "non-finite-step-1-rank-0.pt").write_bytes(b"")
     first.close()
-    run = RunFolder.create(replace(config, seed=1), "pretrain")
+    run = create_run(replace(config, seed=1), "pretrain")
     assert not run.resumed and yaml.safe_load((run.path / "config.yaml").read_text())["seed"] == 1
     assert not (run.path / "metrics.jsonl").exists()
 
 
 def test_a_folder_of_an_earlier_version_counts_with_the_defaults_of_what_it_did_not_know(tmp_path):
-    run = RunFolder.create(Root(str(tmp_path), seed=3), "pretrain")
+    run = create_run(root(str(tmp_path), seed=3), "pretrain")
     run.log(1, loss=0.5)
     run.close()
     stored = yaml.safe_load((run.path / "config.yaml").read_text())
     del stored["fold"], stored["pretrain"]["train"]["epochs"]
     (run.path / "config.yaml").write_text(yaml.safe_dump(stored))
-    assert config_differences(run.path, Root(str(tmp_path), seed=3), "pretrain") == {}
-    assert RunFolder.create(Root(str(tmp_path), seed=3), "pretrain").resumed
+    assert config_differences(run.path, settings_of(root(str(tmp_path), seed=3), "pretrain")) == {}
+    assert create_run(root(str(tmp_path), seed=3), "pretrain").resumed
     stored["pretrain"]["gone"] = {"a": 1}
     stored["seed"] = "three"
     (run.path / "config.yaml").write_text(yaml.safe_dump(stored))
-    assert list(config_differences(run.path, Root(str(tmp_path), seed=3, fold="0/2"), "pretrain").values()) == [
+    assert list(
+        config_differences(run.path, settings_of(root(str(tmp_path), seed=3, fold="0/2"), "pretrain")).values()
+    ) == [
         "fold: '' → '0/2'",
         "pretrain.gone: {'a': '1'} → '(absent)'",
         "seed: 'three' → 3",
@@ -154,31 +155,31 @@ def test_a_folder_of_an_earlier_version_counts_with_the_defaults_of_what_it_did_
 
 def test_a_run_that_did_nothing_yet_gives_way_to_another_config(tmp_path):
     """An error between the folder and the first step, such as a table that the model has not."""
-    config = Root(str(tmp_path))
-    RunFolder.create(config, "pretrain").close()
-    run = RunFolder.create(replace(config, seed=1), "pretrain")
+    config = root(str(tmp_path))
+    create_run(config, "pretrain").close()
+    run = create_run(replace(config, seed=1), "pretrain")
     assert not run.resumed and yaml.safe_load((run.path / "config.yaml").read_text())["seed"] == 1
 
 
 def test_a_finished_run_keeps_its_result(tmp_path, caplog):
-    config = Root(str(tmp_path))
-    run = RunFolder.create(config, "pretrain")
+    config = root(str(tmp_path))
+    run = create_run(config, "pretrain")
     run.log(1, loss=0.5)
     run.finish({"auc": 0.75, "gauc": math.nan, "dataset": "ml-1m"})
     assert json.loads((run.path / "result.json").read_text()) == {"auc": 0.75, "gauc": None, "dataset": "ml-1m"}
     with caplog.at_level("INFO", logger="lumrec"):
-        again = RunFolder.create(config, "pretrain")
+        again = create_run(config, "pretrain")
     assert again.finished and "its result is kept" in caplog.text
     result = again.result()
     assert result["auc"] == 0.75 and math.isnan(result["gauc"])
     with pytest.raises(ValueError, match="a finished run of another config: seed"):
-        RunFolder.create(replace(config, seed=1), "pretrain")
-    anew = RunFolder.create(replace(config, overwrite=True), "pretrain")
+        create_run(replace(config, seed=1), "pretrain")
+    anew = create_run(replace(config, overwrite=True), "pretrain")
     assert not anew.finished and not (anew.path / "result.json").exists() and "replacing a finished run" in caplog.text
 
 
 def test_results_are_flat(tmp_path):
-    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    run = create_run(root(str(tmp_path)), "pretrain")
     with pytest.raises(ValueError, match="'auc' is a dict"):
         run.finish({"auc": {"valid": 0.5}})
     assert not (run.path / "result.json").exists()
@@ -189,15 +190,15 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path):
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not a run folder"):
-        RunFolder.create(Root(str(tmp_path), overwrite=True), "pretrain")
+        create_run(root(str(tmp_path), overwrite=True), "pretrain")
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_folder_whose_making_was_interrupted_is_made_whole(tmp_path):
-    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    run = create_run(root(str(tmp_path)), "pretrain")
     run.close()
     (run.path / "config.yaml").unlink()
-    again = RunFolder.create(Root(str(tmp_path), seed=8), "pretrain")
+    again = create_run(root(str(tmp_path), seed=8), "pretrain")
     assert not again.resumed and yaml.safe_load((again.path / "config.yaml").read_text())["seed"] == 8
 
 
@@ -218,16 +219,16 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=f"being written by process {holder.pid}"):
-            RunFolder.create(Root(str(tmp_path)), "pretrain")
+            create_run(root(str(tmp_path)), "pretrain")
     finally:
         holder.kill()
         holder.wait()
-    assert not RunFolder.create(Root(str(tmp_path)), "pretrain").resumed
+    assert not create_run(root(str(tmp_path)), "pretrain").resumed
     assert (folder / ".lock").read_text().startswith(f"{os.getpid()} ")
 
 
 def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
-    run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+    run = create_run(root(str(tmp_path)), "pretrain")
     for step in range(1, 5):
         run.log(step, loss=1.0 / step, **({"valid/auc": math.inf} if step == 2 else {}))
     run.close()
@@ -246,19 +247,19 @@ DAMAGE = {"empty": b"", "cut": b'{"a": [1, ', "not UTF-8": b"\xff\xfe{}", "a lis
 @pytest.mark.parametrize("name", ["config.yaml", "inputs.json", "versions.json", "result.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_of_a_run_is_named(tmp_path, name, damage):
-    config = Root(str(tmp_path))
-    run = RunFolder.create(config, "pretrain")
+    config = root(str(tmp_path))
+    run = create_run(config, "pretrain")
     run.finish({"auc": 0.75})
     path = run.path / name
     path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage])
     if (name, damage) == ("result.json", "missing"):  # an unfinished run
-        assert RunFolder.create(config, "pretrain").resumed
+        assert create_run(config, "pretrain").resumed
         return
     with pytest.raises(UserError, match=name):
-        RunFolder.create(config, "pretrain").result()
+        create_run(config, "pretrain").result()
     # What says whose folder it is has to be whole; all else is made again.
     if name in ("inputs.json", "result.json") or (name == "config.yaml" and damage != "missing"):
-        assert not RunFolder.create(replace(config, overwrite=True), "pretrain").finished
+        assert not create_run(replace(config, overwrite=True), "pretrain").finished
 
 
 def test_metrics_with_a_damaged_line_are_named(tmp_path):
@@ -270,19 +271,19 @@ def test_metrics_with_a_damaged_line_are_named(tmp_path):
 def test_a_folder_of_another_stage_a_stranger_or_with_runs_inside_is_never_replaced(tmp_path):
     def kept(message, stage, **changes):
         with pytest.raises(UserError, match=message):
-            RunFolder.create(Root(str(tmp_path), overwrite=True, **changes), stage)
+            create_run(root(str(tmp_path), overwrite=True, **changes), stage)
 
-    RunFolder.create(Root(str(tmp_path), run="x"), "query").close()
+    create_run(root(str(tmp_path), run="x"), "query").close()
     kept("is a run of query, and is never replaced by one of rank", "rank", run="x")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "config.yaml").write_text("years: of work")
     kept(r"not a run folder of rank \(no versions.json\)", "rank", run="y")
     (tmp_path / "y" / "versions.json").write_text('{"app": "2.0"}')
     kept("its versions.json was not written by lumrec", "rank", run="y")
-    RunFolder.create(Root(str(tmp_path), run="z"), "rank").close()
-    RunFolder.create(Root(str(tmp_path), run="z/inner"), "rank").close()
+    create_run(root(str(tmp_path), run="z"), "rank").close()
+    create_run(root(str(tmp_path), run="z/inner"), "rank").close()
     kept("holds another run, .*z/inner", "rank", run="z", seed=1)
-    assert RunFolder.create(Root(str(tmp_path), run="z"), "rank").resumed
+    assert create_run(root(str(tmp_path), run="z"), "rank").resumed
     (tmp_path / "file").write_text("")
     kept("is a file; expected a folder", "rank", run="file")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -301,10 +302,10 @@ def test_a_link_or_a_mount_stays_what_it_is(tmp_path, place):
         if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
             pytest.skip("mounting needs the rights of root")
     try:
-        run = RunFolder.create(Root(str(tmp_path)), "pretrain")
+        run = create_run(root(str(tmp_path)), "pretrain")
         run.log(1, loss=0.5)
         run.finish({"auc": 0.75})
-        again = RunFolder.create(Root(str(tmp_path), seed=1, overwrite=True), "pretrain")
+        again = create_run(root(str(tmp_path), seed=1, overwrite=True), "pretrain")
         assert not again.finished and not (folder / "metrics.jsonl").exists()
         assert folder.is_symlink() if place == "link" else folder.is_mount()
         again.close()
@@ -316,13 +317,13 @@ def test_a_link_or_a_mount_stays_what_it_is(tmp_path, place):
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match="is a file; expected a folder|cannot be written"):
-        RunFolder.create(Root(str(tmp_path / "runs")), "pretrain")
+        create_run(root(str(tmp_path / "runs")), "pretrain")
 
 
 def test_an_emptied_folder_is_never_taken_for_a_run(tmp_path, monkeypatch):
     """Killed while overwrite=true empties the folder: the next call goes on, and keeps what is served meanwhile."""
-    config = Root(str(tmp_path))
-    run = RunFolder.create(config, "query")
+    config = root(str(tmp_path))
+    run = create_run(config, "query")
     run.log(1, loss=0.5)
     (run.path / "manifest.json").write_text("served")
     run.finish({"auc": 0.75})
@@ -334,7 +335,7 @@ def test_an_emptied_folder_is_never_taken_for_a_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            RunFolder.create(replace(config, overwrite=True), "query", keep=("manifest.json",))
-    again = RunFolder.create(config, "query", keep=("manifest.json",))
+            create_run(replace(config, overwrite=True), "query", keep=("manifest.json",))
+    again = create_run(config, "query", keep=("manifest.json",))
     assert not again.resumed and not again.finished and again.id != before
     assert (again.path / "manifest.json").read_text() == "served" and not (again.path / "metrics.jsonl").exists()

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from lumrec.config import load
-from lumrec.query import stage as query
-from lumrec.train import pretrain
+from lumrec.experiments.config import load
+from lumrec.stages.registry import STAGES
 
 WORDS = [
     "name=tiny",
@@ -23,6 +22,6 @@ def make_knowledge(runs: Path, *words: str) -> list[str]:
     """Words of the runs folder `runs`, which now holds tiny-prepare, tiny-pretrain-kof2 and tiny-query."""
     all_words = [*WORDS, *words, f"runs_dir={runs}"]
     for fold in ("0/2", "1/2"):
-        pretrain.run(load(None, [*all_words, f"fold={fold}"]))
-    query.run(load(None, [*all_words, "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]))
+        STAGES["pretrain"].run(load(None, [*all_words, f"fold={fold}"]))
+    STAGES["query"].run(load(None, [*all_words, "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"]))
     return all_words

@@ -9,17 +9,19 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from runs import create_run
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
+from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.train import checkpoint
 from lumrec.train.loop import StepOutput, TrainConfig, fit
-from lumrec.train.parallel import init_distributed, rank, shard, world_size
-from lumrec.train.run import RunFolder
+from lumrec.train.parallel import shard
 
 ROWS = (40, 12)
 WIDTH = 8
@@ -136,6 +138,8 @@ def noisy_step(model: nn.Module, batch: TinyBatch) -> StepOutput:
 
 @dataclass(frozen=True)
 class TinyConfig:
+    """As much of Common as a run needs, without Polars, whose threads no fork survives."""
+
     runs_dir: str
     run: str = ""
     name: str = "tiny"
@@ -145,6 +149,12 @@ class TinyConfig:
     threads: int = 1
     pretrain: TrainConfig = field(default_factory=TrainConfig)
     rank: TrainConfig = field(default_factory=TrainConfig)
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.runs_dir) / (self.run or f"{self.name}-{stage}")
+
+    def settings(self, **sections: Any) -> "TinyConfig":
+        return self
 
 
 def noisy_evaluation() -> dict[str, float]:
@@ -178,7 +188,7 @@ def train_noisily(
     device = init_distributed("cpu", threads=config.threads)
     torch.manual_seed(config.seed), np.random.seed(config.seed), random.seed(config.seed)
     model = shard(TinyModel(dropout=0.3), device=device, optimizer=config.pretrain.optimizer)
-    folder = RunFolder.create(config, "pretrain")
+    folder = create_run(config, "pretrain")
     result = fit(
         model=model,
         loader=TinyLoader(),
@@ -212,7 +222,7 @@ def train_slowly(runs_dir: str, *, step_s: float) -> None:
     """30 steps, each of them so long; says when the second begins."""
     config = TinyConfig(runs_dir=runs_dir, run="slow", pretrain=TrainConfig(max_steps=30, epochs=9))
     model = shard(TinyModel(), device=init_distributed("cpu", threads=1))
-    run, steps = RunFolder.create(config, "pretrain"), 0
+    run, steps = create_run(config, "pretrain"), 0
 
     def step(model: nn.Module, batch: TinyBatch) -> StepOutput:
         nonlocal steps

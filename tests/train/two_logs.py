@@ -11,10 +11,11 @@ from typing import Any
 import polars as pl
 import torch
 
-from lumrec.config import Config, load
+from lumrec.batches.windows import Windows, behind
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import Windows, behind
-from lumrec.data.simulator import SimulatorConfig, simulate
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.simulator.simulate import simulate
+from lumrec.experiments.config import Config, load
 from lumrec.query.group_query import GroupQuery, encode_items
 
 ASKED = [{"feedback": "like"}, {"feedback": "dislike", "scenario": "home"}, {}]

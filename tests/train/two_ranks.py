@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import create_run
 from tiny_training import TinyConfig, TinyLoader, TinyModel, plain_step
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
+from lumrec.run.distributed import init_distributed, rank
 from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.train.parallel import shard
 from lumrec.train.plan import plan_table
-from lumrec.train.run import RunFolder
 
 # Name → sharding, table optimizer, rows of rank 0 in a batch of 8.
 RUNS = {
@@ -38,7 +39,7 @@ def train(
         epochs=2, log_every=1, checkpoint_every=3, optimizer=OptimizerConfig(table_optimizer=table_optimizer)
     )
     model = shard(TinyModel(), device="cpu", optimizer=config.optimizer, sharding=sharding)
-    run_folder = RunFolder.create(TinyConfig(folder, run=run or name, pretrain=config), "pretrain")
+    run_folder = create_run(TinyConfig(folder, run=run or name, pretrain=config), "pretrain")
     loader = TinyLoader(64, first_share=share)
     result = fit(model=model, loader=loader, step=step, config=config, run=run_folder)
     run_folder.finish(result)
@@ -84,7 +85,7 @@ def errors(folder: str) -> dict[str, str]:
             return 5 + rank()
 
     model = shard(TinyModel(), device="cpu")
-    run_folder = RunFolder.create(TinyConfig(folder, run="uneven"), "pretrain")
+    run_folder = create_run(TinyConfig(folder, run="uneven"), "pretrain")
     catch("uneven", lambda: fit(model=model, loader=Uneven(), step=plain_step, config=TrainConfig(), run=run_folder))
     assert NonFiniteError.__name__ in messages["not finite"]
     return messages

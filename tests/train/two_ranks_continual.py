@@ -10,10 +10,11 @@ import torch
 from two_logs import answers, config_of
 
 from lumrec.data.prepared import PreparedData
-from lumrec.train import pretrain
-from lumrec.train.continual import find_earlier, start_from
-from lumrec.train.lum import build_lum
-from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.models.lum import build_lum
+from lumrec.run.distributed import init_distributed, rank
+from lumrec.stages.registry import STAGES
+from lumrec.train.parallel import shard
+from lumrec.warm_start.continual import find_earlier, start_from
 
 
 def main(folder: Path) -> None:
@@ -21,7 +22,7 @@ def main(folder: Path) -> None:
     device = init_distributed("cpu", threads=1)
     config = config_of(folder, "grown")
     before, data = (PreparedData.open(folder / "runs" / f"{name}-prepare") for name in ("before", "grown"))
-    earlier = find_earlier(config, data)
+    earlier = find_earlier(config, config.model, config.pretrain.start_from, data)
     for sharding in ("row_wise", "table_wise", "column_wise"):
         model, builder = build_lum(config.model, data)
         dmp = shard(model, device=device, sharding=sharding, fsdp=sharding == "row_wise")
@@ -31,7 +32,7 @@ def main(folder: Path) -> None:
         said = answers(dmp, builder, before)
         if rank() == 0:
             torch.save(said, folder / f"answers-{sharding}.pt")
-    pretrain.run(config_of(folder, "grown", "run=two-ranks", "pretrain.train.sharding=row_wise"))
+    STAGES["pretrain"].run(config_of(folder, "grown", "run=two-ranks", "pretrain.train.sharding=row_wise"))
     torch.distributed.destroy_process_group()
 
 

@@ -12,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumrec.data.negatives import NegativesConfig
-from lumrec.data.packing import PackBuilder, PackingConfig, PackLoader
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.packs import PackBuilder, PackingConfig, PackLoader
+from lumrec.batches.windows import training_windows
 from lumrec.data.prepared import PreparedData
-from lumrec.data.sequences import training_windows
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.modules.large_user_model import LargeUserModel, Pack
 from lumrec.modules.losses import info_nce
-from lumrec.modules.lum import LargeUserModel, Pack
-from lumrec.train.lum import ModelConfig, build_lum
-from lumrec.train.negatives import gather_candidates
+from lumrec.run.distributed import init_distributed, rank, world_size
+from lumrec.stages.pretrain import ContrastConfig, PretrainConfig, make_step
+from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.optimizers import OptimizerConfig
-from lumrec.train.parallel import init_distributed, rank, shard, world_size
-from lumrec.train.pretrain import ContrastConfig, PretrainConfig, make_step
+from lumrec.train.parallel import shard
 
 NUM_ITEMS, WIDTH = 20, 6
 # Candidates of rank 0 and 1, positions of rank 0 and 1.

@@ -22,7 +22,8 @@ from torchrec.modules.mc_modules import (
     MCHManagedCollisionModule,
 )
 
-from lumrec.train.parallel import init_distributed, rank, shard
+from lumrec.run.distributed import init_distributed, rank
+from lumrec.train.parallel import shard
 from lumrec.warm_start import warm_start
 from lumrec.warm_start.plan import shards_of
 

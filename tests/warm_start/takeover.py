@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
+from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.train.optimizers import OptimizerConfig, build_optimizer
-from lumrec.train.parallel import init_distributed, rank, shard, world_size
+from lumrec.train.parallel import shard
 from lumrec.warm_start import Source, warm_start
 from lumrec.warm_start.plan import shards_of
 

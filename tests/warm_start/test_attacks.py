@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 from lumrec.warm_start import open_source
 
 
@@ -145,7 +145,7 @@ CALLS = [
     ("pickle", "loads"),
     ("pathlib", "PosixPath"),
     ("torch.utils.cpp_extension", "load_inline"),
-    ("lumrec.train.files", "remove_folder"),
+    ("lumrec.run.files", "remove_folder"),
 ]
 
 

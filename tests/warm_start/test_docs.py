@@ -7,9 +7,9 @@ import torch
 import yaml
 from takeover import FIRST, ROWS, TABLES, dlrm
 
-from lumrec.modules.lum import LargeUserModel
+from lumrec.models.lum import ModelConfig, build_user_encoder
+from lumrec.modules.large_user_model import LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
-from lumrec.train.lum import ModelConfig, build_user_encoder
 from lumrec.warm_start import warm_start
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "warm-start.md"

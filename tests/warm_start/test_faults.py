@@ -88,7 +88,7 @@ def test_wrong_versions(copied, refused):
 
 
 def test_a_lumrec_checkpoint_is_verified(tmp_path, refused):
-    from lumrec.train.files import sha256
+    from lumrec.run.files import sha256
 
     folder = tmp_path / "step-00000001"
     dcp.save({"model": {"weight": torch.ones(2, 2)}}, checkpoint_id=folder, no_dist=True)

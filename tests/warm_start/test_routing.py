@@ -8,9 +8,10 @@ from routed import RULES, SLOTS, routed
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lumrec.errors import UserError
+from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import UserError
 from lumrec.train.checkpoint import Checkpointer, load_weights
-from lumrec.train.parallel import init_distributed, shard
+from lumrec.train.parallel import shard
 from lumrec.warm_start import warm_start
 
 TABLE = "mc._embedding_module.embedding_bags.item.weight"

@@ -8,10 +8,11 @@ import polars as pl
 import pytest
 import torch
 
-from lumrec.config import Config, load
 from lumrec.data.prepared import PreparedData
-from lumrec.stages import run_stage
-from lumrec.train import pretrain, rank
+from lumrec.experiments.config import Config, load
+from lumrec.launch.main import run_stage
+from lumrec.stages import rank
+from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.warm_start import open_source
 
@@ -29,7 +30,7 @@ def words(tiny_words, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("stage")
     (folder / "rules.yaml").write_text(RULES)
     words = [*tiny_words, f"runs_dir={folder}", "rank.model=dlrm", "rank.train.epochs=1"]
-    rank.run(load(None, [*words, "run=production"]))
+    STAGES["rank"].run(load(None, [*words, "run=production"]))
     return words
 
 
@@ -46,7 +47,7 @@ def from_production(words: list[str], rules: str = "rules.yaml") -> list[str]:
 def test_a_ranker_goes_on_where_production_stands(words):
     folder = Path(config(words).runs_dir)
     still = ["rank.train.optimizer.table_lr=0", "rank.train.optimizer.dense_lr=0"]
-    result = rank.run(config(from_production(words), "run=warm", *still))
+    result = STAGES["rank"].run(config(from_production(words), "run=warm", *still))
     production = json.loads((folder / "production" / "result.json").read_text())
     assert result["auc"] == pytest.approx(production["auc"], abs=1e-9)
     assert result["warm_start"] == str(best_checkpoint(folder / "production"))
@@ -55,7 +56,7 @@ def test_a_ranker_goes_on_where_production_stands(words):
     assert tables and all(row["optimizer"] == "kept" and row["rows_new"] == 0 for row in tables)
     assert audit["applied"] and audit["fresh"] == audit["unused"] == []
     assert "| tables.embedding_bags.item_id.weight | model.tables" in (folder / "warm" / "warm_start.md").read_text()
-    cold = rank.run(config(words, "run=cold", *still))
+    cold = STAGES["rank"].run(config(words, "run=cold", *still))
     assert abs(cold["auc"] - production["auc"]) > 1e-3
 
 
@@ -82,7 +83,7 @@ class Cut(Exception):
 def test_a_run_that_was_cut_off_goes_on_where_it_stood(words, monkeypatch):
     """Not from production again: each step is taken once, and the end is that of a run that nothing cut."""
     folder, often = Path(config(words).runs_dir), "rank.train.checkpoint_every=1"
-    whole = rank.run(config(from_production(words), "run=whole", often))
+    whole = STAGES["rank"].run(config(from_production(words), "run=whole", often))
     step, steps = rank.step, 0
 
     def cut(*args, **kwargs):
@@ -94,8 +95,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stood(words, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(rank, "step", cut)
-        rank.run(config(from_production(words), "run=cut", often))
-    resumed = rank.run(config(from_production(words), "run=cut", often))
+        STAGES["rank"].run(config(from_production(words), "run=cut", often))
+    resumed = STAGES["rank"].run(config(from_production(words), "run=cut", often))
     assert resumed["auc"] == pytest.approx(whole["auc"], abs=1e-12)
     expected, got = tables_of(folder / "whole"), tables_of(folder / "cut")
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
@@ -138,7 +139,7 @@ def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
     run_stage("warm_start", "", for_lum(words))
     assert "token_encoder.tables.embedding_bags.item_id.weight" in capsys.readouterr().out
     frozen = "pretrain.train.optimizer.table_lrs={item_id: 0.0, query: 0.0}"
-    result = pretrain.run(config(for_lum(words), "run=warm-lum", frozen))
+    result = STAGES["pretrain"].run(config(for_lum(words), "run=warm-lum", frozen))
     assert result["warm_start"] == str(best_checkpoint(folder / "production"))
     audit = json.loads((folder / "warm-lum" / "warm_start.json").read_text())
     assert audit["applied"]
@@ -146,17 +147,17 @@ def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
     assert torch.equal(lum["item_id"], production["item_id"]) and torch.equal(lum["query"], production["query"])
     assert not torch.equal(lum["scenario"], production["scenario"])  # this one trains
     with pytest.raises(ValueError, match="both fill the weights"):
-        pretrain.run(config(for_lum(words), "run=both-lum", "pretrain.start_from=warm-lum"))
+        STAGES["pretrain"].run(config(for_lum(words), "run=both-lum", "pretrain.start_from=warm-lum"))
 
 
 def test_contradictions(words):
     with pytest.raises(ValueError, match="both fill the tables"):
-        rank.run(config(from_production(words), "rank.tables=lum", "run=both"))
+        STAGES["rank"].run(config(from_production(words), "rank.tables=lum", "run=both"))
     with pytest.raises(ValueError, match="source is 'somewhere' and rank.warm_start.rules ''"):
-        rank.run(config(words, "rank.warm_start.source=somewhere", "run=half"))
+        STAGES["rank"].run(config(words, "rank.warm_start.source=somewhere", "run=half"))
     with pytest.raises(FileNotFoundError, match="there is no somewhere; expected a DCP folder"):
         more = ("rank.warm_start.source=somewhere", "rank.warm_start.rules=rules.yaml")
-        rank.run(config(words, *more, "run=nowhere"))
+        STAGES["rank"].run(config(words, *more, "run=nowhere"))
     with pytest.raises(ValueError, match="there is no warm start to check"):
         config(words, "rank.warm_start.scores=said.csv")
     with pytest.raises(ValueError, match="a LUM has none"):
@@ -215,7 +216,7 @@ def test_scores_of_production_accept_a_takeover_or_refuse_it(words, tmp_path, ca
 
     run_stage("warm_start", "", [*from_production(words), scores])
     assert "scores equal production's" in capsys.readouterr().out
-    rank.run(config(from_production(words), scores, run))  # the corrected command goes on in the same run
+    STAGES["rank"].run(config(from_production(words), scores, run))  # the corrected command goes on in the same run
     audit = json.loads((folder / f"checked-{suffix}" / "warm_start.json").read_text())
     assert audit["applied"] and audit["checked"] > 100
 
@@ -242,7 +243,7 @@ def test_files_of_scores_that_are_wrong(words, tmp_path, text, said):
         path.write_text(text)
     folder = Path(config(words).runs_dir)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        rank.run(config(from_production(words), f"rank.warm_start.scores={path}", "run=wrong-scores"))
+        STAGES["rank"].run(config(from_production(words), f"rank.warm_start.scores={path}", "run=wrong-scores"))
     assert not (folder / "wrong-scores").exists()
 
 
@@ -256,13 +257,13 @@ def test_a_changed_source_of_the_optimizer_or_rules_is_another_warm_start(words,
     source = settings.open()
     first = settings.fingerprint(source)
     assert settings.fingerprint(source) == first != config(from_production(words)).rank.warm_start.fingerprint(source)
-    rank.run(config(from_production(words, "second.yaml"), "run=second"))
-    rank.run(config(words, "run=longer", "rank.train.epochs=2"))
+    STAGES["rank"].run(config(from_production(words, "second.yaml"), "run=second"))
+    STAGES["rank"].run(config(words, "run=longer", "rank.train.epochs=2"))
     shutil.rmtree(tmp_path / "optim")
     shutil.copytree(best_checkpoint(folder / "longer"), tmp_path / "optim")
     assert settings.fingerprint(source) != first
     with pytest.raises(ValueError, match="input warm_start"):
-        rank.run(config(from_production(words, "second.yaml"), "run=second"))
+        STAGES["rank"].run(config(from_production(words, "second.yaml"), "run=second"))
     (folder / "second.yaml").write_text(RULES.replace("prefix}", "prefix, optimizer: drop}"))
     with pytest.raises(ValueError, match="input warm_start"):
-        rank.run(config(from_production(words, "second.yaml"), "run=second"))
+        STAGES["rank"].run(config(from_production(words, "second.yaml"), "run=second"))

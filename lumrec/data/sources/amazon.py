@@ -26,10 +26,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
+from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.json_lines import Decode, decode_file, decode_json, decode_python
 from lumrec.data.sources.lines import (
@@ -42,10 +43,7 @@ from lumrec.data.sources.lines import (
 )
 from lumrec.data.sources.published import Place, find_folder, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
-from lumrec.errors import UserError
-
-if TYPE_CHECKING:
-    from lumrec.data.prepare import DataConfig
+from lumrec.run.errors import UserError
 
 SEQUENCES = "amazon-5core-sequences"
 POSITIVE = LabelConfig(column="rating", at_least=4.0)

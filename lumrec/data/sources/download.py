@@ -31,8 +31,8 @@ from typing import Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
-from lumrec.errors import UserError
-from lumrec.printable import say
+from lumrec.run.errors import UserError
+from lumrec.run.printable import say
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 18

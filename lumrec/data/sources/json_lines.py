@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 import polars as pl
 
 from lumrec.data.sources.lines import open_bytes, scan_lines
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 BLOCK_BYTES = 1 << 26  # text held at a time: bounds the memory
 DECODED_LINES = 2048  # lines of JSON decoded at a time: far more are slower, since their values no longer fit a cache

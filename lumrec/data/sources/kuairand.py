@@ -23,19 +23,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
+from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive
 from lumrec.data.sources.lines import check_header, scan_fields, scan_lines
 from lumrec.data.sources.published import Place, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
-from lumrec.errors import UserError
-
-if TYPE_CHECKING:
-    from lumrec.data.prepare import DataConfig
+from lumrec.run.errors import UserError
 
 FORMATS = (".csv", ".csv.gz", ".parquet")
 POSITIVE = LabelConfig(column="is_click")

@@ -8,7 +8,7 @@ from typing import BinaryIO, List, Sequence, Tuple, Union, cast
 
 import polars as pl
 
-from lumrec.errors import UserError
+from lumrec.run.errors import UserError
 
 _NEVER = "\x01"  # in no file that means well: it makes the CSV reader hand over whole lines
 NO_VALUE = ("", "null", "NULL", "NaN", "nan", "None", r"\N")

@@ -20,10 +20,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
+from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive, file_digest
 from lumrec.data.sources.lines import (
@@ -39,10 +40,7 @@ from lumrec.data.sources.lines import (
 from lumrec.data.sources.published import Place, label_in_use
 from lumrec.data.sources.published import resolve as resolve_place
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
-from lumrec.errors import UserError
-
-if TYPE_CHECKING:
-    from lumrec.data.prepare import DataConfig
+from lumrec.run.errors import UserError
 
 log = logging.getLogger(__name__)
 

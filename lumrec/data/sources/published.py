@@ -9,8 +9,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from lumrec.data.sources.download import Archive, fetch_archive
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
-from lumrec.errors import UserError
-from lumrec.printable import say
+from lumrec.run.errors import UserError
+from lumrec.run.printable import say
 
 
 @dataclass(frozen=True)

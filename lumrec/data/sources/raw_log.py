@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
-from lumrec.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError
 
 # Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
 # seconds lie far beyond.

@@ -1,0 +1,1 @@
+"""Prepared data → windows, packs and rows, and the loaders that deal them out."""

@@ -1,0 +1,68 @@
+"""Settings of the log: where it comes from, its label, and how it is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from lumrec.data.drawn_rows import NegativeRowsConfig
+from lumrec.data.own_log.config import LogConfig
+from lumrec.data.simulator.config import SimulatorConfig
+from lumrec.data.sources.raw_log import LabelConfig
+from lumrec.data.splits import SplitConfig
+from lumrec.run.limits import count
+
+# The module that reads each is in lumrec/data/sources/registry.py.
+Source = Literal[
+    "movielens-1m",
+    "movielens-100k",
+    "movielens-20m",
+    "movielens-25m",
+    "movielens-32m",
+    "movielens-latest",
+    "movielens-latest-small",
+    "amazon-2014",
+    "amazon-2018",
+    "amazon-2023",
+    "amazon-5core-sequences",
+    "kuairand-pure",
+    "kuairand-1k",
+    "kuairand-27k",
+    "log",
+    "simulator",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which log, and how it is split.
+
+    source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
+    download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
+    allow_other_files: take files whose checksum or counts are not the published ones. min_count: a value that occurs
+    less often in the training part is unknown (row 0 of its table). vocabulary_from: run name or folder of an earlier
+    prepared log: its values keep their rows, min_count is for new ones, and a LUM of that log can go on learning from
+    this one (pretrain.start_from). max_list_length: rows with a longer list are left
+    out, into the quarantine.
+    duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
+    request: of source "log": a column of the events with one value for each request (or page) of a user. Rows of one
+    request were shown together, whenever each was recorded: none sees another, and their time is that of the first.
+    "" = rows of the same time were. A row without a value was shown by itself.
+    negatives: rows that are drawn for rankers beside a log of positives alone (docs/how-to/own-data.md); null = none.
+    log: of source "log". simulator: of source "simulator".
+    """
+
+    source: Source = "movielens-1m"
+    path: str = ""
+    category: str = ""
+    label: LabelConfig = field(default_factory=LabelConfig)
+    allow_other_files: bool = False
+    split: SplitConfig = field(default_factory=SplitConfig)
+    min_count: int = count(1, least=1)
+    vocabulary_from: str = ""
+    max_list_length: int = count(1000, least=1)
+    duplicates: Literal["drop", "keep"] = "drop"
+    request: str = ""
+    negatives: Optional[NegativeRowsConfig] = None
+    log: LogConfig = field(default_factory=LogConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)

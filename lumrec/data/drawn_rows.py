@@ -1,0 +1,337 @@
+"""Rows about other items, drawn for a log of positives alone: what a ranker tells the events from.
+
+::
+
+    events of a user   item 3   item 7   item 1      label 1
+    drawn              item 9   item 4   item 6      label 0: the user, the moment and the history of the event above
+
+A drawn row is no event: no history, sequence, count or statistic has it in. It differs from its event in the item
+alone, and in what is known of that item at that moment.
+
+What must not give a drawn row away is the draw: that its item is rarer, older or newer than those of events, or that
+no drawn item is one that the user had before. So "matched" draws the item of another event of the same part, near in
+time and about as popular (negative_pool.py); and beside an event whose item the user had before, another item that the
+user had before. How far each of the three tells events from drawn rows is measured and reported (`facts`).
+
+Source: DIN's protocol for Amazon (arXiv 1706.06978, section 6.1): the next review of a user against one random item;
+that is "uniform".
+
+Shape suffixes: E events, U users, I items, N drawn rows, P pairs of a user and an item of theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Literal, Mapping, Optional, Sequence
+
+import numpy as np
+import polars as pl
+
+from lumrec.data.drawn_pool import Slices, make_pool
+from lumrec.data.moments import inseparable
+from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.data.splits import PARTS, mix
+from lumrec.run import limits
+from lumrec.run.errors import UserError
+from lumrec.run.limits import count
+
+CALIBRATED = 200_000  # events by which matched draws find what makes up for the items that are left out
+ROUNDS = 16  # draws until one is not an item to be left out
+TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
+
+
+@dataclass(frozen=True)
+class NegativeRowsConfig:
+    """How many rows are drawn for each event of a log of positives, and from which items.
+
+    per_positive: rows for each event, drawn independently. sampling: "matched", items as popular, as new and as often
+    met before as those of the events; "uniform" over the items that the training part has, or "popularity", by how
+    often it has them: these never draw an item that the user meets anywhere in the log. seed: of the draws.
+    """
+
+    per_positive: int = count(1, least=1, most=10_000)
+    sampling: Literal["matched", "uniform", "popularity"] = "matched"
+    seed: int = limits.seed()
+
+
+class NegativeRows:
+    """Draws the rows of one block of users after the other, and counts what each part of the log holds.
+
+    count_I: training events of each item. user_ids: raw ids, to name a user by. blocks: files of all events, which
+    "matched" draws from. absolute_time: whether times of different users can be compared.
+    """
+
+    def __init__(
+        self,
+        config: NegativeRowsConfig,
+        count_I: np.ndarray,
+        user_ids: pl.Series,
+        blocks: Sequence[Path] = (),
+        *,
+        absolute_time: bool = True,
+    ) -> None:
+        self.config, self.count_I, self.user_ids, self.absolute_time = config, count_I, user_ids, absolute_time
+        self.weight_I = ((count_I > 0) if config.sampling == "uniform" else count_I).astype(np.int64)
+        self.pool: Dict[int, Slices] = {}
+        self.up_P = np.full(len(PARTS), 0.5)
+        if config.sampling == "matched" and blocks:
+            self.pool = make_pool(blocks, count_I, absolute_time=absolute_time)
+            self.up_P = self._calibrate(pl.read_parquet(blocks[0], n_rows=CALIBRATED))
+        self.num_events = self.num_rows = 0
+        # Of each part's events and drawn rows: how often each item; how many are of items that the user had before.
+        self.items_PKI = np.zeros((len(PARTS), 2, len(count_I)), np.int64)
+        self.repeats_PK = np.zeros((len(PARTS), 2), np.int64)
+
+    def add(self, block: pl.DataFrame) -> pl.DataFrame:
+        """Drawn rows of the next block of events: `event` (i64, row of the log) and `item`, in the order of the events.
+
+        Raises UserError where the block has a negative of its own, and for a user who has met all there is to draw.
+        """
+        if wrong := int((block["label"] != 1).sum()):
+            raise UserError(
+                f"data.negatives is for a log of positives only, and {wrong:,} of {len(block):,} events of a block "
+                "have label 0: those are the negatives. Leave data.negatives out, or let data.label make all events "
+                "positive"
+            )
+        events = _Events(block, len(self.count_I))
+        event_N = np.repeat(np.arange(len(block)), self.config.per_positive)
+        number_N = np.arange(len(event_N)) - event_N * self.config.per_positive
+        item_N = np.full(len(event_N), -1)
+        is_repeat_N = np.zeros(len(event_N), bool)
+        if self.config.sampling == "matched":
+            item_N, is_repeat_N = self._matched(events, event_N, number_N, self.up_P)
+        left = np.flatnonzero(item_N < 0)
+        if len(left):
+            share_N = _random(self.config.seed, events.order_E[event_N[left]], number_N[left])
+            item_N[left] = self._draw(events.user_E, events.item_E, events.user_E[event_N[left]], share_N)
+        self._count(events, event_N, item_N, is_repeat_N)
+        drawn = pl.DataFrame({"event": event_N + self.num_events, "item": item_N.astype(np.int32)})
+        self.num_events, self.num_rows = self.num_events + len(block), self.num_rows + len(drawn)
+        return drawn
+
+    def _matched(
+        self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, up_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The item of each row, -1 where none was found, and whether it is one that the user had before.
+
+        Each row has two candidates at a time, and takes the more popular one with the probability up_P of its part,
+        else the less popular one. Beside an event whose item the user had before, they are items of the user's earlier
+        events that were not shown at that moment; beside all others items of the pool that the user never meets.
+        """
+        item_N, is_repeat_N = np.full(len(event_N), -1), np.zeros(len(event_N), bool)
+        is_up_N = self._random(events, event_N, number_N, 99) < up_P[events.split_E[event_N]]
+        for turn in range(ROUNDS):
+            left = np.flatnonzero((item_N < 0) & events.is_repeat_E[event_N])
+            event, number = event_N[left], number_N[left]
+            first, before = events.first_E[event], events.before_E[event]
+            two = [
+                events.item_E[
+                    first + (self._random(events, event, number, 100 + 2 * turn + which) * (before - first)).astype(int)
+                ]
+                for which in (0, 1)
+            ]
+            item_N[left] = self._choose(two, [~events.is_shown(event, drawn) for drawn in two], is_up_N[left])
+        is_repeat_N[events.is_repeat_E[event_N] & (item_N >= 0)] = True
+        for part, slices in self.pool.items():
+            is_in_N = events.split_E[event_N] == part
+            for turn in range(ROUNDS):
+                left = np.flatnonzero((item_N < 0) & is_in_N)
+                event, number = event_N[left], number_N[left]
+                time = events.time_E[event] if self.absolute_time else np.zeros(len(event), np.int64)
+                count, reach = self.count_I[events.item_E[event]], 2.0 ** (turn // 4 - 3)
+                random = [self._random(events, event, number, 200 + 4 * turn + which) for which in range(4)]
+                two = [slices.draw(time, count, at, shift, reach) for at, shift in (random[:2], random[2:])]
+                item_N[left] = self._choose(two, [~events.is_met(event, drawn) for drawn in two], is_up_N[left])
+        return item_N, is_repeat_N
+
+    def _choose(self, two: Sequence[np.ndarray], good: Sequence[np.ndarray], is_up_N: np.ndarray) -> np.ndarray:
+        """Of two candidates that are good the more popular one (is_up_N) or the less popular; -1 where none is good."""
+        first_N, second_N = (np.where(of, drawn, -1) for drawn, of in zip(two, good, strict=True))
+        is_more_N = self.count_I[first_N] >= self.count_I[second_N]
+        both_N = np.where(is_more_N == is_up_N, first_N, second_N)
+        return np.where(good[0] & good[1], both_N, np.maximum(first_N, second_N))
+
+    def _calibrate(self, block: pl.DataFrame) -> np.ndarray:
+        """Of each part, by bisection, the probability of the more popular one with which popularity tells nothing.
+
+        A user's own items are left out, and those are the popular ones: one half would draw less popular items.
+        """
+        events, event_N = _Events(block, len(self.count_I)), np.arange(len(block))
+        low_P, high_P = np.zeros(len(PARTS)), np.ones(len(PARTS))
+        for _ in range(8):
+            up_P = (low_P + high_P) / 2
+            item_N, _ = self._matched(events, event_N, np.zeros(len(block), np.int64), up_P)
+            for part in range(len(PARTS)):
+                is_in = (events.split_E == part) & (item_N >= 0)
+                items = (np.bincount(of[is_in], minlength=len(self.count_I)) for of in (events.item_E, item_N))
+                is_high = (_auc_of_counts(self.count_I, *items) or 0.5) > 0.5
+                low_P[part], high_P[part] = (up_P[part], high_P[part]) if is_high else (low_P[part], up_P[part])
+        return (low_P + high_P) / 2
+
+    def _random(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, stream: int) -> np.ndarray:
+        return _random(self.config.seed, events.order_E[event_N], number_N, stream=stream)
+
+    def _count(self, events: _Events, event_N: np.ndarray, item_N: np.ndarray, is_repeat_N: np.ndarray) -> None:
+        num_items = len(self.count_I)
+        for part in range(len(PARTS)):
+            is_in_E = events.split_E == part
+            is_in_N = is_in_E[event_N]
+            self.items_PKI[part] += [
+                np.bincount(items, minlength=num_items) for items in (events.item_E[is_in_E], item_N[is_in_N])
+            ]
+            self.repeats_PK[part] += [(events.is_repeat_E & is_in_E).sum(), (is_repeat_N & is_in_N).sum()]
+
+    def _draw(self, user_E: np.ndarray, item_E: np.ndarray, user_N: np.ndarray, share_N: np.ndarray) -> np.ndarray:
+        """The item of each row, int64 [N], at its share (0 … 1) of the weight that the user's own items leave.
+
+        No draw is rejected. Items lie side by side, as wide as their weights; a user's own are cut out, and a place in
+        what is left is moved behind all those own items that begin at or before it::
+
+            items        0 0 1 2 2 2 3 4        own: 0 and 2
+            left             1       3 4        place 1 is item 3: moved by 2 + 3 from place 1 to place 6
+        """
+        end_I = np.cumsum(self.weight_I)
+        begin_I, total = end_I - self.weight_I, int(end_I[-1])
+        first = int(user_E[0])  # user_N: ascending
+        pair_P = np.unique((user_E - first) * len(self.weight_I) + item_E)
+        user_P, item_P = np.divmod(pair_P, len(self.weight_I))
+        own_P1 = np.concatenate([[0], np.cumsum(self.weight_I[item_P])])  # weight of all pairs before each
+        first_U1 = np.searchsorted(user_P, np.arange(int(user_E[-1]) - first + 2))  # first pair of each user
+        left_U = total - (own_P1[first_U1[1:]] - own_P1[first_U1[:-1]])
+        if (left_U[user_N - first] == 0).any():
+            user = int(user_N[left_U[user_N - first] == 0][0])
+            raise UserError(
+                f"data.negatives: the user {self.user_ids[user]!r} has events of every item of the training part, so "
+                "that there is none to draw; leave this user out of the log"
+            )
+        user_N = user_N - first
+        place_N = np.minimum((share_N * left_U[user_N]).astype(np.int64), left_U[user_N] - 1)
+        begin_P = begin_I[item_P] - (own_P1[:-1] - own_P1[first_U1[user_P]])  # in what is left
+        before_N = np.searchsorted(user_P * (total + 1) + begin_P, user_N * (total + 1) + place_N, side="right")
+        moved_N = own_P1[before_N] - own_P1[first_U1[user_N]]
+        return np.searchsorted(end_I, place_N + moved_N, side="right")
+
+    def facts(self) -> Dict[str, Optional[float]]:
+        """What tells events from drawn rows without any model, for each part; None where the part has no rows.
+
+        "<part>_popularity_auc": AUC of the training events of each item, a tie one half ("popularity_auc" is the test
+        part's). "<part>_unseen_positives", "…_negatives": shares of items that the training part does not have.
+        "<part>_repeated_positives", "…_negatives": shares of items that the user had before.
+        """
+        found: Dict[str, Optional[float]] = {}
+        for part, name in enumerate(PARTS):
+            positives_I, negatives_I = self.items_PKI[part]
+            found[f"{name}_popularity_auc"] = _auc_of_counts(self.count_I, positives_I, negatives_I)
+            for kind, (what, of_I) in enumerate((("positives", positives_I), ("negatives", negatives_I))):
+                total = int(of_I.sum())
+                found[f"{name}_unseen_{what}"] = int(of_I[self.count_I == 0].sum()) / total if total else None
+                found[f"{name}_repeated_{what}"] = int(self.repeats_PK[part, kind]) / total if total else None
+        return {"popularity_auc": found["test_popularity_auc"], **found}
+
+
+class _Events:
+    """The columns of one block, sorted by user and time, and what the draws ask of them."""
+
+    def __init__(self, block: pl.DataFrame, num_items: int) -> None:
+        self.user_E, self.item_E, self.time_E, self.order_E, rows_back_E = (
+            block[name].to_numpy().astype(np.int64) for name in ("user", "item", "timestamp", "order", "rows_back")
+        )
+        self.split_E, self.num_items = block["split"].to_numpy(), num_items
+        self.before_E = np.arange(len(block)) - rows_back_E  # the events of the user before here are earlier
+        self.first_E = np.searchsorted(self.user_E, self.user_E)
+        pair_E = (self.user_E - self.user_E[0]) * num_items + self.item_E
+        self.pair_P, first_P, pair_of_E = np.unique(pair_E, return_index=True, return_inverse=True)
+        self.is_repeat_E = first_P[pair_of_E] < self.before_E
+        self.moment_E = inseparable(self.before_E)
+        self.shown_P = np.unique(self.moment_E * num_items + self.item_E)
+
+    def is_met(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
+        """Whether the user of each event meets the item anywhere in the log (bool [N])."""
+        return _is_in(self.pair_P, (self.user_E[event_N] - self.user_E[0]) * self.num_items + item_N)
+
+    def is_shown(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
+        """Whether the item is that of the event, or of another of the same moment (bool [N])."""
+        return _is_in(self.shown_P, self.moment_E[event_N] * self.num_items + item_N)
+
+
+def draw_lines(facts: Mapping[str, Optional[float]]) -> List[str]:
+    """What the draws look like, a line for each part that has rows."""
+    return [
+        f"{part:5}  AUC by item popularity {facts[f'{part}_popularity_auc']:.4f}; items not in training: "
+        f"{facts[f'{part}_unseen_positives']:.1%} of the events, {facts[f'{part}_unseen_negatives']:.1%} of the drawn "
+        f"rows; that the user had before: {facts[f'{part}_repeated_positives']:.1%}, "
+        f"{facts[f'{part}_repeated_negatives']:.1%}"
+        for part in PARTS
+        if facts.get(f"{part}_popularity_auc") is not None
+    ]
+
+
+def draw_warnings(config: NegativeRowsConfig, facts: Mapping[str, Optional[float]]) -> List[str]:
+    """Where a ranker could tell drawn rows from events by how they were drawn, a sentence each."""
+    warnings = []
+    mend = "" if config.sampling == "matched" else "; data.negatives.sampling=matched draws so that it does not"
+    for part in PARTS:
+        auc = facts.get(f"{part}_popularity_auc")
+        if auc is None:
+            continue
+        if abs(auc - 0.5) > TELLING:
+            warnings.append(
+                f"drawn rows of the {part} part are told by their popularity: AUC {auc:.4f} where .5 says nothing"
+                f"{mend or ' (too few other items to draw from)'}"
+            )
+        for what, says in (("unseen", "are not in the training part"), ("repeated", "the user had before")):
+            positives, negatives = (facts[f"{part}_{what}_{kind}"] or 0.0 for kind in ("positives", "negatives"))
+            if abs(positives - negatives) > 2 * TELLING:  # an AUC of .5 + half of the difference
+                warnings.append(
+                    f"items that {says} are {positives:.1%} of the events and {negatives:.1%} of the drawn rows of the "
+                    f"{part} part: that tells them apart{mend}"
+                )
+    return warnings
+
+
+def _is_in(sorted_P: np.ndarray, key_N: np.ndarray) -> np.ndarray:
+    place_N = np.minimum(np.searchsorted(sorted_P, key_N), len(sorted_P) - 1)
+    return sorted_P[place_N] == key_N
+
+
+def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np.ndarray) -> Optional[float]:
+    _, score_I = np.unique(count_I, return_inverse=True)
+    positives_S, negatives_S = (np.bincount(score_I, weights=x) for x in (positives_I, negatives_I))
+    pairs = positives_S.sum() * negatives_S.sum()
+    below_S = np.cumsum(negatives_S) - negatives_S / 2
+    return float((positives_S * below_S).sum() / pairs) if pairs else None
+
+
+def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray, *, stream: int = 0) -> np.ndarray:
+    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's row of the log, the draw's number, the stream."""
+    with np.errstate(over="ignore"):
+        start = mix(np.array([seed % 2**64], np.uint64))
+        state_N = mix(mix(order_N.astype(np.uint64) ^ start) + number_N.astype(np.uint64) + np.uint64(stream << 32))
+    return (state_N >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
+    """Raises UserError for a condition or context feature that is the item's: a drawn row has its event's, not its own
+    item's, and a ranker would tell the two apart by whether item and feature agree.
+
+    Told by this: it is the same in all events of each item that has several, and not the same throughout.
+    """
+    frame = pl.scan_parquet(events / "*.parquet")
+    names = [name for name in features_by_role(schema, "condition") if not schema.features[name].wish]
+    names += [*features_by_role(schema, "context"), *features_by_role(schema, "context", dense=True)]
+    hashed = {name: pl.col(name).hash() for name in names}
+    of_items = frame.group_by("item").agg(
+        pl.len().alias("len of item"), *((one.min() == one.max()).alias(name) for name, one in hashed.items())
+    )
+    several = of_items.filter(pl.col("len of item") > 1).collect(engine="streaming")
+    values = frame.select(one.approx_n_unique().alias(name) for name, one in hashed.items()).collect(engine="streaming")
+    for name in names:
+        if len(several) and several[name].all() and values[name].item() > 1:
+            feature = schema.features[name]
+            mend = "declare it wish: true" if feature.role == "condition" else "declare it role: item"
+            raise UserError(
+                f"schema.features.{name}: with data.negatives a {feature.role} must be of the moment, and column "
+                f"{feature.column!r} is the same in all events of an item: it would tell a drawn item from the real "
+                f"one. If it is the item's, {mend}; else leave it out"
+            )

@@ -1,0 +1,122 @@
+"""What the columns of a raw log hold, counted as a stream: types, missing and distinct values, what stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import polars as pl
+
+from lumrec.data.own_log.calendar import of_calendar
+from lumrec.data.own_log.times import looks_like_time
+from lumrec.data.sources.raw_log import RawLog
+
+SAMPLE_ROWS = 20_000  # from the top of a table: what is told by examples
+SHARE_ROWS = 1_000_000  # events, about, by which it is told what stays the same for an item or a user
+ONE_VALUE = 0.9  # of the rows: such a column stays the same for most items and users, which says nothing
+OWN_COLUMNS = ("user_id", "item_id", "time_us", "order", "label", "reason", "raw", "probability")
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What is known of one column of events, items or users.
+
+    missing: share of the rows. distinct: about how many values there are (of a list: in the sample). is_number,
+    is_fraction: nearly all values of the sample are numbers, some with a fraction. is_time: they read as times.
+    of_item, of_user: of a column of events, the share of the events of items (users) with several events for which it
+    stays the same; None where there are none, and where nearly all rows have one value anyway.
+    """
+
+    table: str
+    name: str
+    kind: pl.DataType
+    num_rows: int
+    missing: float
+    distinct: int
+    examples: Tuple[str, ...]
+    is_number: bool
+    is_fraction: bool
+    is_time: bool
+    of_item: Optional[float] = None
+    of_user: Optional[float] = None
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self.kind, pl.List)
+
+
+def column_facts(raw: RawLog) -> List[ColumnFacts]:
+    """Facts about every column that features may read, in one pass over each table (three over the events)."""
+    facts: List[ColumnFacts] = []
+    for table, frame in (("events", raw.events), ("items", raw.items), ("users", raw.users)):
+        if frame is None:
+            continue
+        schema = frame.collect_schema()
+        names = [name for name in schema.names() if name not in OWN_COLUMNS]
+        frame = frame.with_columns(of_calendar(pl.col(name), schema[name]) for name in names)
+        good = frame.filter(pl.col("reason").is_null()) if "reason" in schema else frame
+        rows = good.select(names).head(SAMPLE_ROWS).collect(engine="streaming")
+        plain = [name for name in names if not schema[name].is_nested()]
+        counts = good.select(
+            pl.len().alias("rows"),
+            *(pl.col(name).null_count().alias(f"missing {name}") for name in names),
+            *(pl.col(name).approx_n_unique().alias(f"distinct {name}") for name in plain),
+        ).collect(engine="streaming").row(0, named=True)  # fmt: skip
+        constant = _constant_shares(good, plain, counts["rows"]) if table == "events" else {}
+        facts += [_facts_of(table, name, schema[name], rows[name], counts, constant) for name in names]
+    return facts
+
+
+def _facts_of(
+    table: str,
+    name: str,
+    kind: pl.DataType,
+    rows: pl.Series,
+    counts: Dict[str, int],
+    constant: Dict[Tuple[str, str], float],
+) -> ColumnFacts:
+    values = rows.drop_nulls()
+    number = pl.Series([], dtype=pl.Float64)
+    if isinstance(kind, pl.List):
+        values = values.explode(empty_as_null=True).drop_nulls()
+    elif kind.is_numeric() or kind == pl.String:
+        number = (values.str.strip_chars() if kind == pl.String else values).cast(pl.Float64, strict=False).drop_nulls()
+    distinct = counts.get(f"distinct {name}")
+    top = rows.value_counts(sort=True)["count"][0] / len(rows) if len(rows) and not kind.is_nested() else 0.0
+    examples = values.unique(maintain_order=True).head(3)
+    return ColumnFacts(
+        table=table,
+        name=name,
+        kind=kind,
+        num_rows=counts["rows"],
+        missing=counts[f"missing {name}"] / counts["rows"] if counts["rows"] else 1.0,
+        distinct=distinct if distinct is not None else (0 if kind == pl.Object else values.n_unique()),
+        examples=tuple(str(value) for value in examples.to_list()),
+        is_number=len(values) > 0 and len(number) >= 0.99 * len(values),
+        is_fraction=bool((number != number.floor()).any()),
+        is_time=looks_like_time(values),
+        of_item=constant.get(("item_id", name)) if top < ONE_VALUE else None,
+        of_user=constant.get(("user_id", name)) if top < ONE_VALUE else None,
+    )
+
+
+def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) -> Dict[Tuple[str, str], float]:
+    """(key, column) → see ColumnFacts.of_item, of_user; of a large log, among the events of some items and users."""
+    shares: Dict[Tuple[str, str], float] = {}
+    for key in ("item_id", "user_id") if names else ():
+        same = [(pl.col(name).hash().min() == pl.col(name).hash().max()).alias(name) for name in names]
+        some = events.filter(pl.col(key).hash() % (num_rows // SHARE_ROWS + 1) == 0)
+        size = pl.col("lumrec.len")
+        entities = some.group_by(key).agg(pl.len().alias("lumrec.len"), *same).filter(size > 1)
+        row = entities.select((size.filter(pl.col(name)).sum() / size.sum()).alias(name) for name in names)
+        found = row.collect(engine="streaming").row(0, named=True)
+        # NaN where no entity has two events
+        shares |= {(key, name): share for name, share in found.items() if share is not None and share == share}
+    return shares
+
+
+def whole_days(raw: RawLog) -> bool:
+    """Whether no event has a time of day."""
+    day_us = 86_400_000_000
+    of_day = pl.col("time_us").drop_nulls() % day_us
+    return not raw.events.select((of_day != 0).any()).collect(engine="streaming").item()

@@ -1,0 +1,355 @@
+"""CSV as it is found: put into Parquet once, as a stream, so that every row is there with its number, good or bad.
+
+user_id,item_id,click      row 0: 3 fields              reason null
+u1,i1,1                    row 1: too few fields        reason, and the line as it stands
+u1,i2                      row 2: bytes that are no text in the encoding given: reason, the bytes as \ufffd
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import itertools
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, Iterator, List, Sequence, Set, Tuple, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from lumrec.data.own_log.config import LogConfig, check_encoding
+from lumrec.data.own_log.parts import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique
+from lumrec.run.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 8 << 20  # read and parsed at once: bounds the memory, and the length of a row
+MAX_BREAKS = 100  # in one field: with more, a quote was left open and swallows the rest of the file
+MAX_BAD_ROWS = 200_000  # one after the other: then the separator or the header is wrong
+SEPARATORS = (",", ";", "\t", "|")  # what is tried where the config's does not part the fields
+TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
+FIRST_LINES = 5
+EMPTY_LINE, HEADER_AGAIN = "empty line", "the header again"
+LINE_BREAK = "line break within a field (a quote that is not closed?)"
+
+
+class Utf8Stream(io.RawIOBase):
+    """Bytes of a file in any encoding as UTF-8, with UNDECODABLE in place of what is no text.
+
+    seen: which of the texts `watch` have gone by.
+    """
+
+    def __init__(self, source: BinaryIO, encoding: str, watch: Sequence[str] = ()):
+        self._source, self._left, self._watch = source, b"", watch
+        self._decoder = codecs.getincrementaldecoder(encoding)(MARK_ERRORS)
+        self.seen: Set[str] = set()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, fewer at the end alone."""
+        assert size >= 0
+        while len(self._left) < size:
+            chunk = self._source.read(size)
+            text = self._decoder.decode(chunk, not chunk)
+            self.seen.update(word for word in self._watch if word not in self.seen and word in text)
+            self._left += text.encode()
+            if not chunk:
+                break
+        out, self._left = self._left[:size], self._left[size:]
+        return out
+
+    def readinto(self, buffer: Any) -> int:
+        """As `read`, into a buffer; the number of bytes, 0 at the end."""
+        out = self.read(len(buffer))
+        buffer[: len(out)] = out
+        return len(out)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> List[Part]:
+    """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
+
+    All headers are read first. Raises UserError, which names the file, for one that is empty, cut or no CSV, for a
+    header with a name twice, and for a quote that is never closed.
+    """
+    _check_settings(config)
+    separators = [_separator(file, config) for file in files]
+    headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
+    parts: List[Part] = []
+    for number, (file, header, separator) in enumerate(zip(files, headers, separators)):
+        first = sum(part.num_rows for part in parts)
+        target = scratch / f"{name}-{number:05d}.parquet"
+        parts.append(_convert(file, header, target, config, separator, first))
+    return parts
+
+
+def _check_settings(config: LogConfig) -> None:
+    separator = TAB.get(config.separator, config.separator)
+    for key, value, lengths in (("separator", separator, (1,)), ("quote", config.quote, (0, 1))):
+        if len(value.encode()) not in lengths:
+            raise UserError(f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
+    check_encoding("data.log.encoding", config.encoding)
+
+
+def _separator(file: Path, config: LogConfig) -> str:
+    """Between the fields of this file: a tab in a .tsv, else the config's, and where that parts nothing and another one
+    does, in the header and in the rows after it, that one, which is reported.
+    """
+    given = "\t" if ".tsv" in file.suffixes else TAB.get(config.separator, config.separator)
+    counts = {one: _counts(file, config, one) for one in dict.fromkeys((given, *SEPARATORS))}
+    if counts[given] and counts[given][0] > 1 and len(set(counts[given])) == 1:
+        return given
+    better = [one for one, of in counts.items() if of and of[0] > max(1, counts[given][0]) and len(set(of)) == 1]
+    if not better:
+        return given
+    found = max(better, key=lambda one: counts[one][0])
+    log.warning(
+        "%s: read with %r between the fields, as data.log.separator %r does not part its first lines",
+        file,
+        found,
+        given,
+    )
+    return found
+
+
+def _counts(file: Path, config: LogConfig, separator: str) -> List[int]:
+    """Fields of each of the first lines."""
+    try:
+        with _text(file, config) as text:
+            rows = csv.reader(text, delimiter=separator, **_quoting(config))
+            return [len(row) for row in itertools.islice(rows, FIRST_LINES) if row]
+    except csv.Error:
+        return []
+    except (OSError, EOFError) as error:
+        raise _damaged(file, error) from None
+
+
+def _text(file: Path, config: LogConfig) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(_open(file, config)), encoding="utf-8", newline="")
+
+
+def _quoting(config: LogConfig) -> Any:
+    return {"quotechar": config.quote} if config.quote else {"quoting": csv.QUOTE_NONE}
+
+
+def _open(file: Path, config: LogConfig) -> Utf8Stream:
+    """The file as UTF-8. Raises UserError where its first bytes are those of another format or encoding."""
+    packed = file.suffix == ".gz"
+    with open(file, "rb") as start:
+        magic = start.read(4)
+    for first, what, mend in (
+        (b"PAR1", "a Parquet file", "end its name in .parquet"),
+        (b"\x1f\x8b", "a gzip file", "end its name in .gz"),
+        (b"PK\x03\x04", "a zip file (or a spreadsheet)", "unpack it, or save it as CSV"),
+    ):
+        if magic.startswith(first) and not (packed and what == "a gzip file"):
+            raise UserError(f"{file} is {what}, not CSV; {mend}")
+    return Utf8Stream(
+        _bytes(file, packed),
+        _encoding(file, packed, config),
+        [UNDECODABLE, *([config.quote] if config.quote else [])],
+    )
+
+
+def _bytes(file: Path, packed: bool) -> BinaryIO:
+    source = pa.OSFile(str(file))
+    return cast(BinaryIO, pa.CompressedInputStream(source, "gzip") if packed else source)
+
+
+def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
+    """The config's; of a file that begins with a byte order mark, the one which that names."""
+    try:
+        with _bytes(file, packed) as source:
+            first = source.read(4)
+    except OSError as error:
+        raise _damaged(file, error) from None
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),  # the mark is no part of the first name
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if first.startswith(mark):
+            return encoding
+    if b"\0" in first and codecs.lookup(config.encoding).name == "utf-8":
+        likely = "utf-16-le" if first[1:2] == b"\0" else "utf-16-be"
+        raise UserError(f"{file} is no {config.encoding} text (it has zero bytes); say data.log.encoding={likely}?")
+    return config.encoding
+
+
+def _header(file: Path, config: LogConfig, separator: str) -> List[str]:
+    """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
+    try:
+        with _text(file, config) as text:
+            fields = next(csv.reader(text, delimiter=separator, **_quoting(config)), None)
+    except (OSError, csv.Error) as error:
+        raise _damaged(file, error) from None
+    if not fields:
+        raise UserError(f"{file} is empty; expected a first line with the names of the columns")
+    if any(UNDECODABLE in field for field in fields):
+        raise UserError(
+            f"{file}: the names of the columns are no {config.encoding} text; say what it was written in, such as "
+            "data.log.encoding=latin-1 (or cp1252, gbk, …)"
+        )
+    check_unique(_names(fields), file)
+    return fields
+
+
+def _names(header: Sequence[str]) -> List[str]:
+    """Names of the columns: blanks around them removed; one without a name is called by its place."""
+    return [field.strip() or f"column_{place}" for place, field in enumerate(header, 1)]
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
+
+
+class _BadRows:
+    """Rows with another number of fields than the header: what pyarrow's reader hands over while it parses a block."""
+
+    def __init__(self) -> None:
+        self.rows: List[pacsv.InvalidRow] = []
+        self.places = np.zeros(0, np.int64)  # of those taken so far: good rows of the file before each of them
+        self.too_many = False
+
+    def add(self, row: pacsv.InvalidRow) -> str:
+        """Called by pyarrow, where an exception would be lost: what is wrong is told by `take`."""
+        self.rows.append(row)
+        self.too_many = self.too_many or len(self.rows) > MAX_BAD_ROWS
+        return "error" if self.too_many else "skip"
+
+    def take(self, file: Path) -> Dict[str, list]:
+        """ROW (in the file), REASON, RAW of the rows since the last call. Raises UserError for an open quote."""
+        rows, self.rows = self.rows, []
+        for row in rows:
+            if row.text.count("\n") > MAX_BREAKS:
+                raise _open_quote(file, row.number)
+        numbers = np.array([row.number for row in rows], np.int64) - 2  # pyarrow counts from 1, the header too
+        before = len(self.places) + np.arange(len(rows))
+        self.places = np.concatenate([self.places, numbers - before])
+        return {
+            ROW: list(numbers),
+            REASON: [f"{row.actual_columns} fields, expected {row.expected_columns}" for row in rows],
+            RAW: [row.text for row in rows],
+        }
+
+    def numbers_of_good(self, first: int, num_rows: int) -> np.ndarray:
+        """Row in the file of each of the good rows first … first + num_rows - 1 (int64)."""
+        good = np.arange(first, first + num_rows)
+        return good + np.searchsorted(self.places, good, side="right")
+
+
+def _open_quote(file: Path, line: int) -> UserError:
+    return UserError(
+        f"{file}: a quote that opens in or near line {line} is not closed within {MAX_BREAKS} lines. Where quotes are "
+        "plain characters in this file, set data.log.quote=''; where fields hold that many lines, set "
+        "data.log.line_breaks=true"
+    )
+
+
+def _convert(
+    file: Path, header: Sequence[str], target: Path, config: LogConfig, separator: str, first_row: int
+) -> Part:
+    """Writes `target`; every row of the CSV file is in it, numbered from `first_row`."""
+    names, bad_rows, num_good, num_bad = _names(header), _BadRows(), 0, 0
+    schema = pa.schema(
+        [*((name, pa.string()) for name in names), (ROW, pa.int64()), (REASON, pa.string()), (RAW, pa.string())]
+    )
+    stream = _open(file, config)
+    try:
+        with pq.ParquetWriter(
+            target, schema, compression="lz4", use_dictionary=False, write_statistics=False
+        ) as writer:
+
+            def write_bad() -> int:
+                taken = bad_rows.take(file)
+                taken[ROW] = [row + first_row for row in taken[ROW]]
+                nothing = {name: pa.nulls(len(taken[ROW]), pa.string()) for name in names}
+                writer.write_table(pa.table({**nothing, **taken}, schema=schema))
+                return len(taken[ROW])
+
+            for batch in _batches(stream, separator, header, config, bad_rows):
+                num_bad += write_bad() if bad_rows.rows else 0
+                rows = bad_rows.numbers_of_good(num_good, batch.num_rows)
+                reason = _reasons(batch, header, file, config, stream.seen, rows)
+                added = [pa.array(first_row + rows), reason, pa.nulls(batch.num_rows, pa.string())]
+                writer.write_batch(pa.RecordBatch.from_arrays([*batch.columns, *added], schema=schema))
+                num_good += batch.num_rows
+            num_bad += write_bad() if bad_rows.rows else 0
+    except pa.ArrowInvalid as error:
+        if bad_rows.too_many:
+            row = bad_rows.rows[0]
+            raise UserError(
+                f"{file}: over {MAX_BAD_ROWS:,} rows in a row have another number of fields than the header "
+                f"({row.actual_columns}, expected {row.expected_columns}), the first of them: {row.text[:200]!r}. Is "
+                "data.log.separator right, and does the first line name every column?"
+            ) from None
+        if "straddling" in str(error) or "out of sync" in str(error):
+            raise _open_quote(file, num_good + num_bad + 2) from None
+        raise _damaged(file, error) from None
+    except OSError as error:
+        raise _damaged(file, error) from None
+    kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
+    return Part(file, target, pl.Schema(kinds), num_good + num_bad, separator, UNDECODABLE in stream.seen)
+
+
+def _batches(
+    stream: Utf8Stream, separator: str, header: Sequence[str], config: LogConfig, bad_rows: _BadRows
+) -> Iterator[pa.RecordBatch]:
+    """The good rows of a file, every field as text, in order."""
+    yield from pacsv.open_csv(
+        pa.PythonFile(stream, mode="r"),
+        read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        parse_options=pacsv.ParseOptions(
+            delimiter=separator,
+            quote_char=config.quote or False,
+            newlines_in_values=True,
+            ignore_empty_lines=False,  # they count as rows, or numbers would be off
+            invalid_row_handler=bad_rows.add,
+        ),
+        convert_options=pacsv.ConvertOptions(check_utf8=False, column_types=dict.fromkeys(header, pa.string())),
+    )
+
+
+def _reasons(
+    batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: Set[str], rows: np.ndarray
+) -> pa.Array:
+    """Why each row cannot be used (text, null where it seems sound). Raises UserError for an open quote.
+
+    rows: numbers of the rows in the file, for that message.
+    """
+    empty = _all_equal(batch, [""] * len(header)) if len(header) > 1 else None
+    found: List[Tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
+    for column in batch.columns:
+        if config.quote in seen and not config.line_breaks:
+            breaks = pc.match_substring_regex(column, "[\r\n]")
+            found.append((breaks, LINE_BREAK))
+            if pc.any(breaks).as_py() and pc.max(pc.count_substring(column, "\n")).as_py() > MAX_BREAKS:
+                raise _open_quote(file, int(rows[pc.index(breaks, True).as_py()]) + 2)
+    reason = pa.nulls(batch.num_rows, pa.string())
+    for mask, text in reversed(found):
+        if mask is not None and pc.any(mask).as_py():
+            reason = pc.if_else(mask, text, reason)
+    return reason
+
+
+def _all_equal(batch: pa.RecordBatch, fields: Sequence[str]) -> Any:
+    """Mask of the rows that hold just these fields; None where there is none."""
+    mask = pc.equal(batch.column(0), fields[0])
+    for column, field in zip(batch.columns[1:], fields[1:]):
+        if not pc.any(mask).as_py():
+            return None
+        mask = pc.and_(mask, pc.equal(column, field))
+    return mask

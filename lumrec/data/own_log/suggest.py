@@ -1,0 +1,260 @@
+"""A schema for a log of one's own, out of what its columns hold, and the YAML that says so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+
+import polars as pl
+
+from lumrec.data.own_log.column_facts import ColumnFacts
+from lumrec.data.own_log.guess import is_code, is_condition, is_known_after, is_time
+from lumrec.data.schema import (
+    DENSE_ROLES,
+    RESERVED,
+    FeatureConfig,
+    Role,
+    Scale,
+    SchemaConfig,
+    TableConfig,
+    folded,
+    is_taken_by_torch,
+)
+from lumrec.run.typed_yaml import dump, in_quotes
+
+OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
+MANY = 100  # distinct whole numbers from which on they are taken as quantities
+LONGEST_NAME = 40  # letters of a feature's name
+FEW_ITEMS = 10_000  # catalogues up to this size are negatives as a whole
+MANY_EVENTS = 1_000_000  # up to which three seeds of a ranker take minutes
+CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
+LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
+QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
+_STYLE: Dict[str, Any] = {"width": 110, "default_flow_style": None}
+DERIVED = ("feedback", "hour", "weekday", "time_of_day")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One line of the suggested schema: a feature, or None for a column that is left out; and why.
+
+    name: of the feature, the column's where that can be a feature's name; given by `suggest`.
+    """
+
+    column: str
+    feature: Optional[FeatureConfig]
+    why: str
+    name: str = ""
+
+
+def suggest(
+    facts: Sequence[ColumnFacts],
+    *,
+    keys: Sequence[str],
+    label: str,
+    known_after: Sequence[str],
+    made_of_time: Sequence[str],
+    with_files: Sequence[str] = (),
+) -> List[Suggestion]:
+    """The features that a log offers, and the columns that it is better without, each with the reason.
+
+    keys: columns that are ids or times. known_after: columns known only after the item was shown, as the config or
+    their names say. made_of_time: hour, weekday, where the times say as much. with_files: roles (item, user) whose
+    features stand in files of their own, and cannot be columns of the events.
+    """
+    suggestions = [
+        Suggestion("item_id", FeatureConfig("item"), "the item itself"),
+        Suggestion(
+            "feedback",
+            FeatureConfig("condition", wish=True),
+            'made of the label: asked for as a wish, "one they will like"',
+        ),
+    ]
+    for column in facts:
+        if column.name in keys or (column.name in DERIVED and column.table == "events"):
+            continue
+        if column.table == "items" and column.name == "title":
+            suggestions.append(Suggestion("title", None, "shown to people, not learned from"))
+        else:
+            suggestions.append(_of_column(column, label, known_after, with_files))
+    if "hour" in made_of_time:
+        suggestions.append(
+            Suggestion("hour", FeatureConfig("context"), "of the time: UTC, unless data.log.utc_offset_hours says else")
+        )
+    if "weekday" in made_of_time:
+        suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
+    seen: Dict[str, Suggestion] = {}
+    for suggestion in suggestions:  # a column of two tables is one feature: the item's goes before the user's
+        seen.setdefault(suggestion.column, suggestion)
+    taken: Set[str] = set()
+    return [replace(suggestion, name=_name(suggestion.column, taken)) for suggestion in seen.values()]
+
+
+def _name(column: str, taken: Set[str]) -> str:
+    """A feature's name made of a column's, which may be anything; unlike all in `taken`, to which it is added."""
+    base = re.sub(r"[^\w-]", "_", column)[:LONGEST_NAME].lstrip("-") or "column"
+    base = f"{base}_of_log" if base in RESERVED or is_taken_by_torch(base) else base
+    name, number = base, 1
+    while folded(name) in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(folded(name))
+    return name
+
+
+def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Suggestion:
+    role, why = _role(column, label, known_after, with_files)
+    if column.missing == 1.0 or column.distinct <= 1:
+        return Suggestion(column.name, None, "the same in every row" if column.missing < 1.0 else "no value at all")
+    kind = column.kind.inner if isinstance(column.kind, pl.List) else column.kind
+    if not (kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Categorical, pl.Enum)):
+        return Suggestion(column.name, None, f"of type {column.kind}, which is no feature as it is")
+    if column.is_time or (column.table == "events" and is_time(column.name)):
+        return Suggestion(column.name, None, "a time; test data has times that training has never seen")
+    if column.is_list:
+        return Suggestion(column.name, FeatureConfig(role, kind="multi"), f"{why}; several values")
+    quantity = column.is_fraction or (column.distinct > MANY and not is_code(column.name))
+    if column.is_number and quantity:
+        if role == "condition":
+            role, why = "context", f"{why}; a number, which rankers read"
+        if role not in DENSE_ROLES:
+            return Suggestion(column.name, None, f"{why}; a number cannot be {role}: put it into buckets to use it")
+        why += (
+            ""
+            if column.is_fraction or QUANTITY.search(column.name.lower())
+            else "; kind: id where these numbers are codes"
+        )
+        return Suggestion(column.name, FeatureConfig(role, kind="dense", scale=_scale(column)), why)
+    rows = column.num_rows * (1 - column.missing)
+    if column.distinct > OWN_VALUE * rows and column.distinct > 20:
+        return Suggestion(column.name, None, "nearly every row has a value of its own")
+    return Suggestion(column.name, FeatureConfig(role), why)
+
+
+def _scale(column: ColumnFacts) -> Scale:
+    return "log" if LONG_TAILED.search(column.name.lower()) else "standard"
+
+
+def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Tuple[Role, str]:
+    if column.table != "events":
+        return ("item", "of the items") if column.table == "items" else ("user", "of the users")
+    if column.name == label:
+        return "feedback", "the label is made of it: read in histories alone"
+    if column.name in known_after:
+        return "feedback", "known only after the item was shown: read in histories alone"
+    owners: Tuple[Tuple[Role, Optional[float]], ...] = (("item", column.of_item), ("user", column.of_user))
+    for role, share in owners:
+        if (share or 0.0) >= CONSTANT:
+            move = f": move it to the {role}s to make it theirs" if role in with_files else ""
+            return "context" if role in with_files else role, f"the same in all events of one {role}{move}"
+    if is_condition(column.name):
+        return "condition", "by its name; check that it is known before the item is shown"
+    return "context", "known when the item is ranked? else remove it, or role: feedback"
+
+
+def sounds_known_after(column: ColumnFacts) -> bool:
+    """Whether a column of events has the name of something that is known only after the item was shown.
+
+    What stays the same for an item (the duration of a video) is a fact about it, whatever its name.
+    """
+    of_item = (column.of_item or 0.0) >= CONSTANT
+    return column.table == "events" and column.distinct > 1 and is_known_after(column.name) and not of_item
+
+
+def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
+    """The suggested features; the table of the items' ids is the wide one."""
+    features = {}
+    for suggestion in suggestions:
+        if suggestion.feature is not None:
+            column = "" if suggestion.name == suggestion.column else suggestion.column
+            features[suggestion.name] = FeatureConfig(**{**vars(suggestion.feature), "column": column})
+    return SchemaConfig(tables={"item_id": TableConfig(32)}, features=features)
+
+
+def as_yaml(data: Any, schema: SchemaConfig, notes: Dict[str, str], left_out: Dict[str, str]) -> str:
+    """The sections `data` and `schema` of a config, without defaults, as a YAML file has them; the source is named.
+
+    notes: comment behind a feature, by its name. left_out: columns without a feature, and why, as comments.
+    """
+    lines = [
+        dump({"data": _differing(data, replace(type(data)(), source=""))}, **_STYLE).rstrip(),
+        "schema:",
+    ]
+    if schema.tables:
+        tables = {name: {"width": table.width} for name, table in schema.tables.items()}
+        lines += ["  tables:", *(f"    {line}" for line in _flow(tables))]
+    features = {
+        name: {
+            "role": feature.role,
+            **{k: v for k, v in _differing(feature, FeatureConfig("item")).items() if k != "role"},
+        }
+        for name, feature in schema.features.items()
+    }
+    lines.append("  features:")
+    for line, name in zip(_flow(features), features):
+        note = notes.get(name, "")
+        lines.append(f"    {line}  # {note}" if note else f"    {line}")
+    lines += [f"    # {_one_line(name)}: left out: {why}" for name, why in left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def training_yaml(num_items: int, num_events: int) -> str:
+    """The sections of the stages for a log of this size, as text with comments.
+
+    Batches, epochs and warm-up are those of a large log; min_steps fits them to a small one when a stage begins.
+    """
+    full = num_items <= FEW_ITEMS
+    catalogue = f"the whole catalogue of {num_items:,}" if full else f"true is for less than {FEW_ITEMS:,} items"
+    seeds = "[0, 1, 2]" if num_events <= MANY_EVENTS else "[0]"
+    return f"""
+model: {{similarity: dot}}
+
+pretrain:
+  select: ""  # the last weights: the schedule ends at 0
+  negatives: {{full: {str(full).lower()}}}  # {catalogue}; false: the items of the same pack
+  train:
+    epochs: 4
+    min_steps: 300  # a small log gets smaller batches, then more epochs
+    optimizer: {{table_lr: 0.1, dense_lr: 2.0e-3, weight_decay: 0.01, warmup_steps: 100, schedule: cosine}}
+
+rank:
+  tables: lum  # of the rankers with knowledge; the pipeline's base always has fresh ones
+  train:
+    epochs: 2
+    min_steps: 300
+    optimizer: {{table_lr: 0.2, dense_lr: 4.0e-3, weight_decay: 0.01, warmup_steps: 50, schedule: linear}}
+
+pipeline:
+  rankers: [din]
+  knowledge: [none, both]
+  seeds: {seeds}  # what differs between seeds is chance
+"""
+
+
+def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:
+    """One line `name: {key: value}` for each entry."""
+    lines = []
+    for name, entry in entries.items():
+        key = dump(name, width=10**9).removesuffix("\n").removesuffix("\n...")
+        value = dump(entry, default_flow_style=True, width=10**9)
+        lines.append(f"{key}: {value.rstrip()}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Text as a comment can hold it."""
+    return text if text.isprintable() else in_quotes(text)
+
+
+def _differing(value: Any, default: Any) -> Dict[str, Any]:
+    """The fields that are not as by default, nested ones alike."""
+    found = {}
+    for field in fields(value):
+        mine, usual = getattr(value, field.name), getattr(default, field.name)
+        if mine == usual:
+            continue
+        if is_dataclass(mine) and not isinstance(mine, type):
+            mine = _differing(mine, usual if is_dataclass(usual) else type(mine)())
+        found[field.name] = mine
+    return found

@@ -1,0 +1,1 @@
+"""A simulated log whose true click probabilities are known."""

@@ -1,0 +1,1 @@
+"""What runs several stages: pipeline, tuning, the paper's tables, reports."""

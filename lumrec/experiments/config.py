@@ -1,0 +1,56 @@
+"""The root config: what all stages have in common, and one section for each stage and experiment.
+
+Each section is a dataclass beside the code that it configures. Only the entry points and the experiments know the root:
+a stage takes what is common and its own section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lumrec.data.common import Common
+from lumrec.experiments.settings import PipelineConfig, TuneConfig, WarmUpConfig
+from lumrec.models.lum import ModelConfig
+from lumrec.run import config_file
+from lumrec.run.errors import UserError
+from lumrec.stages.pretrain import PretrainConfig
+from lumrec.stages.query import QueryConfig
+from lumrec.stages.rank import RankConfig
+from lumrec.stages.retrieve import RetrieveConfig
+from lumrec.stages.show_user import ShowUserConfig
+
+
+@dataclass(frozen=True)
+class Config(Common):
+    """Settings of a run: what is common (see Common), and a section for each stage and experiment."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
+    show_user: ShowUserConfig = field(default_factory=ShowUserConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
+
+    def check(self, at: str) -> None:
+        """Raises UserError for names that no folder can have, and for sections that contradict one another."""
+        super().check(at)
+        pack, window = self.pretrain.packing.events_per_pack, self.model.max_events
+        if pack < window:
+            raise UserError(
+                f"pretrain.packing.events_per_pack is {pack}, less than model.max_events {window}: not even one full "
+                "window fits; raise the one or lower the other"
+            )
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file (None: only defaults) with `key=value` overrides; see `config_file.load`."""
+    config = config_file.load(Config, path, overrides)
+    if config.name:
+        return config
+    return dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")

@@ -1,0 +1,182 @@
+"""Runs commands that wait for one another, several at a time, each with a log file, and tells how they get on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lumrec.run.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEARTBEAT_S = 30.0
+TAIL_LINES = 20
+SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
+# What torchrun gives its processes: a job started by one of them must not take it for its own.
+TORCHRUN_VARIABLES = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE "
+    "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCHELASTIC_ERROR_FILE TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
+    "TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_SIGNALS_TO_HANDLE"
+).split()
+# Colours, and "rank/0 " that TorchX puts in front of each line.
+_TORCHX_PREFIX = re.compile(r"^(?:\x1b\[[0-9;]*m)*[\w-]+/\d+(?:\x1b\[[0-9;]*m)* ", re.MULTILINE)
+
+
+class JobFailed(RuntimeError):
+    """A job ended with an error; the message holds the end of its log and the log's path."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. needs: names of jobs that must have ended well before. exclusive: nothing runs beside it.
+
+    then: called when it has ended well, before any other job starts.
+    """
+
+    name: str
+    command: Sequence[str]
+    needs: tuple[str, ...] = ()
+    exclusive: bool = False
+    then: Callable[[], None] | None = None
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen
+    log: Path
+    started: float
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, parallel: int, cores: int, logs: Path, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Runs all jobs, in the given order where nothing has to be waited for; gives the wall time of each in seconds.
+
+    Each process gets OMP_NUM_THREADS = cores / parallel, an exclusive one all cores. The first failure ends the
+    others (an unfinished stage continues when it is run again) and raises JobFailed.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running, seconds = list(jobs), list[_Running](), dict[str, float]()
+    start = told = time.monotonic()
+    with _ended_with_us(running):
+        while waiting or running:
+            while job := _next(waiting, running, set(seconds), parallel):
+                waiting.remove(job)
+                threads = cores if job.exclusive else max(1, cores // parallel)
+                running.append(_start(job, logs / f"{job.name}.log", threads))
+                say(f"{_clock(start)} {job.name}: started")
+                told = time.monotonic()
+            if not running:
+                raise AssertionError(f"jobs that wait for one another: {[job.name for job in waiting]}")
+            time.sleep(0.2)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                seconds[one.job.name] = time.monotonic() - one.started
+                if one.process.returncode:
+                    raise JobFailed(
+                        f"stage {one.job.name} failed after {seconds[one.job.name]:.0f} s; the end of its log:\n"
+                        + "\n".join(f"    {line}" for line in tail(one.log, TAIL_LINES))
+                        + f"\nWhole log: {one.log}"
+                    )
+                say(
+                    f"{_clock(start)} {one.job.name}: done in {seconds[one.job.name]:.0f} s "
+                    f"({len(seconds)} of {len(jobs)})"
+                )
+                if one.job.then is not None:
+                    one.job.then()
+                told = time.monotonic()
+            if time.monotonic() - told > HEARTBEAT_S:
+                for one in running:
+                    say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150] or 'no word yet'}")
+                told = time.monotonic()
+    return seconds
+
+
+def _next(waiting: Sequence[Job], running: Sequence[_Running], done: set[str], parallel: int) -> Job | None:
+    if len(running) >= parallel or any(one.job.exclusive for one in running):
+        return None
+    for job in waiting:
+        if done.issuperset(job.needs) and not (job.exclusive and running):
+            return job
+    return None
+
+
+def _start(job: Job, log: Path, threads: int) -> _Running:
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    if Path.cwd() != ROOT:
+        environment["PYTHONSAFEPATH"] = "1"  # a queue.py in the working directory is not Python's (from 3.11 on)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            list(job.command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    return _Running(job, process, log, time.monotonic())
+
+
+@contextmanager
+def _ended_with_us(running: list[_Running]) -> Iterator[None]:
+    """However this block is left, by SIGTERM too, what still runs gets SIGTERM, and SIGKILL ten seconds later."""
+
+    def leave(number: int, _: object) -> None:
+        raise KeyboardInterrupt(f"signal {number}")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            try:
+                one.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+
+
+def tail(log: Path, lines: int) -> list[str]:
+    """The last lines of a TorchX job's log that say something, without TorchX's prefix."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        text = file.read().decode(errors="replace")
+    text = _TORCHX_PREFIX.sub("", text.replace("\r", "\n"))
+    said = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return [line for line in said if "://torchx/" not in line and not line.startswith(SAME_WITHOUT)][-lines:]
+
+
+def _clock(start: float) -> str:
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    return f"{minutes:3d}:{seconds:02d}"
+
+
+def torchx_command(stage: str, words: Sequence[str], *, config: Path, processes: int = 1) -> list[str]:
+    """`torchx run apps/<stage>.py …` on this interpreter, whether or not its folder is on PATH."""
+    prefix = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "--scheduler", "local_cwd"]
+    return [*prefix, f"{script_of(stage)}:{stage}", "-j", f"1x{processes}", "--config", str(config), *words]
+
+
+def script_of(stage: str) -> str:
+    """The app of a stage that came with this package, whatever the working directory holds: `apps/<stage>.py` in the
+    checkout itself (remote jobs have it at the same place), else its whole path. Raises UserError where there is none.
+    """
+    app = ROOT / "apps" / f"{stage}.py"
+    if not app.is_file():
+        raise UserError(f"{app} is not there: lumrec runs its stages by the apps of its checkout; install from one")
+    return str(app.relative_to(ROOT) if Path.cwd() == ROOT else app)
+
+
+def as_typed(command: Sequence[str]) -> str:
+    """The command of `torchx_command` as one types it."""
+    words = list(command)
+    place = words.index("local_cwd") + 1
+    app, *rest = words[place].split(":")[0], *words[place + 1 :]
+    return shlex.join(["torchx", "run", app, *(word for word in rest if word not in ("-j", "1x1"))])

@@ -1,0 +1,274 @@
+"""All steps as one run: prepare → LUM per fold → query → rankers without and with knowledge → result and report.
+
+    runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/ rank-din-none-s0/ …  logs/  config.yaml result.json report.html
+
+Each stage is a TorchX job of its own. Stages that are finished with the same settings are not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lumrec.data.open_log import schema_in_use
+from lumrec.data.prepare import changed_files, check_replaceable
+from lumrec.data.prepared import PreparedData
+from lumrec.data.sources import movielens
+from lumrec.data.sources.raw_log import DataSetMissing
+from lumrec.experiments.config import Config
+from lumrec.experiments.jobs import Job, run_jobs, torchx_command
+from lumrec.experiments.plan import PlannedStage, plan, read_result, stage_words
+from lumrec.experiments.report_gains import gains
+from lumrec.experiments.report_page import write_page
+from lumrec.experiments.report_table import comparison, what_next
+from lumrec.run import limits
+from lumrec.run.changes import config_differences
+from lumrec.run.errors import UserError
+from lumrec.run.files import read_json
+from lumrec.run.folder import RunFolder, check_made_by, clear, has_work
+from lumrec.run.printable import say
+from lumrec.run.typed_yaml import to_yaml
+from lumrec.stages.query import SERVED
+from lumrec.stages.registry import STAGES
+
+MEASURED = ("auc", "gauc", "log_loss")
+
+
+def run(config: Config) -> dict[str, float | str]:
+    """Runs what is not finished yet, and gives the pipeline's flat result.json: "rank/<ranker>/<knowledge>/<metric>"
+    (means over seeds, with "…/auc_sd" beside), "lum/<metric>" (means over folds), "dataset", "wall_s/<stage>".
+
+    Raises UserError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
+    stage fails.
+    """
+
+    check(config)
+    config, note = resolve_dataset(config)
+    folder = Path(config.runs_dir) / config.run
+    stages = plan(config)
+    num_run, wall_s, seconds = make(config, stages, note)
+    result = collect(config, stages)
+    result |= {f"wall_s/{name}": round(value, 1) for name, value in seconds.items()}
+    result |= {"stages_run": num_run, "wall_s": round(wall_s, 1)}
+    write_json(folder / "result.json", result)
+    page = write_page(folder, config, stages, result, note)
+    say("\n" + comparison(config, result) + "\n")
+    say(what_next(folder, page, is_movielens=config.data.source == "movielens-1m"))
+    return result
+
+
+def make(
+    config: Config, stages: list[PlannedStage], note: str, *, only: Sequence[str] | None = None
+) -> tuple[int, float, dict[str, float]]:
+    """Runs the stages that are not finished yet, in the pipeline's folder; how many those were, the wall time, and that
+    of each stage, in seconds, with those of earlier calls. only: names of those that run now, the others later.
+    Raises as `run` does.
+    """
+
+    check_stages(config, stages)
+    left = pending(stages, overwrite=config.overwrite)
+    reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
+    if "prepare" not in left:
+        check_prepared(stages[0], reads)
+    # All that is to be made again is marked before anything is made: after a kill, no stage that read the old one is
+    # taken for finished.
+    for stage in stages:
+        if left.get(stage.name):
+            discard(stage)
+    config = dataclasses.replace(config, overwrite=False)
+    folder = Path(config.runs_dir) / config.run
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parallel = config.pipeline.jobs or cores
+    say(f"{config.run}: {note}")
+    done = len(stages) - len(left)
+    say(
+        f"{len(stages)} stages{f', {done} finished before' if done else ''}; up to {parallel} at a time on {cores} "
+        f"cores; logs in {folder / 'logs'}"
+    )
+    start = time.monotonic()
+    jobs = []
+    for stage in stages:
+        if stage.name in left and (only is None or stage.name in only):
+            command = torchx_command(stage.app, stage_words(stage, config), config=folder / "config.yaml")
+            needs = tuple(need for need in stage.needs if need in left)
+            then = partial(check_prepared, stage, reads) if stage.app == "prepare" else None
+            jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive, then=then))
+    seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
+    return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
+
+
+def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
+    """Raises UserError for what the settings of any stage name and the schema has not."""
+    schema = schema_in_use(config.data, config.schema)
+    for stage in stages:
+        limits.check(stage.config)
+        STAGES[stage.app].check_schema(stage.config, schema)
+
+
+def check_prepared(prepared: PlannedStage, stages: Sequence[PlannedStage]) -> None:
+    """Raises UserError where one of the stages asks for what the prepared data have not."""
+    if stages:
+        data = PreparedData.open(prepared.path, verify=False)
+        for stage in stages:
+            STAGES[stage.app].check_data(stage.config, data)
+
+
+def discard(stage: PlannedStage) -> None:
+    """Empties a stage's run folder, but for what is read until the stage replaces it: prepared data, published answers.
+
+    Raises UserError where another process is writing it, or another stage has made it.
+    """
+
+    if not stage.path.exists():
+        return
+    if stage.app == "prepare":
+        check_replaceable(stage.path)
+        (stage.path / "result.json").unlink(missing_ok=True)
+        return
+    check_made_by(stage.path, stage.app)
+    run_folder = RunFolder.locked(stage.path)
+    clear(stage.path, keep=SERVED if stage.app == "query" else ())
+    run_folder.close()
+
+
+def check(config: Config) -> None:
+    """Raises UserError for pipeline settings that cannot work."""
+    limits.check(config)
+    if config.fold:
+        raise UserError(f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself")
+
+
+def resolve_dataset(config: Config) -> tuple[Config, str]:
+    """The config with its data source and run name settled, and what data that is, in a sentence."""
+
+    data, run_name = config.data, config.run or config.name
+    if config.pipeline.dataset == "auto":
+        try:
+            folder, origin = movielens.resolve(config.data.path)
+            data = dataclasses.replace(data, source="movielens-1m", path=str(folder))
+            note = f"MovieLens-1M from {folder} ({origin})"
+        except DataSetMissing as error:
+            say(f"MovieLens-1M cannot be had here: {error}")
+            data = dataclasses.replace(data, source="simulator")
+            note = "a SIMULATED LOG in place of MovieLens-1M: its figures say nothing about real data"
+        run_name = config.run or f"{config.name}-{'ml-1m' if data.source == 'movielens-1m' else data.source}"
+    else:
+        note = f"data source {data.source}"
+    return dataclasses.replace(config, data=data, run=run_name), note
+
+
+def pending(stages: list[PlannedStage], *, overwrite: bool) -> dict[str, bool]:
+    """Stages to run, by name; True where the stage must replace what its folder holds.
+
+    Raises UserError where a folder holds a run of other settings and `overwrite` is not given.
+    """
+    again: dict[str, bool] = {}
+    for stage in stages:
+        changes = differences(stage)
+        if changes and not overwrite:
+            raise UserError(
+                f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Say overwrite=true to "
+                "make again what they touch, or run=<name> for a folder of its own"
+            )
+        upstream = any(need in again for need in stage.needs)
+        replace = bool(changes) or (overwrite and upstream)
+        if replace or upstream or not (stage.path / "result.json").exists():
+            again[stage.name] = replace
+    return again
+
+
+def differences(stage: PlannedStage) -> list[str]:
+    """What the stage's folder was made with and its config do not share, as "key: stored → now", and the files of your
+    log that are not those it was prepared from; [] for no folder.
+    """
+
+    if not (stage.path / "config.yaml").exists() or not has_work(stage.path):
+        return []
+    if stage.app == "prepare" and not (stage.path / "result.json").exists():  # see `discard`
+        return []
+    changes = config_differences(stage.path, STAGES[stage.app].settings(stage.config))
+    sections = {key.split(".")[0] for key in changes} - {"name"}
+    if stage.app == "prepare":
+        sections &= {"data", "schema", "seed"}
+    # data.path may be another one to the same published files.
+    found = [text for key, text in changes.items() if key.split(".")[0] in sections and key != "data.path"]
+    return found + (changed_files(stage.path, stage.config.data) if stage.app == "prepare" and not found else [])
+
+
+def collect(config: Config, stages: list[PlannedStage]) -> dict[str, float | str]:
+    """The flat result of the pipeline from the stages' result.json; a metric that is not finite there is left out."""
+
+    paths = {stage.name: stage.path for stage in stages}
+    results = {stage.name: read_result(stage) for stage in stages}
+    prepared = results["prepare"]
+    collected: dict[str, float | str] = {"dataset": prepared.get("dataset", config.data.source)}
+    for name in ("best_auc", "popularity_auc"):
+        if name in prepared:
+            collected[f"prepare/{name}"] = prepared[name]
+    lums = [results[stage.name] for stage in stages if stage.app == "pretrain"]
+    collected |= {f"lum/{name}": value for name, value in _mean(lums).items()}
+    if "query" in results:
+        collected |= {f"query/{name}": value for name, value in results["query"].items() if name != "dataset"}
+    for ranker in config.pipeline.rankers:
+        for kind in config.pipeline.knowledge:
+            runs = [results[f"rank-{ranker}-{kind}-s{seed}"] for seed in config.pipeline.seeds]
+            collected |= mean_and_sd(runs, f"rank/{ranker}/{kind}")
+            if kind != "none" and "none" in config.pipeline.knowledge:
+                base, other = (
+                    [f"rank-{ranker}-{of}-s{seed}" for seed in config.pipeline.seeds] for of in ("none", kind)
+                )
+                found = gains([paths[name] for name in base], [paths[name] for name in other])
+                test = {f"rank/{name}": found.pop(name) for name in ("test_rows", "test_users") if name in found}
+                collected |= test | {f"rank/{ranker}/{kind}/{name}": value for name, value in found.items()}
+    collected |= {f"note/{name}": result["note"] for name, result in results.items() if result.get("note")}
+    return collected
+
+
+def mean_and_sd(results: list[dict[str, Any]], prefix: str, *, measured: Sequence[str] = MEASURED) -> dict[str, float]:
+    """Means over the seeds of what all have, "<prefix>/<name>", and "…_sd" of what they are compared by."""
+    found = {f"{prefix}/{name}": value for name, value in _mean(results).items()}
+    if len(results) > 1:
+        for name in measured:
+            values = [run[name] for run in results if isinstance(run.get(name), float)]
+            if len(values) == len(results):
+                found[f"{prefix}/{name}_sd"] = statistics.stdev(values)
+    return found
+
+
+def _mean(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of each number that all results have."""
+    names = [name for name in (results[0] if results else {}) if isinstance(results[0][name], (int, float))]
+    shared = [name for name in names if all(isinstance(result.get(name), (int, float)) for result in results)]
+    return {name: sum(result[name] for result in results) / len(results) for name in shared}
+
+
+def add_up(
+    folder: Path, stages: list[PlannedStage], seconds: Mapping[str, float], wall_s: float
+) -> tuple[float, dict[str, float]]:
+    """Wall time of the run and of each stage, those of earlier calls included where a stage is from one of them."""
+    path = folder / "seconds.json"
+    before: dict[str, Any] = {"wall_s": 0.0, "stages": {}}
+    if path.exists() and len(seconds) < len(stages):
+        before |= read_json(path, again="remove it; it holds only how long the stages took")
+    wall_s += before["wall_s"]
+    known = {**before["stages"], **seconds}
+    by_stage = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}
+    write_json(path, {"wall_s": wall_s, "stages": by_stage})
+    return wall_s, by_stage
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,92 @@
+"""The stages of a pipeline, as a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumrec.experiments.config import Config
+from lumrec.run.config_file import as_text, leaves, with_overrides
+from lumrec.run.files import read_json
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of the plan: the app that runs it, its config, and the stages it reads.
+
+    ranker, knowledge, seed: what a ranker's stage (or one of two towers) trains, for those that collect the results;
+    variant: a row of the warm-up table or the number of a trial. exclusive: nothing runs beside it.
+    """
+
+    name: str
+    app: str
+    config: Config
+    needs: tuple[str, ...] = ()
+    exclusive: bool = False
+    ranker: str = ""
+    knowledge: str = ""
+    seed: int = 0
+    variant: str = ""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.runs_dir) / self.config.run
+
+
+def plan(config: Config) -> list[PlannedStage]:
+    """The stages of a pipeline run, in an order in which each comes after what it needs."""
+    settings, run_name = config.pipeline, config.run
+
+    def stage_config(name: str, **changes: Any) -> Config:
+        inputs = dataclasses.replace(config.inputs, prepared=f"{run_name}/prepare", **changes.pop("inputs", {}))
+        return dataclasses.replace(config, run=f"{run_name}/{name}", inputs=inputs, overwrite=False, **changes)
+
+    stages = [PlannedStage("prepare", "prepare", stage_config("prepare"), exclusive=True)]
+    folds = [""] if settings.folds == 1 else [f"{k}/{settings.folds}" for k in range(settings.folds)]
+    lums = {fold: f"lum-{fold.replace('/', 'of')}" if fold else "lum" for fold in folds}
+    inputs: dict[str, Any] = {}
+    if any(kind != "none" for kind in settings.knowledge):
+        stages += [
+            PlannedStage(lums[fold], "pretrain", stage_config(lums[fold], fold=fold), ("prepare",)) for fold in folds
+        ]
+        inputs["lums"] = [f"{run_name}/{lum}" for lum in lums.values()]
+    if any(kind not in ("none", "tables") for kind in settings.knowledge):
+        stages.append(PlannedStage("query", "query", stage_config("query", inputs=inputs), tuple(lums.values())))
+    for ranker in settings.rankers:
+        for kind in settings.knowledge:
+            for seed in settings.seeds:
+                name = f"rank-{ranker}-{kind}-s{seed}"
+                decided: dict[str, Any] = {"model": ranker, "knowledge": "none" if kind == "tables" else kind}
+                decided["tables"] = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
+                changes: dict[str, Any] = {"rank": dataclasses.replace(config.rank, **decided)}
+                needs: tuple[str, ...] = ("prepare",)
+                if kind == "tables":
+                    changes["inputs"], needs = inputs, tuple(lums.values())
+                elif kind != "none":
+                    changes["inputs"], needs = {"knowledge": f"{run_name}/query", **inputs}, ("query",)
+                tuned = with_tuned(stage_config(name, seed=seed, **changes), ranker, kind)
+                stages.append(PlannedStage(name, "rank", tuned, needs, ranker=ranker, knowledge=kind, seed=seed))
+    return stages
+
+
+def with_tuned(config: Config, ranker: str, kind: str) -> Config:
+    """The config of a ranker's stage with what `pipeline.tuned` has for it."""
+
+    for name in (ranker, f"{ranker}/{kind}"):
+        if words := config.pipeline.tuned.get(name):
+            config = with_overrides(config, words, origin=f"pipeline.tuned.{name}")
+    return config
+
+
+def stage_words(stage: PlannedStage, base: Config) -> list[str]:
+    """key=value words that turn the pipeline's config into the stage's."""
+
+    before = leaves(base)
+    return [f"{key}={as_text(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]
+
+
+def read_result(stage: PlannedStage) -> dict[str, Any]:
+    """The stage's result.json; a metric that was not a number is None."""
+    return read_json(stage.path / "result.json", again=f"make {stage.path} again: remove the file, and run this again")

@@ -1,0 +1,172 @@
+"""The comparison of rankers without and with LUM knowledge: rows of figures, and the terminal's table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lumrec.experiments.config import Config
+from lumrec.experiments.report_gains import notes_of
+
+METRICS = {"auc": "AUC", "gauc": "gAUC", "log_loss": "log loss"}
+LABELS = {
+    "none": "base",
+    "tables": "+ LUM's tables",
+    "direct": "+ direct features",
+    "matching": "+ interest matching",
+    "both": "+ both",
+}
+RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM", "dien": "DIEN", "sim": "SIM", "twin": "TWIN"}
+ONE_SEED = "One seed: how far another would differ is not measured."
+
+
+class Figure(NamedTuple):
+    """A metric's mean over seeds, its standard deviation (None for one seed), and the difference to the base's mean;
+    of the difference the 95 % interval over users, the standard deviation over the seeds, and a verdict in words."""
+
+    value: float
+    sd: float | None
+    gain: float | None
+    low: float | None = None
+    high: float | None = None
+    gain_sd: float | None = None
+    verdict: str = ""
+
+
+class Row(NamedTuple):
+    """One ranker with one kind of knowledge; a metric that could not be computed is not in `figures`."""
+
+    ranker: str
+    knowledge: str
+    figures: dict[str, Figure]
+
+
+def rows(config: Config, result: Mapping[str, float | str]) -> list[Row]:
+    """The rows of the comparison in the order of the config, from a pipeline's flat result."""
+
+    def number(name: str) -> float | None:
+        value = result.get(name)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    table = []
+    for ranker in config.pipeline.rankers:
+        for kind in config.pipeline.knowledge:
+            figures = {}
+            for metric in METRICS:
+                value, base = number(f"rank/{ranker}/{kind}/{metric}"), number(f"rank/{ranker}/none/{metric}")
+                if value is not None:
+                    gain = None if base is None or kind == "none" else value - base
+                    key = f"rank/{ranker}/{kind}/{metric}"
+                    low, high, gain_sd = (number(f"{key}_{name}") for name in ("gain_low", "gain_high", "gain_sd"))
+                    said = str(result.get(f"{key}_verdict", ""))
+                    figures[metric] = Figure(value, number(f"{key}_sd"), gain, low, high, gain_sd, said)
+            table.append(Row(ranker, kind, figures))
+    return table
+
+
+def comparison(config: Config, result: Mapping[str, float | str]) -> str:
+    """The table for the terminal."""
+    seeds, folds = config.pipeline.seeds, config.pipeline.folds
+    head = [
+        f"{result['dataset']}, {config.data.split.kind} split, {test_part(result)}",
+        f"LUM knowledge cross-fitted over {folds} folds of users" if folds > 1 else "LUM knowledge in-sample (folds=1)",
+        f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}",
+    ]
+    width = 31 if len(seeds) > 1 else 22
+    lines = ["; ".join(head), f"{'':28}" + "".join(f"{label:<{width}}" for label in METRICS.values())]
+    for row in rows(config, result):
+        name = RANKER_NAMES.get(row.ranker, row.ranker) if row.knowledge == "none" else "  "
+        if row.knowledge != "none" and "none" not in config.pipeline.knowledge:
+            name = RANKER_NAMES.get(row.ranker, row.ranker)
+        label = f"{name} {LABELS[row.knowledge]}"
+        lines.append(
+            f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
+        )
+    lines += ["", *gain_lines(rows(config, result))] + [f"! {note}" for note in notes_of(result)]
+    lines += alone(result) + treatment(config)
+    if "prepare/best_auc" in result:
+        lines.append(
+            f"best possible AUC {float(result['prepare/best_auc']):.4f} (the true click probabilities of the simulator)"
+        )
+    popularity_auc, negatives = result.get("prepare/popularity_auc"), config.data.negatives
+    if negatives is not None and isinstance(popularity_auc, float):
+        lines.append(f"negatives drawn ({negatives.sampling}): item popularity alone has AUC {popularity_auc:.4f}")
+    return "\n".join(lines)
+
+
+def test_part(result: Mapping[str, float | str]) -> str:
+    """The test part, with its rows and users where they are known."""
+    rows, users = result.get("rank/test_rows"), result.get("rank/test_users")
+    if not (isinstance(rows, (int, float)) and isinstance(users, (int, float))):
+        return "test part"
+    return f"{rows:,.0f} test rows of {users:,.0f} users"
+
+
+def gain_lines(table: Sequence[Row]) -> list[str]:
+    """Each gain over the base, a line for each metric; [] where there are none."""
+    lines, is_one_seed = [], True
+    for row in table:
+        name = f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}"
+        for metric, figure in row.figures.items():
+            if figure.gain is not None and figure.verdict:
+                interval = f"{figure.gain:+.4f} {interval_of(figure)}"
+                is_one_seed = is_one_seed and figure.gain_sd is None
+                spread = "" if figure.gain_sd is None else f"± {figure.gain_sd:.4f} over seeds"
+                lines.append(f"{name:28}{METRICS[metric]:10}{interval:28}{spread:22}{figure.verdict}".rstrip())
+                name = ""
+    if lines and is_one_seed:
+        lines.append(ONE_SEED)
+    return ["gain over the base, 95 % interval over users (the same users for both)", *lines] if lines else []
+
+
+def interval_of(figure: Figure) -> str:
+    """[+0.0050, +0.0075]; [–] where there is none."""
+    return "[–]" if figure.low is None or figure.high is None else f"[{figure.low:+.4f}, {figure.high:+.4f}]"
+
+
+def alone(result: Mapping[str, float | str]) -> list[str]:
+    """What the LUM's answers rank without any ranker, in a sentence; nothing where they were not asked."""
+    auc, gauc = result.get("query/test/lum_auc"), result.get("query/test/lum_gauc")
+    if not (isinstance(auc, float) and isinstance(gauc, float)):
+        return []
+    return [f"The LUM's answers by themselves, without a ranker: AUC {auc:.4f}, gAUC {gauc:.4f}."]
+
+
+def treatment(config: Config) -> list[str]:
+    """What the rows with knowledge have beyond the paper's set-up, in sentences; none where nothing."""
+    said = []
+    if config.rank.tables == "lum":
+        said.append("Rows with knowledge start from the LUM's tables, the base from fresh ones.")
+    if config.pretrain.contrast.feature:
+        said.append("The LUM learned with counterfactual contrast, an extension that the paper does not have.")
+    return said
+
+
+def spoken(figure: Figure | None) -> str:
+    """0.7988 ± 0.0004 (+0.0053); "–" where there is none."""
+    if figure is None:
+        return "–"
+    text = f"{figure.value:.4f}"
+    if figure.sd is not None:
+        text += f" ± {figure.sd:.4f}"
+    return text if figure.gain is None else f"{text} ({figure.gain:+.4f})"
+
+
+def what_next(folder: Path, page: Path, *, is_movielens: bool) -> str:
+    """Where the results are, and what one may run now: on MovieLens-1M, or on a log of one's own."""
+    results = f"report   {page}\nnumbers  {folder / 'result.json'}\ncurves   tensorboard --logdir {folder}"
+    if not is_movielens:
+        return f"""{results}
+
+what to run next
+  the other ranker, seeds     the same command with run=more 'pipeline.rankers=[din,dlrm]' 'pipeline.seeds=[0,1,2]'
+  what is in a log of yours   torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""
+    return f"""{results}
+
+what to run next
+  both rankers, three seeds   torchx run apps/pipeline.py --config configs/ml-1m.yaml
+  split by time               torchx run apps/pipeline.py --config configs/ml-1m-temporal.yaml
+  the LUM by itself           torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml
+  settings of your own        torchx run apps/pipeline.py --config configs/ml-1m.yaml run=mine model.dim=96
+  a log of your own           torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""

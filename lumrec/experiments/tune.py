@@ -1,0 +1,107 @@
+"""Settings of each ranker, searched with the same effort without and with knowledge: a plain seeded random search.
+
+Every ranker with every kind of knowledge gets the same trials, each the whole training of one seed, and the validation
+part chooses; no trial touches the test part. The stages before it are the pipeline's, in the same run folder::
+
+    runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/  trial-din-none-0/ …  trials.json tuned.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from lumrec.experiments import pipeline
+from lumrec.experiments.config import Config
+from lumrec.experiments.pipeline import say, write_json
+from lumrec.experiments.plan import PlannedStage
+from lumrec.experiments.settings import draw
+from lumrec.run.config_file import with_overrides
+from lumrec.run.files import write_atomically
+from lumrec.run.typed_yaml import dump
+
+
+def run(config: Config) -> dict[str, float | str]:
+    """Runs the trials that are not finished yet, and gives for each "<ranker>/<knowledge>": "…/valid/<metric>" of the
+    best and of the first trial ("…/first/valid/<metric>"), and its number ("…/trial").
+
+    Writes trials.json (every trial with its words and figures) and tuned.yaml, a config's `pipeline.tuned` section.
+    Raises UserError for a space that cannot be drawn from and as the pipeline does.
+    """
+    words = draw(config.tune)
+    pipeline.check(config)
+    config, note = pipeline.resolve_dataset(config)
+    folder = Path(config.runs_dir) / config.run
+    stages = plan(config, words)
+    pipeline.make(config, stages, note)
+
+    trials = [_trial(stage, words, config) for stage in stages if stage.variant]
+    write_json(folder / "trials.json", trials)
+    result: dict[str, float | str] = {}
+    tuned = {}
+    for name in dict.fromkeys(trial["name"] for trial in trials):
+        of_name = [trial for trial in trials if trial["name"] == name]
+        best = max(of_name, key=lambda trial: _goodness(trial, config.rank.select))
+        tuned[name] = best["words"]
+        result[f"{name}/trial"] = best["trial"]
+        for origin, trial in (("", best), ("first/", of_name[0])):
+            result |= {f"{name}/{origin}{key}": value for key, value in trial.items() if key.startswith("valid/")}
+    text = dump({"pipeline": {"tuned": tuned}}, width=120)
+    head = f"# Chosen by {config.rank.select} of the validation part among {config.tune.trials} trials each, seed "
+    write_atomically(folder / "tuned.yaml", f"{head}{config.pipeline.seeds[0]} (apps/tune.py).\n{text}")
+    say(f"\n{table(trials, tuned)}\n\nevery trial  {folder / 'trials.json'}\nthe winners  {folder / 'tuned.yaml'}")
+    return result
+
+
+def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
+    """The pipeline's stages up to the knowledge, and the trials in place of its rankers."""
+
+    one_seed = dataclasses.replace(config.pipeline, seeds=config.pipeline.seeds[:1])
+    stages = []
+    for stage in pipeline.plan(dataclasses.replace(config, pipeline=one_seed)):
+        if stage.app != "rank":
+            stages.append(stage)
+            continue
+        ranker, kind = stage.ranker, stage.knowledge
+        for place, of_trial in enumerate(words):
+            name = f"trial-{ranker}-{kind}-{place}"
+            trial = with_overrides(stage.config, [*of_trial, "rank.test=false"], origin="tune.space")
+            trial = dataclasses.replace(trial, run=f"{config.run}/{name}", pipeline=config.pipeline)
+            stages.append(dataclasses.replace(stage, name=name, config=trial, variant=str(place)))
+    return stages
+
+
+def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
+    """The trials for the terminal, the winners marked."""
+    lines = [f"{'':22}{'AUC':>8}{'gAUC':>8}{'log loss':>10}  of the validation part"]
+    for trial in trials:
+        figures = [trial[f"valid/{metric}"] for metric in ("auc", "gauc", "log_loss")]
+        numbers = f"{figures[0]:8.4f}{figures[1]:8.4f}{figures[2]:10.4f}"
+        mark = "best " if tuned[trial["name"]] == trial["words"] else ""
+        settings = " ".join(word.removeprefix("rank.").removeprefix("train.") for word in trial["words"])
+        lines.append(f"{trial['name']:18}{trial['trial']:4}{numbers}  {mark}{settings or 'the config as it stands'}")
+    return "\n".join(lines)
+
+
+def _trial(stage: PlannedStage, words: list[list[str]], config: Config) -> dict[str, Any]:
+    ranker, kind, place = stage.ranker, stage.knowledge, stage.variant
+    # Settings that the config has for this ranker already are a part of every trial, and stay with the winner.
+    before = [*config.pipeline.tuned.get(ranker, []), *config.pipeline.tuned.get(f"{ranker}/{kind}", [])]
+    keys = {word.partition("=")[0] for word in words[int(place)]}
+    kept = [word for word in before if word.partition("=")[0] not in keys]
+    figures = {key: value for key, value in pipeline.read_result(stage).items() if key.startswith("valid/")}
+    return {
+        "name": f"{ranker}/{kind}",
+        "trial": int(place),
+        "words": [*kept, *words[int(place)]],
+        **figures,
+        "wall_s": pipeline.read_result(stage)["wall_s"],
+    }
+
+
+def _goodness(trial: dict[str, Any], select: str) -> float:
+    sign = -1.0 if select.startswith("-") else 1.0
+    value = trial.get(f"valid/{select.removeprefix('-')}")
+    return -math.inf if value is None else sign * value

@@ -1,0 +1,1 @@
+"""The knowledge store: records, writer, reader, refresh, forget, Parquet exchange."""

@@ -1,0 +1,378 @@
+"""Forgets users for good: out of every knowledge store under a runs folder, and never asked about again.
+
+    python -m lumrec.knowledge.forget runs --keys-file keys.txt       one raw user key a line
+    python -m lumrec.knowledge.forget runs 17 4711
+
+First the SHA-256 of each key goes into <runs>/forgotten.txt; from then on no query run, refresh, import or prepare in
+this folder takes these users in. Then each published version is written again without them, and the old one removed,
+so that neither their keys nor their answers are in any file of it; unfinished builds, and what killed commands left,
+are removed. A process that had a store open reads the old version until it opens the store again.
+
+Then everything else under the folder is searched (links are followed) for what still names the users: prepared data,
+exported Parquet files, logs, configs. This command does not rewrite those, as other models and figures rest on them. It
+names each, with what to do, and ends with exit code 2 until nothing is left. With --prepare it prepares data that hold
+them again, from the log that their config names; models and figures of these data are then to be made again too. A
+command that was killed is completed by the same command.
+
+Files that are not Parquet are searched for the keys of this call that have at least 8 bytes: shorter ones, such as 42,
+occur in any file. Not searched: weights of a LUM that was trained on the users, and whatever is outside the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from lumrec.data.common import Common
+from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
+from lumrec.data.prepare import prepare
+from lumrec.knowledge.records import user_digest
+from lumrec.knowledge.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
+from lumrec.knowledge.store import (
+    ITEMS_FILE,
+    MANIFEST,
+    check_files,
+    identity_of,
+    read_item_keys,
+    read_items,
+    read_manifest,
+)
+from lumrec.knowledge.writer import (
+    BUILDING,
+    IDENTITY,
+    KnowledgeWriter,
+    full_disk_told,
+    in_force,
+    remove_others,
+    versions,
+)
+from lumrec.run.config_file import stored
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.failures import reported
+from lumrec.run.files import leftovers, write_atomically
+from lumrec.run.folder import RunFolder
+from lumrec.run.logs import start_logging
+from lumrec.run.printable import say
+
+logger = logging.getLogger(__name__)
+SEARCHABLE_BYTES = 8
+NOT_SEARCHED = (".npy", ".distcp")  # numbers alone
+BLOCK = 1 << 24
+
+
+class Incomplete(UserError):
+    """Something under the runs folder still names forgotten users; `removed` is what `forget` gives back otherwise."""
+
+    def __init__(self, message: str, removed: dict[str, int]) -> None:
+        super().__init__(message)
+        self.removed = removed
+
+
+def forgotten_among(runs_dir: Path, digest_X: np.ndarray) -> list[str]:
+    """SHA-256 (sorted) of those among the users with these digests (S16) who were forgotten in this runs folder."""
+    forgotten = sorted(read_forgotten(runs_dir))
+    known = set(digest_X.tolist())
+    return [digest for digest, half in zip(forgotten, halves(forgotten).tolist()) if half in known]
+
+
+def drop_forgotten(index_U: np.ndarray, fold_U: np.ndarray, forgotten: Sequence[str]) -> None:
+    """Blanks the entries of forgotten users (SHA-256) in a version's index, in place; where their rows were is left."""
+    gone_U = np.isin(index_U["key"], halves(forgotten))
+    index_U["key"][gone_U], index_U["history"][gone_U], fold_U[gone_U] = b"", 0, 0
+
+
+def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = False) -> dict[str, int]:
+    """Users removed from each knowledge store under `runs_dir`, by the run's name; see the top of this file.
+
+    user_keys: raw keys; none at all completes what a killed call left. Everyone who was forgotten before is looked for
+    too. prepare_again: prepare data that hold one of them again, in the same place and from the same log. Keys that
+    nothing here holds are logged as a warning. Raises Incomplete, after all else is done, which names the stores that
+    are being written or cannot be read, and everything else that still holds one of the users.
+    """
+    if not runs_dir.is_dir():
+        raise MissingFileError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
+    digests = {user_digest(key): key for key in user_keys}
+    lock = RunFolder.locked(runs_dir)
+    try:
+        before = read_forgotten(runs_dir)
+        forgotten = before | set(digests)
+        write_atomically(runs_dir / FORGOTTEN, "".join(f"{digest}\n" for digest in sorted(forgotten)))
+    finally:
+        lock.close()
+    removed: dict[str, int] = {}
+    left: list[str] = []
+    held: set[bytes] = set()
+    for path in _folders(runs_dir, left):
+        try:
+            _remove_leftovers(path)
+            if _holds_knowledge(path):
+                found = _forget_in(path, sorted(forgotten))
+                removed[os.path.relpath(path, runs_dir)] = len(found)
+                held |= set(found.tolist())
+        except (UserError, OSError) as error:
+            left.append(str(error))
+    left += _still_named(runs_dir, forgotten, user_keys, prepare_again)
+    if nobody := [key for digest, key in digests.items() if digest not in before and _half(digest) not in held]:
+        logger.warning("no store holds %d of the keys: %s", len(nobody), ", ".join(map(repr, nobody[:100])))
+    if left:
+        raise Incomplete(
+            f"{len(forgotten)} users are noted in {runs_dir / FORGOTTEN} and will not be asked about again, but some "
+            f"files still hold them; mend these and run the same command again: {'; '.join(left)}",
+            removed,
+        )
+    return removed
+
+
+def _folders(root: Path, left: list[str]) -> list[Path]:
+    """`root` and every folder under it, links followed, each once; what cannot be read is added to `left`."""
+    found, seen = [], set()
+    told = left.append
+    for name, inner, _ in os.walk(
+        root, followlinks=True, onerror=lambda error: told(f"{error.filename} cannot be read ({error.strerror})")
+    ):
+        status = os.stat(name)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner.sort()
+        found.append(Path(name))
+    return found
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed commands left in a folder: they hold users, and nothing reads them."""
+    if not path.exists():  # it was itself such a leftover
+        return
+    for folder in leftovers(path):
+        logger.info("removing %s, which a killed command left", folder)
+        shutil.rmtree(folder)
+    for folder in path.glob(".*.preparing"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being written by a prepare stage: wait for it") from None
+        finally:
+            os.close(descriptor)
+    (path / ".users.parquet.tmp").unlink(missing_ok=True)
+
+
+def _holds_knowledge(path: Path) -> bool:
+    """Whether a folder holds knowledge, published or unfinished."""
+    return bool(versions(path)) or (path / BUILDING / IDENTITY).exists()
+
+
+def _forget_in(path: Path, forgotten: Sequence[str]) -> np.ndarray:
+    """Digests (S16) of the users whom the version published in `path` held; it is written again without them."""
+    run = RunFolder.locked(path)
+    try:
+        published = in_force(path)
+        if (path / BUILDING).exists():
+            logger.info("%s: dropping an unfinished build", path)
+        remove_others(path, published)
+        if published is None:
+            return halves([])
+        manifest = read_manifest(path)
+        check_files(published, manifest["files"], checksums=True)
+        with full_disk_told(path):
+            return _rewrite_without(path, manifest, forgotten)
+    finally:
+        run.close()
+
+
+def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[str]) -> np.ndarray:
+    folder, identity = path / manifest["folder"], identity_of(manifest)
+    if ITEMS_FILE not in manifest["files"] or (identity["rows"] and "users.npy" not in manifest["files"]):
+        raise UserError(
+            f"the knowledge in {path} was made by an older version of lumrec, and does not say whose its rows are: run "
+            "its query stage again with overwrite=true"
+        )
+    earlier = Earlier(folder, manifest)
+    index_U, fold_U, wanted = earlier.index_U.copy(), earlier.fold_U.copy(), halves(forgotten)
+    with_answer = [digests_of_stored(keys) for keys, _ in stored_users(folder, manifest)] if identity["users"] else []
+    stored = np.concatenate([np.zeros(0, "S16"), *with_answer])
+    found = np.union1d(np.intersect1d(stored, wanted), np.intersect1d(index_U["key"], wanted))
+    if not len(found):
+        return found
+    drop_forgotten(index_U, fold_U, forgotten)
+    now = [digest for digest, half in zip(forgotten, wanted) if half in found]
+    items_e = read_items(folder, manifest)
+    rows = earlier.column("present")
+    writer = KnowledgeWriter(
+        path,
+        {**identity, "forgotten": sorted({*identity.get("forgotten", []), *now})},
+        num_events=0 if rows is None else len(rows),
+        num_users=len(index_U),
+        num_items=items_e.shape[1],
+        max_users=len(stored),
+        made_by=manifest["made_by"],
+    )
+    kept = np.flatnonzero(index_U["key"] != b"")
+    for lum in range(len(items_e)):
+        writer.write_items(lum, torch.from_numpy(items_e[lum]))
+    if identity["rows"]:
+        take_over_rows(writer, earlier, kept, index_U["first_row"][kept])
+    if identity["users"]:
+        take_over_users(writer, earlier, np.setdiff1d(stored, wanted))
+    if len(index_U):
+        writer.write_user_index(fold_U, index_U)
+    writer.write_item_keys(read_item_keys(folder))
+    writer.commit("all")
+    counts = dict(manifest["counts"])
+    if identity["users"]:
+        gone = len(np.intersect1d(stored, wanted))
+        counts |= {"users": len(stored) - gone, "users_absent": counts.get("users_absent", 0) + gone}
+    if identity["rows"]:
+        present = writer.columns["rows_present.npy"]
+        counts |= {"rows": int(present.sum()), "rows_absent": int((~present).sum())}
+    facts = {"counts": counts, "built_at": int(time.time()), "answers_per_s": manifest.get("answers_per_s")}
+    writer.publish(facts)
+    return found
+
+
+def halves(digests: Sequence[str]) -> np.ndarray:
+    """What a version's index holds of each SHA-256, S16."""
+    return np.array([bytes.fromhex(digest)[:16] for digest in digests], "S16")
+
+
+def _half(digest: str) -> bytes:
+    return halves([digest]).tolist()[0]
+
+
+def _still_named(
+    runs_dir: Path, forgotten: Collection[str], user_keys: Sequence[str], prepare_again: bool
+) -> list[str]:
+    """What under the runs folder still names forgotten users, a sentence each."""
+    named: list[str] = []
+    for path in _folders(runs_dir, []):
+        if (path / "users.parquet").exists():
+            try:
+                if prepare_again and (path / MANIFEST).exists() and files_with(path, forgotten):
+                    _prepare_again(path, runs_dir)
+                named += _in_users_file(path, forgotten)
+            except (ValueError, OSError, pa.ArrowException) as error:
+                named.append(f"whether {path} holds them is unknown: {error}")
+    keys = [key for key in user_keys if len(key.encode()) >= SEARCHABLE_BYTES]
+    for path in _folders(runs_dir, []) if keys else []:
+        ours = (path / "users.parquet").exists()
+        for file in sorted(path.iterdir()):
+            if not file.is_file() or file.suffix in NOT_SEARCHED or (ours and file.suffix == ".parquet"):
+                continue
+            try:
+                count = (_in_parquet if file.suffix == ".parquet" else _in_bytes)(file, keys)
+            except (OSError, pl.exceptions.PolarsError) as error:
+                named.append(f"whether {file} holds them is unknown: {error}")
+                continue
+            if count:
+                named.append(f"{file} ({count} of the keys): remove them from it, or remove the file")
+    return named
+
+
+def _prepare_again(path: Path, runs_dir: Path) -> None:
+    """Prepares the data in `path` again, with the config that they were prepared with."""
+    made_with = stored(path / "config.yaml", Common)
+    prepare(dataclasses.replace(made_with, runs_dir=str(runs_dir), overwrite=True), path)
+
+
+def _in_users_file(path: Path, forgotten: Collection[str]) -> list[str]:
+    """What of a folder with users.parquet, prepared or exported, holds forgotten users."""
+    if (path / MANIFEST).exists():
+        found = files_with(path, forgotten)
+        again = "prepare it again with overwrite=true, or give --prepare to this command"
+        return [f"{path}: {', '.join(found)}: {again}"] if found else []
+    count, wanted = 0, halves(sorted(forgotten))
+    for batch in pq.ParquetFile(path / "users.parquet").iter_batches(columns=["user_key"]):
+        keys = [user_digest(key) for key in batch["user_key"].to_pylist() if key is not None]
+        count += int(np.isin(halves(keys), wanted).sum())
+    return [f"{path / 'users.parquet'} ({count}): export it again, or remove it"] if count else []
+
+
+def _in_parquet(file: Path, keys: Sequence[str]) -> int:
+    """How many of these keys are values of a text column of a Parquet file."""
+    frame = pl.scan_parquet(file)
+    texts = [name for name, kind in frame.collect_schema().items() if kind in (pl.String, pl.Categorical)]
+    values = pl.concat([frame.select(pl.col(name).cast(pl.String).alias("text")) for name in texts]) if texts else None
+    if values is None:
+        return 0
+    return values.filter(pl.col("text").is_in(keys)).unique().select(pl.len()).collect(engine="streaming").item()
+
+
+def _in_bytes(file: Path, keys: Sequence[str]) -> int:
+    """How many of these keys occur in a file of any kind."""
+    words = [key.encode() for key in keys]
+    found: set[bytes] = set()
+    longest = max(map(len, words))
+    with open(file, "rb") as opened:
+        tail = b""
+        while block := opened.read(BLOCK):
+            found |= {word for word in words if word in tail + block}
+            tail = block[-longest:]
+    return len(found)
+
+
+def read_keys_file(file: Path) -> list[str]:
+    """The keys in a file, one a line; blanks around them, blank lines, a byte-order mark and CRLF are left out.
+
+    Raises MissingFileError, and UserError for a file that is not UTF-8, holds no key, or one with a carriage return
+    or NUL within it.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no keys file {file}; expected one raw user key a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}): write it again in that encoding") from None
+    if not (keys := [key for line in lines if (key := line.strip())]):
+        raise UserError(f"{file} holds no key; expected one raw user key a line")
+    if bad := [key for key in keys if "\r" in key or "\0" in key]:
+        raise UserError(f"{file}: {bad[0][:80]!r} holds a carriage return or NUL; expected one raw user key a line")
+    return keys
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lumrec.knowledge.forget",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs_dir", type=Path, help="folder of the runs, as in runs_dir=")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="raw user keys")
+    parser.add_argument("--keys-file", type=Path, help="file with one raw user key a line")
+    parser.add_argument("--prepare", action="store_true", help="prepare data that hold them again, without them")
+    given = parser.parse_args(arguments)
+    start_logging()
+    problem = ""
+    with reported():
+        keys = [*given.keys, *(read_keys_file(given.keys_file) if given.keys_file else [])]
+        try:
+            removed = forget(given.runs_dir, keys, prepare_again=given.prepare)
+        except Incomplete as error:
+            problem, removed = str(error), error.removed
+    say(f"{len(set(keys))} users noted in {given.runs_dir / FORGOTTEN}; users removed from each store:")
+    for name, count in removed.items():
+        say(f"  {name}: {count}")
+    if problem:
+        say(f"lumrec: {problem}", file=sys.stderr)
+        sys.exit(2)
+    say("Remove them from the log too; a LUM that was trained on them keeps what it learned of them.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""Knowledge store: LUM's answers on disk, for training rows (memory-mapped columns) and for serving (LMDB by user key).
+
+    <run>/manifest.json               names the version in force and holds its own hash; replaced by one atomic rename
+    <run>/knowledge-<identity>-<id>/  one version, never changed after it was published
+        rows_o.npy        [E, N, D]   answer to each condition, asked with the history before event row e
+        rows_scale.npy    [E, N]      float32, with dtype int8 alone (lumrec/knowledge/records.py)
+        rows_log_z.npy    [E, N]      log Σ over the catalogue of exp(o · e), float32 (unless switched off)
+        rows_present.npy  [E]         bool; False where nothing was asked, and the answer is zeros
+        items_e.npy       [K, I, D]   every catalogue item, once for each LUM; with int8, items_scale.npy [K, I]
+        items.parquet     [I]         raw key of each item
+        user_fold.npy     [U]         int8, which of the K LUMs answers for the user
+        users.npy         [U]         digests of key and history, event rows: what a refresh and a deletion go by
+        store/data.mdb                LMDB: user key -> answers after the user's last event
+    <run>/building/                   what of the next version is finished, while it is built (see writer.py)
+    <runs_dir>/forgotten.txt          SHA-256 of every user who is never asked again (lumrec/knowledge/forget.py)
+
+Why LMDB: a library, not a server; many processes read it through one memory map without locks, find an entry by key in
+a few page reads, and a build that is killed leaves it whole. Arrow and Parquet have no look-up by key.
+
+Shape suffixes: B asked users or rows, E events, U users, I items, N conditions, D width, K LUMs (folds).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence, TypeVar
+from weakref import WeakValueDictionary
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lumrec.data.prepared import PreparedData
+from lumrec.knowledge.checks import files_problem, identity_problem, read_array, read_row_column
+from lumrec.knowledge.records import (
+    ABSENT_FOLD,
+    bytes_to_records,
+    decode,
+    decode_records,
+    identity_user_dtype,
+    records_to_bytes,
+    user_key_bytes,
+)
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import read_json, sha256
+
+logger = logging.getLogger(__name__)
+Reader = TypeVar("Reader")
+FORMAT = 2
+MANIFEST = "manifest.json"
+USERS_FILE = "store/data.mdb"
+ITEMS_FILE = "items.parquet"
+ITEM_FILES = (ITEMS_FILE, "items_e.npy", "items_scale.npy")
+# Of a manifest, what is not its version's identity.
+FACTS = ("format", "folder", "counts", "built_at", "made_by", "answers_per_s", "files", "sha256")
+AGAIN = "run the query stage again with overwrite=true (or import it again)"
+_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
+
+
+class RowKnowledge(NamedTuple):
+    """o_BND: float32. log_z_BN: float32, or None where it was not computed. present_BN: bool. fold_B: int64."""
+
+    o_BND: Tensor
+    log_z_BN: Tensor | None
+    present_BN: Tensor
+    fold_B: Tensor
+
+
+class UserKnowledge(NamedTuple):
+    """o_BND: float32. present_BN: bool. age_s_B: float64, seconds since the LUM was asked (NaN where absent).
+
+    log_z_BN: float32 (None where it was not computed). fold_B: int64, which items_e the answer goes with (-1 absent).
+    """
+
+    o_BND: Tensor
+    present_BN: Tensor
+    age_s_B: Tensor
+    log_z_BN: Tensor | None
+    fold_B: Tensor
+
+
+def version_name(identity: dict[str, Any]) -> str:
+    """How the folders of versions that `identity` describes begin; each build puts an id of its own behind it."""
+    return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but the hash itself."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the version in force. Raises MissingFileError without one, UserError where one bit has changed,
+    for another format, and for what is no manifest of knowledge.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        raise MissingFileError(
+            f"there is no knowledge in {path} (no {MANIFEST}); make it with: torchx run apps/query.py "
+            "--config <your config>"
+        )
+    manifest = read_json(file, again=AGAIN)
+    if "format" not in manifest or "folder" not in manifest:
+        raise UserError(f"{file} is no manifest of a knowledge store: name the folder of a query run")
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{file} has the format {manifest['format']!r}; this version of lumrec reads format {FORMAT}: {AGAIN}"
+        )
+    if manifest.get("sha256") != manifest_hash(manifest):
+        raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
+    if not re.fullmatch(re.escape(version_name(identity_of(manifest))) + r"-[0-9a-f]+", str(manifest["folder"])):
+        raise UserError(
+            f"{file} names the folder {manifest['folder']!r}; expected {version_name(identity_of(manifest))}-…, after "
+            f"what it says of the version: {AGAIN}"
+        )
+    folder = path / str(manifest["folder"])
+    if problem := identity_problem(identity_of(manifest)) or files_problem(folder, manifest.get("files")):
+        raise UserError(f"{file} is damaged: {problem}; {AGAIN}")
+    return manifest
+
+
+def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What decided the answers of a version; its folder is named after it."""
+    return {name: value for name, value in manifest.items() if name not in FACTS}
+
+
+def read_items(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Item embeddings of the version in `folder` as readers see them, float32 [K, I, D]."""
+    return decode(*_mapped_items(folder, manifest))
+
+
+def _mapped_items(folder: Path, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values and scale of the item embeddings, memory-mapped."""
+    num_lums, dtype = len(manifest["lums"]), np.dtype(manifest["dtype"]).newbyteorder("<")
+    values = read_array(folder / "items_e.npy", (num_lums, None, manifest["dim"]), dtype)
+    if dtype != np.int8:
+        return values, None
+    return values, read_array(folder / "items_scale.npy", values.shape[:2], "<f4")
+
+
+def read_item_keys(folder: Path) -> list[str]:
+    """Raw key of each item of the version in `folder`, in the order of its embeddings."""
+    return _item_keys_file(folder).read()["item_key"].to_pylist()
+
+
+def _item_keys_file(folder: Path) -> pq.ParquetFile:
+    """A file that is open can be read after its version was removed."""
+    keys = pq.ParquetFile(pa.OSFile(str(folder / ITEMS_FILE)))
+    if keys.schema_arrow.names != ["item_key"] or keys.schema_arrow.field("item_key").type != pa.string():
+        raise UserError(f"{folder / ITEMS_FILE} holds {keys.schema_arrow.names}, expected item_key, a text; {AGAIN}")
+    return keys
+
+
+def environment(folder: Path) -> lmdb.Environment:
+    """The LMDB of the version in `folder`, read-only. Closed with the last reference to it.
+
+    LMDB must not be opened twice in one process, so that readers of a process share it. There is no lock file: a
+    published version never changes, so readers need not know of each other.
+    """
+    name = f"{folder.resolve()} {(folder / USERS_FILE).stat().st_ino}"  # a copy may have taken the place of a file
+    env = _OPEN.get(name)
+    if env is None:
+        # Users are read in no order: what the system would read ahead of a page is not what comes next.
+        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False, readahead=False)
+    return env
+
+
+def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:
+    """Raises MissingFileError for a missing file, UserError for one cut off or (with `checksums`) changed."""
+    for name, facts in files.items():
+        file = folder / name
+        if not file.exists():
+            raise MissingFileError(f"the knowledge lacks {file}; {AGAIN}")
+        if file.stat().st_size != facts["bytes"]:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes; expected {facts['bytes']}: it was cut off or replaced; "
+                f"{AGAIN}"
+            )
+        if checksums and sha256(file) != facts["sha256"]:
+            raise UserError(
+                f"{file} has changed since it was published (its SHA-256 differs from the manifest's); {AGAIN}"
+            )
+
+
+def _open_version(
+    path: Path, wanted: Callable[[str], bool], verify: bool, make: Callable[[Path, dict[str, Any]], Reader]
+) -> Reader:
+    """What `make` opens of the folder and manifest of the version in force; `wanted` says which files it reads."""
+    for attempt in (0, 1):
+        manifest = read_manifest(path)
+        folder = path / manifest["folder"]
+        try:
+            files = {name: facts for name, facts in manifest["files"].items() if wanted(name)}
+            check_files(folder, files, checksums=verify)
+            return make(folder, manifest)
+        except (OSError, lmdb.Error, pa.ArrowException) as error:
+            # A new version may have been published, and the old one removed, since the manifest was read.
+            if attempt or read_manifest(path)["folder"] == manifest["folder"]:
+                if isinstance(error, (lmdb.Error, pa.ArrowException)):
+                    raise UserError(f"the knowledge in {folder} is damaged ({error}); {AGAIN}") from None
+                raise
+    raise AssertionError("unreachable")
+
+
+def _reopen(reader: Callable[..., Reader], folder: Path, *rest: Any) -> Reader:
+    """A reader in another process, of the version that it had here. Raises MissingFileError where that is gone."""
+    if not folder.exists():
+        raise MissingFileError(
+            f"the version {folder} was replaced by a newer one before another process could open it: open the store "
+            "there, or once more here"
+        )
+    return reader(folder, *rest)
+
+
+class Knowledge:
+    """Answers for training rows and the items they are matched with, memory-mapped: nothing is read before it is used.
+
+    o: [E, N, D] in the store's dtype, with scale, float32 [E, N], for int8; log_z: float32 [E, N]; present: bool [E];
+    each None where it was switched off.
+    items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions asked. hazard: "in_sample" (one LUM,
+    which may have been trained on these rows), "cross_fit" (each user is answered by a LUM that never saw them) or
+    "time_split" (one LUM of the training events until `learnt_until`, in seconds: rankers train on the rows after it).
+    Similarity is the dot product o · e: the model's temperature is in both sides already.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], row_user: np.ndarray) -> None:
+        """row_user: int64 [E], the user of each event row."""
+        self.path, self.manifest = folder, manifest
+        self.conditions: list[dict[str, str]] = manifest["conditions"]
+        self.hazard: str = manifest["hazard"]
+        self.learnt_until: int | None = manifest.get("learnt_until")
+        self.num_conditions, self.dim, self.num_folds = len(self.conditions), manifest["dim"], len(manifest["lums"])
+        self.items_e = torch.from_numpy(read_items(folder, manifest))
+        num_users = int(row_user.max(initial=-1)) + 1
+        self.user_fold: np.ndarray = read_array(folder / "user_fold.npy", (None,), np.int8, mapped=False)
+        if len(self.user_fold) < num_users or not (self.user_fold < self.num_folds).all() or (self.user_fold < 0).any():
+            raise UserError(f"{folder / 'user_fold.npy'} does not name one of {self.num_folds} LUMs for each user")
+        self._row_user = row_user
+        columns = {
+            column: read_row_column(folder, manifest, column, num_events=len(row_user))
+            for column in ("o", "scale", "present", "log_z")
+            if f"rows_{column}.npy" in manifest["files"]
+        }
+        self.o: np.ndarray | None = columns.get("o")
+        self.scale: np.ndarray | None = columns.get("scale")
+        self.present: np.ndarray | None = columns.get("present")
+        self.log_z: np.ndarray | None = columns.get("log_z")
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (type(self), self.path, self.manifest, self._row_user)
+
+    @classmethod
+    def open(cls, path: str | Path, data: PreparedData, *, verify: bool = True) -> Knowledge:
+        """The knowledge published in run folder `path`.
+
+        verify: compare every file's SHA-256 with the manifest's, once, at opening. Sizes are always compared.
+        Raises MissingFileError where nothing was published, UserError where it is damaged or made from other data.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if "imported" in manifest:
+            raise UserError(
+                f"the knowledge in {path} was imported: it holds users and items for serving, and no rows to train on; "
+                "run the query stage to have them"
+            )
+        if manifest["data_fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"the knowledge in {path} was made from other data (fingerprint {manifest['data_fingerprint']}; the "
+                f"prepared data in {data.path} has {data.fingerprint}): run the query stage again"
+            )
+        row_user = data.user
+        return _open_version(
+            path, lambda name: name != USERS_FILE, verify, lambda folder, manifest: cls(folder, manifest, row_user)
+        )
+
+    def for_rows(self, rows_B: Tensor | np.ndarray) -> RowKnowledge:
+        """Answers that the event rows `rows_B` (int64, any order, repeats allowed) got with the history before them.
+
+        Raises UserError where the knowledge was built without rows (query.rows=false).
+        """
+        if self.o is None or self.present is None:
+            raise UserError(f"the knowledge in {self.path} holds no rows: run the query stage with query.rows=true")
+        rows = np.asarray(rows_B)
+        # Sorted reads touch each page of the file once.
+        order = np.argsort(rows, kind="stable")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        in_order = rows[order]
+        scale = None if self.scale is None else self.scale[in_order][back]
+        o = torch.from_numpy(decode(self.o[in_order][back], scale))
+        present = torch.from_numpy(self.present[in_order][back])
+        log_z = None if self.log_z is None else torch.from_numpy(self.log_z[in_order][back])
+        fold = torch.from_numpy(self.user_fold[self._row_user[rows]].astype(np.int64))
+        return RowKnowledge(o, log_z, present[:, None].expand(-1, self.num_conditions), fold)
+
+
+class KnowledgeStore:
+    """Answers for serving, by raw user key: what the LUM says after the user's last event.
+
+    conditions: the N conditions asked. absent_because: why the store could not be read; "" where it can, and always
+    after `open`. It stays on its version, items included, whatever is published and removed later. Sent to another
+    process (a worker of a DataLoader), it opens the same version there.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], *, absent_because: str = "") -> None:
+        self.path, self.manifest, self.absent_because = folder, manifest, absent_because
+        self.conditions: list[dict[str, str]] = manifest["conditions"]
+        self._with_log_z: bool = manifest["log_normalizer"]
+        self._num_folds = len(manifest["lums"])
+        self._record = identity_user_dtype(manifest)
+        nobody = np.zeros(1, self._record)
+        nobody["fold"] = ABSENT_FOLD
+        self._nobody = records_to_bytes(nobody)[0]
+        self._env = None if absent_because else environment(folder)
+        self._items: tuple[pq.ParquetFile, np.ndarray, np.ndarray | None] | None = None
+        if ITEMS_FILE in manifest.get("files", {}):
+            self._items = _item_keys_file(folder), *_mapped_items(folder, manifest)
+
+    def __reduce__(self) -> tuple:
+        if self.absent_because:
+            return _absent, (self.path, self.manifest, self.absent_because)
+        return _reopen, (type(self), self.path, self.manifest)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
+        """The store published in run folder `path`. Raises like `Knowledge.open`, and UserError without users."""
+        manifest = read_manifest(Path(path))
+        if USERS_FILE not in manifest["files"]:
+            raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
+        return _open_version(Path(path), lambda name: name in (USERS_FILE, *ITEM_FILES), verify, cls)
+
+    @classmethod
+    def open_or_absent(
+        cls, path: str | Path, *, num_conditions: int, dim: int, with_log_z: bool = True, verify: bool = True
+    ) -> KnowledgeStore:
+        """The store in `path`; where it cannot be read, one that says of every user that they are absent.
+
+        For a server that has to answer all the same. num_conditions, dim, with_log_z: what its ranker expects; a store
+        of another shape counts as one that cannot be read. The reason is logged as a warning.
+        """
+        try:
+            store = cls.open(path, verify=verify)
+            got = (len(store.conditions), store.manifest["dim"], store._with_log_z)
+            if got == (num_conditions, dim, with_log_z):
+                return store
+            reason = f"{path} holds (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
+        except (OSError, ValueError, KeyError, lmdb.Error) as error:
+            reason = str(error)
+        logger.warning("no knowledge, every user is absent: %s", reason)
+        shape = {"conditions": [{}] * num_conditions, "dim": dim, "dtype": "float32", "log_normalizer": with_log_z}
+        shape["lums"] = [{}]
+        return cls(Path(path), shape, absent_because=reason)
+
+    def __len__(self) -> int:
+        return 0 if self._env is None else self._env.stat()["entries"]
+
+    def get(self, user_keys: Sequence[str]) -> UserKnowledge:
+        """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN.
+
+        Raises UserError for keys that are no text.
+        """
+        if isinstance(user_keys, (str, bytes)):
+            raise UserError(f"expected a list of user keys, got the one key {user_keys!r}: say [{user_keys!r}]")
+        if self._env is None:
+            values = [self._nobody] * len(user_keys)
+        else:
+            with self._env.begin() as transaction:
+                values = list(map(transaction.get, map(user_key_bytes, user_keys), repeat(self._nobody)))
+        record_B = bytes_to_records(values, self._record)
+        present_B = record_B["fold"] != ABSENT_FOLD
+        if not ((record_B["fold"] >= ABSENT_FOLD) & (record_B["fold"] < self._num_folds)).all():
+            raise UserError(f"the knowledge in {self.path} is damaged: a user's answers are of no LUM; {AGAIN}")
+        return UserKnowledge(
+            torch.from_numpy(decode_records(record_B)),
+            torch.from_numpy(present_B)[:, None].expand(-1, len(self.conditions)),
+            torch.from_numpy(np.where(present_B, time.time() - record_B["asked_at"], np.nan)),
+            torch.from_numpy(record_B["log_z"].astype(np.float32)) if self._with_log_z else None,
+            torch.from_numpy(record_B["fold"].astype(np.int64)),
+        )
+
+    def items(self) -> tuple[list[str], Tensor]:
+        """Raw key of each item, and its embedding by each LUM, e_KID (float32)."""
+        if self._items is None:
+            raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
+        keys, values, scale = self._items
+        return keys.read()["item_key"].to_pylist(), torch.from_numpy(decode(values, scale))
+
+
+def _absent(path: Path, manifest: dict[str, Any], because: str) -> KnowledgeStore:
+    return KnowledgeStore(path, manifest, absent_because=because)

@@ -1,0 +1,1 @@
+"""Entry points: the apps' main, torchrun, TorchX, the check of the environment."""

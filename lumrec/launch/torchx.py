@@ -1,0 +1,144 @@
+"""TorchX side of the apps: `torchx run apps/pretrain.py` without ":function", and the job that each app describes.
+
+TorchX loads this module whenever its command line starts, so it imports nothing heavy.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Mapping, Optional, Sequence
+
+import torchx.specs as specs
+from torchx.cli.cmd_run import CmdRun
+from torchx.components.dist import ddp
+from torchx.runner import Runner, config
+from torchx.schedulers.local_scheduler import SignalException
+
+from lumrec.experiments.jobs import SAME_WITHOUT, script_of
+from lumrec.run.errors import UserError
+
+logger = logging.getLogger(__name__)
+SWITCHES = ("--check",)  # options that are given without a value
+
+
+class UsageError(UserError):
+    """Arguments of a component that cannot be used; `torchx run` ends with the message and exit code 2."""
+
+
+class CmdRunFile(CmdRun):
+    """`torchx run` that also takes a file alone: apps/pretrain.py means apps/pretrain.py:pretrain.
+
+    Without -s, and without a .torchxconfig that names another scheduler, jobs are processes on this machine.
+    """
+
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        super().add_arguments(subparser)
+        if config.get_config("cli", "run", "scheduler") is None:
+            subparser.set_defaults(scheduler="local_cwd")
+
+    def run(self, args: argparse.Namespace) -> None:
+        words = args.component_name_and_args
+        first = 1 if words[:1] == ["--"] else 0
+        if len(words) > first and words[first].endswith(".py"):
+            file = Path(words[first])
+            if not file.is_file():
+                print(f"torchx run: there is no file {file} (from {Path.cwd()})", file=sys.stderr)
+                sys.exit(2)
+            words[first] = f"{file}:{file.stem}"
+            words[first + 1 :] = with_values(words[first + 1 :])
+        try:
+            super().run(args)
+        except UserError as error:
+            print(f"torchx run: {error}", file=sys.stderr)
+            sys.exit(2)
+        except SignalException as stop:
+            print("torchx run: stopped; the same command continues an unfinished run", file=sys.stderr)
+            sys.exit(128 + int(stop.sigval))
+
+    def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
+        """As in TorchX, but a failed job ends with one line: what went wrong stands in the job's own output above."""
+        log_thread = self._start_log_thread(runner, app_handle) if log else None
+        status = runner.wait(app_handle, wait_interval=0.2)
+        if log_thread:
+            log_thread.join()
+        if status is None or status.state != specs.AppState.SUCCEEDED:
+            print(f"torchx run: job {app_handle} {status.state if status else 'lost'}", file=sys.stderr)
+            sys.exit(1)
+
+
+def with_values(words: Sequence[str]) -> "list[str]":
+    """The words with "--check" as "--check True": TorchX gives every option a value.
+
+    >>> with_values(["--check", "--config", "my.yaml"])
+    ['--check', 'True', '--config', 'my.yaml']
+    """
+    valued = []
+    for word, following in zip(words, [*words[1:], ""]):
+        valued.append(word)
+        if word in SWITCHES and following.lower() not in ("true", "false"):
+            valued.append("True")
+    return valued
+
+
+def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches: Sequence[str] = ()) -> specs.AppDef:
+    """The job that runs apps/<stage>.py under torchrun, `j` = nodes x processes per node; prints its plain command.
+
+    config: "" gives the app none. switches: options without a value, such as --check.
+
+    Raises UsageError where a word is no key=value or `j` is not of that form.
+    """
+    arguments, script = _arguments(stage, words, config, switches)
+    num_nodes, num_processes = _parse_j(j)
+    if num_nodes == 1:
+        plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
+        print(SAME_WITHOUT + shlex.join(plain), file=sys.stderr)
+    # One process writes straight through; several get their rank in front of each line.
+    tee = 3 if num_nodes * num_processes > 1 else 0
+    app = ddp(*literal(arguments), script=literal([script])[0], name=f"/{stage}", j=j, tee=tee)
+    command = app.roles[0].args[1]
+    assert command.startswith("torchrun ")
+    # The launching interpreter comes first on PATH; where its folder does not exist (a container), the image's does.
+    path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$$PATH"
+    app.roles[0].args[1] = f"{path} exec python -m lumrec.launch.torchrun {command.removeprefix('torchrun ')}"
+    return app
+
+
+def single_app(
+    stage: str, words: Sequence[str], *, config: str = "", options: Optional[Mapping[str, str]] = None
+) -> specs.AppDef:
+    """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own.
+
+    options: of the app, by name without dashes; those with an empty value are left out.
+    """
+    given = [text for name, value in (options or {}).items() if value for text in (f"--{name}", value)]
+    arguments, script = _arguments(stage, words, config, given)
+    print(SAME_WITHOUT + shlex.join(["python", script, *arguments]), file=sys.stderr)
+    role = specs.Role(name=stage, image="", entrypoint=sys.executable, args=literal([script, *arguments]))
+    return specs.AppDef(name=stage, roles=[role])
+
+
+def _arguments(stage: str, words: Sequence[str], config: str, switches: Sequence[str] = ()) -> "tuple[list[str], str]":
+    """Arguments of the app's main, and the script: relative where the working directory has it, as remote jobs need."""
+    for word in words:
+        if "=" not in word:
+            raise UsageError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
+    arguments = [*switches, *(["--config", config] if config else []), *words]
+    return arguments, script_of(stage)
+
+
+def literal(arguments: Sequence[str]) -> "list[str]":
+    """The arguments for a TorchX role, which puts values of its own in the place of $app_id, and $ in that of $$.
+
+    >>> literal(["show_user.user=$$"])
+    ['show_user.user=$$$$']
+    """
+    return [argument.replace("$", "$$") for argument in arguments]
+
+
+def _parse_j(j: str) -> "tuple[int, int]":
+    nodes, _, processes = j.partition("x")
+    if not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
+        raise UsageError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
+    return int(nodes), int(processes)

@@ -1,0 +1,1 @@
+"""Ranking metrics, bootstrap intervals, and the comparison of two runs."""

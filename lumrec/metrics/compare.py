@@ -1,0 +1,153 @@
+"""Two ranking runs over the same test rows: the metrics of both, their difference, and how sure it is.
+
+    python -m lumrec.metrics.compare runs/ml-1m-rank-none runs/ml-1m-rank-both
+
+A finished run of apps/rank.py keeps the scores of its test rows in `scores.parquet`: row (of the prepared data),
+label (0 or 1), user (number in the prepared data), logit.
+
+Shape suffixes: N rows.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumrec.metrics.bootstrap import Comparison, Interval, compare
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.failures import reported
+from lumrec.run.files import sync_file
+from lumrec.run.printable import say
+
+SCORES, RANKS = "scores.parquet", "ranks.parquet"
+LOWER_IS_BETTER = ("log_loss",)
+
+
+class Scores(NamedTuple):
+    """row_N: int64, ascending. label_N: int8. user_N: int64. logit_N: float64."""
+
+    row_N: np.ndarray
+    label_N: np.ndarray
+    user_N: np.ndarray
+    logit_N: np.ndarray
+
+
+class Ranks(NamedTuple):
+    """Of two towers: the rank of each test user's target among all items, from 1. row_N, user_N, rank_N: int64."""
+
+    row_N: np.ndarray
+    user_N: np.ndarray
+    rank_N: np.ndarray
+
+
+def write_scores(folder: Path, scores: Scores | Ranks) -> None:
+    """Writes `scores` to the run folder, whole or not at all."""
+    name = SCORES if isinstance(scores, Scores) else RANKS
+    temporary = folder / f".{name}.tmp"
+    table = pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()})
+    pq.write_table(table, temporary, write_page_checksum=True)
+    sync_file(temporary)
+    os.replace(temporary, folder / name)
+
+
+def read_scores(folder: Path) -> Scores:
+    """The scores that a finished run keeps. Raises MissingFileError without them, UserError for another table."""
+    if not (folder / "result.json").exists() or not (folder / SCORES).exists():
+        what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
+        raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
+    return Scores(*_columns(folder / SCORES, Scores._fields))
+
+
+def read_ranks(folder: Path) -> Ranks:
+    """The ranks that a finished run of two towers keeps. Raises UserError for a file that is damaged."""
+    return Ranks(*_columns(folder / RANKS, Ranks._fields))
+
+
+def _columns(path: Path, fields: Sequence[str]) -> list[np.ndarray]:
+    names = [field.removesuffix("_N") for field in fields]
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); train the run again with overwrite=true"
+        ) from None
+    if table.column_names != names:
+        raise UserError(f"{path} has the columns {table.column_names}; expected {names}")
+    return [table[name].to_numpy() for name in names]
+
+
+def compare_runs(
+    a: Path, b: Path, *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Scores, dict[str, Comparison]]:
+    """The rows of both runs (with the logits of a), and AUC, gAUC and log loss of a, of b and of b - a.
+
+    Raises MissingFileError where a run keeps no scores, UserError where the two scored other rows.
+    """
+    of_a, of_b = read_scores(a), read_scores(b)
+    for name in ("row", "label", "user"):
+        ours, theirs = (np.asarray(getattr(of, f"{name}_N")) for of in (of_a, of_b))
+        if not np.array_equal(ours, theirs):
+            raise UserError(
+                f"{a} ({len(ours)} rows) and {b} ({len(theirs)} rows) scored other rows (column {name}); expected two "
+                "rankers tested on the same prepared data"
+            )
+    found = compare(
+        of_a.label_N, of_a.logit_N, of_b.logit_N, of_a.user_N, num_resamples=num_resamples, level=level, seed=seed
+    )
+    return of_a, found
+
+
+def verdict(metric: str, difference: Interval) -> str:
+    """What the interval of b - a says: "b is better", "a is better" or "not told apart"."""
+    if not (difference.low > 0 or difference.high < 0):
+        return "not told apart"
+    return "b is better" if (difference.low > 0) != (metric in LOWER_IS_BETTER) else "a is better"
+
+
+def as_table(
+    a: Path, b: Path, scores: Scores, found: dict[str, Comparison], *, num_resamples: int, level: float
+) -> str:
+    """The comparison as a table of text."""
+
+    def cell(interval: Interval, sign: str = "") -> str:
+        return f"{interval.value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+    lines = [
+        f"{len(scores.row_N)} test rows of {len(np.unique(scores.user_N))} users; {level:.0%} intervals over users, "
+        f"{num_resamples} resamples",
+        f"a = {a}",
+        f"b = {b}",
+        f"{'':9} {'a':26} {'b':26} {'b - a':29}",
+    ]
+    for metric, (of_a, of_b, difference) in found.items():
+        row = f"{metric:9} {cell(of_a):26} {cell(of_b):26} {cell(difference, '+'):29} {verdict(metric, difference)}"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lumrec.metrics.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, help="folder of a finished ranking run")
+    parser.add_argument("b", type=Path, help="folder of another, over the same test rows")
+    parser.add_argument("--resamples", type=int, default=1000, help="how often the users are drawn anew (default 1000)")
+    parser.add_argument("--level", type=float, default=0.95, help="share of the resamples within an interval")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    given = parser.parse_args(arguments)
+    with reported():
+        scores, found = compare_runs(
+            given.a, given.b, num_resamples=given.resamples, level=given.level, seed=given.seed
+        )
+    say(as_table(given.a, given.b, scores, found, num_resamples=given.resamples, level=given.level))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A two-tower model from its settings and the prepared data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Literal
+
+import torch
+
+from lumrec.batches.tower_rows import TowerBuilder
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.lum import MOST_WIDTH, data_tables
+from lumrec.models.ranker import check_depth
+from lumrec.modules.retrievers.edb import TwoTower
+from lumrec.run import limits
+from lumrec.run.errors import UserError
+from lumrec.run.limits import count, setting, share
+
+
+@dataclass(frozen=True)
+class TowersConfig:
+    """The two-tower EDB, without how it is trained.
+
+    knowledge: "none", or "direct": the LUM's answers enter the user tower, its item embeddings the item tower.
+    knowledge_dim: width to which each is projected. knowledge_dropout: share of rows that train without.
+    conditions: condition features of the request, such as its search query, that the user tower reads. Each must be
+        known before the item is chosen: an item's own genre would give the answer away.
+    max_history: events before the row.
+    pooling (attention or mean), similarity (cosine or dot), temperature: see lumrec/modules/retrievers/edb.py.
+    dim: width of the vectors. hidden_dims, dropout, activation: of both towers.
+    """
+
+    knowledge: Literal["none", "direct"] = "none"
+    knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
+    knowledge_dropout: float = share(0.0)
+    conditions: List[str] = field(default_factory=list)
+    max_history: int = count(50, most=2**20)
+    pooling: Literal["attention", "mean"] = "attention"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = setting(0.05, least=1e-12, most=1e12)
+    dim: int = count(64, least=1, most=MOST_WIDTH)
+    hidden_dims: List[int] = count(lambda: [128], least=1, most=MOST_WIDTH)
+    dropout: float = share(0.1)
+    activation: Literal["relu", "prelu", "dice"] = "relu"
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that no tower can have (`at`: the section, with a dot)."""
+        check_depth(f"{at}hidden_dims", self.hidden_dims)
+
+
+def tower_features(config: TowersConfig, data: PreparedData) -> list[str]:
+    """Features of the user tower beside the history: the user's, the context's and the request's (`conditions`)."""
+    declared = features_by_role(data.schema, "condition")
+    unknown = sorted(set(config.conditions) - set(declared))
+    if unknown:
+        raise UserError(f"retrieve.conditions names {unknown}; the schema's condition features are {declared}")
+    return [
+        *features_by_role(data.schema, "user"),
+        *features_by_role(data.schema, "context"),
+        *(name for name in declared if name in config.conditions),
+    ]
+
+
+def build_towers(
+    config: TowersConfig,
+    data: PreparedData,
+    *,
+    knowledge: Knowledge | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[TwoTower, TowerBuilder]:
+    """Towers with fresh weights for the features of the data's schema, and the builder that makes batches for them.
+
+    Raises UserError for an unknown setting, and for knowledge that the config does not want, or the reverse.
+    """
+    limits.check(config, "retrieve")
+    if (knowledge is None) != (config.knowledge == "none"):
+        raise UserError(
+            f"retrieve.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
+        )
+    item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
+    row = tower_features(config, data)
+    towers = TwoTower(
+        data_tables(data, [*item, *feedback, *row], device=device),
+        item_features=item,
+        feedback_features=feedback,
+        row_features=row,
+        dim=config.dim,
+        hidden_dims=config.hidden_dims,
+        max_history=config.max_history,
+        pooling=config.pooling,
+        similarity=config.similarity,
+        temperature=config.temperature,
+        activation=config.activation,
+        dropout=config.dropout,
+        knowledge=None if knowledge is None else (knowledge.num_conditions, knowledge.dim, knowledge.num_folds),
+        knowledge_dim=config.knowledge_dim,
+        knowledge_dropout=config.knowledge_dropout,
+    )
+    builder = TowerBuilder(
+        data,
+        features=towers.features,
+        item_features=item,
+        feedback_features=feedback,
+        row_features=row,
+        max_history=config.max_history,
+        knowledge=knowledge,
+    )
+    return towers, builder

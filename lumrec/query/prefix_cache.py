@@ -1,0 +1,104 @@
+"""Histories that are kept: a user's new events are read behind what the LUM has read before (LUM section 4.2).
+
+    advance   c1 i1 c2 i2 c3 i3           | a b      read once, keys and values kept
+    advance   ...................  c4 i4  | a b      c4 i4 alone are computed, and the queries
+
+Shape suffixes: B users, R those of them that are read anew, N conditions, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.batches.packs import Queries
+from lumrec.batches.windows import Windows, behind
+from lumrec.modules.large_user_model import History, LargeUserModel
+from lumrec.query.group_query import GroupQuery
+from lumrec.run.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class KeptHistories:
+    """Asks a group query of the same users again and again while their histories grow.
+
+    query: what is asked, by which LUM. user_B: int64, the users, as many as one pass should read. The LUM keeps
+    2 · layers · tokens · width numbers for each (`num_bytes`).
+
+    A user with more events than the LUM sees (model.max_events - 1 before a query) cannot be kept: with each new event
+    the oldest goes, and all later ones were computed with it. Their last events are read anew each time.
+    """
+
+    def __init__(self, query: GroupQuery, user_B: Tensor) -> None:
+        model = query.model.module if isinstance(query.model, DistributedModelParallel) else query.model
+        assert isinstance(model, LargeUserModel)
+        self.query, self.lum, self.user_B = query, model, user_B
+        offsets = torch.from_numpy(query.data.user_offsets)
+        self.first_B, self.last_B = offsets[user_B], offsets[user_B + 1]
+        self.end_B = self.first_B.clone()
+        self.history: History | None = None
+        self.kept_K = torch.arange(len(user_B))  # the users in `history`: those that have fitted so far
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        layers = self.history.layers if self.history else []
+        return sum(x.numel() * x.element_size() for layer in layers for x in layer)
+
+    @torch.no_grad()
+    def advance(self, end_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Answers behind the event rows before `end_B`, o_BND (float32), and who was read anew (bool [B]).
+
+        end_B: int64, row behind the last event that each user has by now; None = all of the log. Equal to asking
+        whole histories, to rounding. Raises UserError where an end lies before the last one or outside the user's
+        events.
+        """
+        query = self.query
+        end_B = self.last_B if end_B is None else end_B
+        if bool(((end_B < self.end_B) | (end_B > self.last_B)).any()):
+            raise UserError(
+                "some end lies before the one that the history was read to, or behind the user's last event; histories "
+                "only grow, so begin anew with a new KeptHistories"
+            )
+        fits_B = end_B - self.first_B < query.max_events
+        stays_K = fits_B[self.kept_K].nonzero().squeeze(1)
+        if self.history is not None and len(stays_K) < len(self.kept_K):
+            self.history = self.history.select(stays_K)
+        self.kept_K = self.kept_K[stays_K]
+        training = query.model.training
+        query.model.eval()
+        try:
+            o_BND = torch.empty(len(end_B), query.asked.count, self.lum.output.out_features)
+            if len(self.kept_K):
+                o_BND[self.kept_K] = self._read_on(end_B[self.kept_K])
+            anew_R = (~fits_B).nonzero().squeeze(1)
+            if len(anew_R):
+                logger.info(
+                    "%d of %d users have more than %d events: their last ones are read anew",
+                    len(anew_R), len(end_B), query.max_events - 1,
+                )  # fmt: skip
+                length_R = torch.full_like(anew_R, query.max_events - 1)
+                windows = Windows(end_B[anew_R] - length_R, length_R, self.user_B[anew_R])
+                o_BND[anew_R] = query.answer(behind(windows))
+        finally:
+            query.model.train(training)
+        self.end_B = end_B.clone()
+        return o_BND, ~fits_B
+
+    def _read_on(self, end_K: Tensor) -> Tensor:
+        """Answers of the kept users, whose histories then reach to `end`."""
+        query, data, kept = self.query, self.query.data, self.kept_K
+        first_K, user_K = self.first_B[kept], self.user_B[kept]
+        whole = Windows(first_K, end_K - first_K, user_K)
+        window_R = torch.arange(len(kept))
+        bags = query.asked.bags(whole, window_R, whole.length_W, number_W=window_R)
+        new = Windows(self.end_B[kept], end_K - self.end_B[kept], user_K)
+        window_Q = window_R.repeat_interleave(query.asked.count)
+        time_K = torch.from_numpy(data.timestamp)[(end_K - 1).clamp(min=0)]
+        pack = query.builder.pack(new, queries=Queries(window_Q, new.length_W[window_Q], bags, time_K[window_Q]))
+        self.history, o_QD = self.lum.read(pack.to(query.device), self.history)
+        return o_QD.float().cpu().view(len(kept), query.asked.count, -1)

@@ -1,0 +1,60 @@
+"""Which settings of a stored run differ from the present ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from lumrec.run.errors import UserError
+from lumrec.run.typed_yaml import defaults, field_types, overlaid, plain, read, section_of
+
+# Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
+NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
+
+
+NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
+
+
+_AGAIN = "make the run again with overwrite=true"
+
+
+def config_differences(path: Path, settings: Any) -> dict[str, str]:
+    """What the config.yaml of the run folder `path` and `settings`, a dataclass, do not share: dotted key →
+    "key: stored → now".
+
+    Settings that say where and how to run do not count, nor sections that `settings` does not have. A key that the
+    folder's version of lumrec did not have yet counts as its default.
+    """
+    stored = read(path / "config.yaml")
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{path / 'config.yaml'} is damaged: it holds no settings; {_AGAIN}")
+    known = {name: value for name, value in stored.items() if name in field_types(type(settings))}
+    return {
+        key: f"{key}: {old!r} → {new!r}"
+        for key, old, new in _changes(known, settings)
+        if key.split(".")[0] not in NEUTRAL_KEYS and not key.endswith(NEUTRAL_TRAIN_KEYS)
+    }
+
+
+def _changes(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, stored, now) of each value that differs. kind: the type of the value, None where nobody knows it."""
+    section = type(now) if is_dataclass(now) else section_of(kind)
+    if is_dataclass(section) and isinstance(stored, Mapping):
+        stored = {**dict.fromkeys(field_types(section), "(absent)"), **defaults(section), **stored}
+    if isinstance(stored, Mapping) and (isinstance(now, Mapping) or is_dataclass(now)):
+        values = vars(now) if is_dataclass(now) else now
+        types = (
+            field_types(section) if is_dataclass(section) else dict.fromkeys(values, (*get_args(kind), None, None)[1])
+        )
+        for name in sorted({*stored, *values}):
+            part = f"{key}.{name}" if key else str(name)
+            yield from _changes(stored.get(name, "(absent)"), values.get(name, "(absent)"), types.get(name), part)
+        return
+    if kind is not None:
+        with contextlib.suppress(UserError):  # a value of another type differs as it is
+            stored = overlaid(kind, None, stored)
+    if stored != plain(now):
+        yield key, stored, plain(now)

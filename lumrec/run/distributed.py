@@ -1,0 +1,79 @@
+"""Processes and devices: the process group, ranks, and what only rank 0 does."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lumrec.run.errors import UserError
+
+
+def rank() -> int:
+    """This process's rank; 0 where no process group exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 where no process group exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init_distributed(device: str | torch.device | None = None, *, threads: int = 0) -> torch.device:
+    """The device of this process, its process group initialised and its number of torch threads set.
+
+    Under torchrun the group comes from its environment variables; without them it is a group of one process, in memory.
+    A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a
+    device; None takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is
+    asked for and absent.
+    """
+    if threads > 0:
+        torch.set_num_threads(threads)
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) sees no CUDA device"
+            )
+        if kind.index is None:
+            kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(kind)
+    if dist.is_initialized():
+        return kind
+    # gloo stays beside nccl: checkpoints and small Python objects go through the CPU.
+    backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(_destroy)
+    return kind
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+Value = TypeVar("Value")
+
+
+def on_rank_zero(make: Callable[[], Value]) -> Value:
+    """What `make` gives on rank 0, on every rank; an exception of it is raised on every rank too. Collective."""
+    if world_size() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,151 @@
+"""What an app says of an exception in one sentence; a bug has none, and shows its traceback.
+
+the user's       a UserError: its message is the sentence
+the machine's    a full or read-only disk, no permission, too many open files, no memory: told with the file
+another rank's   the connection to a process that has ended: that one has said why, or the launcher does
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from lumrec.run.errors import UserError
+from lumrec.run.printable import say
+
+# What the machine may say of a file, and what helps. Every other OSError is a bug: a file that has to be there is not.
+MACHINE = {
+    errno.ENOSPC: "make room there, and give the same command again",
+    errno.EDQUOT: "make room in your quota, and give the same command again",
+    errno.EROFS: "choose a folder that can be written: runs_dir=<folder>",
+    errno.EACCES: "change its permissions, or choose another folder or file",
+    errno.EPERM: "change its permissions, or choose another folder or file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has no file handles left",
+    errno.EIO: "the disk or its connection is failing: look at it, and give the same command again",
+    errno.ESTALE: "the network folder has gone: mount it again, and give the same command again",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
+    errno.EISDIR: "a folder is in the place of a file; choose another file",
+    errno.EEXIST: "a file is in the place of a folder; choose another folder",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EFBIG: "the file system takes no file of that size; choose another folder",
+    errno.ENOMEM: "",
+}
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA out of memory|std::bad_alloc|OutOfMemory")
+LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed|Timed out waiting|"
+    r"failed to connect|remote process exited|recvBytes failed|Connect timeout",
+    re.IGNORECASE,
+)
+
+
+def sentence(error: BaseException) -> str:
+    """What to say of an error of the user's or the machine's, in one sentence; "" of a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    for each in (error, error.__cause__):
+        if each is None:
+            continue
+        if isinstance(each, MemoryError) or NO_MEMORY.search(f"{type(each).__name__}: {each}"):
+            return f"out of memory ({_line(each)}): lower the batch or pack size, or use a machine with more"
+        if number := machine_errno(each):
+            if number == errno.ENOMEM:
+                return f"out of memory ({_line(each)}): use a machine with more"
+            return f"{file_of(each)}: {os.strerror(number).lower()}; {MACHINE[number]}"
+    return ""
+
+
+def machine_errno(error: BaseException) -> int:
+    """The number of what the machine says, 0 where it says nothing. Libraries pass it on within their own errors."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in MACHINE else 0
+    module = type(error).__module__.partition(".")[0]
+    if module in ("builtins", "lumrec") and not isinstance(error, RuntimeError):
+        return 0
+    match = re.search(r"\((?:os error|errno:?) (\d+)\)|\[Errno (\d+)\]", str(error))
+    if match:
+        number = int(match[1] or match[2])
+        return number if number in MACHINE else 0
+    says = str(error).lower()
+    return next(
+        (number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) if os.strerror(number).lower() in says), 0
+    )
+
+
+def file_of(error: BaseException) -> str:
+    """The file that an error of the machine's is about: as the system names it, else what was being written."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    named = re.search(r"[\"'](/[^\"']+)[\"']", str(error))
+    return named[1] if named else _open_file(error.__traceback__) or "a file"
+
+
+def _open_file(trace: TracebackType | None) -> str:
+    """The innermost path that a function of lumrec had in hand; "" where there is none."""
+    found = ""
+    while trace is not None:
+        if __package__ in str(trace.tb_frame.f_globals.get("__name__")):
+            for name in ("temporary", "path", "file", "folder", "work"):
+                value = trace.tb_frame.f_locals.get(name)
+                if isinstance(value, Path):
+                    found = str(value)
+                    break
+        trace = trace.tb_next
+    return found
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process of this job has ended."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or isinstance(error, UserError):
+        return False
+    is_network = isinstance(error, (RuntimeError, ConnectionError)) or type(error).__module__.startswith("torch")
+    return is_network and LOST.search(str(error)) is not None
+
+
+def tell(message: str) -> None:
+    """The message on stderr, once: when every rank fails alike, torchrun ends the others while they wait here."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(3.0)
+        message = f"(rank {rank}) {message}"
+    say(f"lumrec: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """While entered, what the terminal cannot show is escaped; a reader that goes away (| head) ends the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell has it for SIGPIPE
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Around the main of a command that is no app: an error with a sentence ends it with that and exit code 2."""
+    with terminal():
+        try:
+            yield
+        except Exception as error:
+            if not (said := sentence(error)):
+                raise
+            say(f"lumrec: {said}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

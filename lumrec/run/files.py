@@ -1,0 +1,164 @@
+"""Files that a kill or a power cut leaves whole: written beside, synced, renamed; and how a run's files are read."""
+
+import contextlib
+import ctypes
+import errno
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lumrec.run.errors import MissingFileError, UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with None in place of NaN and infinities, which JSON cannot hold."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+
+def read_json(path: Path, *, again: str) -> dict[str, Any]:
+    """The JSON object in a file. again: what to do where it cannot be read, as the end of a sentence.
+
+    Raises MissingFileError for a missing file, UserError for one that is empty, cut, not UTF-8 or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} is missing; {again}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8; {again}") from None
+    except (ValueError, RecursionError) as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is damaged or cut off: it is not JSON ({error})"
+        raise UserError(f"{path} {what}; {again}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, expected a JSON object; {again}")
+    return content
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the entries of a folder (new names, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Makes a folder with all that is in it survive a power cut."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync_file(Path(folder) / name)
+        sync_folder(Path(folder))
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder so that, killed half-way, it leaves only a hidden `.trash-*` behind."""
+    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+    os.replace(path, trash)
+    shutil.rmtree(trash)
+
+
+def leftovers(folder: Path, name: str = "*") -> Iterator[Path]:
+    """Folders that a killed removal or replacement of `folder / name` left beside it; without a name, of any."""
+    name = name if name == "*" else glob.escape(name)
+    for pattern in (f".trash-{name}-*", f".{name}.old-*"):
+        yield from (path for path in folder.glob(pattern) if path.name.rpartition("-")[2].isdecimal())
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Puts the folder `new` in the place of `path` and removes what was there; a reader finds one of both at any time.
+
+    Both are on one file system. Where that cannot exchange two names (NFS), `path` is missing between two renames.
+    """
+    sync_tree(new)
+    if not path.exists():
+        os.rename(new, path)
+    elif _exchange(new, path):
+        shutil.rmtree(new)
+    else:
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old)
+    sync_folder(path.parent)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(two))
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path, what: str, *, then: str) -> Iterator[None]:
+    """Makes one UserError of whatever a library makes of a full disk while it writes `what` to `path`; then: what can
+    be done once there is room.
+    """
+    try:
+        yield
+    except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
+        if not _is_of_full_disk(error, path):
+            raise
+        free = shutil.disk_usage(path).free / 2**20
+        raise UserError(f"no space left for {what} in {path} ({free:,.0f} MiB free): {then}") from error
+
+
+def _is_of_full_disk(error: BaseException | None, path: Path) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full; or is one that libraries raise for a
+    file that they could not write to its end, while the disk is full.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    from_library = False
+    while error is not None:
+        if getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full):
+            return True
+        library = type(error).__module__.partition(".")[0] in ("polars", "pyarrow", "torch", "lmdb")
+        from_library |= library or isinstance(error, (OSError, RuntimeError))
+        error = error.__cause__ or error.__context__
+    return from_library and path.exists() and shutil.disk_usage(path).free < 1 << 20
+
+
+def reserve(file: Path) -> None:
+    """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
+    with open(file, "r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the contents of a file survive a power cut."""
+    sync_folder(path)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,309 @@
+"""A run's folder `runs/<run>/`: resolved config, versions, metrics.jsonl, checkpoints and, at the end, result.json.
+
+The truth about a run is in two files: `config.yaml` (written before anything else) and `result.json` (written last), so
+a folder without the latter is an unfinished run, which the same command continues. Only a folder whose versions.json
+says that the same stage made it is ever emptied to be made again; the folder itself stays, as it may be a link or a
+mount.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lumrec.run.changes import _AGAIN, config_differences
+from lumrec.run.distributed import on_rank_zero, rank
+from lumrec.run.errors import UserError
+from lumrec.run.files import finite, read_json, write_atomically
+from lumrec.run.typed_yaml import to_yaml
+from lumrec.run.versions import versions, warn_of_other_versions
+
+logger = logging.getLogger(__name__)
+
+# What a folder may hold whose making was interrupted before config.yaml was there.
+_FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
+# What a run leaves that failed before its first checkpoint.
+_NO_WORK = ("config.yaml", "plan.", "metrics.jsonl", "tensorboard", "non-finite-", "warm_start.", ".clearing")
+# In a folder while it is emptied to be made again: whatever else is in it, it is ours, and is not to be continued.
+_CLEARING = ".clearing"
+_PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
+
+
+class RunFolder:
+    """One run's folder. Made by `RunFolder.create`, which says whether the run continues or is finished.
+
+    path: the folder.  finished: it holds the result of this very config.  resumed: it continues an unfinished run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.finished = False
+        self.resumed = False
+        self._metrics: Any = None
+        self._tensorboard: Any = None
+        self._lock: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        stage: str,
+        settings: Any,
+        *,
+        inputs: Mapping[str, str] | None = None,
+        told: bool = True,
+        keep: Sequence[str] = (),
+    ) -> "RunFolder":
+        """The folder `path` of a run of `stage`, made by rank 0 where it is new.
+
+        `settings` is a dataclass of all that decides what the run makes; its `overwrite`, where it has one, says that
+        a run may be replaced. `inputs` are fingerprints of what the run reads (name → text); other inputs count as
+        another config. told: log that a finished run is kept. keep: patterns of what stays where the run is made again,
+        for the stage to replace. An existing folder:
+
+        - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
+        - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made again.
+        - other config: UserError that names the keys; with overwrite=true, or where nothing was done yet, made again.
+        - not a run folder of this stage, one that holds other runs, or in use by another process: UserError, with
+          overwrite too.
+
+        Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
+        rank 0 is raised on all.
+        """
+        run = cls(path)
+        run.finished, run.resumed = on_rank_zero(
+            lambda: run._open(settings, stage, dict(inputs or {}), told=told, keep=keep)
+        )
+        return run
+
+    @classmethod
+    def locked(cls, path: Path) -> "RunFolder":
+        """The folder `path`, locked until `close`, for work that goes by no config. Raises UserError if in use."""
+        run = cls(path)
+        run._take_lock()
+        return run
+
+    def _open(
+        self, settings: Any, stage: str, inputs: dict[str, str], *, told: bool, keep: Sequence[str]
+    ) -> tuple[bool, bool]:
+        """Makes or checks the folder; whether it is finished and whether it is resumed."""
+        path, config_path = self.path, self.path / "config.yaml"
+        overwrite = getattr(settings, "overwrite", False)
+        others = _names(path) - _FIRST_FILES
+        clearing = _CLEARING in others
+        if others and not clearing:
+            check_made_by(path, stage)
+        self._take_lock()
+        resumed = config_path.exists() and not clearing
+        finished = resumed and (path / "result.json").exists()
+        if resumed:
+            try:
+                changes = [*config_differences(path, settings).values(), *_input_differences(path, inputs)]
+            except UserError as error:  # a damaged file
+                if not overwrite:
+                    raise
+                changes = [str(error)]
+            state = "a finished" if finished else "an unfinished"
+            begun = has_work(path)
+            if changes and begun and not overwrite:
+                more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
+                raise UserError(
+                    f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true "
+                    "to replace it, or run=<name> for a folder of its own"
+                )
+            if changes or (overwrite and finished):
+                if begun:
+                    logger.warning("overwrite=true: replacing %s run in %s", state, path)
+                clearing = True
+                resumed = finished = False
+        if finished:
+            if told:
+                logger.info("%s is finished with this config: its result is kept (overwrite=true replaces it)", path)
+        elif resumed:
+            logger.info("%s: continuing the unfinished run", path)
+            warn_of_other_versions(path)
+        else:
+            if clearing:
+                clear(path, keep=keep)
+            made_by = {"stage": stage, "id": uuid.uuid4().hex, **versions()}
+            write_atomically(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
+            write_atomically(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+            write_atomically(config_path, to_yaml(settings))
+            (path / _CLEARING).unlink(missing_ok=True)
+        return finished, resumed
+
+    @property
+    def id(self) -> str:
+        """Of this making of the run: another one after overwrite=true; "" in a folder of an earlier version."""
+        return str(read_json(self.path / "versions.json", again=_AGAIN).get("id", ""))
+
+    def _take_lock(self) -> None:
+        """Locks the folder against other processes; the system frees it when this process ends, however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+                raise
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): make it a folder that this user may write, or "
+                "choose another runs_dir=<folder>"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            if owner != _PROCESS:  # an earlier run of this process may hold it still
+                pid = owner.partition(" ")[0] or "(unknown)"
+                raise UserError(
+                    f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
+                ) from None
+        except OSError as error:
+            logger.warning("no locks on this file system (%s): let no second process write %s", error, self.path)
+        self._lock.truncate(0)
+        self._lock.write(_PROCESS)
+        self._lock.flush()
+
+    def log(self, step: int, **metrics: float | str | None) -> None:
+        """Appends one line to metrics.jsonl and the numbers to TensorBoard; does nothing but on rank 0.
+
+        A number that is not finite becomes null in the file (JSON has no NaN).
+        """
+        if rank() != 0:
+            return
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+        self._metrics.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Lines that a killed process wrote after its last checkpoint are about to be written again.
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step if self.resumed else None)
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+        path = self.path / "metrics.jsonl"
+        if rank() != 0 or not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def finish(self, result: Mapping[str, float | str]) -> None:
+        """Writes result.json (flat, metric name → number or text; a number that is not finite becomes null)."""
+        if rank() == 0:
+            nested = [name for name, value in result.items() if not isinstance(value, (int, float, str))]
+            if nested:
+                raise UserError(
+                    f"a result is flat, name → number or text; {nested[0]!r} is a {type(result[nested[0]]).__name__}"
+                )
+            write_atomically(self.path / "result.json", json.dumps(finite(result), indent=2) + "\n")
+        self.finished = True
+        self.close()
+
+    def result(self) -> dict[str, float | str]:
+        """What `finish` stored; null is read back as NaN."""
+        stored = read_json(self.path / "result.json", again=_AGAIN)
+        return {name: math.nan if value is None else value for name, value in stored.items()}
+
+    def close(self) -> None:
+        """Closes the files and frees the folder for other processes."""
+        for file in (self._metrics, self._tensorboard, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._tensorboard = self._lock = None
+
+
+def check_made_by(path: Path, stage: str) -> None:
+    """Raises UserError unless the folder `path` is a run folder that `stage` made."""
+    names = _names(path)
+    if "versions.json" not in names or "config.yaml" not in names:
+        lacks = "versions.json" if "config.yaml" in names else "config.yaml"
+        raise UserError(
+            f"{path} is not a run folder of {stage} (no {lacks}), and is never replaced: choose another run=<name>, or "
+            "remove it yourself"
+        )
+    versions = read_json(path / "versions.json", again="remove the folder, or choose another run=<name>")
+    made_by = versions.get("stage")
+    if made_by is None and not {"commit", "platform"} <= versions.keys():  # runs of earlier versions have no stage
+        raise UserError(
+            f"{path} is not a run folder of {stage} (its versions.json was not written by lumrec), and is never "
+            "replaced: choose another run=<name>, or remove it yourself"
+        )
+    if made_by not in (None, stage):
+        raise UserError(
+            f"{path} is a run of {made_by}, and is never replaced by one of {stage}: choose another run=<name> or "
+            "remove it yourself"
+        )
+
+
+def clear(path: Path, *, keep: Sequence[str] = ()) -> None:
+    """Empties a run folder that its caller has locked, but for the lock and what matches a pattern of `keep`.
+
+    Once it has begun, no kill makes a run out of what is left: `RunFolder.create` goes on emptying. The folder itself
+    stays, as it may be a link or a mount. Raises UserError, before anything is removed, where it holds other runs.
+    """
+    inner = sorted(file.parent for name in ("config.yaml", "manifest.json") for file in path.glob(f"*/**/{name}"))
+    if inner:
+        raise UserError(
+            f"{path} holds another run, {inner[0]}, which would be lost with it: move that, or choose another "
+            "run=<name>"
+        )
+    write_atomically(path / _CLEARING, "")
+    kept = {".lock", _CLEARING, *(entry.name for pattern in keep for entry in path.glob(pattern))}
+    for entry in sorted(path.iterdir()):
+        if entry.name in kept:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _names(path: Path) -> set[str]:
+    """Names of what a folder holds; none where it does not exist. Raises UserError for a file."""
+    try:
+        return {entry.name for entry in path.iterdir()}
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which does not exist: make it, or remove the link"
+            ) from None
+        return set()
+    except NotADirectoryError:
+        raise UserError(f"{path} is a file; expected a folder: choose another run=<name>") from None
+
+
+def has_work(path: Path) -> bool:
+    """Whether a run folder holds anything that would be lost: a checkpoint, a result, or what else a stage
+    made. What a run leaves that failed before its first checkpoint (settings, plan, the lines of its log) is nothing:
+    it would begin from the start anyway, so a corrected command simply takes its place.
+    """
+    left = {name for name in _names(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
+    return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in _names(path / "checkpoints"))
+
+
+def _input_differences(path: Path, inputs: Mapping[str, str]) -> Iterator[str]:
+    stored = read_json(path / "inputs.json", again=_AGAIN)
+    for key in sorted({*stored, *inputs}):
+        if stored.get(key) != inputs.get(key):
+            yield f"input {key}: {stored.get(key)!r} → {inputs.get(key)!r}"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that was cut off by the kill
+        return math.inf

@@ -1,0 +1,334 @@
+"""YAML whose scalars stay text until the type of their field says what they are, so that nothing is reinterpreted.
+
+    run: 007       str             "007"   (YAML 1.1, so PyYAML and OmegaConf, reads 7)
+    scene: NO      str             "NO"    (False)
+    seed: 010      int             10      (8)
+    bias: null     Optional[bool]  None
+    name: ${HOME}  str             "${HOME}": there is no interpolation
+
+Numbers, truth values and null are those of the core schema of YAML 1.2. A key given twice and a tag (!!python/…) are
+errors. Types are those of dataclasses: str, int, float, bool, Literal, Optional, Union, List, Dict, and dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lumrec.run.errors import UserError
+
+MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can stand for billions
+NULLS = ("null", "Null", "NULL", "~", "")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"([-+]?)\.?(inf|infinity|nan)", re.IGNORECASE)  # JSON and Python write them without the dot
+
+KeyPath = tuple[str, ...]  # the names that lead to a value
+
+
+class UnknownKey(UserError):
+    """A key that its section does not have; `path` holds the names that lead to it, and on to the first value below."""
+
+    def __init__(self, section: KeyPath, name: str, value: Any, known: Sequence[str]) -> None:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        super().__init__(
+            f"unknown key {dotted((*section, name))!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+        )
+        self.path = (*section, name)
+        while isinstance(value, Mapping) and value:
+            name, value = next(iter(value.items()))
+            self.path += (name,)
+
+
+class Text(str):
+    """A scalar as it is written. is_plain: it stands without quotes, so that `null` may mean no value."""
+
+    is_plain: bool
+
+    def __new__(cls, value: str, *, is_plain: bool = True) -> Text:
+        text = super().__new__(cls, value)
+        text.is_plain = is_plain
+        return text
+
+
+def read(path: Path) -> Any:
+    """What a YAML file holds: mappings, lists and Text; None where it is empty. Raises UserError as `parse` does."""
+    return parse(path.read_bytes(), str(path))
+
+
+def parse(content: str | bytes, where: str) -> Any:
+    """What YAML text holds: mappings (text → value), lists and Text; None where it is empty.
+
+    Raises UserError, which names `where`, for what is no YAML, a key given twice, a tag, and an alias within itself.
+    """
+    try:
+        node = yaml.compose(content, Loader=yaml.BaseLoader)
+        return None if node is None else _Composed().value_of(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where} is not valid YAML: lists or mappings are nested too deeply") from None
+
+
+class _Composed:
+    """Turns the nodes of one document into mappings, lists and Text."""
+
+    def __init__(self) -> None:
+        self.num_values = 0
+        self.open: set[int] = set()  # nodes that lead to the one in hand
+
+    def value_of(self, node: yaml.Node) -> Any:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _problem(f"over {MAX_VALUES:,} values, aliases followed", node)
+        kind = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}[type(node)]
+        if node.tag != f"tag:yaml.org,2002:{kind}":
+            raise _problem(f"the tag {node.tag!r} is not supported; write the value without it", node)
+        if isinstance(node, yaml.ScalarNode):
+            return Text(node.value, is_plain=node.style is None)
+        if id(node) in self.open:
+            raise _problem("an alias stands within what it stands for", node)
+        self.open.add(id(node))
+        value = self._mapping(node) if isinstance(node, yaml.MappingNode) else [self.value_of(n) for n in node.value]
+        self.open.remove(id(node))
+        return value
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, value = self.value_of(key_node), self.value_of(value_node)
+            if not isinstance(key, Text):
+                raise _problem("a key is a list or a mapping; expected text", key_node)
+            if key == "<<" and key.is_plain:
+                for other in reversed(value if isinstance(value, list) else [value]):  # the first one given wins
+                    if not isinstance(other, dict):
+                        raise _problem("<< takes a mapping, or a list of mappings", value_node)
+                    merged.update(other)
+            elif key in own:
+                raise _problem(f"the key {str(key)!r} is given twice", key_node)
+            else:
+                own[str(key)] = value
+        return {**merged, **own}
+
+
+def _problem(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def overlaid(kind: Any, below: Any, given: Any, path: KeyPath = ()) -> Any:
+    """`below` with `given` over it, as plain values: mappings over mappings, all else in place of what was there.
+
+    kind: the type. below: plain values of that type (None: the type's defaults). given: what `parse` gave. A null takes
+    an entry out of a mapping whose values are no text. Raises UserError, which names the key, what was given and what
+    was expected, and UnknownKey.
+    """
+    options = get_args(kind) if _is_union(kind) else (kind,)
+    if type(None) in options and isinstance(given, Text) and given.is_plain and given in NULLS:
+        return None
+    for option in options:
+        if isinstance(given, Mapping) and dataclasses.is_dataclass(option):
+            return _section_over(option, below, given, path)
+        if isinstance(given, Mapping) and get_origin(option) is dict:
+            return _mapping_over(get_args(option)[1], below, given, path)
+        if isinstance(given, list) and get_origin(option) is list:
+            inner = get_args(option)[0]
+            return [overlaid(inner, None, value, _at(path, place)) for place, value in enumerate(given)]
+    if isinstance(given, Text):
+        for option in options:
+            found = _scalar(option, given)
+            if found is not None:
+                return found
+    raise UserError(f"{dotted(path)}: got {_shown(given)}{_hint(given, options)}, expected {_expected(kind)}")
+
+
+def _section_over(kind: Any, below: Any, given: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
+    hints = field_types(kind)
+    over = dict(below if below is not None else defaults(kind))
+    for name, value in given.items():
+        if name not in hints:
+            raise UnknownKey(path, name, value, list(hints))
+        over[name] = overlaid(hints[name], over.get(name), value, (*path, name))
+    return over
+
+
+def _mapping_over(inner: Any, below: Any, given: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
+    over = dict(below or {})
+    for name, value in given.items():
+        if isinstance(value, Text) and value.is_plain and value in NULLS and inner is not str:
+            if name not in over:
+                near = difflib.get_close_matches(name, list(over), n=1)
+                raise UserError(
+                    f"{dotted((*path, name))}: null takes an entry out, and there is none of this name"
+                    + (f" (did you mean {near[0]!r}?)" if near else "")
+                    + (f"; there are: {', '.join(over)}" if over else "")
+                )
+            del over[name]
+        else:
+            over[name] = overlaid(inner, over.get(name), value, (*path, name))
+    return over
+
+
+def built(kind: Any, values: Any, path: KeyPath = ()) -> Any:
+    """Plain values, such as `overlaid` gives, as the dataclasses of their type.
+
+    Raises UserError for a field that is not given and has no default.
+    """
+    options = get_args(kind) if _is_union(kind) else (kind,)
+    for option in options:
+        if isinstance(values, Mapping) and dataclasses.is_dataclass(option):
+            for field in dataclasses.fields(option):
+                if field.name not in values and field.name not in defaults(option):
+                    raise UserError(f"{dotted((*path, field.name))} is not given, and has no default")
+            hints = field_types(option)
+            made = {name: built(hints[name], value, (*path, name)) for name, value in values.items()}
+            return option(**made)  # type: ignore[operator]
+        if isinstance(values, Mapping) and get_origin(option) is dict:
+            inner = get_args(option)[1]
+            return {name: built(inner, value, (*path, name)) for name, value in values.items()}
+        if isinstance(values, list) and get_origin(option) is list:
+            inner = get_args(option)[0]
+            return [built(inner, value, _at(path, place)) for place, value in enumerate(values)]
+    return values
+
+
+def _scalar(kind: Any, text: Text) -> Any:
+    """The scalar as a value of this type; None where it is none."""
+    if kind is str:
+        return str(text)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if str(choice) == text), None)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower()) if text in _TRUTHS else None
+    if kind is int and _INT.fullmatch(text):
+        try:
+            return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+        except ValueError:  # over 4,300 digits
+            return None
+    if kind is float:
+        if match := _NOT_FINITE.fullmatch(text):
+            return float(f"{match[1]}{match[2]}")
+        if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+            return float(text)
+    return None
+
+
+_TRUTHS = ("true", "True", "TRUE", "false", "False", "FALSE")
+
+
+def field_types(kind: Any) -> dict[str, Any]:
+    """Name → type of the fields of a dataclass."""
+    return _field_types(kind)
+
+
+@functools.cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def defaults(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have a default, as plain values."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value with its dataclasses as dictionaries, its tuples as lists, and its paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, (str, Path)) else value
+
+
+def to_yaml(value: Any) -> str:
+    """A value as YAML, dataclasses as mappings in the order of declaration; read by its type, it is the same again."""
+    return dump(plain(value))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML writes some line breaks of Unicode as they are, and reads them as blanks: such text is escaped here."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    is_safe = text.replace("\n", "").isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_safe else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(value: Any, **style: Any) -> str:
+    """Plain values as YAML that reads as the same text, in their order. style: of yaml.dump."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+
+
+def dotted(path: KeyPath) -> str:
+    """The names that lead to a value as one key; a name with a dot in it, say, stands in quotes."""
+    text = ""
+    for name in path:
+        if re.fullmatch(r"\[\d+\]", name):
+            text += name
+            continue
+        needs_quotes = not name or re.search(r'[.="\\\s]', name) or not name.isprintable()
+        text += ("." if text else "") + (in_quotes(name) if needs_quotes else name)
+    return text
+
+
+def in_quotes(text: str) -> str:
+    """Text in the double quotes of YAML, on one line."""
+    return dump(text, default_style='"', width=math.inf).rstrip("\n")
+
+
+def section_of(kind: Any) -> Any:
+    """The dataclass of an optional section; any other type as it is."""
+    sections = [option for option in get_args(kind) if dataclasses.is_dataclass(option)]
+    return sections[0] if _is_union(kind) and sections else kind
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _at(path: KeyPath, place: int) -> KeyPath:
+    return (*path, f"[{place}]")
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _hint(given: Any, options: Sequence[Any]) -> str:
+    choices = [str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    near = difflib.get_close_matches(given, choices, n=1) if isinstance(given, str) else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _expected(kind: Any) -> str:
+    if dataclasses.is_dataclass(section_of(kind)):
+        return "a section (a mapping of keys)"
+    if get_origin(kind) is dict:
+        return "a mapping of keys"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return {bool: "true or false"}.get(kind) or (
+        re.sub(r"\b(typing|lumrec(\.\w+)*)\.", "", str(kind)) if get_args(kind) else kind.__name__
+    )

@@ -1,0 +1,17 @@
+"""The prepare stage: the log as prepared data, in a folder that every later stage reads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lumrec.data.common import Common
+from lumrec.data.prepare import prepare
+
+
+def run(common: Common) -> dict[str, Any]:
+    """Prepares the log into `runs/<run>` and returns what its result.json holds; under torchrun only rank 0 works."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return {}
+    common.settings()
+    return prepare(common, common.runs / (common.run or f"{common.name}-prepare"))

@@ -1,0 +1,247 @@
+"""Step 2 as a stage: asks the LUM about every user and every row of the log, and publishes the answers (LUM 4.2)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Literal
+
+import torch
+
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig
+from lumrec.data.splits import moment_of_share
+from lumrec.evaluation.lum_auc import rank_by_answers
+from lumrec.knowledge.digests import key_digests
+from lumrec.knowledge.forget import forgotten_among
+from lumrec.knowledge.refresh import find_earlier
+from lumrec.knowledge.store import MANIFEST, Knowledge, check_files, identity_of, read_manifest, version_name
+from lumrec.knowledge.writer import full_disk_told, remove_others
+from lumrec.models.lum import READ_BY_LUM, ModelConfig, condition_features, load_lum
+from lumrec.models.lum_folds import AskedLum, find_lums
+from lumrec.query.build import Build
+from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand, spoken
+from lumrec.query.group_query import GroupQuery, default_stride
+from lumrec.run.distributed import init_distributed, on_rank_zero, world_size
+from lumrec.run.errors import UserError
+from lumrec.run.folder import RunFolder
+from lumrec.run.limits import check_names, count
+
+logger = logging.getLogger(__name__)
+# In a version's identity: what was built by another rule is another version, of which nothing is taken over.
+ROWS_SEE = "events before their moment"
+SERVED = (MANIFEST, "knowledge-*")  # what readers open until the next version is published, after overwrite=true too
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """Step 2: what is asked, about whom, and how the answers are stored.
+
+    conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
+        asks without any. Empty: each value of each wish of the schema. A value may stand for several, and each is a
+        condition of its own: "*" each value that training events have, the most frequent first; "top 3" the three most
+        frequent of the history asked, other ones for each user and moment ("top 2 of 3" is the second of them alone; a
+        history with fewer is asked without). With several such features every combination is asked. In a multi-valued
+        feature, red|shoes is one condition with two values.
+    max_conditions: conditions that may come of it; more is an error.
+    rows: ask for every row of the log, with the history before its moment (what rankers train on).
+    users: ask for every user, after the last event (what serving reads).
+    stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
+        asked with at least max_events - stride events before it; 0 = half a window.
+    log_normalizer: store log Σ over the catalogue of exp(similarity), which makes log-probabilities of similarities.
+    dtype: float16 | float32 | int8 (with a scale for each vector), of what is stored.
+    refresh_from: knowledge run whose answers are taken over for users whose history is as it was; "" = this run's own
+        version in force, where it has one.
+    tokens_per_pack: tokens and queries of one forward pass; on a CPU what stays in a core's cache is fastest, on a GPU
+        more.
+    """
+
+    conditions: List[Dict[str, str]] = field(default_factory=list)
+    max_conditions: int = count(MAX_CONDITIONS, least=1, most=65_536)
+    rows: bool = True
+    users: bool = True
+    stride: int = count(0, most=2**20)
+    log_normalizer: bool = True
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    refresh_from: str = ""
+    tokens_per_pack: int = count(8192, least=1)
+
+    def check(self, at: str) -> None:
+        """Raises UserError where nothing is asked (`at`: the section, with a dot)."""
+        if not (self.rows or self.users):
+            raise UserError(f"{at}rows and {at}users are both false: there is nothing to ask about; set one of them")
+
+
+def run(common: Common, settings: QueryConfig) -> dict[str, float | str]:
+    """Publishes the knowledge that `settings` asks for in `<runs_dir>/<run>` and returns what its result.json holds.
+
+    Among it "test/lum_auc": how well the answers rank the labels by themselves (evaluation/lum_auc.py).
+
+    The answers are kept where they were made from the same data, LUMs and settings; a killed build is continued; else
+    the next version is built beside the old one, which can be read meanwhile. Raises MissingFileError for a missing
+    input (with the command that makes it), UserError for inputs that do not belong together.
+    """
+    recorded = common.settings(query=settings)
+    device = init_distributed(threads=common.threads)
+    data = open_or_prepare(common, make=False)
+    lums = find_lums(common, data)
+    identity = _identity(common, settings, data, lums)
+    run_folder = RunFolder.create(common.folder("query"), "query", recorded, told=False, keep=SERVED)
+    run_id = on_rank_zero(lambda: run_folder.id)
+    manifest = on_rank_zero(lambda: _published(run_folder, identity, run_id))
+    if manifest and run_folder.finished and run_folder.result().get("version") == manifest["folder"]:
+        logger.info("%s is up to date, skipping (overwrite=true makes it again)", run_folder.path)
+        result = run_folder.result()
+        run_folder.close()
+        return result
+
+    start = time.perf_counter()
+    if manifest is None:
+        manifest = _build(common, settings, data, lums, identity, run_folder, run_id, device)
+    result = {
+        "dataset": data.manifest["dataset"],
+        "version": manifest["folder"],
+        "hazard": manifest["hazard"],
+        "lums": len(lums),
+        "conditions": len(manifest["conditions"]),
+        "dim": manifest["dim"],
+        **manifest["counts"],
+        "bytes": sum(facts["bytes"] for facts in manifest["files"].values()),
+        "answers_per_s": manifest["answers_per_s"] or float("nan"),
+    }
+    if settings.rows:
+        result |= rank_by_answers(Knowledge.open(run_folder.path, data), data)
+    result["wall_s"] = time.perf_counter() - start
+    run_folder.finish(result)
+    asked = ", ".join(spoken(condition) for condition in manifest["conditions"])
+    logger.info(
+        "%s: asked %s for %s (%s)", run_folder.path, ", ".join(lum.run for lum in lums), asked, manifest["hazard"]
+    )
+    return result
+
+
+def _build(
+    common: Common,
+    settings: QueryConfig,
+    data: PreparedData,
+    lums: list[AskedLum],
+    identity: dict[str, Any],
+    run_folder: RunFolder,
+    run_id: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Asks the LUMs and publishes the answers; the manifest of the version."""
+    earlier_path = common.runs / settings.refresh_from if settings.refresh_from else run_folder.path
+    own = earlier_path == run_folder.path
+    earlier = find_earlier(earlier_path, identity, required=not own, made_by=run_id if own else None)
+    with full_disk_told(run_folder.path):
+        job = Build(data, identity, run_folder, lums[0].trained.model, earlier, run_id)
+        for place, lum in enumerate(lums):
+            if pending := job.pending(place):
+                dmp, builder, _ = load_lum(lum.trained.folder, data, device=device)
+                query = GroupQuery(
+                    dmp,
+                    builder,
+                    identity["conditions"],
+                    **identity["window"],
+                    tokens_per_pack=identity["tokens_per_pack"],
+                    max_conditions=settings.max_conditions,
+                )
+                job.ask(place, pending, query)
+        return job.publish()
+
+
+def _identity(common: Common, config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
+    """Everything that decides the answers, as JSON holds it. Raises UserError for settings that cannot work."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
+        raise UserError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
+    model = lums[0].trained.model
+    check_stride(config.stride, model)
+    features = condition_features(model, data.schema)
+    asked = config.conditions or default_conditions(data, features)
+    conditions = expand(data, features, asked, max_conditions=config.max_conditions)
+    Conditions(data, features, conditions)  # whatever cannot be asked is told before a LUM is loaded
+    forgotten = on_rank_zero(lambda: forgotten_among(common.runs, key_digests(data.user_keys())))
+    return {
+        "data_fingerprint": data.fingerprint,
+        "lums": [{"run": lum.run, "fold": lum.fold, "fingerprint": lum.fingerprint} for lum in lums],
+        "hazard": _hazard(lums),
+        **_learnt_until(data, lums[0].trained.time_share),
+        "conditions": conditions,
+        "dim": model.dim,
+        "dtype": config.dtype,
+        "similarity": model.similarity,
+        "temperature": model.temperature,
+        "window": {"max_events": model.max_events, "stride": config.stride or default_stride(model.max_events)},
+        "rows": config.rows,
+        "rows_see": ROWS_SEE,
+        "users": config.users,
+        "log_normalizer": config.log_normalizer,
+        "tokens_per_pack": config.tokens_per_pack,
+        **({"forgotten": forgotten} if forgotten else {}),
+    }
+
+
+def check_schema(schema: SchemaConfig, *, model: ModelConfig, query: QueryConfig) -> None:
+    """Raises UserError for conditions of features that the LUM does not read, and for windows that leave out events."""
+    check_stride(query.stride, model)
+    read = condition_features(model, schema)
+    check_names("query.conditions", [name for each in query.conditions for name in each], read, READ_BY_LUM)
+
+
+def check_data(common: Common, data: PreparedData, *, model: ModelConfig, query: QueryConfig) -> None:
+    """Raises UserError for conditions that the prepared data cannot be asked with."""
+    features = condition_features(model, data.schema)
+    asked = query.conditions or default_conditions(data, features)
+    Conditions(data, features, expand(data, features, asked, max_conditions=query.max_conditions))
+
+
+def check_stride(stride: int, model: ModelConfig) -> None:
+    """Raises UserError for windows that would leave out events."""
+    if stride >= model.max_events:
+        raise UserError(
+            f"query.stride: got {stride}, expected less than the LUM's model.max_events={model.max_events}; 0 is half "
+            "of that"
+        )
+
+
+def _hazard(lums: list[AskedLum]) -> str:
+    """How the LUMs are kept from the rows that rankers train on (see Knowledge)."""
+    if len({lum.trained.time_share for lum in lums}) > 1:
+        raise UserError("the LUMs differ in pretrain.time_share; pre-train all folds with the same one")
+    if len(lums) > 1:
+        return "cross_fit"
+    return "time_split" if lums[0].trained.time_share < 1.0 else "in_sample"
+
+
+def _learnt_until(data: PreparedData, share: float) -> dict[str, int]:
+    """The last second that a LUM of a share of the training events has learnt from; nothing for one of all of them."""
+    return {"learnt_until": moment_of_share(data.split, data.timestamp, share)} if share < 1.0 else {}
+
+
+def _published(run_folder: RunFolder, identity: dict[str, Any], run_id: str) -> dict[str, Any] | None:
+    """The manifest in force, where it is of this identity and this making of the run; None where it has to be built.
+
+    Raises like `check_files` where a finished run is damaged.
+    """
+    path = run_folder.path
+    if not (path / MANIFEST).exists():
+        return None
+    try:
+        manifest = read_manifest(path)
+        if manifest["made_by"] != run_id:  # overwrite=true: it serves until it is replaced
+            return None
+        if version_name(identity_of(manifest)) != version_name(identity):
+            logger.info("%s was made from other inputs or settings; building the next version beside it", path)
+            return None
+        check_files(path / manifest["folder"], manifest["files"], checksums=False)
+    except UserError:
+        if run_folder.finished:
+            raise
+        return None
+    remove_others(path, path / manifest["folder"])
+    return manifest

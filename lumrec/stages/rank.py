@@ -1,0 +1,249 @@
+"""Step 3: a ranker on the log, without or with what the LUM knows (LUM section 4.3)."""
+
+import dataclasses
+import logging
+import shlex
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import List, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.batches.rows import RowBuilder, RowLoader, training_rows
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.data.splits import TEST, VALID
+from lumrec.evaluation.ranking import evaluate, score
+from lumrec.features.statistics import dense_inputs
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
+from lumrec.models.ranker import MODELS, RankerConfig, build_ranker, build_rows
+from lumrec.modules.rankers.base import RankBatch
+from lumrec.run.distributed import init_distributed, rank, world_size
+from lumrec.run.errors import UserError
+from lumrec.run.folder import RunFolder
+from lumrec.run.limits import check_names, count, setting
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint_meta import Fingerprint
+from lumrec.train.identity import Settings
+from lumrec.train.length import fit_length, tell_length, too_short
+from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.optimizers import OptimizerConfig
+from lumrec.train.parallel import shard
+from lumrec.warm_start.config import WarmStartConfig
+from lumrec.warm_start.scores import read_expected
+
+logger = logging.getLogger(__name__)
+
+# What weights can be chosen by; "-" before a metric that is better when it is lower.
+SELECTABLE = ("auc", "gauc", "-log_loss", "-ne", "-ece")
+
+
+@dataclass(frozen=True)
+class RankConfig(RankerConfig):
+    """Step 3: a ranker (see RankerConfig) and how it is trained.
+
+    tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
+    time_window: shares of the training part by time, such as [0.75, 1]: the rows after the first and until the second
+    train; [] = all of them.
+    batch_size: rows of one step on each rank.
+    select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
+    test: evaluate the test part at the end; false while settings are being searched (lumrec/experiments/tune.py).
+    warm_start: a production checkpoint to begin from; see docs/how-to/warm-start.md.
+    """
+
+    tables: Literal["fresh", "lum"] = "fresh"
+    time_window: List[float] = setting(list, least=0, most=1)
+    batch_size: int = count(2048, least=1, most=2**24)
+    select: str = "auc"
+    test: bool = True
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            epochs=3,
+            optimizer=OptimizerConfig(
+                table_lr=0.2, dense_lr=4e-3, weight_decay=0.01, warmup_steps=50, schedule="linear"
+            ),
+        )
+    )
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
+        super().check(at)
+        check_select(at, self.select, SELECTABLE, patience=self.train.patience)
+        if self.tables == "lum" and self.warm_start.source:
+            raise UserError(f"{at}tables=lum and {at}warm_start.source both fill the tables: give one of them")
+        if self.time_window and not (len(self.time_window) == 2 and self.time_window[0] < self.time_window[1]):
+            raise UserError(f"{at}time_window: got {list(self.time_window)}, expected two shares, such as [0.75, 1]")
+
+
+def step(model: nn.Module, batch: RankBatch) -> StepOutput:
+    """The step function of the training loop: binary cross-entropy of the batch's rows, and the ranker's own losses."""
+    logit_B, own_loss = model(batch, with_loss=True)
+    loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")
+    return StepOutput(loss + len(batch) * own_loss, len(batch))
+
+
+def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
+    """Raises UserError for features and tables that the settings name and the schema does not have."""
+    check_names("rank.leave_out", list(rank.leave_out), list(schema.features), "features of the schema")
+    declared = features_by_role(schema, "item")
+    items = [name for name in declared if name not in rank.leave_out]
+    if not items:
+        raise UserError(f"rank.leave_out leaves no item feature for the ranker to read; keep one of {declared}")
+    category = [rank.category] if rank.category else []
+    check_names("rank.category", category, items, "item features that the ranker reads")
+    check_table_lrs("rank", rank.train, schema)
+
+
+def lum_of_tables(common: Common) -> TrainedLum:
+    """The LUM whose tables are taken, the first of `inputs.lums`. Raises as `open_lum_run` does."""
+    run = common.lums[0]
+    return open_lum_run(
+        common.runs / run,
+        missing=f"rank.tables=lum, but there is no finished LUM in {common.runs / run}; make it with: "
+        f"torchx run apps/pretrain.py --config <your config> {shlex.quote(f'run={run}')}; or train with "
+        "rank.tables=fresh",
+    )
+
+
+def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
+    """Fills the tables that the LUM in `folder` has too with its weights; their names. The optimizer starts anew.
+
+    Raises UserError where the LUM was trained on other data.
+    """
+    lum = open_lum_run(folder)
+    schema = data.schema
+    read_by_lum = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
+    read_by_lum += condition_features(lum.model, data.schema)
+    ours = {name for name, _ in dmp.named_parameters()}
+    mapping = {}
+    for table in dict.fromkeys(schema.features[name].table for name in read_by_lum):
+        weight = f"tables.embedding_bags.{table}.weight"
+        if weight in ours:
+            mapping[f"token_encoder.{weight}"] = weight
+    load_weights(lum.checkpoint, dmp, mapping, fingerprint={"data": data.fingerprint})
+    return [weight.split(".")[2] for weight in mapping.values()]
+
+
+def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
+    """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, once, and returns result.json.
+
+    Keys, of the test part and not with rank.test=false: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
+    num_users_skipped; auc_low, auc_high, … of the first three (95 % intervals over users). Always: valid/… of the kept
+    weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
+    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only.
+    The test rows' scores are kept for lumrec.metrics.compare.
+    Raises MissingFileError for a missing input, with the command that makes it.
+    """
+    started = time.perf_counter()
+    recorded = common.settings(rank=settings)
+    device = init_distributed(threads=common.threads)
+    data = open_or_prepare(common)
+    check_schema(data.schema, rank=settings)
+    inputs = {"data": data.fingerprint}
+    lum = production = None
+    knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None
+    if knowledge is not None:
+        inputs["knowledge"] = knowledge.path.name
+    if settings.tables == "lum":
+        lum = lum_of_tables(common)
+        inputs["lum"] = lum.fingerprint
+    if settings.warm_start.source:
+        production = settings.warm_start.open()
+        inputs["warm_start"] = settings.warm_start.fingerprint(production)
+    expected = read_expected(settings.warm_start.scores, data) if settings.warm_start.scores else None
+    run_folder = RunFolder.create(common.folder("rank"), "rank", recorded, inputs=inputs)
+    if run_folder.finished:
+        return run_folder.result()
+    dmp, builder = sharded_ranker(settings, data, knowledge, seed=common.seed, device=device)
+    if "num_searched" in MODELS[settings.model][1] and settings.max_history <= settings.num_searched:
+        logger.warning(
+            "rank: %s searches %d events in histories of %d, which leaves nothing out; it is made for long ones: "
+            "rank.max_history=1024, say",
+            settings.model, settings.num_searched, settings.max_history,
+        )  # fmt: skip
+    result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
+    if knowledge is not None:
+        result["knowledge_hazard"] = knowledge.hazard
+    if lum is not None:
+        result["tables_from_lum"] = ", ".join(load_lum_tables(lum.folder, data, dmp))
+    if production is not None:
+        logits = partial(score, dmp, builder, batch_size=settings.batch_size)
+        audit = settings.warm_start.fill(dmp, production, run_folder.path, expected=expected, score=logits)
+        result["warm_start"] = audit.source
+    # The run folder compares how it is trained; a checkpoint belongs to what is trained.
+    model = Settings.of(settings, ignored=["train"])
+    result |= _train(settings, dmp, builder, run_folder, common.seed, {**inputs, "model": model})
+    if settings.test:
+        result |= evaluate(dmp, builder, TEST, batch_size=settings.batch_size, keep_in=run_folder.path)
+    result["wall_s"] = time.perf_counter() - started
+    run_folder.finish(result)
+    return result
+
+
+def sharded_ranker(
+    settings: RankConfig, data: PreparedData, knowledge: Knowledge | None, *, seed: int, device: torch.device
+) -> tuple[DistributedModelParallel, RowBuilder]:
+    """The ranker with fresh weights under DMP, and the builder of its batches. Collective."""
+    train = settings.train
+    data = data.without(settings.leave_out)
+    statistics = dense_inputs(data, kind=settings.statistics)
+    torch.manual_seed(seed)
+    ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
+    builder = build_rows(ranker, data, settings, statistics, knowledge)
+    dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    return dmp, builder
+
+
+def _train(
+    settings: RankConfig,
+    dmp: DistributedModelParallel,
+    builder: RowBuilder,
+    run_folder: RunFolder,
+    seed: int,
+    fingerprint: Fingerprint,
+) -> dict[str, float | str]:
+    """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
+    select, notes = settings.select, []
+    rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge, settings.time_window))
+    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
+    tell_length("rank", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    loader = RowLoader(builder, rows, batch_size=batch_size, seed=seed, rank=rank(), world_size=world_size())
+    if short := too_short(train, len(loader)):
+        notes.append(short)
+
+    def validate() -> dict[str, float]:
+        metrics = evaluate(dmp, builder, VALID, batch_size=settings.batch_size)
+        return {name: value for name, value in metrics.items() if not isinstance(value, str)}
+
+    has_validation = bool((builder.data.split == VALID).any())
+    if not has_validation:
+        notes.append("the validation part has no rows: the last weights are kept and tested")
+        train, select = dataclasses.replace(train, patience=0), ""
+    metrics = fit(
+        model=dmp,
+        loader=loader,
+        step=step,
+        config=train,
+        run=run_folder,
+        evaluate=validate if has_validation else None,
+        select=select,
+        progress=f"rank {settings.model} {settings.knowledge}",
+        fingerprint=fingerprint,
+    )
+    result: dict[str, float | str] = {}
+    result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in metrics.items()}
+    if select and f"valid/{select.removeprefix('-')}" not in result:
+        notes.append(f"{select} is nan over the validation part: the last weights are kept and tested")
+    if notes:
+        result["note"] = "; ".join(notes)
+        logger.warning("rank: %s", result["note"])
+    return result

@@ -1,0 +1,86 @@
+"""Every stage: its module, the sections of the config that it takes, and what its app shows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # so that --help comes without loading Polars and torch
+    from lumrec.data.common import Common
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage is the module lumrec/stages/<name>.py, with `run(common, *sections)`.
+
+    Where it has them, `check_schema(schema, **sections)` and `check_data(common, data, **sections)` find what is wrong
+    with the settings before the stage begins. checked_with: sections that those take; () = the same as `sections`.
+    headline: figures of its result that the app prints at the end. check: module whose `run` answers `--check`, and
+    writes nothing. options: of the app, each for a key.
+    """
+
+    name: str
+    sections: tuple[str, ...] = ()
+    checked_with: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
+    check: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def module(self) -> ModuleType:
+        """The module, imported when it is first asked for."""
+        return importlib.import_module(f"lumrec.stages.{self.name}")
+
+    def settings(self, config: Common) -> Common:
+        """What the stage's config.yaml holds of a root config."""
+        return config.settings(**self._sections(config, self.sections))
+
+    def run(self, config: Common) -> dict[str, Any]:
+        """Runs the stage with its sections of a root config."""
+        result: dict[str, Any] = self.module.run(config, *(getattr(config, name) for name in self.sections))
+        return result
+
+    def check_schema(self, config: Common, schema: Any) -> None:
+        """Raises UserError for what the stage's sections name and the schema does not have."""
+        if check := getattr(self.module, "check_schema", None):
+            check(schema, **self._sections(config, self.checked_with or self.sections))
+
+    def check_data(self, config: Common, data: Any) -> None:
+        """Raises UserError for what the stage's sections ask of prepared data that do not have it."""
+        self.check_schema(config, data.schema)
+        if check := getattr(self.module, "check_data", None):
+            check(config, data, **self._sections(config, self.checked_with or self.sections))
+
+    @staticmethod
+    def _sections(config: Common, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in names}
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", check="lumrec.data.own_log.check"),
+        Stage("pretrain", ("model", "pretrain"), headline=("loss", "hr", "ndcg", "events_per_s", "wall_s")),
+        Stage(
+            "query",
+            ("query",),
+            checked_with=("model", "query"),
+            headline=("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
+        ),
+        Stage("show_user", ("show_user", "query"), options={"user": "show_user.user"}),
+        Stage(
+            "rank",
+            ("rank",),
+            headline=("auc", "gauc", "log_loss", "ne", "calibration", "rows_per_s", "wall_s", "note", "undefined"),
+        ),
+        Stage(
+            "retrieve",
+            ("retrieve",),
+            headline=("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
+        ),
+        Stage("warm_start", ("model", "pretrain", "rank")),
+    )
+}

@@ -1,0 +1,278 @@
+"""Step 3 for retrieval: a two-tower model on the log, without or with what the LUM knows (LUM sections 3 and 4.3)."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import List, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.batches.negatives import NegativesConfig
+from lumrec.batches.rows import training_rows
+from lumrec.batches.tower_rows import TowerBuilder, TowerLoader
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.evaluation.ann import AnnConfig, ann_metrics
+from lumrec.evaluation.retrieval import (
+    Targets,
+    check_cut_offs,
+    last_events,
+    metric_sums,
+    rank_targets,
+    retrieval_names,
+)
+from lumrec.knowledge.store import Knowledge
+from lumrec.metrics.compare import Ranks, write_scores
+from lumrec.models.lum import check_table_lrs
+from lumrec.models.towers import TowersConfig, build_towers
+from lumrec.modules.losses import info_nce
+from lumrec.modules.moments import average_moments
+from lumrec.modules.retrievers.edb import TowerBatch
+from lumrec.run.distributed import init_distributed, rank, world_size
+from lumrec.run.folder import RunFolder
+from lumrec.run.limits import check_names, count, share
+from lumrec.train.gather_candidates import gather_candidates
+from lumrec.train.identity import Settings
+from lumrec.train.length import fit_length, tell_length, too_short
+from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.optimizers import OptimizerConfig
+from lumrec.train.parallel import shard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetrieveConfig(TowersConfig):
+    """Step 3 for retrieval: the towers (see TowersConfig) and how they are trained.
+
+    positives: "label" (events with label 1) or "all"; the same events are the targets of the evaluation.
+    batch_size: rows of one step on each rank.
+    negatives, label_smoothing: of InfoNCE, as in step 1. ks: cut-offs of HR@k (which is R@k: there is one target) and
+        NDCG@k. max_users: a fixed sample for the evaluations while training; 0 = all. ann: the FAISS index.
+    select: validation metric of the weights that are kept and tested.
+    """
+
+    positives: Literal["label", "all"] = "label"
+    batch_size: int = count(2048, least=1, most=2**24)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    label_smoothing: float = share(0.0)
+    ks: List[int] = count(lambda: [10, 50], least=1)
+    max_users: int = count(0)
+    ann: AnnConfig = field(default_factory=AnnConfig)
+    select: str = "ndcg@10"
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            epochs=5,
+            optimizer=OptimizerConfig(
+                table_lr=0.1, dense_lr=2e-3, weight_decay=0.01, warmup_steps=50, schedule="linear"
+            ),
+        )
+    )
+
+    def check(self, at: str) -> None:
+        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
+        super().check(at)
+        check_cut_offs(at, self.ks)
+        check_select(at, self.select, retrieval_names(self.ks), patience=self.train.patience)
+
+
+def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepOutput]:
+    """The step function of the training loop: InfoNCE of the batch's rows, the loss of step 1."""
+    negatives = config.negatives
+
+    def step(model: nn.Module, batch: TowerBatch) -> StepOutput:
+        o_BV, e_CV = model(batch)
+        candidates = e_CV, batch.positive_B, batch.log_weight_C
+        if negatives.across_ranks:
+            candidates = gather_candidates(
+                e_CV, batch.candidate_item_C, batch.positive_B, batch.log_weight_C, unique=negatives.unique
+            )
+        loss = info_nce(
+            o_BV,
+            *candidates,
+            log_positive_weight_T=batch.log_positive_weight_B if negatives.logq_positive else None,
+            label_smoothing=config.label_smoothing,
+        )
+        return StepOutput(loss, len(batch))
+
+    return step
+
+
+def positive_events(config: RetrieveConfig, data: PreparedData) -> np.ndarray:
+    """Events that are learned from and aimed at, bool [E]. Raises UserError for an unknown `positives`."""
+    return data.label > 0.5 if config.positives == "label" else np.ones(data.num_events, dtype=bool)
+
+
+@torch.no_grad()
+def user_vectors(dmp: DistributedModelParallel, builder: TowerBuilder, rows: np.ndarray, *, batch_size: int) -> Tensor:
+    """Vector of each row's user at that moment, o_NV (float32), on every rank; each computes its share. Collective.
+
+    The model should be in eval mode.
+    """
+    first = np.zeros(1, np.int64)  # TorchRec cannot look up nothing at all, so a batch without histories reads one item
+    steps = -(-len(rows) // (batch_size * world_size()))
+    # Where rows do not suffice a rank has batches of none; sharded tables need every rank's call.
+    mine = np.array_split(np.arange(len(rows)), steps * world_size())[rank() :: world_size()]
+    parts = [dmp(builder.towers(rows[place_B], first).to(dmp.device))[0].float().cpu() for place_B in mine]
+    o_NV = torch.zeros(len(rows), parts[0].shape[1])
+    o_NV[np.concatenate(mine)] = torch.cat(parts)
+    if world_size() > 1:
+        dist.all_reduce(o_NV)
+    return o_NV
+
+
+@torch.no_grad()
+def item_vectors(dmp: DistributedModelParallel, builder: TowerBuilder) -> Tensor:
+    """Vector of every catalogue item, e_IV (float32), on every rank. Collective; the model should be in eval mode."""
+    return torch.cat([dmp(batch.to(dmp.device))[1].float().cpu() for batch in builder.catalogue()])
+
+
+def retrieval_metrics(
+    dmp: DistributedModelParallel, builder: TowerBuilder, part: str, config: RetrieveConfig, *, max_users: int = 0
+) -> tuple[dict[str, float], tuple[Tensor, Tensor, Targets, Tensor]]:
+    """{"hr@10": …, "ndcg@10": …, "retrieval_users": …} of `part`, exact over the catalogue; vectors, targets and their
+    ranks.
+
+    The target is each user's last positive event of the part, the history what is before its moment, and items of the
+    history are left out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
+    Raises UserError where no user has such an event.
+    """
+    among = positive_events(config, builder.data)
+    targets = last_events(builder.data, part, among=among, max_users=max_users, strictly_earlier=True)
+    training = dmp.training
+    dmp.eval()
+    average_moments(dmp)
+    try:
+        o_BV = user_vectors(dmp, builder, targets.row_B.numpy(), batch_size=config.batch_size)
+        e_IV = item_vectors(dmp, builder)
+    finally:
+        dmp.train(training)
+    rank_B = _ranks(o_BV, e_IV, builder.data, targets)
+    means = {name: value / len(rank_B) for name, value in metric_sums(rank_B, config.ks).items()}
+    return means | {"retrieval_users": float(len(rank_B))}, (o_BV, e_IV, targets, rank_B)
+
+
+def _ranks(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets) -> Tensor:
+    """Rank of each target among the catalogue, rank_B (int64), on every rank; each computes its share. Collective."""
+    mine = slice(rank(), None, world_size())
+    rank_B = torch.zeros(len(targets.row_B), dtype=torch.int64)
+    rank_B[mine] = rank_targets(o_BV[mine], e_IV, data, targets.take(mine))
+    if world_size() > 1:
+        dist.all_reduce(rank_B)
+    return rank_B
+
+
+def _in_key(value: str) -> str:
+    """A raw value as a part of a metric's name, in quotes where it could be taken for more than a value."""
+    return value if value.isprintable() and not set(value) & set(',=/"') else json.dumps(value)
+
+
+def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets, ks: List[int]) -> dict[str, float]:
+    """{"lum/feedback=like/hr@10": …, …}: retrieval by o · e of the stored answers themselves, for each condition.
+
+    A user without an answer is a miss: all similarities are 0, and ties count against us. Collective.
+    """
+    answers = knowledge.for_rows(targets.row_B.numpy())
+    result: dict[str, float] = {}
+    for place, condition in enumerate(knowledge.conditions):
+        name = ",".join(f"{feature}={_in_key(value)}" for feature, value in condition.items()) or "no condition"
+        rank_B = torch.full((len(targets.row_B),), torch.iinfo(torch.int64).max)
+        for fold in range(knowledge.num_folds):
+            theirs = answers.fold_B == fold
+            if bool(theirs.any()):
+                e_ID = knowledge.items_e[fold].float()
+                rank_B[theirs] = _ranks(answers.o_BND[theirs, place], e_ID, data, targets.take(theirs))
+        result |= {f"lum/{name}/{metric}": value / len(rank_B) for metric, value in metric_sums(rank_B, ks).items()}
+    return result
+
+
+def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
+    """Raises UserError for conditions and tables that the settings name and the schema does not have."""
+    conditions = features_by_role(schema, "condition")
+    check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
+    check_table_lrs("retrieve", retrieve.train, schema)
+
+
+def check_data(common: Common, data: PreparedData, *, retrieve: RetrieveConfig) -> None:
+    """Raises UserError where a split has no event that could be a target."""
+    for part in ("valid", "test"):
+        last_events(data, part, among=positive_events(retrieve, data), max_users=1)
+
+
+def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
+    """Trains the towers into `runs/<run>`, tests the weights that were best on validation, once; returns result.json.
+
+    Keys: hr@k, ndcg@k, retrieval_users of the test part, exact over the catalogue; valid/… of the kept weights; ann/…
+    of the FAISS index (see ann_metrics); lum/<condition>/… of the LUM's answers alone; rows_per_s, wall_s, best_step,
+    …; and as text knowledge and knowledge_hazard. The test users' ranks are kept for
+    lumrec/experiments/report_gains.py. Raises MissingFileError for a missing input, with the command that makes it.
+    """
+    started = time.perf_counter()
+    recorded = common.settings(retrieve=settings)
+    device = init_distributed(threads=common.threads)
+    data = open_or_prepare(common)
+    check_schema(data.schema, retrieve=settings)
+    check_data(common, data, retrieve=settings)
+    inputs = {"data": data.fingerprint}
+    knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None
+    if knowledge is not None:
+        inputs["knowledge"] = knowledge.path.name
+    run_folder = RunFolder.create(common.folder("retrieve"), "retrieve", recorded, inputs=inputs)
+    if run_folder.finished:
+        return run_folder.result()
+    torch.manual_seed(common.seed)
+    towers, builder = build_towers(settings, data, knowledge=knowledge)
+    rows = training_rows(data, knowledge)
+    rows = rows[positive_events(settings, data)[rows]]
+    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
+    tell_length("retrieve", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    dmp = shard(towers, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
+    loader = TowerLoader(
+        builder,
+        rows,
+        negatives=settings.negatives,
+        batch_size=batch_size,
+        seed=common.seed,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    # The run folder compares how it is trained; a checkpoint belongs to what is trained.
+    model = Settings.of(settings, ignored=["train", "ann"])
+    result: dict[str, float | str] = {"knowledge": settings.knowledge}
+    if knowledge is not None:
+        result["knowledge_hazard"] = knowledge.hazard
+    if short := too_short(train, len(loader)):
+        result["note"] = short
+        logger.warning("retrieve: %s", short)
+    metrics = fit(
+        model=dmp,
+        loader=loader,
+        step=make_step(settings),
+        config=train,
+        run=run_folder,
+        evaluate=lambda: retrieval_metrics(dmp, builder, "valid", settings, max_users=settings.max_users)[0],
+        select=settings.select,
+        progress=f"retrieve {settings.knowledge}",
+        fingerprint={**inputs, "model": model},
+    )
+    result |= {"rows_per_s" if name == "events_per_s" else name: value for name, value in metrics.items()}
+    exact, (o_BV, e_IV, targets, rank_B) = retrieval_metrics(dmp, builder, "test", settings)
+    result |= exact
+    if rank() == 0:
+        row_B = targets.row_B.numpy()
+        write_scores(run_folder.path, Ranks(row_B, data.user[row_B].astype(np.int64), rank_B.numpy()))
+    if settings.ann.index:
+        result |= ann_metrics(o_BV, e_IV, data, targets, config=settings.ann, ks=settings.ks)
+    if knowledge is not None:
+        result |= knowledge_metrics(knowledge, data, targets, settings.ks)
+    result["wall_s"] = time.perf_counter() - started
+    run_folder.finish(result)
+    return result

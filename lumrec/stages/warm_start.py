@@ -1,0 +1,56 @@
+"""The dry run of a warm start: what each parameter of a ranker, or of a LUM, would get, printed."""
+
+from functools import partial
+
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_or_prepare
+from lumrec.evaluation.ranking import score
+from lumrec.knowledge.store import Knowledge
+from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.run.distributed import init_distributed
+from lumrec.run.distributed import rank as process_rank
+from lumrec.run.errors import UserError
+from lumrec.run.printable import say
+from lumrec.stages.pretrain import PretrainConfig
+from lumrec.stages.rank import RankConfig, sharded_ranker
+from lumrec.train.parallel import shard
+from lumrec.warm_start.apply import warm_start
+from lumrec.warm_start.plan import PlanError
+from lumrec.warm_start.scores import read_expected
+
+
+def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: RankConfig) -> dict[str, float | str]:
+    """Prints the audit of what the stage with a `warm_start` would take: apps/pretrain.py for pretrain.warm_start,
+    apps/rank.py for rank.warm_start. Nothing is written and no number is read; but with rank.warm_start.scores the
+    takeover is done, in memory, and what the rules and `scores` ask to compare is compared.
+
+    Raises MissingFileError for a missing input, and UserError for a source that cannot be read, for one of both
+    stages, and for rules that do not fit, after what fits has been printed; and for scores that are not production's.
+    """
+    common.settings(model=model, pretrain=pretrain, rank=rank)
+    device = init_distributed(threads=common.threads)
+    of_lum = bool(pretrain.warm_start.source)
+    if of_lum and rank.warm_start.source:
+        raise UserError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
+    settings = pretrain.warm_start if of_lum else rank.warm_start
+    source = settings.open()
+    data = open_or_prepare(common)
+    if of_lum:
+        train = pretrain.train
+        dmp = shard(build_lum(model, data)[0], optimizer=train.optimizer, device=device, sharding=train.sharding)
+    else:
+        knowledge = Knowledge.open(common.knowledge, data) if rank.knowledge != "none" else None
+        dmp, builder = sharded_ranker(rank, data, knowledge, seed=common.seed, device=device)
+    try:
+        if settings.scores:  # of a ranker: a LUM has none
+            logits = partial(score, dmp, builder, batch_size=rank.batch_size)
+            audit = settings.fill(dmp, source, expected=read_expected(settings.scores, data), score=logits)
+        else:
+            audit = warm_start(dmp, source, settings.rules, dry_run=True)
+    except PlanError as error:
+        if process_rank() == 0:
+            say(error.audit.text())
+        raise
+    if process_rank() == 0:
+        say(audit.text())
+    return {}

@@ -1,0 +1,325 @@
+"""Continual training: a LUM that goes on from an earlier one, though its tables and its schema may have grown.
+
+    table        rows of values known there: as they were      │ new rows: as row 0 ("unknown") was
+    projection   columns of features known there: as they were │ columns of a new feature: zero
+    all else     as it was; names and shapes must agree
+
+So at step 0 the new LUM answers every history as the earlier one did, new values in it or not: to that one they were
+"unknown", and a new feature is one that is not looked at yet. Both learn from the first step on, as no two new rows get
+the same gradient, and the table behind zero columns is drawn at random.
+"""
+
+import itertools
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from lumrec.data.common import Common
+from lumrec.data.manifest import read_manifest
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
+from lumrec.data.splits import TRAIN
+from lumrec.data.vocabulary import moved_values, read_vocabularies
+from lumrec.models.lum import ModelConfig, condition_features, open_lum_run
+from lumrec.run.distributed import on_rank_zero, world_size
+from lumrec.run.errors import UserError
+from lumrec.train.checkpoint import verified_meta
+from lumrec.train.checkpoint_reader import Reader
+from lumrec.train.optimizers import table_shardings
+from lumrec.warm_start import Rule, Rules, open_source, warm_start
+
+TABLE_STATES = ("keep", "fresh")
+_STATE_RULES = {"keep": "auto", "fresh": "drop"}  # what fits is checked before
+# Settings of the model that change what it answers; the others do not, or show in features and shapes.
+COMPARED_SETTINGS = ("encoder", "dim", "num_layers", "num_heads", "tokens", "similarity", "temperature")
+TOKENS = "token_encoder."
+TABLES = f"{TOKENS}tables.embedding_bags."
+# The learned token of a LUM without any condition feature, and what does its work once there is one.
+CONSTANT, BIAS = f"{TOKENS}condition_constant_D", f"{TOKENS}condition_projection.bias"
+PROJECTIONS = {kind: f"{TOKENS}{kind}_projection.weight" for kind in ("item", "condition")}
+
+
+class Earlier(NamedTuple):
+    """A finished LUM run to start from: its best checkpoint, its parameters' shapes, and what it was trained with."""
+
+    run: str
+    checkpoint: Path
+    parameters: dict[str, list[int]]
+    model: ModelConfig
+    schema: SchemaConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of the checkpoint."""
+        return (self.checkpoint / "COMPLETE").read_text(encoding="utf-8").strip()
+
+
+class Growth(NamedTuple):
+    """What became of one parameter: rows as they were, rows that are new, columns that are new."""
+
+    parameter: str
+    rows_taken: int
+    rows_new: int
+    columns_new: int
+
+
+def find_earlier(common: Common, model: ModelConfig, start_from: str, data: PreparedData) -> Earlier:
+    """The run that `start_from` names, once it is sure that a LUM of `model` can go on from it. Collective.
+
+    In the name, {fold} is replaced by "kofK" of common.fold. Raises MissingFileError where the run or its prepared data
+    is missing; UserError, which says what differs and how to mend it, where the LUM would be another model, a feature
+    that it reads is gone or changed, a value has another row, or the earlier LUM has seen what this run holds out.
+    """
+    name = start_from.replace("{fold}", common.fold.replace("/", "of"))
+    folder = common.find_run(name)
+    if folder.resolve() == common.folder("pretrain").resolve():
+        raise UserError(f"pretrain.start_from={name} is this run itself; choose another run=<name>")
+    lum = open_lum_run(
+        folder,
+        missing=f"pretrain.start_from={name}: there is no finished LUM in {folder}; expected the name of a run of "
+        f"apps/pretrain.py under {common.runs_dir}, or its folder",
+    )
+    trained = lum.common
+    if common.fold not in ("", trained.fold):
+        raise UserError(
+            f"fold={common.fold} keeps users from this LUM, and {name} (fold={trained.fold or '(none)'}) has seen "
+            "them: start from the LUM of the same fold; pretrain.start_from=…{fold} names it for each"
+        )
+    meta = verified_meta(lum.checkpoint)
+    prepared = lum.prepared
+    manifest = on_rank_zero(lambda: read_manifest(prepared, verify=False))
+    trained_on = meta["fingerprint"].get("data", "not recorded")
+    if trained_on != manifest["fingerprint"]:
+        raise UserError(
+            f"{prepared} is not what {name} was trained on (fingerprint {manifest['fingerprint']}, then {trained_on}), "
+            "so the values of its rows are not known: prepare that log again as it was"
+        )
+    earlier = Earlier(name, lum.checkpoint, meta["parameters"], lum.model, schema_from_dict(manifest["schema"]))
+    _check_settings(earlier, model)
+    _check_features(earlier, model, data.schema)
+    if trained_on != data.fingerprint:
+        on_rank_zero(lambda: _check_vocabularies(earlier, prepared, data))
+        on_rank_zero(lambda: _check_split(name, prepared, manifest["split"], data))
+    return earlier
+
+
+def _check_settings(earlier: Earlier, model: ModelConfig) -> None:
+    differences = [
+        f"model.{name} is {getattr(earlier.model, name)!r} there, {getattr(model, name)!r} here"
+        for name in COMPARED_SETTINGS
+        if getattr(earlier.model, name) != getattr(model, name)
+    ]
+    if differences:
+        raise UserError(
+            f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(differences)}. Use its settings, or "
+            "train a new one without pretrain.start_from"
+        )
+
+
+def token_features(model: ModelConfig, schema: SchemaConfig) -> dict[str, list[str]]:
+    """The features that each projection ("item", "condition") reads, in the order of its columns."""
+    item = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
+    return {"item": item, "condition": condition_features(model, schema)}
+
+
+def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) -> None:
+    """Raises UserError unless all that the earlier LUM reads is still there: in the same role, table and width."""
+    before, now = token_features(earlier.model, earlier.schema), token_features(model, schema)
+    problems = []
+    for kind, names in before.items():
+        for name in names:
+            old, new = earlier.schema.features[name], schema.features.get(name)
+            if new is None or name not in now[kind]:
+                problems.append(f"it reads {name!r} ({old.role}), which this LUM does not")
+            elif (old.role, old.kind, old.table) != (new.role, new.kind, new.table):
+                was, is_ = (f"{f.role}, {f.kind}, table {f.table}" for f in (old, new))
+                problems.append(f"{name!r} was {was}; now it is {is_}")
+            elif (width := earlier.schema.tables[old.table].width) != schema.tables[new.table].width:
+                problems.append(
+                    f"table {old.table!r} was {width} wide; now it is {schema.tables[new.table].width}: set "
+                    f"schema.tables.{old.table}.width={width}"
+                )
+    if problems:
+        raise UserError(
+            f"a LUM cannot go on from {earlier.run} with this schema: {'; '.join(dict.fromkeys(problems))}. Features "
+            "may be added, none changed or taken away"
+        )
+
+
+def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) -> None:
+    """Raises UserError unless every value that the earlier LUM knows has the same row in `data`."""
+    before, now = read_vocabularies(prepared)[1], read_vocabularies(data.path)[1]
+    for parameter in earlier.parameters:
+        if not parameter.startswith(TABLES):
+            continue
+        table = _table_of(parameter)
+        moved = moved_values(before[table], now[table])
+        if len(moved):
+            key, row, row_now = moved.row(0)
+            place = "no row" if row_now is None else f"row {row_now}"
+            raise UserError(
+                f"the rows of {data.path} are not those of {prepared}, which {earlier.run} was trained on: table "
+                f"{table!r} has {len(moved):,} of {len(before[table]):,} values elsewhere ({key!r} was row {row}, now "
+                f"it has {place}). Prepare this log with " + shlex.quote(f"data.vocabulary_from={prepared.name}")
+            )
+
+
+def _check_split(run: str, prepared: Path, split_before: dict[str, Any], data: PreparedData) -> None:
+    """Raises UserError where the earlier LUM may have learned from an event that `data` holds out.
+
+    It has not where all it learned from is older than what is held out, nor where the same rule parted a log that has
+    only grown: a user's first events, or users by a hash of their keys, stay in the training part.
+    """
+    split = data.manifest["split"]
+    held_out = data.timestamp[data.split != TRAIN]
+    if (split == split_before and split["kind"] != "time") or not len(held_out):
+        return
+    training = pl.scan_parquet(prepared / "events" / "*.parquet").filter(pl.col("split") == TRAIN)
+    last = training.select(pl.col("timestamp").max()).collect(engine="streaming").item()
+    if not data.absolute_time or last >= held_out.min():
+        raise UserError(
+            f"{run} may have learned from events that this data holds out for evaluation: its data.split was "
+            f"{split_before}, up to {_date(last)}; here it is {split}, and held out is what comes from "
+            f"{_date(held_out.min())} on. Use the same data.split, or kind: time with times after those"
+        )
+
+
+def _date(second: int) -> str:
+    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def start_from(
+    model: DistributedModelParallel, earlier: Earlier, config: ModelConfig, schema: SchemaConfig, *, table_state: str
+) -> list[Growth]:
+    """Loads the earlier LUM into `model` (from `parallel.shard`), in place; what became of each parameter. Collective.
+
+    config, schema: of `model`. table_state: "keep" goes on with the tables' optimizer state too (new rows have none
+    yet), so that trained rows go on in small steps; "fresh" begins it anew. The state of all else always begins anew.
+    Each rank reads only the rows that it holds. Raises UserError, before anything is loaded, for parameters that do
+    not fit, and for state that is to be kept and does not fit.
+    """
+    if table_state not in TABLE_STATES:
+        raise UserError(f"pretrain.table_state is {table_state!r}; expected one of {', '.join(TABLE_STATES)}")
+    theirs = earlier.parameters
+    ours = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
+    sources = {name: CONSTANT if name == BIAS and CONSTANT in theirs else name for name in ours}
+    parts = _old_columns(earlier, token_features(config, schema), schema)
+    _check_parameters(earlier, ours, sources, parts)
+    if table_state == "keep":
+        _check_table_states(model, earlier)
+    rules = [
+        Rule(sources[name], name, optimizer="drop", columns="pad_zero", parts=[list(part) for part in parts[name]])
+        if name in parts
+        else Rule(sources[name], name, rows="grow", new_rows="unknown", optimizer=_STATE_RULES[table_state])
+        if name.startswith(TABLES)
+        else Rule(sources[name], name, optimizer="drop")
+        for name in ours
+        if sources[name] in theirs
+    ]
+    fresh = [name for name in ours if sources[name] not in theirs]
+    source = open_source(earlier.checkpoint, verify=False)  # `find_earlier` has verified it
+    warm_start(model, source, Rules(rules, source_prefix="model.", optimizer_prefix="optim.", fresh=fresh))
+    with torch.no_grad():
+        for name in fresh:
+            if name in parts:  # of a LUM that had no condition feature: all columns are new
+                ours[name].zero_()
+    return [_growth(name, theirs.get(sources[name]), value, parts) for name, value in ours.items()]
+
+
+def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
+    """What became of tables and projections as text, one line each; the others in one line."""
+    lines = [f"{earlier.checkpoint}", f"{'parameter':56} {'rows taken':>12} {'rows new':>12} {'columns new':>12}"]
+    told = [growth for growth in growths if growth.parameter.startswith((TABLES, *PROJECTIONS.values()))]
+    lines += [f"{name:56} {taken:>12,} {new:>12,} {columns:>12,}" for name, taken, new, columns in told]
+    lines.append(f"{len(growths) - len(told)} other parameters are as they were")
+    return "\n".join(lines)
+
+
+def _old_columns(
+    earlier: Earlier, features: Mapping[str, list[str]], schema: SchemaConfig
+) -> dict[str, list[tuple[int, int, int]]]:
+    """For each projection of the new LUM, (column in the earlier one, number, column now) of each feature it had."""
+    before, columns = token_features(earlier.model, earlier.schema), {}
+    for kind, names in features.items():
+        first = _first_columns(before[kind], earlier.schema)
+        now = _first_columns(names, schema)
+        if names:
+            columns[PROJECTIONS[kind]] = [
+                (first[name], schema.tables[schema.features[name].table].width, now[name])
+                for name in names
+                if name in first
+            ]
+    return columns
+
+
+def _first_columns(names: Sequence[str], schema: SchemaConfig) -> dict[str, int]:
+    widths = [schema.tables[schema.features[name].table].width for name in names]
+    return dict(zip(names, itertools.accumulate(widths, initial=0)))
+
+
+def _check_parameters(
+    earlier: Earlier, ours: Mapping[str, Any], sources: Mapping[str, str], columns: Collection[str]
+) -> None:
+    """Raises UserError for parameters that are missing in one of the two, or of a shape that no growth explains."""
+    theirs, known = earlier.parameters, set(sources.values())
+    problems = [f"{name} is not in this model" for name in theirs if name not in known]
+    for name, value in ours.items():
+        here, there = list(value.size()), theirs.get(sources[name])
+        if there is None:  # a new table, or the first condition feature
+            fits = name.startswith(TABLES) or (name in columns and CONSTANT in theirs)
+        elif name.startswith(TABLES):
+            fits = there[0] <= here[0] and there[1] == here[1]
+        else:
+            fits = there[0] == here[0] if name in columns else there == here
+        if not fits:
+            problems.append(f"{name} is {there or 'absent'} there, {here} here")
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(
+            f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(problems[:6])}{more}. Use the "
+            "settings of `model` that it was trained with"
+        )
+
+
+def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> None:
+    """Raises UserError, on every rank, for a table's optimizer state that is not there or does not grow with its rows.
+
+    Collective.
+    """
+    stored, weights = Reader(earlier.checkpoint).sizes(), model.state_dict()
+    problems = [
+        f"{name} is data_parallel, where its optimizer is not made yet"
+        for name, sharding in table_shardings(model).items()
+        if name in earlier.parameters and sharding.sharding_type == "data_parallel"
+    ]
+    for name, entries in model.fused_optimizer.state_dict()["state"].items():
+        for entry, value in entries.items() if name in earlier.parameters else ():
+            key = f"optim.{name}.{entry}"
+            expected = [earlier.parameters[name][0], *value.size()[1:]]
+            if stored.get(key) != expected or value.size()[0] != weights[name].size()[0]:
+                problems.append(f"{key} is {stored.get(key, 'absent')} there, {list(value.size())} here")
+    everywhere: list[list[str]] = [[]] * world_size()
+    dist.all_gather_object(everywhere, problems)
+    if problems := sorted({problem for part in everywhere for problem in part}):
+        raise UserError(
+            f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
+            "table_optimizer and sharding that it was trained with, or begin it anew: pretrain.table_state=fresh"
+        )
+
+
+def _growth(name: str, there: list[int] | None, value: Any, parts: Mapping[str, list[tuple[int, int, int]]]) -> Growth:
+    rows = int(value.size()[0])
+    taken = there[0] if there else 0
+    columns_new = int(value.size()[1]) - sum(number for _, number, _ in parts[name]) if name in parts else 0
+    return Growth(name, taken, rows - taken, columns_new)
+
+
+def _table_of(parameter: str) -> str:
+    return parameter.removeprefix(TABLES).removesuffix(".weight")

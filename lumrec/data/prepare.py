@@ -48,6 +48,8 @@ from lumrec.run.typed_yaml import to_yaml
 MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
 OPTIONAL = {"negatives", "result.json"}
 ROOM = "what was there is as it was. Make room and run the same command again"
+ITEM_ID = ("item", "item_id")  # role and column of the feature that tells items apart
+FEW_ITEMS = 10  # of an earlier log: none of so few may occur in the next one
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
@@ -126,7 +128,7 @@ def prepare(common: Common, path: Path) -> Dict[str, Any]:
                 "schema": dataclasses.asdict(schema),
                 "split": plain_split(data.split),
                 **content,
-                **_growth(older_fingerprint, older, content["table_rows"]),
+                **_growth(older_fingerprint, older, work, schema),
                 **({"forgotten": sorted(forgotten)} if forgotten else {}),
             },
         )
@@ -181,12 +183,27 @@ def _older_vocabularies(common: Common, path: Path) -> Tuple[str, Dict[str, pl.D
     return read_vocabularies(folder)
 
 
-def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], table_rows: Dict[str, int]) -> Dict[str, Any]:
-    """What the manifest says of vocabularies that build on older ones; nothing where they do not."""
+def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], folder: Path, schema: SchemaConfig) -> Dict[str, Any]:
+    """What the manifest says of vocabularies that build on older ones; nothing where they do not.
+
+    taken: values of the older one; found: those of them that this log's training part has; new: values that it adds.
+    Raises UserError where none of many items of the older log is in this one: then the ids are written in another way.
+    """
     if not older:
         return {}
-    taken = {table: len(older[table]) if table in older else 0 for table in table_rows}
-    tables = {table: {"taken": taken[table], "new": rows - 1 - taken[table]} for table, rows in table_rows.items()}
+    tables = {}
+    of_items = {feature.table for feature in schema.features.values() if (feature.role, feature.column) == ITEM_ID}
+    for file in sorted((folder / "vocabulary").glob("*.parquet")):
+        vocabulary, before = pl.read_parquet(file), older.get(file.stem)
+        taken = 0 if before is None else len(before)
+        found = int((vocabulary["count"].head(taken) > 0).sum())
+        tables[file.stem] = {"taken": taken, "found": found, "new": len(vocabulary) - taken}
+        if file.stem in of_items and taken >= FEW_ITEMS and not found and len(vocabulary) > taken:
+            there, here = vocabulary["key"][0], vocabulary["key"][taken]
+            raise UserError(
+                f"data.vocabulary_from: none of its {taken:,} items is in the training part of this log (there {there!r},"
+                f" say, and here {here!r}): name the earlier log of the same shop, or write the ids as it does"
+            )
     return {"vocabulary_from": {"fingerprint": fingerprint, "tables": tables}}
 
 
@@ -208,7 +225,10 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
     lines += [f"  {line}" for line in number_lines(manifest["numbers"])]
     if "vocabulary_from" in manifest:
         tables = manifest["vocabulary_from"]["tables"].items()
-        told = "; ".join(f"{table} {rows['taken']:,} taken, {rows['new']:,} new" for table, rows in tables)
+        told = "; ".join(
+            f"{table} {rows['taken']:,} taken ({rows['found']:,} of them found here), {rows['new']:,} new"
+            for table, rows in tables
+        )
         lines.append(f"  vocabularies build on {manifest['vocabulary_from']['fingerprint']}: {told}")
     if facts.get("best_auc") is not None:
         lines.append(

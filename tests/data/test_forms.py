@@ -113,7 +113,7 @@ def test_nulls_do_not_change_the_form_of_whole_numbers_in_parquet(tmp_path: Path
     write_log(folder, "b.parquet", scene=[54.0, None, 0.5, float("nan")], user_id=[1, 2, 3, 4])
     data = prepared(folder, f"data.vocabulary_from={tmp_path / 'runs' / 'old'}", run="new")
     assert set(data.vocabulary("scene")) == {"54", "7", "0.5"}
-    assert data.manifest["vocabulary_from"]["tables"]["scene"] == {"taken": 2, "new": 1}
+    assert data.manifest["vocabulary_from"]["tables"]["scene"] == {"taken": 2, "found": 2, "new": 1}
     assert as_text(pl.Series("x", [1.0, -0.0, 0.1, None, 1e300])).to_list() == ["1", "0", "0.1", None, "1e+300"]
     write_log(folder, "c.parquet", scene=[2**53 + 1, 1], user_id=[1, 2])
     with pytest.raises(UserError, match="'scene' holds floats beyond 2\\^53, which cannot tell whole numbers apart"):

@@ -17,6 +17,7 @@ from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.vocabulary import build_vocabulary, encode, moved_values
+from lumrec.run.errors import UserError
 
 COUNTS = st.dictionaries(st.sampled_from([f"v{number}" for number in range(12)]), st.integers(1, 5))
 DAY_1 = ["a,x,100000,1,home", "a,y,200000,0,home", "b,x,300000,1,search", "b,z,400000,1,home"]
@@ -96,8 +97,8 @@ def test_a_log_that_went_on(prepare_days: Callable, capsys: pytest.CaptureFixtur
     assert counts == {"x": 1, "y": 0, "z": 0, "w": 2, "v": 1}
     said = data.manifest["vocabulary_from"]
     assert said["fingerprint"] == PreparedData.open(old).fingerprint
-    assert said["tables"]["item_id"] == {"taken": 3, "new": 2}
-    assert "item_id 3 taken, 2 new" in capsys.readouterr().out
+    assert said["tables"]["item_id"] == {"taken": 3, "found": 1, "new": 2}
+    assert "item_id 3 taken (1 of them found here), 2 new" in capsys.readouterr().out
     items = dict(zip(data.item_keys(), data.item_columns["item_id"].values.tolist()))
     assert items == {"x": 1, "w": 4, "v": 5}
 
@@ -115,7 +116,7 @@ def test_a_new_table_and_one_that_is_gone(prepare_days: Callable):
     )
     new = prepare_days("day-2", DAY_2, vocabulary_from="day-1", schema=schema)
     assert vocabulary(new, "place") == {"home": 1, "voice": 2}
-    assert PreparedData.open(new).manifest["vocabulary_from"]["tables"]["place"] == {"taken": 0, "new": 2}
+    assert PreparedData.open(new).manifest["vocabulary_from"]["tables"]["place"] == {"taken": 0, "found": 0, "new": 2}
 
 
 def test_a_folder_of_another_place_and_chains(prepare_days: Callable, tmp_path: Path):
@@ -160,6 +161,14 @@ def test_what_cannot_be_built_on_is_refused(prepare_days: Callable):
     path.write_bytes(content)
     with pytest.raises(PreparedDataError, match="item_id.parquet was changed or damaged"):
         prepare_days("day-2", DAY_2, vocabulary_from="day-1")
+
+
+def test_a_log_without_any_item_of_the_earlier_one_is_refused(prepare_days: Callable):
+    prepare_days("day-1", [f"a,{n},{n},1,home" for n in range(1, 20)])
+    with pytest.raises(
+        UserError, match=r"none of its 19 items is in .* this log \(there '\w+', say, and here 'p\w+'\)"
+    ):
+        prepare_days("day-2", [f"a,p{n},{n},1,home" for n in range(1, 20)], vocabulary_from="day-1")
 
 
 def test_values_are_encoded_by_the_grown_vocabulary():

@@ -13,6 +13,9 @@ from lumrec.run.errors import UserError
 
 MAX_NUMBER = 1e30  # the square of a larger one is beyond what moments (64 bits) and models (32 bits) hold
 UNREADABLE = 0.5  # of the values of a column that are no numbers: then it is no column of numbers
+MAX_SPREADS = 1e6  # from where most values lie: with such a value among them, scaling makes all others one number
+MOST = (0.05, 0.95)  # quantiles between which most values lie
+SAMPLED_ROWS = 1_000_000  # that say where
 DECIMAL_COMMA = r"^[+-]?[0-9.]*[0-9],[0-9]+$"
 
 
@@ -49,17 +52,20 @@ def number_facts(
 ) -> Dict[str, NumberFacts]:
     """The facts of each dense feature. blocks: Parquet files of events, features by name. catalogues: by role.
 
-    Raises UserError for a column that mostly holds what is no number, or numbers with a decimal comma.
+    Raises UserError for a column that mostly holds what is no number, or numbers with a decimal comma, and for a number
+    so far from most others that scaling by the deviation would make these one.
     """
     facts = {}
     for name, feature in schema.features.items():
         if feature.kind != "dense":
             continue
-        if feature.role in catalogues:
-            facts[name] = _facts(catalogues[feature.role].lazy(), feature.column)
-        else:
-            facts[name] = _facts(pl.scan_parquet(list(blocks)), name)
+        is_event = feature.role not in catalogues
+        frame = pl.scan_parquet(list(blocks)) if is_event else catalogues[feature.role].lazy()
+        column = name if is_event else feature.column
+        facts[name] = _facts(frame, column)
         _check(name, feature, facts[name])
+        if feature.scale == "standard":
+            _check_outliers(name, frame, column)
     return facts
 
 
@@ -94,6 +100,21 @@ def _check(name: str, feature: FeatureConfig, facts: NumberFacts) -> None:
         )
     if facts.unreadable > UNREADABLE * (facts.rows - facts.missing):
         raise UserError(f"{where}, such as {example!r}; kind: dense is for numbers, use kind: id for text")
+
+
+def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
+    value = number(pl.col(column), frame.collect_schema()[column])
+    low, high = frame.select(value.min().alias("low"), value.max().alias("high")).collect(engine="streaming").row(0)
+    most = frame.head(SAMPLED_ROWS).select(*(value.quantile(q).alias(str(q)) for q in MOST)).collect().row(0)
+    if low is None or most[0] is None or most[0] == most[1]:
+        return  # nothing, or a flag: most values are one
+    distance, farthest = max((high - most[1], high), (most[0] - low, low))
+    if distance > MAX_SPREADS * (most[1] - most[0]):
+        raise UserError(
+            f"schema.features.{name}: {farthest:g} is too far from the other numbers, most of which are between "
+            f"{most[0]:g} and {most[1]:g}: scaled by their deviation these would all be one; mend it, leave it empty, "
+            "or use scale: log, or buckets as kind: id"
+        )
 
 
 def number_lines(facts: Mapping[str, Mapping[str, Any]]) -> List[str]:

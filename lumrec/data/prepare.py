@@ -35,6 +35,7 @@ from lumrec.data.own_log.config import as_list
 from lumrec.data.own_log.folders import find_files
 from lumrec.data.own_log.read import damaged_file
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
 from lumrec.data.split_notes import part_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
@@ -201,8 +202,8 @@ def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], folder: Path, sche
         if file.stem in of_items and taken >= FEW_ITEMS and not found and len(vocabulary) > taken:
             there, here = vocabulary["key"][0], vocabulary["key"][taken]
             raise UserError(
-                f"data.vocabulary_from: none of its {taken:,} items is in the training part of this log (there {there!r},"
-                f" say, and here {here!r}): name the earlier log of the same shop, or write the ids as it does"
+                f"data.vocabulary_from: none of its {taken:,} items is in the training part of this log (there "
+                f"{there!r}, say, and here {here!r}): name the earlier log of this shop, or write the ids as it does"
             )
     return {"vocabulary_from": {"fingerprint": fingerprint, "tables": tables}}
 

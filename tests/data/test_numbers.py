@@ -56,6 +56,18 @@ def prepared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tup
     return make
 
 
+@pytest.mark.parametrize("outliers", [["1e30"], ["-1e29"], ["1e12", "1e12"]])
+def test_a_training_row_that_would_make_all_others_one_number_is_refused(prepared: Callable, outliers: list[str]):
+    speed = [str(n % 7 + 1) for n in range(60)]
+    speed[3 : 3 + len(outliers)] = outliers
+    with pytest.raises(
+        UserError, match="schema.features.speed: .* is too far from the other numbers, most of"
+    ):
+        prepared(speed=speed, price=HOW_FAR * 6)
+    prepared("schema.features.speed.scale=log", speed=speed, price=HOW_FAR * 6)
+    prepared(speed=["0"] * 59 + ["1"], price=HOW_FAR * 6)  # a rare flag is no outlier
+
+
 def test_unreadable_and_missing_numbers_are_counted_and_told(prepared: Callable):
     speed = ["", "soon", " 3 ", "0x10", "nan", "5", "6", "7", "8", "9"]
     _, text = prepared(speed=speed)

@@ -60,9 +60,7 @@ def prepared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tup
 def test_a_training_row_that_would_make_all_others_one_number_is_refused(prepared: Callable, outliers: list[str]):
     speed = [str(n % 7 + 1) for n in range(60)]
     speed[3 : 3 + len(outliers)] = outliers
-    with pytest.raises(
-        UserError, match="schema.features.speed: .* is too far from the other numbers, most of"
-    ):
+    with pytest.raises(UserError, match="schema.features.speed: .* is too far from the other numbers, most of"):
         prepared(speed=speed, price=HOW_FAR * 6)
     prepared("schema.features.speed.scale=log", speed=speed, price=HOW_FAR * 6)
     prepared(speed=["0"] * 59 + ["1"], price=HOW_FAR * 6)  # a rare flag is no outlier

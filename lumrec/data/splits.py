@@ -264,7 +264,8 @@ def parse_fold(fold: str) -> tuple[int, int] | None:
     if not fold:
         return None
     left, _, right = fold.partition("/")
-    if left.isdecimal() and right.isdecimal() and int(left) < int(right) and 2 <= int(right) <= MOST_FOLDS:
+    short = max(len(left), len(right)) <= len(str(MOST_FOLDS))
+    if short and left.isdecimal() and right.isdecimal() and int(left) < int(right) and 2 <= int(right) <= MOST_FOLDS:
         return int(left), int(right)
     raise UserError(
         f'fold is {fold!r}; expected "k/K" with 0 ≤ k < K and 2 ≤ K ≤ {MOST_FOLDS}, such as fold=0/2, or "" for all '

@@ -46,13 +46,14 @@ def read_series(path: Path, metric: str, label: str) -> Series:
         for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             try:
                 line = dict(json.loads(text))
-            except (ValueError, TypeError):
+                step = float(line["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise UserError(
-                    f"{path} is damaged: line {number} is {text[:60]!r}, expected JSON; make the run again with "
-                    "overwrite=true, or remove the line"
+                    f"{path} is damaged: line {number} is {text[:60]!r}, expected JSON with a step; make the run again "
+                    "with overwrite=true, or remove the line"
                 ) from None
             if isinstance(line.get(metric), (int, float)):
-                steps.append(line["step"])
+                steps.append(step)
                 values.append(line[metric])
     return Series(label, steps, values)
 

@@ -267,7 +267,7 @@ def _still_named(
                 if prepare_again and (path / MANIFEST).exists() and files_with(path, forgotten):
                     _prepare_again(path, runs_dir)
                 named += _in_users_file(path, forgotten)
-            except (ValueError, OSError, pa.ArrowException) as error:
+            except (UserError, OSError, pa.ArrowException) as error:
                 named.append(f"whether {path} holds them is unknown: {error}")
     keys = [key for key in user_keys if len(key.encode()) >= SEARCHABLE_BYTES]
     for path in _folders(runs_dir, []) if keys else []:

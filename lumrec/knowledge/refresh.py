@@ -105,7 +105,7 @@ def find_earlier(path: Path, identity: dict[str, Any], *, required: bool, made_b
         if "users.npy" not in manifest["files"]:
             raise UserError(f"the knowledge in {path} has no index of its users (users.npy): build it again once")
         check_files(path / manifest["folder"], manifest["files"], checksums=True)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         if required:
             raise
         logger.info("nothing is taken over: %s", error)

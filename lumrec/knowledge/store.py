@@ -355,7 +355,7 @@ class KnowledgeStore:
             if got == (num_conditions, dim, with_log_z):
                 return store
             reason = f"{path} holds (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
-        except (OSError, ValueError, KeyError, lmdb.Error) as error:
+        except (OSError, UserError, lmdb.Error) as error:
             reason = str(error)
         logger.warning("no knowledge, every user is absent: %s", reason)
         shape = {"conditions": [{}] * num_conditions, "dim": dim, "dtype": "float32", "log_normalizer": with_log_z}

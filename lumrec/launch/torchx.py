@@ -139,6 +139,6 @@ def literal(arguments: Sequence[str]) -> "list[str]":
 
 def _parse_j(j: str) -> "tuple[int, int]":
     nodes, _, processes = j.partition("x")
-    if not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
+    if len(j) > 20 or not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
         raise UsageError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
     return int(nodes), int(processes)

@@ -152,6 +152,8 @@ def _choices(data: PreparedData, feature: str, value: str) -> list[str]:
         count = np.bincount(rows.numpy(), minlength=len(known) + 1)
         return sorted((word for word, row in known.items() if count[row]), key=lambda word: (-count[known[word]], word))
     if match := TOP.fullmatch(value):
+        if len(match[1]) > 9:
+            raise UserError(f"condition {feature}: top {match[1][:20]}… asks for more than there can be")
         number = int(match[1])
         if number < 1:
             raise UserError(f"condition {feature}: {value!r} asks for nothing; expected top 1 or more")
@@ -164,7 +166,7 @@ def _place(value: str, known: Mapping[str, int]) -> int:
     match = TOP_PLACE.fullmatch(str(value))
     if match is None or str(value) in known:
         return 0
-    if not 1 <= int(match[1]) <= int(match[2]):
+    if max(len(match[1]), len(match[2])) > 9 or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"got the condition {value!r}; expected a place from 1 to {match[2]}")
     return int(match[1])
 

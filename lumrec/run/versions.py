@@ -43,7 +43,9 @@ def versions() -> dict[str, Any]:
 def warn_of_other_versions(path: Path) -> None:
     try:
         before = json.loads((path / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(before, dict):
         return
     now = versions()
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "threads"):

@@ -119,7 +119,7 @@ def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
                 continue
             try:
                 block_NC = source.read(copy.source, first, last).reshape(last - first, -1)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 problems.append(str(error))
                 break
             problem, now_zero, numbers = _fault(copy, block_NC, taken_N, first)

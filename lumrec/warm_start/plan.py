@@ -142,7 +142,7 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
             _add(plan, rules, rule, name, full, target, targets[target])
             note = _state_note(plan, rule, name, targets[target], ours.get(target, []), theirs)
             audit.rows[-1] = replace(audit.rows[-1], optimizer=note)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     taken = {copy.source for copy in plan.copies}
     audit.states_left = [name.removeprefix(SECOND) for name in theirs.names if name not in taken]
@@ -185,7 +185,7 @@ def _with_numbers(
         if rule.quantized:
             try:
                 decoded[full] = dequantised(source, full, rule, flat(tuple(targets[target].size()))[1])
-            except ValueError as error:
+            except UserError as error:
                 problems.append(str(error))
                 pairs.pop(target)
     return replace(source, tensors={**source.tensors, **decoded}), problems

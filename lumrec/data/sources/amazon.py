@@ -334,9 +334,9 @@ def _attributes(path: Path) -> pl.LazyFrame:
             "item_id": [int(item) for item in content],
             "attributes": [list(map(str, of)) for of in content.values()],
         }
-    except (ValueError, TypeError, AttributeError) as error:
+        items = pl.LazyFrame(columns, schema={"item_id": pl.Int64, "attributes": pl.List(pl.String)})
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{path}: expected one JSON object, item → list of attributes; {error}") from error
-    items = pl.LazyFrame(columns, schema={"item_id": pl.Int64, "attributes": pl.List(pl.String)})
     return items.with_columns(
         pl.col("attributes").list.first().alias("attribute"), pl.lit(None, pl.String).alias("reason")
     )

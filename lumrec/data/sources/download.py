@@ -142,7 +142,8 @@ def _receive(archive: Archive, part: Path, *, resume: bool = True) -> None:
             return
         return _receive(archive, part, resume=False)
     with reply:
-        total = int(reply.headers.get("Content-Length") or 0)
+        length = reply.headers.get("Content-Length") or ""
+        total = int(length) if length.isdecimal() and len(length) < 20 else 0
         if headers and reply.status == http.HTTPStatus.PARTIAL_CONTENT:
             found = RANGE.match(reply.headers.get("Content-Range") or "")
             other = _name_of_version(reply.headers) not in ("", version)

@@ -323,7 +323,7 @@ def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = Fals
     moved = ", ".join(f"{key} {value}" for key, value in (("seed", split.seed), ("rotation", split.rotation)) if value)
     return (
         f"{split.kind} split{f' ({moved})' if moved else ''}, test part{rows}, mean over the {trained} seeds "
-        f"{settings.seeds}, LUM seed {config.seed}, knowledge {folds}{extension}"
+        f"{settings.seeds}, LUM seed {config.seed}, rows see strictly earlier moments, knowledge {folds}{extension}"
     )
 
 

@@ -12,6 +12,9 @@ from lumrec.run.limits import setting
 Names = Union[str, List[str]]  # one name may stand for a list of one
 
 
+TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
+
+
 def check_encoding(key: str, name: str) -> None:
     """Raises UserError for a name that is no encoding of text ("zip" is one of bytes)."""
     try:
@@ -73,6 +76,10 @@ class LogConfig:
             if not getattr(self, name):
                 what = "the text between the values of a list" if name == "list_separator" else "the name of a column"
                 raise UserError(f"{at}{name}: got '', expected {what}")
+        separator = TAB.get(self.separator, self.separator)
+        for key, value, lengths in (("separator", separator, (1,)), ("quote", self.quote, (0, 1))):
+            if len(value.encode()) not in lengths:
+                raise UserError(f"{at}{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
         check_encoding(f"{at}encoding", self.encoding)
 
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from lumrec.data.own_log.config import LogConfig, check_encoding
+from lumrec.data.own_log.config import TAB, LogConfig
 from lumrec.data.own_log.parts import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique
 from lumrec.run.errors import UserError
 
@@ -32,7 +32,6 @@ BLOCK_BYTES = 8 << 20  # read and parsed at once: bounds the memory, and the len
 MAX_BREAKS = 100  # in one field: with more, a quote was left open and swallows the rest of the file
 MAX_BAD_ROWS = 200_000  # one after the other: then the separator or the header is wrong
 SEPARATORS = (",", ";", "\t", "|")  # what is tried where the config's does not part the fields
-TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
 FIRST_LINES = 5
 EMPTY_LINE, HEADER_AGAIN = "empty line", "the header again"
 LINE_BREAK = "line break within a field (a quote that is not closed?)"
@@ -83,7 +82,7 @@ def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Pat
     All headers are read first. Raises UserError, which names the file, for one that is empty, cut or no CSV, for a
     header with a name twice, and for a quote that is never closed.
     """
-    _check_settings(config)
+    config.check("data.log.")
     separators = [_separator(file, config) for file in files]
     headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
     parts: List[Part] = []
@@ -92,14 +91,6 @@ def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Pat
         target = scratch / f"{name}-{number:05d}.parquet"
         parts.append(_convert(file, header, target, config, separator, first))
     return parts
-
-
-def _check_settings(config: LogConfig) -> None:
-    separator = TAB.get(config.separator, config.separator)
-    for key, value, lengths in (("separator", separator, (1,)), ("quote", config.quote, (0, 1))):
-        if len(value.encode()) not in lengths:
-            raise UserError(f"data.log.{key}: got {value!r}, expected one ASCII character{' or none' * (0 in lengths)}")
-    check_encoding("data.log.encoding", config.encoding)
 
 
 def _separator(file: Path, config: LogConfig) -> str:

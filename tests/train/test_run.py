@@ -7,18 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
-from typing import Optional
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from typing import Any, Optional
 
 import pytest
 import yaml
 from runs import create_run, settings_of
 
 from lumrec.data.common import Common
+from lumrec.experiments.config import load
 from lumrec.experiments.report_plots import read_series
 from lumrec.run import versions as versions_module
 from lumrec.run.changes import config_differences
 from lumrec.run.errors import UserError
+from lumrec.run.folder import RunFolder
+from lumrec.stages.registry import STAGES
 from lumrec.train.loop import TrainConfig
 
 
@@ -95,6 +98,26 @@ def test_an_unfinished_run_of_the_same_config_continues(tmp_path):
     )
     again = create_run(same, "pretrain")
     assert again.resumed and not again.finished
+
+
+def with_a_new_field(section: Any) -> Any:
+    """The settings as a later version declares them: one more field, with a default, in each section."""
+    kind = type(section)
+    later = make_dataclass(kind.__name__, [("added_later", int, 3)], bases=(kind,), frozen=True)
+    inner = {each.name: getattr(section, each.name) for each in fields(section)}
+    return later(**{name: with_a_new_field(value) if is_dataclass(value) else value for name, value in inner.items()})
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_run_goes_on_under_a_version_with_a_new_field_in_each_section(tmp_path, stage):
+    config = load(None, [f"runs_dir={tmp_path}", "name=old"])
+    settings = STAGES[stage].settings(config)
+    RunFolder.create(config.folder(stage), stage, settings).close()
+    later = with_a_new_field(settings)
+    assert config_differences(config.folder(stage), later) == {}
+    assert RunFolder.create(config.folder(stage), stage, later).resumed
+    other = replace(later, added_later=4, data=replace(later.data, added_later=5))
+    assert list(config_differences(config.folder(stage), other)) == ["added_later", "data.added_later"]
 
 
 def test_another_config_is_refused_naming_the_keys(tmp_path):

@@ -16,6 +16,8 @@ from lumrec.stages.registry import STAGES
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
 
+pytest_plugins = ["published_logs", "small_experiments", "production", "two_rank_job", "stages_in_forks"]
+
 # `make test` draws the same examples on every machine, and does not shrink one that fails: that takes minutes.
 # `make fuzz` (tests/fuzz.py) draws other examples, FUZZ_FACTOR times as many, and shrinks those that fail.
 FUZZ, FUZZ_FACTOR = bool(os.environ.get("LUMREC_FUZZ")), 5

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "query"), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
 os.environ.update({"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"})
 
 import numpy as np  # noqa: E402

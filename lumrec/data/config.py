@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from lumrec.data.drawn_rows import NegativeRowsConfig
 from lumrec.data.own_log.config import LogConfig
@@ -63,6 +63,6 @@ class DataConfig:
     max_list_length: int = count(1000, least=1)
     duplicates: Literal["drop", "keep"] = "drop"
     request: str = ""
-    negatives: Optional[NegativeRowsConfig] = None
+    negatives: NegativeRowsConfig | None = None
     log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)

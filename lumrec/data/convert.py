@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -43,9 +43,9 @@ def convert(
     min_count: int = 1,
     max_list_length: int = 1000,
     drop_duplicates: bool = True,
-    older: Optional[Dict[str, pl.DataFrame]] = None,
-    negatives: Optional[NegativeRowsConfig] = None,
-) -> Dict[str, Any]:
+    older: dict[str, pl.DataFrame] | None = None,
+    negatives: NegativeRowsConfig | None = None,
+) -> dict[str, Any]:
     """Writes every file of the prepared folder but the manifest; gives back its counts, facts and quarantine.
 
     older: vocabularies by table that those of the same tables build on. negatives: rows to draw beside the events.
@@ -65,7 +65,7 @@ def convert(
     vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count, older or {})
     moments = fit_scales(schema, intake.blocks, catalogues)
 
-    unknown: Dict[str, int] = {}
+    unknown: dict[str, int] = {}
     for role, catalogue in catalogues.items():
         frame = catalogue.frame
         kept = frame.select(
@@ -125,7 +125,7 @@ def drawer(config: NegativeRowsConfig, intake: Intake, items: Catalogue, raw: Ra
     return NegativeRows(config, items.count_N, ids, intake.blocks, absolute_time=raw.absolute_time)
 
 
-def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) -> Dict[str, Catalogue]:
+def part_blocks(intake: Intake, split: SplitConfig, cuts: np.ndarray | None) -> dict[str, Catalogue]:
     """Adds the column `split` (i8) to each block; the catalogues with their training events."""
     user_ids = intake.users["user_id"].cast(pl.String)
     item_N, user_N = np.zeros(len(intake.items), np.int64), np.zeros(len(intake.users), np.int64)
@@ -144,13 +144,13 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: Optional[np.ndarray]) 
 
 def count_vocabularies(
     schema: SchemaConfig,
-    blocks: List[Path],
-    catalogues: Dict[str, Catalogue],
+    blocks: list[Path],
+    catalogues: dict[str, Catalogue],
     min_count: int,
-    older: Dict[str, pl.DataFrame],
-) -> Dict[str, pl.DataFrame]:
+    older: dict[str, pl.DataFrame],
+) -> dict[str, pl.DataFrame]:
     """One vocabulary for each table; a value of an item or user counts once for each training event of that one."""
-    counts: Dict[str, List[pl.DataFrame]] = {table: [] for table in schema.tables}
+    counts: dict[str, list[pl.DataFrame]] = {table: [] for table in schema.tables}
     for feature in schema.features.values():
         if feature.table and feature.role in catalogues:
             catalogue = catalogues[feature.role]
@@ -167,11 +167,11 @@ def count_vocabularies(
     return {table: build_vocabulary(_summed(parts), min_count, older.get(table)) for table, parts in counts.items()}
 
 
-def _summed(counts: List[pl.DataFrame]) -> pl.DataFrame:
+def _summed(counts: list[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(counts).group_by("key").agg(pl.col("count").sum())
 
 
-def fit_scales(schema: SchemaConfig, blocks: List[Path], catalogues: Dict[str, Catalogue]) -> Dict[str, Moments]:
+def fit_scales(schema: SchemaConfig, blocks: list[Path], catalogues: dict[str, Catalogue]) -> dict[str, Moments]:
     """Moments of each dense feature over the training events, by feature name."""
     dense = {name: feature for name, feature in schema.features.items() if feature.kind == "dense"}
     moments = {name: Moments() for name in dense}
@@ -188,14 +188,14 @@ def fit_scales(schema: SchemaConfig, blocks: List[Path], catalogues: Dict[str, C
 
 
 def encode_features(
-    columns: Dict[str, pl.Series],
-    features: Dict[str, FeatureConfig],
-    vocabularies: Dict[str, pl.DataFrame],
-    moments: Dict[str, Moments],
-    unknown: Dict[str, int],
+    columns: dict[str, pl.Series],
+    features: dict[str, FeatureConfig],
+    vocabularies: dict[str, pl.DataFrame],
+    moments: dict[str, Moments],
+    unknown: dict[str, int],
     *,
     rows: pl.Series,
-) -> List[pl.Series]:
+) -> list[pl.Series]:
     """Vocabulary rows or scaled numbers of each feature; `unknown` grows by the values without a row or number.
 
     rows: what names each row in a message. Raises UserError as `scaled` does.
@@ -211,7 +211,7 @@ def encode_features(
     return encoded
 
 
-def count(intake: Intake, catalogues: Dict[str, Catalogue], left_out: Dict[str, int]) -> Dict[str, int]:
+def count(intake: Intake, catalogues: dict[str, Catalogue], left_out: dict[str, int]) -> dict[str, int]:
     """Rows read, kept and left out, users and items, and the events of each part."""
     blocks = pl.scan_parquet(intake.blocks)
     counted = blocks.group_by("split").agg(events=pl.len(), users=pl.col("user").n_unique()).collect(engine="streaming")
@@ -243,11 +243,11 @@ def write(frame: pl.DataFrame, path: Path) -> None:
     frame.write_parquet(path, compression="zstd")
 
 
-def _facts(events: Path, num_items: int) -> Dict[str, Optional[float]]:
+def _facts(events: Path, num_items: int) -> dict[str, float | None]:
     """Share of positive labels in each part and, of a simulated log, the known AUCs; None where there is no number."""
     frame = pl.scan_parquet(events / "*.parquet")
     rates = dict(frame.group_by("split").agg(pl.col("label").mean()).collect(engine="streaming").iter_rows())
-    facts: Dict[str, Optional[float]] = {f"{part}_positive_rate": rates.get(code) for code, part in enumerate(PARTS)}
+    facts: dict[str, float | None] = {f"{part}_positive_rate": rates.get(code) for code, part in enumerate(PARTS)}
     if "probability" in frame.collect_schema():
         train = frame.filter(pl.col("split") == TRAIN).group_by("item").agg(pl.col("label").sum())
         test = frame.filter(pl.col("split") == TEST).select("item", "label", "probability")
@@ -258,7 +258,7 @@ def _facts(events: Path, num_items: int) -> Dict[str, Optional[float]]:
     return facts
 
 
-def _check_expected(counts: Dict[str, int], raw: RawLog) -> None:
+def _check_expected(counts: dict[str, int], raw: RawLog) -> None:
     """Raises UserError where unmodified published files do not hold as many users, items, … as is known of them."""
     expected = raw.extra.get("expected")
     assert expected is None or isinstance(expected, dict)

@@ -12,8 +12,9 @@ Shape suffixes: M events of a part in the pool, S slices, N draws.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -57,7 +58,7 @@ class Slices(NamedTuple):
         return self.item_M[np.clip(place_N, begin_N, end_N - 1)]
 
 
-def make_pool(blocks: Sequence[Path], count_I: np.ndarray, *, absolute_time: bool) -> Dict[int, Slices]:
+def make_pool(blocks: Sequence[Path], count_I: np.ndarray, *, absolute_time: bool) -> dict[int, Slices]:
     """The slices of each part that has events. blocks: with item, timestamp, order and split.
 
     Where times of different users cannot be compared, a part is one slice.

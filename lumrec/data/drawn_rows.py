@@ -21,9 +21,10 @@ Shape suffixes: E events, U users, I items, N drawn rows, P pairs of a user and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Literal, Mapping, Optional, Sequence
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -73,7 +74,7 @@ class NegativeRows:
     ) -> None:
         self.config, self.count_I, self.user_ids, self.absolute_time = config, count_I, user_ids, absolute_time
         self.weight_I = ((count_I > 0) if config.sampling == "uniform" else count_I).astype(np.int64)
-        self.pool: Dict[int, Slices] = {}
+        self.pool: dict[int, Slices] = {}
         self.up_P = np.full(len(PARTS), 0.5)
         if config.sampling == "matched" and blocks:
             self.pool = make_pool(blocks, count_I, absolute_time=absolute_time)
@@ -212,14 +213,14 @@ class NegativeRows:
         moved_N = own_P1[before_N] - own_P1[first_U1[user_N]]
         return np.searchsorted(end_I, place_N + moved_N, side="right")
 
-    def facts(self) -> Dict[str, Optional[float]]:
+    def facts(self) -> dict[str, float | None]:
         """What tells events from drawn rows without any model, for each part; None where the part has no rows.
 
         "<part>_popularity_auc": AUC of the training events of each item, a tie one half ("popularity_auc" is the test
         part's). "<part>_unseen_positives", "…_negatives": shares of items that the training part does not have.
         "<part>_repeated_positives", "…_negatives": shares of items that the user had before.
         """
-        found: Dict[str, Optional[float]] = {}
+        found: dict[str, float | None] = {}
         for part, name in enumerate(PARTS):
             positives_I, negatives_I = self.items_PKI[part]
             found[f"{name}_popularity_auc"] = _auc_of_counts(self.count_I, positives_I, negatives_I)
@@ -255,7 +256,7 @@ class _Events:
         return _is_in(self.shown_P, self.moment_E[event_N] * self.num_items + item_N)
 
 
-def draw_lines(facts: Mapping[str, Optional[float]]) -> List[str]:
+def draw_lines(facts: Mapping[str, float | None]) -> list[str]:
     """What the draws look like, a line for each part that has rows."""
     return [
         f"{part:5}  AUC by item popularity {facts[f'{part}_popularity_auc']:.4f}; items not in training: "
@@ -267,7 +268,7 @@ def draw_lines(facts: Mapping[str, Optional[float]]) -> List[str]:
     ]
 
 
-def draw_warnings(config: NegativeRowsConfig, facts: Mapping[str, Optional[float]]) -> List[str]:
+def draw_warnings(config: NegativeRowsConfig, facts: Mapping[str, float | None]) -> list[str]:
     """Where a ranker could tell drawn rows from events by how they were drawn, a sentence each."""
     warnings = []
     mend = "" if config.sampling == "matched" else "; data.negatives.sampling=matched draws so that it does not"
@@ -295,7 +296,7 @@ def _is_in(sorted_P: np.ndarray, key_N: np.ndarray) -> np.ndarray:
     return sorted_P[place_N] == key_N
 
 
-def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np.ndarray) -> Optional[float]:
+def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np.ndarray) -> float | None:
     _, score_I = np.unique(count_I, return_inverse=True)
     positives_S, negatives_S = (np.bincount(score_I, weights=x) for x in (positives_I, negatives_I))
     pairs = positives_S.sum() * negatives_S.sum()

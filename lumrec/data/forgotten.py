@@ -10,8 +10,9 @@ import csv
 import dataclasses
 import hashlib
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterable, List, Set
+from typing import Any
 
 import polars as pl
 
@@ -28,7 +29,7 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def read_forgotten(runs_dir: Path) -> Set[str]:
+def read_forgotten(runs_dir: Path) -> set[str]:
     """SHA-256 of everyone who was forgotten in this runs folder. Raises UserError where the file is damaged."""
     file = runs_dir / FORGOTTEN
     if not file.exists():
@@ -47,7 +48,7 @@ def without_forgotten(raw: RawLog, forgotten: Collection[str]) -> RawLog:
     """The log without the events and catalogue rows of forgotten users."""
     if not forgotten:
         return raw
-    frames: Dict[str, Any] = {}
+    frames: dict[str, Any] = {}
     for name in ("events", "users"):
         frame = getattr(raw, name)
         if frame is None:
@@ -69,7 +70,7 @@ def blank_quarantine(file: Path, forgotten: Collection[str]) -> None:
         frame.with_columns(raw).write_parquet(file)
 
 
-def files_with(folder: Path, forgotten: Collection[str]) -> List[str]:
+def files_with(folder: Path, forgotten: Collection[str]) -> list[str]:
     """Files of prepared data that hold a forgotten user, "users.parquet (2 users)" each. Raises as `read_manifest`."""
     manifest = read_manifest(folder, verify=False)
     left = set(forgotten) - set(manifest.get("forgotten", []))

@@ -7,8 +7,8 @@ numbers into floats; 0.5 of a fraction; true or false.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
 
 import polars as pl
 
@@ -58,7 +58,7 @@ def text_of(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     return pl.when(value.is_not_nan()).then(text)
 
 
-def mixed_forms(values: pl.Series, others: Optional[pl.Series] = None) -> Optional[Tuple[str, str]]:
+def mixed_forms(values: pl.Series, others: pl.Series | None = None) -> tuple[str, str] | None:
     """Two forms of one value among `values`, or one of `values` and one of `others`; None where none is mixed.
 
     Both hold distinct texts. Of several such values the first one by its common form.
@@ -82,8 +82,8 @@ def mixed_forms(values: pl.Series, others: Optional[pl.Series] = None) -> Option
 def check_forms(
     schema: SchemaConfig,
     blocks: Sequence[Path],
-    catalogues: Dict[str, pl.DataFrame],
-    older: Dict[str, pl.DataFrame],
+    catalogues: dict[str, pl.DataFrame],
+    older: dict[str, pl.DataFrame],
     exact: Sequence[str],
 ) -> None:
     """Raises UserError, which names both, where a table would have two forms of one value, or `older` has another form.
@@ -111,7 +111,7 @@ def check_forms(
 
 
 def _distinct(
-    name: str, feature: FeatureConfig, blocks: Sequence[Path], catalogues: Dict[str, pl.DataFrame]
+    name: str, feature: FeatureConfig, blocks: Sequence[Path], catalogues: dict[str, pl.DataFrame]
 ) -> pl.Series:
     """The distinct texts of a feature."""
     if feature.role in catalogues:

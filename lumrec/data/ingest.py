@@ -6,9 +6,9 @@ raw log ── checks ──┬── rows that can be used ── catalogue: it
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import polars as pl
@@ -47,8 +47,8 @@ class Intake:
 
     items: pl.DataFrame
     users: pl.DataFrame
-    blocks: List[Path] = field(default_factory=list)
-    quarantine: List[Path] = field(default_factory=list)
+    blocks: list[Path] = field(default_factory=list)
+    quarantine: list[Path] = field(default_factory=list)
     num_read: int = 0
     num_events: int = 0
     num_with_earlier: int = 0
@@ -102,7 +102,7 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     return intake
 
 
-def _check_ids(ids: pl.Series, known: Optional[pl.Series], exact: Sequence[str]) -> None:
+def _check_ids(ids: pl.Series, known: pl.Series | None, exact: Sequence[str]) -> None:
     """Raises UserError where two of the distinct ids, or one of them and one of `known`, are one id in two forms."""
     found = mixed_forms(ids, known) if ids.dtype == pl.String and ids.name not in exact else None
     if found:
@@ -113,7 +113,7 @@ def _check_ids(ids: pl.Series, known: Optional[pl.Series], exact: Sequence[str])
         )
 
 
-def _check_any(files: Path | List[Path], raw: RawLog, num_read: int, quarantine: List[Path]) -> None:
+def _check_any(files: Path | list[Path], raw: RawLog, num_read: int, quarantine: list[Path]) -> None:
     """Raises UserError where no event is left, saying why."""
     if not files or not pl.scan_parquet(files).select(pl.len()).collect().item():
         left_out = count_reasons(quarantine)
@@ -147,7 +147,7 @@ def check_times(schema: SchemaConfig, raw: RawLog) -> None:
             )
 
 
-def of_roles(schema: SchemaConfig, roles: Sequence[str]) -> Dict[str, FeatureConfig]:
+def of_roles(schema: SchemaConfig, roles: Sequence[str]) -> dict[str, FeatureConfig]:
     """The features of these roles, dense ones among them."""
     return {name: feature for name, feature in schema.features.items() if feature.role in roles}
 
@@ -158,7 +158,7 @@ def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
     A column of that name that the log has of its own stays as it is.
     """
     feedback = pl.when(pl.col("label") > 0).then(pl.lit("like")).otherwise(pl.lit("dislike"))
-    derived: Dict[str, pl.Expr] = {"feedback": pl.when(pl.col("label").is_not_null()).then(feedback)}
+    derived: dict[str, pl.Expr] = {"feedback": pl.when(pl.col("label").is_not_null()).then(feedback)}
     derived |= _of_time(pl.col("time_us"), raw.utc_offset_hours)
     names = raw.events.collect_schema().names()
     return raw.events.with_columns(**{name: expr for name, expr in derived.items() if name not in names})
@@ -177,13 +177,13 @@ def _with_wishes_of_items(events: pl.LazyFrame, raw: RawLog, schema: SchemaConfi
     return events.join(items, on="item_id", how="left")
 
 
-def made_of_time(raw: RawLog) -> List[str]:
+def made_of_time(raw: RawLog) -> list[str]:
     """The columns that `with_derived_columns` makes of the time of this log's events."""
     names = raw.events.collect_schema().names()
     return [name for name in _of_time(pl.col("time_us"), 0.0) if name not in names]
 
 
-def _of_time(time_us: pl.Expr, utc_offset_hours: float) -> Dict[str, pl.Expr]:
+def _of_time(time_us: pl.Expr, utc_offset_hours: float) -> dict[str, pl.Expr]:
     local = pl.from_epoch(time_us + int(utc_offset_hours * 3_600_000_000), time_unit="us").dt
     return {
         "hour": local.hour().cast(pl.String),
@@ -192,7 +192,7 @@ def _of_time(time_us: pl.Expr, utc_offset_hours: float) -> Dict[str, pl.Expr]:
     }
 
 
-def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> List[str]:
+def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> list[str]:
     """Columns of the events that are read: the features', and those of items and users that have no file."""
     wanted = of_roles(schema, EVENT_ROLES)
     tables = {"events": names.names()}
@@ -213,7 +213,7 @@ def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> Lis
     return list(dict.fromkeys([*columns, *(feature.column for feature in wanted.values())]))
 
 
-def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
+def _check_kinds(features: dict[str, FeatureConfig], names: pl.Schema) -> None:
     for name, feature in features.items():
         kind = names[feature.column]
         is_list = isinstance(kind, pl.List)
@@ -230,7 +230,7 @@ def _check_kinds(features: Dict[str, FeatureConfig], names: pl.Schema) -> None:
 
 
 def check_columns(
-    features: Dict[str, FeatureConfig], table: str, columns: Dict[str, List[str]], left_out: Mapping[str, str]
+    features: dict[str, FeatureConfig], table: str, columns: dict[str, list[str]], left_out: Mapping[str, str]
 ) -> None:
     """Raises UserError where a feature names a column that the table has not. columns: of each table there is.
 
@@ -256,13 +256,13 @@ def check_columns(
 
 def _land(
     events: pl.LazyFrame,
-    columns: List[str],
+    columns: list[str],
     max_list_length: int,
     scratch: Path,
     *,
     dense: Sequence[str],
-    unusable: Mapping[str, Tuple[pl.Expr, str]],
-) -> Tuple[Path, int, List[Path]]:
+    unusable: Mapping[str, tuple[pl.Expr, str]],
+) -> tuple[Path, int, list[Path]]:
     """One file of the rows that pass the checks, the number of rows read, and the files of the others."""
     schema = events.collect_schema()
     lists = [name for name in columns if isinstance(schema[name], pl.List)]
@@ -297,9 +297,9 @@ def _catalogue(
     frame: pl.LazyFrame | None,
     entity: str,
     landed: Path,
-    features: Dict[str, FeatureConfig],
-    unusable: Mapping[str, Tuple[pl.Expr, str]],
-) -> Tuple[pl.DataFrame, pl.DataFrame]:
+    features: dict[str, FeatureConfig],
+    unusable: Mapping[str, tuple[pl.Expr, str]],
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Items or users that can be used, in their order, and the quarantine; from the events where there is no file."""
     key = f"{entity}_id"
     columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
@@ -346,11 +346,11 @@ def _part_by_users(
     events: pl.LazyFrame,
     intake: Intake,
     schema: SchemaConfig,
-    columns: List[str],
+    columns: list[str],
     scratch: Path,
     *,
-    exact: Optional[Sequence[str]],
-) -> List[Path]:
+    exact: Sequence[str] | None,
+) -> list[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
     counts = _counts(events, "user_id")
     users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(USER))
@@ -395,7 +395,7 @@ def _part_path(scratch: Path, number: int) -> Path:
 
 def _read_part(path: Path) -> pl.DataFrame:
     """The rows of a file of Arrow streams, one behind the other."""
-    frames: List[pl.DataFrame] = []
+    frames: list[pl.DataFrame] = []
     with pa.OSFile(str(path)) as file:  # pl.read_ipc_stream reads on beyond the end of a stream
         while file.tell() < file.size():
             frames.append(pl.DataFrame(pa.ipc.open_stream(file).read_all()))
@@ -407,7 +407,7 @@ def _counts(events: pl.LazyFrame, key: str) -> pl.DataFrame:
     return events.group_by(key).agg(pl.len().alias("events")).collect(engine="streaming")
 
 
-def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.DataFrame, pl.DataFrame]:
+def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Events in order of user, time, original row; and those left out, all but the first of rows that agree in all.
 
     `block` is used up: it has no column afterwards.
@@ -430,7 +430,7 @@ def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> Tuple[pl.Data
     return block.filter(~is_again), again
 
 
-def with_moments(block: pl.DataFrame, raw: RawLog, *, of_time: Dict[str, str]) -> pl.DataFrame:
+def with_moments(block: pl.DataFrame, raw: RawLog, *, of_time: dict[str, str]) -> pl.DataFrame:
     """A sorted block with `rows_back` and, in place of time_us, `timestamp` in seconds; the requests are used up.
 
     of_time: features and the column made of the time that each reads: a row's is that of its moment. Without a clock
@@ -475,7 +475,7 @@ def _quarantined(rows: pl.DataFrame, table: str = "events") -> pl.DataFrame:
     return rows.select(pl.lit(table).alias("table"), *columns).cast(QUARANTINE).sort("order", maintain_order=True)  # type: ignore[arg-type]
 
 
-def count_reasons(quarantine: Sequence[Path]) -> Dict[str, int]:
+def count_reasons(quarantine: Sequence[Path]) -> dict[str, int]:
     """ "table: reason" → rows left out, most frequent first."""
     counts = (
         pl.scan_parquet(list(quarantine))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from lumrec.run.errors import MissingFileError, UserError
 
@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
+def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The manifest as written: `content`, the format version, each file's checksum, the fingerprint and its own hash.
 
     The fingerprint changes with any byte of the prepared files, the schema or the split.
@@ -49,13 +49,13 @@ def write_manifest(folder: Path, content: Dict[str, Any]) -> Dict[str, Any]:
     return manifest
 
 
-def _hash(manifest: Dict[str, Any]) -> str:
+def _hash(manifest: dict[str, Any]) -> str:
     """SHA-256 of all that a manifest says but the hash itself."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
+def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     """The manifest of a prepared folder whose files are there, of the size written and (`verify`) the same checksum.
 
     Raises MissingFileError where the folder is missing, PreparedDataError for everything else that is wrong with it.
@@ -94,7 +94,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Dict[str, Any]:
     return manifest
 
 
-def _malformed(folder: Path, manifest: Dict[str, Any]) -> str:
+def _malformed(folder: Path, manifest: dict[str, Any]) -> str:
     """What no manifest says that `write_manifest` wrote, in words; "" where there is nothing."""
     kinds = {
         "schema": dict,

@@ -16,8 +16,6 @@ Shape suffixes: E events, in order of user, time and original row.
 
 from __future__ import annotations
 
-from typing import List
-
 import numpy as np
 import polars as pl
 
@@ -69,7 +67,7 @@ def seen_line(share: float, *, has_clock: bool) -> str:
     )
 
 
-def seen_warnings(no_history_share: float) -> List[str]:
+def seen_warnings(no_history_share: float) -> list[str]:
     """A sentence where more than half of the rows have no history at all."""
     if no_history_share <= MUCH:
         return []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import polars as pl
 
@@ -29,7 +30,7 @@ class NumberFacts:
     rows: int
     missing: int
     unreadable: int
-    example: Optional[str] = None
+    example: str | None = None
 
 
 def number(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
@@ -38,7 +39,7 @@ def number(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     return pl.when(found.is_not_nan()).then(found)
 
 
-def number_checks(column: str, kind: pl.DataType) -> List[Tuple[pl.Expr, str]]:
+def number_checks(column: str, kind: pl.DataType) -> list[tuple[pl.Expr, str]]:
     """Checks for `first_reason` of the column of a dense feature."""
     value = number(pl.col(column), kind)
     return [
@@ -48,8 +49,8 @@ def number_checks(column: str, kind: pl.DataType) -> List[Tuple[pl.Expr, str]]:
 
 
 def number_facts(
-    schema: SchemaConfig, blocks: Sequence[Path], catalogues: Dict[str, pl.DataFrame]
-) -> Dict[str, NumberFacts]:
+    schema: SchemaConfig, blocks: Sequence[Path], catalogues: dict[str, pl.DataFrame]
+) -> dict[str, NumberFacts]:
     """The facts of each dense feature. blocks: Parquet files of events, features by name. catalogues: by role.
 
     Raises UserError for a column that mostly holds what is no number, or numbers with a decimal comma, and for a number
@@ -117,7 +118,7 @@ def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
         )
 
 
-def number_lines(facts: Mapping[str, Mapping[str, Any]]) -> List[str]:
+def number_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the terminal tells of the dense features that do not have a number in each row; facts as in the manifest."""
     return [
         f"{name}: {one['missing']:,} of {one['rows']:,} values are missing"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any
 
 from lumrec.data.config import DataConfig
 from lumrec.data.schema import SchemaConfig, validate
@@ -34,7 +35,7 @@ def schema_in_use(data: DataConfig, schema: SchemaConfig) -> SchemaConfig:
     return validate(schema if schema.features else SOURCES[data.source].DEFAULT_SCHEMAS[data.source])
 
 
-def named_files(files: Sequence[Path]) -> Dict[str, Path]:
+def named_files(files: Sequence[Path]) -> dict[str, Path]:
     """The files by name; where two have one name, by the end of their paths that tells them apart."""
     for parts in range(1, max((len(file.parts) for file in files), default=1) + 1):
         named = {"/".join(file.parts[-parts:]): file for file in files}
@@ -43,9 +44,9 @@ def named_files(files: Sequence[Path]) -> Dict[str, Path]:
     return named
 
 
-def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> Dict[str, Any]:
+def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> dict[str, Any]:
     """What decides the prepared bytes; it is in the manifest, so that a folder made otherwise is recognised."""
-    decides: Dict[str, Any] = dataclasses.asdict(data)
+    decides: dict[str, Any] = dataclasses.asdict(data)
     for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
         del decides[name]
     if data.vocabulary_from:  # what it holds is told apart by its fingerprint, beside the files
@@ -55,7 +56,7 @@ def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> Dict[str, A
     if data.negatives is None:
         del decides["negatives"]
     decides["split"] = plain_split(data.split)
-    wanted: Dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(data, schema))}
+    wanted: dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(data, schema))}
     if data.source == "log":  # the files themselves are told apart by their checksums
         for name in ("events", "items", "users"):
             del decides["log"][name]
@@ -67,7 +68,7 @@ def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> Dict[str, A
     return wanted
 
 
-def plain_split(split: SplitConfig) -> Dict[str, Any]:
+def plain_split(split: SplitConfig) -> dict[str, Any]:
     plain = {**dataclasses.asdict(split), "fractions": check_split(split)}
     if not split.rotation:
         del plain["rotation"]  # so data prepared before there was one keep their fingerprint

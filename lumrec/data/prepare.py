@@ -17,8 +17,9 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import polars as pl
 
@@ -54,7 +55,7 @@ FEW_ITEMS = 10  # of an earlier log: none of so few may occur in the next one
 VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the fingerprint of the earlier log
 
 
-def _request(common: Common) -> Dict[str, Any]:
+def _request(common: Common) -> dict[str, Any]:
     return request(common.data, common.schema, seed=common.seed)
 
 
@@ -82,7 +83,7 @@ def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True) -
     return data
 
 
-def prepare(common: Common, path: Path) -> Dict[str, Any]:
+def prepare(common: Common, path: Path) -> dict[str, Any]:
     """Makes the prepared folder at `path`; gives back the flat facts of result.json.
 
     A whole folder that was prepared with the same config from the same files stays as it is. Raises UserError for a
@@ -164,14 +165,14 @@ def read_to_its_end(data: DataConfig) -> Iterator[None]:
         ) from error
 
 
-def _check_positives(label: LabelConfig, facts: Dict[str, Any]) -> None:
+def _check_positives(label: LabelConfig, facts: dict[str, Any]) -> None:
     """Raises UserError where the config says what is positive, and nothing is."""
     if (label.values or label.at_least is not None) and not any(facts[f"{part}_positive_rate"] for part in PARTS):
         said = f"values={label.values}" if label.values else f"at_least={label.at_least:g}"
         raise UserError(f"data.label.{said}: no event is positive; look at the label's column with --check")
 
 
-def _older_vocabularies(common: Common, path: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
+def _older_vocabularies(common: Common, path: Path) -> tuple[str, dict[str, pl.DataFrame]]:
     """Fingerprint and vocabularies of the log that data.vocabulary_from names; ("", {}) where it names none."""
     if not common.data.vocabulary_from:
         return "", {}
@@ -184,7 +185,7 @@ def _older_vocabularies(common: Common, path: Path) -> Tuple[str, Dict[str, pl.D
     return read_vocabularies(folder)
 
 
-def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], folder: Path, schema: SchemaConfig) -> Dict[str, Any]:
+def _growth(fingerprint: str, older: dict[str, pl.DataFrame], folder: Path, schema: SchemaConfig) -> dict[str, Any]:
     """What the manifest says of vocabularies that build on older ones; nothing where they do not.
 
     taken: values of the older one; found: those of them that this log's training part has; new: values that it adds.
@@ -208,7 +209,7 @@ def _growth(fingerprint: str, older: Dict[str, pl.DataFrame], folder: Path, sche
     return {"vocabulary_from": {"fingerprint": fingerprint, "tables": tables}}
 
 
-def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> str:
+def summary(note: str, manifest: dict[str, Any], path: Path, wall_s: float) -> str:
     """What was prepared, in a few lines for the terminal."""
     counts, facts = manifest["counts"], manifest["facts"]
     lines = [
@@ -243,7 +244,7 @@ def summary(note: str, manifest: Dict[str, Any], path: Path, wall_s: float) -> s
     return "\n".join([*lines, f"  {path} ({wall_s:.1f} s)"])
 
 
-def warnings(manifest: Dict[str, Any]) -> List[str]:
+def warnings(manifest: dict[str, Any]) -> list[str]:
     """What of a prepared folder makes figures misleading, a sentence each."""
     rule, negatives = manifest["split"], manifest["request"]["data"].get("negatives")
     split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
@@ -318,8 +319,8 @@ def check_replaceable(path: Path) -> None:
 
 
 def _standing_result(
-    path: Path, common: Common, files: Dict[str, str], forgotten: Collection[str]
-) -> Optional[Dict[str, Any]]:
+    path: Path, common: Common, files: dict[str, str], forgotten: Collection[str]
+) -> dict[str, Any] | None:
     """result.json of a folder that needs no work; None where it is missing or to be overwritten.
 
     Raises UserError where the folder is something else, damaged, prepared with another config or from other files, or
@@ -346,7 +347,7 @@ def _standing_result(
     return read_json(path / "result.json", again="prepare it again with overwrite=true")
 
 
-def changed_files(path: Path, data: DataConfig) -> List[str]:
+def changed_files(path: Path, data: DataConfig) -> list[str]:
     """The files of a log of one's own that are not those `path` was prepared from, "file <name>: changed" (or new, or
     gone) each; one line too where `path` is damaged.
 
@@ -370,7 +371,7 @@ def changed_files(path: Path, data: DataConfig) -> List[str]:
     return [f"file {name}: {how[name]}" for name in names if made.get(name) != now.get(name)]
 
 
-def _differences(made: Dict[str, Any], wanted: Dict[str, Any]) -> str:
+def _differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     """One line for each entry that differs; "" where none does."""
     old, new = dict(_flat(made)), dict(_flat(wanted))
     return "\n".join(
@@ -380,7 +381,7 @@ def _differences(made: Dict[str, Any], wanted: Dict[str, Any]) -> str:
     )
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))

@@ -15,10 +15,11 @@ import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -57,7 +58,7 @@ class PreparedData:
     negative_event, negative_item: i64, the event beside which each drawn row stands, and its item.
     """
 
-    def __init__(self, path: Path, manifest: Dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         """Loads the folder that `manifest` describes; use `open`, which checks it first."""
         self.path = path
         self.manifest = manifest
@@ -66,7 +67,7 @@ class PreparedData:
         except (KeyError, TypeError, AttributeError) as error:
             raise PreparedDataError(f"{path}: its manifest holds no schema ({error!r}). Prepare it again.") from None
         self.fingerprint: str = manifest["fingerprint"]
-        self.table_rows: Dict[str, int] = dict(manifest["table_rows"])
+        self.table_rows: dict[str, int] = dict(manifest["table_rows"])
         events = self._read(*sorted(name for name in manifest["files"] if name.startswith("events/")))
         self._items, self._users = self._read("items.parquet"), self._read("users.parquet")
         self.num_events, self.num_items, self.num_users = len(events), len(self._items), len(self._users)
@@ -89,7 +90,7 @@ class PreparedData:
         self.item_columns = self._columns(self._items, features_by_role(self.schema, "item"))
         self.user_columns = self._columns(self._users, features_by_role(self.schema, "user"))
         self.absolute_time: bool = manifest["absolute_time"]
-        self.dense: Dict[str, np.ndarray] = {
+        self.dense: dict[str, np.ndarray] = {
             name: _array(frame, name, np.float32)
             for role, frame in (("item", self._items), ("user", self._users), ("context", events))
             for name in features_by_role(self.schema, role, dense=True)
@@ -158,7 +159,7 @@ class PreparedData:
         is_asked_E[event_N] = True
         return np.concatenate([event_N, self.num_events + np.flatnonzero(is_asked_E[self.negative_event])])
 
-    def vocabulary(self, table: str) -> Dict[str, int]:
+    def vocabulary(self, table: str) -> dict[str, int]:
         """Raw value to row (from 1) of one table. Raises UserError for a table that does not exist."""
         if table not in self.table_rows:
             raise UserError(f"no table {table!r}; there are: {', '.join(self.table_rows)}")
@@ -176,20 +177,20 @@ class PreparedData:
             digest.update(json.dumps([table, sorted(self.vocabulary(table).items(), key=itemgetter(1))]).encode())
         return digest.hexdigest()[:16]
 
-    def item_keys(self) -> List[str]:
+    def item_keys(self) -> list[str]:
         """Raw id of each item [I]."""
         return self._items["item_key"].to_list()
 
-    def item_titles(self) -> List[str]:
+    def item_titles(self) -> list[str]:
         """Title of each item [I]; its raw id where the source has no titles."""
         column = "title" if "title" in self._items.columns else "item_key"
         return self._items[column].fill_null(self._items["item_key"]).to_list()
 
-    def user_keys(self) -> List[str]:
+    def user_keys(self) -> list[str]:
         """Raw id of each user [U]."""
         return self._users["user_key"].to_list()
 
-    def _columns(self, frame: pl.DataFrame, names: Iterable[str]) -> Dict[str, Column]:
+    def _columns(self, frame: pl.DataFrame, names: Iterable[str]) -> dict[str, Column]:
         return {name: _column(frame[name]) for name in names}
 
     def _read_if_any(self, folder: str) -> pl.DataFrame:

@@ -11,7 +11,6 @@ from the training part that no model could read it is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Tuple
 
 import numpy as np
 import polars as pl
@@ -50,7 +49,7 @@ class Moments:
         """Standard deviation, 0 where there is none."""
         return float(np.sqrt(self.squares / self.weight)) if self.weight else 0.0
 
-    def facts(self) -> Dict[str, float]:
+    def facts(self) -> dict[str, float]:
         """What the manifest holds."""
         return {"mean": self.mean, "deviation": self.deviation}
 
@@ -65,7 +64,7 @@ def transformed(column: pl.Series, scale: str) -> np.ndarray:
 
 def scaled(
     column: pl.Series, scale: str, moments: Moments, *, feature: str = "", rows: pl.Series | None = None
-) -> Tuple[pl.Series, int]:
+) -> tuple[pl.Series, int]:
     """The numbers as float32, scaled, and how many were missing; a column that is constant in training becomes 0.
 
     Raises UserError, which names the feature and the row (of `rows`), for a number too far from those of training.

@@ -14,8 +14,9 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Literal, Sequence, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -74,8 +75,8 @@ class FeatureConfig:
 class SchemaConfig:
     """Features by name, in the order of declaration, and their tables; tables not listed get the default width."""
 
-    tables: Dict[str, TableConfig] = field(default_factory=dict)
-    features: Dict[str, FeatureConfig] = field(default_factory=dict)
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    features: dict[str, FeatureConfig] = field(default_factory=dict)
 
     def check(self, at: str) -> None:
         """Raises UserError for features and tables that do not fit each other."""
@@ -143,7 +144,7 @@ def check_name(key: str, name: str, hint: str = "") -> None:
 
 def check_tables(names: Sequence[str]) -> None:
     """Raises UserError for names that tables cannot have, alone or beside one another."""
-    twins: Dict[str, str] = {}
+    twins: dict[str, str] = {}
     for name in names:
         check_name("the table of a feature", name)
         if is_taken_by_torch(name):
@@ -169,7 +170,7 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) -> List[str]:
+def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) -> list[str]:
     """Names of the features of that role that read tables (`dense`: of those that are numbers), as declared."""
     _check_choice("role", role, ROLES)
     return [
@@ -177,7 +178,7 @@ def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) ->
     ]
 
 
-def schema_from_dict(values: Dict) -> SchemaConfig:
+def schema_from_dict(values: dict) -> SchemaConfig:
     """The schema that `dataclasses.asdict` (or the manifest of a prepared folder) describes."""
     return SchemaConfig(
         tables={name: TableConfig(**table) for name, table in values["tables"].items()},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should
 
 def count_parts(
     split: SplitConfig, blocks: Sequence[Path], user_ids: pl.Series, *, absolute_time: bool = True
-) -> Dict[str, int]:
+) -> dict[str, int]:
     """ "train_events", "train_users", … of each part under `split`; the blocks of an intake stay as they are."""
     cuts = cut_times(split, blocks, absolute_time=absolute_time)
     counts = {f"{part}_{what}": 0 for what in ("events", "users") for part in PARTS}
@@ -38,7 +38,7 @@ def part_line(counts: Mapping[str, int]) -> str:
     return f"{counts['train_events']:,} train, {held_out} events; {counts['test_users']:,} users with test events"
 
 
-def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_time: bool) -> List[str]:
+def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_time: bool) -> list[str]:
     """What makes figures of these parts misleading, a sentence each; [] where nothing does."""
     fractions, total = check_split(split), max(sum(counts[f"{part}_events"] for part in PARTS), 1)
     others = (
@@ -79,10 +79,10 @@ def fitting_split(counts: Mapping[SplitKind, Mapping[str, int]]) -> SplitKind:
     return max(counts, key=lambda kind: (smallest[kind] > 0, counts[kind]["test_users"]))
 
 
-def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> List[SplitKind]:
+def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> list[SplitKind]:
     """Kinds of split that a log may have, the one to prefer first."""
     leave_one_out = {"leave_one_out"} if all_positive else set()
-    wanted: List[SplitKind] = ["temporal", "leave_one_out", "user", "time"]
+    wanted: list[SplitKind] = ["temporal", "leave_one_out", "user", "time"]
     known = {"temporal", "user", *leave_one_out, *({"time"} if absolute_time else set())}
     assert set(wanted) == set(DEFAULT_FRACTIONS)
     return [kind for kind in wanted if kind in known]

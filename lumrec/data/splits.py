@@ -10,10 +10,11 @@ time              t t t t t t t t | v v | s s s      one clock for all users: wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import List, Literal, Optional, Sequence, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -51,9 +52,9 @@ class SplitConfig:
     """
 
     kind: SplitKind = "temporal"
-    fractions: List[float] = setting(list, least=0, most=1)
+    fractions: list[float] = setting(list, least=0, most=1)
     seed: int = limits.seed()
-    times: List[str] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
     rotation: float = setting(0.0, least=0, below=1)
 
     def check(self, at: str) -> None:
@@ -61,7 +62,7 @@ class SplitConfig:
         check_split(self)
 
 
-def check_split(config: SplitConfig) -> List[float]:
+def check_split(config: SplitConfig) -> list[float]:
     """The fractions in use: three, or none for leave_one_out.
 
     Raises UserError for an unknown kind, for fractions that are not three numbers >= 0 that sum to 1, and for a
@@ -86,7 +87,7 @@ def check_split(config: SplitConfig) -> List[float]:
     return fractions
 
 
-def _check_times(config: SplitConfig) -> List[int]:
+def _check_times(config: SplitConfig) -> list[int]:
     """The two times of a time split in seconds. Raises UserError for everything else."""
     if config.kind != "time" or config.fractions:
         raise UserError(
@@ -105,7 +106,7 @@ def _check_times(config: SplitConfig) -> List[int]:
     return seconds
 
 
-def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: bool = True) -> Optional[np.ndarray]:
+def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: bool = True) -> np.ndarray | None:
     """Seconds at which validation and test begin (int64 [2]) for the time split; None for the others.
 
     blocks: Parquet files with the column timestamp. A cut by fractions is the earliest second before which at least
@@ -141,10 +142,10 @@ def assign(
     config: SplitConfig,
     user_keys: Sequence[str],
     offsets: np.ndarray,
-    timestamp_E: Optional[np.ndarray] = None,
-    cuts: Optional[np.ndarray] = None,
+    timestamp_E: np.ndarray | None = None,
+    cuts: np.ndarray | None = None,
     *,
-    before_E: Optional[np.ndarray] = None,
+    before_E: np.ndarray | None = None,
 ) -> np.ndarray:
     """Part of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and, within the user, by time.
 
@@ -189,9 +190,7 @@ def assign(
     ).astype(np.int8)
 
 
-def assign_block(
-    config: SplitConfig, block: pl.DataFrame, user_ids: pl.Series, cuts: Optional[np.ndarray]
-) -> np.ndarray:
+def assign_block(config: SplitConfig, block: pl.DataFrame, user_ids: pl.Series, cuts: np.ndarray | None) -> np.ndarray:
     """`assign` for a block of an intake (user, timestamp, rows_back); user_ids: as text, of all users."""
     user_E, time_E, back_E = (block[name].to_numpy() for name in ("user", "timestamp", "rows_back"))
     first, last = int(user_E[0]), int(user_E[-1]) + 1

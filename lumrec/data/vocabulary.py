@@ -9,7 +9,6 @@ A vocabulary may build on an older one, for a LUM that goes on learning: tables 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, Tuple
 
 import polars as pl
 import pyarrow as pa
@@ -56,7 +55,7 @@ def build_vocabulary(counts: pl.DataFrame, min_count: int, older: pl.DataFrame |
     return pl.concat([kept, new])
 
 
-def read_vocabularies(folder: Path) -> Tuple[str, Dict[str, pl.DataFrame]]:
+def read_vocabularies(folder: Path) -> tuple[str, dict[str, pl.DataFrame]]:
     """Fingerprint of a prepared folder, and the vocabulary of each of its tables.
 
     Raises MissingFileError and PreparedDataError as read_manifest does, of the vocabularies' checksums too.
@@ -82,7 +81,7 @@ def moved_values(older: pl.DataFrame, vocabulary: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def encode(values: pl.Series, vocabulary: pl.DataFrame, kind: str) -> Tuple[pl.Series, int]:
+def encode(values: pl.Series, vocabulary: pl.DataFrame, kind: str) -> tuple[pl.Series, int]:
     """Rows (i32, or list of i32 for kind multi) of a column, and how many values were unknown (row 0).
 
     A missing single value is unknown; a missing list is empty. Missing values within a list are left out.

@@ -9,8 +9,9 @@ Shape suffixes: B users, I catalogue items, K results of a search, V width of ve
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch

@@ -14,8 +14,9 @@ Shape suffixes: B users, I catalogue items, D width, Q queries, P pairs of user 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,10 +50,10 @@ class RetrievalConfig:
     ks: cut-offs. max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
     """
 
-    condition: Dict[str, str] = field(default_factory=dict)
+    condition: dict[str, str] = field(default_factory=dict)
     oracle: bool = False
     request_time: bool = True
-    ks: List[int] = count(lambda: [10, 50], least=1)
+    ks: list[int] = count(lambda: [10, 50], least=1)
     max_users: int = count(0)
     tokens_per_pack: int = count(8192, least=1)
 

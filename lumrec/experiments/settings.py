@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -41,10 +41,10 @@ class PipelineConfig:
 
     dataset: Literal["", "auto"] = ""
     folds: int = count(2, least=1, most=MOST_FOLDS)
-    rankers: List[Ranker] = field(default_factory=lambda: ["din"])
-    knowledge: List[Knowledge] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
-    seeds: List[int] = setting(lambda: [0], least=0, most=limits.MOST_SEED)
-    tuned: Dict[str, List[str]] = field(default_factory=dict)
+    rankers: list[Ranker] = field(default_factory=lambda: ["din"])
+    knowledge: list[Knowledge] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
+    seeds: list[int] = setting(lambda: [0], least=0, most=limits.MOST_SEED)
+    tuned: dict[str, list[str]] = field(default_factory=dict)
     jobs: int = count(0, most=4096)
 
     def check(self, at: str) -> None:
@@ -78,7 +78,7 @@ class TuneConfig:
 
     trials: int = count(8, least=1, most=100_000)
     seed: int = limits.seed()
-    space: List[str] = field(
+    space: list[str] = field(
         default_factory=lambda: [
             "rank.train.epochs=1|2|3|4",
             "rank.train.optimizer.table_lr=0.05|0.1|0.2|0.4",
@@ -118,4 +118,4 @@ class WarmUpConfig:
     """
 
     share: float = setting(0.75, above=0, below=1)
-    engineered: List[str] = field(default_factory=list)
+    engineered: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ Shape suffixes: E events, U users, I items.
 from __future__ import annotations
 
 import hashlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

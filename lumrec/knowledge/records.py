@@ -15,7 +15,7 @@ bytes. Shape suffixes: X vectors of any leading shape, B users, N conditions, D 
 from __future__ import annotations
 
 import hashlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch

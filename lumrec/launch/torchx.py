@@ -7,8 +7,8 @@ import argparse
 import logging
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
 
 import torchx.specs as specs
 from torchx.cli.cmd_run import CmdRun
@@ -106,7 +106,7 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches
 
 
 def single_app(
-    stage: str, words: Sequence[str], *, config: str = "", options: Optional[Mapping[str, str]] = None
+    stage: str, words: Sequence[str], *, config: str = "", options: Mapping[str, str] | None = None
 ) -> specs.AppDef:
     """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, List, Literal
+from typing import Any, Literal
 
 import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -73,9 +73,9 @@ class RankerConfig:
     knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
     knowledge_dropout: float = share(0.0)
     statistics: Literal["all", "user", "none"] = "all"
-    leave_out: List[str] = field(default_factory=list)
+    leave_out: list[str] = field(default_factory=list)
     max_history: int = count(50, most=2**20)
-    hidden_dims: List[int] = count(lambda: [200, 80], least=1, most=MOST_WIDTH)
+    hidden_dims: list[int] = count(lambda: [200, 80], least=1, most=MOST_WIDTH)
     dropout: float = share(0.1)
     activation: Literal["relu", "prelu", "dice"] = "prelu"
     activation_dim: int = count(36, least=1, most=MOST_WIDTH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Literal
+from typing import Literal
 
 import torch
 
@@ -35,13 +35,13 @@ class TowersConfig:
     knowledge: Literal["none", "direct"] = "none"
     knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
     knowledge_dropout: float = share(0.0)
-    conditions: List[str] = field(default_factory=list)
+    conditions: list[str] = field(default_factory=list)
     max_history: int = count(50, most=2**20)
     pooling: Literal["attention", "mean"] = "attention"
     similarity: Literal["cosine", "dot"] = "cosine"
     temperature: float = setting(0.05, least=1e-12, most=1e12)
     dim: int = count(64, least=1, most=MOST_WIDTH)
-    hidden_dims: List[int] = count(lambda: [128], least=1, most=MOST_WIDTH)
+    hidden_dims: list[int] = count(lambda: [128], least=1, most=MOST_WIDTH)
     dropout: float = share(0.1)
     activation: Literal["relu", "prelu", "dice"] = "relu"
 

@@ -19,8 +19,8 @@ import difflib
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np

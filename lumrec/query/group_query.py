@@ -34,7 +34,8 @@ Shape suffixes: B users, R answers (moments asked), E event rows, N conditions, 
 from __future__ import annotations
 
 import difflib
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np

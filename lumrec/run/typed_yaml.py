@@ -3,11 +3,11 @@
     run: 007       str             "007"   (YAML 1.1, so PyYAML and OmegaConf, reads 7)
     scene: NO      str             "NO"    (False)
     seed: 010      int             10      (8)
-    bias: null     Optional[bool]  None
+    bias: null     bool | None    None
     name: ${HOME}  str             "${HOME}": there is no interpolation
 
 Numbers, truth values and null are those of the core schema of YAML 1.2. A key given twice and a tag (!!python/…) are
-errors. Types are those of dataclasses: str, int, float, bool, Literal, Optional, Union, List, Dict, and dataclasses.
+errors. Types are those of dataclasses: str, int, float, bool, Literal, X | None, X | Y, list, dict, and dataclasses.
 """
 
 from __future__ import annotations
@@ -329,6 +329,8 @@ def _expected(kind: Any) -> str:
         return "a mapping of keys"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    return {bool: "true or false"}.get(kind) or (
-        re.sub(r"\b(typing|lumrec(\.\w+)*)\.", "", str(kind)) if get_args(kind) else kind.__name__
-    )
+    if get_origin(kind) is list:
+        return f"a list of {_expected(get_args(kind)[0])}"
+    if _is_union(kind):
+        return " or ".join(_expected(option) for option in get_args(kind))
+    return {bool: "true or false", type(None): "null"}.get(kind) or kind.__name__

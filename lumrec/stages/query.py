@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,7 +60,7 @@ class QueryConfig:
         more.
     """
 
-    conditions: List[Dict[str, str]] = field(default_factory=list)
+    conditions: list[dict[str, str]] = field(default_factory=list)
     max_conditions: int = count(MAX_CONDITIONS, least=1, most=65_536)
     rows: bool = True
     users: bool = True

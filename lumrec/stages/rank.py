@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import List, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class RankConfig(RankerConfig):
     """
 
     tables: Literal["fresh", "lum"] = "fresh"
-    time_window: List[float] = setting(list, least=0, most=1)
+    time_window: list[float] = setting(list, least=0, most=1)
     batch_size: int = count(2048, least=1, most=2**24)
     select: str = "auc"
     test: bool = True

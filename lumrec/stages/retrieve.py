@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import List, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class RetrieveConfig(TowersConfig):
     batch_size: int = count(2048, least=1, most=2**24)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     label_smoothing: float = share(0.0)
-    ks: List[int] = count(lambda: [10, 50], least=1)
+    ks: list[int] = count(lambda: [10, 50], least=1)
     max_users: int = count(0)
     ann: AnnConfig = field(default_factory=AnnConfig)
     select: str = "ndcg@10"
@@ -175,7 +175,7 @@ def _in_key(value: str) -> str:
     return value if value.isprintable() and not set(value) & set(',=/"') else json.dumps(value)
 
 
-def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets, ks: List[int]) -> dict[str, float]:
+def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets, ks: list[int]) -> dict[str, float]:
     """{"lum/feedback=like/hr@10": …, …}: retrieval by o · e of the stored answers themselves, for each condition.
 
     A user without an answer is a miss: all similarities are 0, and ties count against us. Collective.

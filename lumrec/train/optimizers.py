@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, Literal, get_args  # noqa: UP035 (the spelling of all dataclasses of the config)
+from typing import Any, Literal, get_args  # noqa: UP035 (the spelling of all dataclasses of the config)
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class OptimizerConfig:
 
     table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     table_lr: float = setting(0.1, least=0, most=MOST_RATE)
-    table_lrs: Dict[str, float] = setting(dict, least=0, most=MOST_RATE)
+    table_lrs: dict[str, float] = setting(dict, least=0, most=MOST_RATE)
     dense_lr: float = setting(1e-3, least=0, most=MOST_RATE)
     weight_decay: float = setting(0.0, least=0, most=MOST_RATE)
     clip_grad_norm: float = setting(1.0, least=0, most=1e12)

@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional, cast
+from typing import Any, cast
 
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.typed_yaml import Text, built, defaults, overlaid, parse, read, to_yaml
@@ -70,15 +70,15 @@ class Rule:
     """
 
     source: str
-    target: Optional[str] = None
+    target: str | None = None
     match: str = "exact"
-    exclude: List[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
     rows: str = "error"
     source_vocabulary: str = ""
     target_vocabulary: str = ""
-    source_columns: List[str] = field(default_factory=lambda: ["key", "row"])
-    target_columns: List[str] = field(default_factory=lambda: ["key", "row"])
-    keep_rows: List[int] = field(default_factory=list)
+    source_columns: list[str] = field(default_factory=lambda: ["key", "row"])
+    target_columns: list[str] = field(default_factory=lambda: ["key", "row"])
+    keep_rows: list[int] = field(default_factory=list)
     hash: str = "modulo"
     collisions: str = "error"
     min_joined: float = 0.1
@@ -86,7 +86,7 @@ class Rule:
     new_rows: str = ""
     categories: str = ""
     columns: str = "error"
-    parts: List[List[int]] = field(default_factory=list)
+    parts: list[list[int]] = field(default_factory=list)
     dtype: str = "up"
     quantized: str = ""
     optimizer: str = "auto"
@@ -104,13 +104,13 @@ class Rules:
     (torch.optim's `state: {0: …}`), as the source names them without source_prefix.
     """
 
-    rules: List[Rule] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
     source_prefix: str = ""
     optimizer_prefix: str = ""
     optimizer_source: str = ""
-    optimizer_parameters: List[str] = field(default_factory=list)
-    unused: List[str] = field(default_factory=list)
-    fresh: List[str] = field(default_factory=list)
+    optimizer_parameters: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
     folder: str = "."
 
 

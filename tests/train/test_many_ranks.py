@@ -20,9 +20,9 @@ OTHERS.remove(REFERENCE)
 
 @pytest.fixture(scope="module")
 def runs(tiny_prepared, tmp_path_factory) -> Path:
-    """The folder of the runs that tests/train/many_ranks.py made."""
+    """The folder of the runs that many_ranks.py made."""
     folder = tmp_path_factory.mktemp("many-ranks")
-    script = Path(__file__).resolve().with_name("many_ranks.py")
+    script = Path(__file__).resolve().parents[1] / "helpers" / "many_ranks.py"
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(script), str(folder), str(tiny_prepared.path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -16,7 +16,7 @@ from lumrec.train.gather_candidates import gather_candidates
 
 @pytest.fixture(scope="module")
 def results(tiny_prepared, forks, tmp_path_factory) -> list[dict]:
-    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("two_ranks_negatives.py")
+    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[1] / "helpers" / "two_ranks_negatives.py"
     forks.run_script(script, str(tiny_prepared.path), str(folder), world_size=2)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -16,7 +16,7 @@ from lumrec.train.loop import StepOutput, TrainConfig, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
 
-THIS = "test_resharding"
+THIS = "tests.train.test_resharding"
 
 
 class Enough(Exception):

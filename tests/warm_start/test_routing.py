@@ -19,10 +19,10 @@ IDS = "mc._managed_collision_collection._managed_collision_modules.item._mch_sor
 
 
 @pytest.fixture(scope="module")
-def saved(warm_forks, tmp_path_factory):
+def saved(forks, tmp_path_factory):
     """What two ranks saved, having taken it over themselves: see routed.py."""
     folder = tmp_path_factory.mktemp("routed")
-    warm_forks.run("tests.warm_start.routed:save_and_take_over", world_size=2, folder=str(folder))
+    forks.run("routed:save_and_take_over", world_size=2, folder=str(folder))
     dcp_to_torch_save(folder / "zch", folder / "zch.pt")
     return folder
 

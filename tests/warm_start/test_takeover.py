@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 
 from lumrec.warm_start import open_source, warm_start
 
-THIS = "tests.warm_start.takeover"
+THIS = "takeover"
 
 
 @pytest.fixture(params=["dcp", "torch.save", "safetensors"])
@@ -92,11 +92,11 @@ def test_new_inputs_learn(production):
     ],
 )
 def test_any_plan_to_any_plan_with_the_optimizers_state(
-    production, warm_forks, tmp_path, made_with, here, sharding, world_size
+    production, forks, tmp_path, made_with, here, sharding, world_size
 ):
     folder, out = production / made_with, tmp_path / "found.pt"
     arguments = {"folder": str(folder), "out": str(out), "sharding": sharding, "table_optimizer": here, "num_new": 2}
-    warm_forks.run(f"{THIS}:take_over", world_size=world_size, state="keep", **arguments)
+    forks.run(f"{THIS}:take_over", world_size=world_size, state="keep", **arguments)
     found, saved = torch.load(out), torch.load(folder / "model.pt", weights_only=True)
     expected = torch.load(folder / "batch.pt")["scores"]
     torch.testing.assert_close(found["scores"], expected, rtol=0, atol=1e-6)
@@ -116,25 +116,25 @@ def test_any_plan_to_any_plan_with_the_optimizers_state(
 
 
 @pytest.mark.parametrize("new_rows", ["mean", "category_mean", "unknown"])
-def test_rows_by_raw_id_on_two_ranks_equal_those_on_one(production, warm_forks, tmp_path, new_rows):
+def test_rows_by_raw_id_on_two_ranks_equal_those_on_one(production, forks, tmp_path, new_rows):
     keys = ["item-007", *(f"new-{row}" for row in range(10)), *(f"item-{row:03d}" for row in range(49, 37, -1))]
     (tmp_path / "ours.csv").write_text("key,row\n" + "".join(f"{key},{row}\n" for row, key in enumerate(keys)))
     categories = "".join(f"{key},{row % 3}\n" for row, key in enumerate(keys[:-1]))
     (tmp_path / "categories.csv").write_text("key,category\n" + categories)
     folder = str(production / "adagrad")
-    warm_forks.run(f"{THIS}:remap", world_size=2, folder=folder, rules_folder=str(tmp_path), new_rows=new_rows)
+    forks.run(f"{THIS}:remap", world_size=2, folder=folder, rules_folder=str(tmp_path), new_rows=new_rows)
 
 
-def test_state_that_cannot_be_converted_is_refused_or_dropped_with_a_word(production, warm_forks, tmp_path):
+def test_state_that_cannot_be_converted_is_refused_or_dropped_with_a_word(production, forks, tmp_path):
     """Row-wise sums of a column_wise table: one per row and shard."""
     folder = production / "rowwise_adagrad"
     arguments = {"folder": str(folder), "out": str(tmp_path / "out.pt"), "sharding": "column_wise"}
     arguments |= {"table_optimizer": "rowwise_adagrad"}
-    refused = warm_forks.start(f"{THIS}:take_over", world_size=2, state="keep", **arguments)
+    refused = forks.start(f"{THIS}:take_over", world_size=2, state="keep", **arguments)
     assert refused.wait() == [1, 1]
     said = "the source's momentum1 [50] has one number per row, the model's [100] one per row and column shard"
     assert f"{said}; say optimizer=drop" in refused.text()
-    warm_forks.run(f"{THIS}:take_over", world_size=2, **arguments)
+    forks.run(f"{THIS}:take_over", world_size=2, **arguments)
     found = torch.load(tmp_path / "out.pt")
     assert f"dropped: {said}" in found["audit"]
     assert not found["state"]["item.momentum1"].any()
@@ -151,11 +151,11 @@ def test_a_dry_run_touches_nothing(production, tmp_path):
 
 
 @pytest.mark.parametrize("after_reads", [1, 25])  # while it is looked through, and while it is copied
-def test_killed_in_the_middle_leaves_nothing_behind(production, warm_forks, tmp_path, after_reads):
+def test_killed_in_the_middle_leaves_nothing_behind(production, forks, tmp_path, after_reads):
     folder = production / "rowwise_adagrad"
     before = digests(folder)
     arguments = {"folder": str(folder), "out": str(tmp_path), "after_reads": after_reads}
-    assert warm_forks.start(f"{THIS}:be_killed", **arguments).wait() == [-9]
+    assert forks.start(f"{THIS}:be_killed", **arguments).wait() == [-9]
     assert digests(folder) == before and not list(tmp_path.iterdir())
-    warm_forks.run(f"{THIS}:be_killed", **(arguments | {"after_reads": 10**6}))
+    forks.run(f"{THIS}:be_killed", **(arguments | {"after_reads": 10**6}))
     assert json.loads((tmp_path / "warm_start.json").read_text())["applied"]

@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import polars as pl
 
@@ -53,8 +54,8 @@ MANY_VALUES = 1_000_000
 class Report:
     """What is told about a log. lines: text for the terminal. warnings: what to look at. yaml: the suggested config."""
 
-    lines: List[str] = field(default_factory=list)
-    warnings: List[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     yaml: str = ""
 
     def section(self, title: str, lines: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ class Report:
         return "\n".join(text)
 
 
-def run(common: Common) -> Dict[str, Any]:
+def run(common: Common) -> dict[str, Any]:
     """Prints the report on the log of `config` (under torchrun on rank 0 alone), and what was found before an error."""
     if int(os.environ.get("RANK", "0")) > 0:
         return {}
@@ -163,13 +164,13 @@ def _check_log(common: Common, report: Report, scratch: Path) -> None:
         report.yaml += training_yaml(len(found.items), found.num_events)
 
 
-def _known_after(data: DataConfig, suspected: Sequence[str], columns: Sequence[str]) -> List[str]:
+def _known_after(data: DataConfig, suspected: Sequence[str], columns: Sequence[str]) -> list[str]:
     """The config's, and those whose names sound so; `data.log` wants the names in the files."""
     in_files = [name if name in columns else name.removesuffix("_raw") for name in suspected]
     return list(dict.fromkeys([*as_list(data.log.known_after), *in_files]))
 
 
-def _notes(suggestions: Sequence[Suggestion]) -> Tuple[Dict[str, str], Dict[str, str]]:
+def _notes(suggestions: Sequence[Suggestion]) -> tuple[dict[str, str], dict[str, str]]:
     notes = {s.name: s.why for s in suggestions if s.feature is not None}
     return notes, {s.column: s.why for s in suggestions if s.feature is None}
 
@@ -251,8 +252,8 @@ def _warn_of_events(
     raw: RawLog,
     data: DataConfig,
     intake: Intake,
-    left_out: Dict[str, int],
-    found: Dict[str, Any],
+    left_out: dict[str, int],
+    found: dict[str, Any],
     per_user: pl.Series,
 ) -> None:
     warn, positive = report.warnings.append, found["positive"]
@@ -307,12 +308,12 @@ def _warn_of_columns(
             )
 
 
-def _guess_lines(guesses: Sequence[Guess]) -> List[str]:
+def _guess_lines(guesses: Sequence[Guess]) -> list[str]:
     width = max(len(guess.what) for guess in guesses)
     return [f"{guess.what.ljust(width)}  {guess.value}  ({guess.why})" for guess in guesses]
 
 
-def _column_lines(facts: Sequence[ColumnFacts]) -> List[str]:
+def _column_lines(facts: Sequence[ColumnFacts]) -> list[str]:
     if not facts:
         return []
     rows = [("table", "column", "type", "missing", "distinct", "such as")]
@@ -353,7 +354,7 @@ def _quantile(q: float) -> str:
     return {0.0: "least", 0.5: "median", 1.0: "most"}.get(q, f"{100 * q:g} %")
 
 
-def _day(seconds: Optional[int], raw: RawLog) -> str:
+def _day(seconds: int | None, raw: RawLog) -> str:
     if not raw.absolute_time:
         return f"{(seconds or 0) / 86_400:,.1f} days"
     return datetime.fromtimestamp(seconds or 0, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import polars as pl
 
@@ -33,21 +33,21 @@ class ColumnFacts:
     num_rows: int
     missing: float
     distinct: int
-    examples: Tuple[str, ...]
+    examples: tuple[str, ...]
     is_number: bool
     is_fraction: bool
     is_time: bool
-    of_item: Optional[float] = None
-    of_user: Optional[float] = None
+    of_item: float | None = None
+    of_user: float | None = None
 
     @property
     def is_list(self) -> bool:
         return isinstance(self.kind, pl.List)
 
 
-def column_facts(raw: RawLog) -> List[ColumnFacts]:
+def column_facts(raw: RawLog) -> list[ColumnFacts]:
     """Facts about every column that features may read, in one pass over each table (three over the events)."""
-    facts: List[ColumnFacts] = []
+    facts: list[ColumnFacts] = []
     for table, frame in (("events", raw.events), ("items", raw.items), ("users", raw.users)):
         if frame is None:
             continue
@@ -72,8 +72,8 @@ def _facts_of(
     name: str,
     kind: pl.DataType,
     rows: pl.Series,
-    counts: Dict[str, int],
-    constant: Dict[Tuple[str, str], float],
+    counts: dict[str, int],
+    constant: dict[tuple[str, str], float],
 ) -> ColumnFacts:
     values = rows.drop_nulls()
     number = pl.Series([], dtype=pl.Float64)
@@ -100,9 +100,9 @@ def _facts_of(
     )
 
 
-def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) -> Dict[Tuple[str, str], float]:
+def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) -> dict[tuple[str, str], float]:
     """(key, column) → see ColumnFacts.of_item, of_user; of a large log, among the events of some items and users."""
-    shares: Dict[Tuple[str, str], float] = {}
+    shares: dict[tuple[str, str], float] = {}
     for key in ("item_id", "user_id") if names else ():
         same = [(pl.col(name).hash().min() == pl.col(name).hash().max()).alias(name) for name in names]
         some = events.filter(pl.col(key).hash() % (num_rows // SHARE_ROWS + 1) == 0)

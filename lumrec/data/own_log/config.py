@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Literal, Union
+from typing import Literal
 
 from lumrec.data.sources.lines import NO_VALUE
 from lumrec.run.errors import UserError
 from lumrec.run.limits import setting
 
-Names = Union[str, List[str]]  # one name may stand for a list of one
+Names = str | list[str]  # one name may stand for a list of one
 
 
 TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
@@ -64,7 +64,7 @@ class LogConfig:
     quote: str = '"'
     line_breaks: bool = False
     encoding: str = "utf8"
-    missing: List[str] = field(default_factory=lambda: list(NO_VALUE))
+    missing: list[str] = field(default_factory=lambda: list(NO_VALUE))
     lists: Names = field(default_factory=list)
     list_separator: str = "|"
     decimal_comma: Names = field(default_factory=list)
@@ -83,6 +83,6 @@ class LogConfig:
         check_encoding(f"{at}encoding", self.encoding)
 
 
-def as_list(names: Names) -> List[str]:
+def as_list(names: Names) -> list[str]:
     """A list of names, of which one alone may be given as text; "" is none."""
     return ([names] if names else []) if isinstance(names, str) else list(names)

@@ -12,8 +12,9 @@ import csv
 import io
 import itertools
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Sequence, Set, Tuple, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import polars as pl
@@ -46,7 +47,7 @@ class Utf8Stream(io.RawIOBase):
     def __init__(self, source: BinaryIO, encoding: str, watch: Sequence[str] = ()):
         self._source, self._left, self._watch = source, b"", watch
         self._decoder = codecs.getincrementaldecoder(encoding)(MARK_ERRORS)
-        self.seen: Set[str] = set()
+        self.seen: set[str] = set()
 
     def readable(self) -> bool:
         return True
@@ -76,7 +77,7 @@ class Utf8Stream(io.RawIOBase):
         super().close()
 
 
-def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> List[Part]:
+def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> list[Part]:
     """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
 
     All headers are read first. Raises UserError, which names the file, for one that is empty, cut or no CSV, for a
@@ -85,7 +86,7 @@ def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Pat
     config.check("data.log.")
     separators = [_separator(file, config) for file in files]
     headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
-    parts: List[Part] = []
+    parts: list[Part] = []
     for number, (file, header, separator) in enumerate(zip(files, headers, separators)):
         first = sum(part.num_rows for part in parts)
         target = scratch / f"{name}-{number:05d}.parquet"
@@ -114,7 +115,7 @@ def _separator(file: Path, config: LogConfig) -> str:
     return found
 
 
-def _counts(file: Path, config: LogConfig, separator: str) -> List[int]:
+def _counts(file: Path, config: LogConfig, separator: str) -> list[int]:
     """Fields of each of the first lines."""
     try:
         with _text(file, config) as text:
@@ -180,7 +181,7 @@ def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
     return config.encoding
 
 
-def _header(file: Path, config: LogConfig, separator: str) -> List[str]:
+def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
     """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
     try:
         with _text(file, config) as text:
@@ -198,7 +199,7 @@ def _header(file: Path, config: LogConfig, separator: str) -> List[str]:
     return fields
 
 
-def _names(header: Sequence[str]) -> List[str]:
+def _names(header: Sequence[str]) -> list[str]:
     """Names of the columns: blanks around them removed; one without a name is called by its place."""
     return [field.strip() or f"column_{place}" for place, field in enumerate(header, 1)]
 
@@ -211,7 +212,7 @@ class _BadRows:
     """Rows with another number of fields than the header: what pyarrow's reader hands over while it parses a block."""
 
     def __init__(self) -> None:
-        self.rows: List[pacsv.InvalidRow] = []
+        self.rows: list[pacsv.InvalidRow] = []
         self.places = np.zeros(0, np.int64)  # of those taken so far: good rows of the file before each of them
         self.too_many = False
 
@@ -221,7 +222,7 @@ class _BadRows:
         self.too_many = self.too_many or len(self.rows) > MAX_BAD_ROWS
         return "error" if self.too_many else "skip"
 
-    def take(self, file: Path) -> Dict[str, list]:
+    def take(self, file: Path) -> dict[str, list]:
         """ROW (in the file), REASON, RAW of the rows since the last call. Raises UserError for an open quote."""
         rows, self.rows = self.rows, []
         for row in rows:
@@ -315,14 +316,14 @@ def _batches(
 
 
 def _reasons(
-    batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: Set[str], rows: np.ndarray
+    batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: set[str], rows: np.ndarray
 ) -> pa.Array:
     """Why each row cannot be used (text, null where it seems sound). Raises UserError for an open quote.
 
     rows: numbers of the rows in the file, for that message.
     """
     empty = _all_equal(batch, [""] * len(header)) if len(header) > 1 else None
-    found: List[Tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
+    found: list[tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
     for column in batch.columns:
         if config.quote in seen and not config.line_breaks:
             breaks = pc.match_substring_regex(column, "[\r\n]")

@@ -12,8 +12,8 @@ import fnmatch
 import glob
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Set
 from urllib.parse import unquote
 
 from lumrec.data.sources.raw_log import DataSetMissing
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark write for a missing value
 
 
-def find_files(patterns: Sequence[str], key: str) -> List[Path]:
+def find_files(patterns: Sequence[str], key: str) -> list[Path]:
     """The files that names, folders and globs lead to, in order of their names, each once.
 
     In a folder (and those below it, links to folders too) files and folders whose names begin with _ or . are passed
@@ -32,7 +32,7 @@ def find_files(patterns: Sequence[str], key: str) -> List[Path]:
     Raises DataSetMissing where a pattern leads to no file, UserError for a link that leads nowhere and a folder that
     cannot be read.
     """
-    found: Dict[Path, Path] = {}  # real path → the path by which it was found
+    found: dict[Path, Path] = {}  # real path → the path by which it was found
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir() or path.is_file():
@@ -42,7 +42,7 @@ def find_files(patterns: Sequence[str], key: str) -> List[Path]:
             starts = [Path(name) for name in sorted(glob.glob(str(Path(*path.parts[:cut]))))]
             starts = [start for start in sorted(starts, key=Path.is_symlink) if not _is_hidden(start)]
             rest = list(path.parts[cut:])
-        seen: Set[Path] = set()
+        seen: set[Path] = set()
         files = [
             file
             for start in starts
@@ -62,7 +62,7 @@ def find_files(patterns: Sequence[str], key: str) -> List[Path]:
     return sorted(found.values(), key=str)
 
 
-def _walk(folder: Path, key: str, seen: Set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, key: str, seen: set[Path]) -> Iterator[Path]:
     """What lies in a folder and in those below it; `seen` grows by the folders that were read."""
     real = folder.resolve()
     holds_itself = folder.is_symlink() and folder.parent.resolve().is_relative_to(real)
@@ -89,7 +89,7 @@ def _walk(folder: Path, key: str, seen: Set[Path]) -> Iterator[Path]:
             yield path
 
 
-def _matches(parts: List[str], pattern: List[str]) -> bool:
+def _matches(parts: list[str], pattern: list[str]) -> bool:
     """Whether the parts of a path match those of a glob, in which ** is any number of folders."""
     if not pattern:
         return not parts
@@ -98,7 +98,7 @@ def _matches(parts: List[str], pattern: List[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def partitions(file: Path) -> Dict[str, Optional[str]]:
+def partitions(file: Path) -> dict[str, str | None]:
     """The columns that the names of a file's folders give (key=value, as Hive and Spark write them), as text.
 
     Raises UserError where a column has two values, or a name that is no text.
@@ -106,7 +106,7 @@ def partitions(file: Path) -> Dict[str, Optional[str]]:
     >>> partitions(Path("log/scene=a%20b/day=__HIVE_DEFAULT_PARTITION__/part-0.parquet"))
     {'scene': 'a b', 'day': None}
     """
-    found: Dict[str, Optional[str]] = {}
+    found: dict[str, str | None] = {}
     for part in file.parts[:-1]:
         name, equals, value = part.partition("=")
         if not (equals and name):

@@ -6,8 +6,8 @@ A guess is told to the user with its reason, and stands in the suggested config;
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import polars as pl
 
@@ -87,7 +87,7 @@ def sample(table: Table) -> pl.DataFrame:
     return good.head(SAMPLE_ROWS).collect(engine="streaming")
 
 
-def guess_data(data: DataConfig, tables: Tables) -> Tuple[DataConfig, List[Guess]]:
+def guess_data(data: DataConfig, tables: Tables) -> tuple[DataConfig, list[Guess]]:
     """The config with what it leaves open filled in, and each choice with its reason.
 
     A column that the config names stays. Raises UserError where no column can be taken for the user, the item or the
@@ -128,10 +128,10 @@ def guess_data(data: DataConfig, tables: Tables) -> Tuple[DataConfig, List[Guess
     return replace(data, log=log, label=label), told
 
 
-def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> Tuple[LogConfig, List[Guess]]:
+def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> tuple[LogConfig, list[Guess]]:
     """User, item and time of the events."""
     default, told, events = LogConfig(), [], tables.events
-    taken: List[str] = []
+    taken: list[str] = []
     for key, names in (("user", USER_NAMES), ("item", ITEM_NAMES), ("timestamp", TIME_NAMES)):
         given = getattr(log, key)
         if key == "timestamp" and not given:
@@ -167,14 +167,14 @@ def _undecided(key: str, events: Table, rows: pl.DataFrame, taken: Sequence[str]
     )
 
 
-def _find(table: Table, wanted: str, names: Sequence[str], avoid: Sequence[str] = ()) -> Optional[str]:
+def _find(table: Table, wanted: str, names: Sequence[str], avoid: Sequence[str] = ()) -> str | None:
     """The column `wanted`, else the one whose name is the likeliest of `names`."""
     if wanted in table.schema and wanted not in avoid:
         return wanted
     return _by_name([name for name in table.schema if name not in avoid], [wanted, *names])
 
 
-def _by_name(columns: Sequence[str], names: Sequence[str]) -> Optional[str]:
+def _by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
     plain = {squeezed(column): column for column in reversed(columns)}
     return next((plain[squeezed(name)] for name in names if squeezed(name) in plain), None)
 
@@ -183,7 +183,7 @@ def _only(found: Sequence[str]) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _label(data: DataConfig, events: Table, rows: pl.DataFrame, log: LogConfig) -> Tuple[LabelConfig, bool, Guess]:
+def _label(data: DataConfig, events: Table, rows: pl.DataFrame, log: LogConfig) -> tuple[LabelConfig, bool, Guess]:
     """The label, whether all events are positive, and how that was chosen."""
     label = data.label
     if log.all_positive:
@@ -213,7 +213,7 @@ def _label(data: DataConfig, events: Table, rows: pl.DataFrame, log: LogConfig) 
     return LabelConfig(), True, Guess("label", "every event is positive", "no column looks like a label")
 
 
-def positive_of(values: pl.Series, column: str) -> Optional[Tuple[LabelConfig, str]]:
+def positive_of(values: pl.Series, column: str) -> tuple[LabelConfig, str] | None:
     """What may count as positive in a column, and in words; None where it holds nothing of the kind."""
     if isinstance(values.dtype, (pl.List, pl.Array, pl.Struct)):
         return None
@@ -242,7 +242,7 @@ def positive_of(values: pl.Series, column: str) -> Optional[Tuple[LabelConfig, s
     return None
 
 
-def _lists(log: LogConfig, tables: Tables, samples: Dict[str, pl.DataFrame]) -> Tuple[LogConfig, List[Guess]]:
+def _lists(log: LogConfig, tables: Tables, samples: dict[str, pl.DataFrame]) -> tuple[LogConfig, list[Guess]]:
     """Text columns that hold several values with a separator between them; one separator for all."""
     separators = list(dict.fromkeys([log.list_separator, *SEPARATORS]))
     for separator in separators:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import polars as pl
 
@@ -40,7 +41,7 @@ class Part(NamedTuple):
     num_rows: int
     separator: str = ""
     has_undecodable: bool = False
-    partition: Dict[str, Optional[str]] = {}
+    partition: dict[str, str | None] = {}
 
 
 def is_number(text: str) -> bool:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import polars as pl
 
@@ -65,8 +65,8 @@ class Tables:
     """The files of a log, looked into but not read: events, and items and users where there are such."""
 
     events: Table
-    items: Optional[Table]
-    users: Optional[Table]
+    items: Table | None
+    users: Table | None
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter([table for table in (self.events, self.items, self.users) if table is not None])
@@ -97,7 +97,7 @@ def open_tables(config: LogConfig, scratch: Path) -> Tables:
     return Tables(opened[0], opened[1], opened[2])
 
 
-def damaged_file(config: LogConfig) -> Optional[Path]:
+def damaged_file(config: LogConfig) -> Path | None:
     """The first Parquet file of a log that polars cannot read, whatever is made of it; None where there is none."""
     for name in ("events", "items", "users"):
         patterns = as_list(getattr(config, name))
@@ -191,7 +191,7 @@ def label_column(data: DataConfig, events: Table) -> str:
     return column
 
 
-def id_type(columns: Sequence[Tuple[Table, str]]) -> pl.DataType:
+def id_type(columns: Sequence[tuple[Table, str]]) -> pl.DataType:
     """Int64 where every id in these columns is an integer, else String.
 
     Text of a CSV counts as an integer where it is spelt as one ("007" is not). Raises UserError for ids that are
@@ -306,7 +306,7 @@ def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: Log
     return frame.with_columns(pl.when(pl.any_horizontal(is_bad)).then("raw").alias("raw"))
 
 
-def handed_on(table: Table, config: LogConfig, label: str = "") -> Dict[str, str]:
+def handed_on(table: Table, config: LogConfig, label: str = "") -> dict[str, str]:
     """Each column of the table → the name by which features find it, without keys whose names lumrec itself uses."""
     keys = {
         "events": (config.user, config.item, label),
@@ -325,7 +325,7 @@ def handed_on(table: Table, config: LogConfig, label: str = "") -> Dict[str, str
     return names
 
 
-def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[str, pl.Expr]:
+def _features(table: Table, config: LogConfig, names: dict[str, str]) -> dict[str, pl.Expr]:
     """Every column of the table under its new name, lists as lists of text; a list of what is no text stays one."""
     features = {}
     for name, new in names.items():
@@ -345,7 +345,7 @@ def _features(table: Table, config: LogConfig, names: Dict[str, str]) -> Dict[st
     return features
 
 
-def _unusable(table: Table, config: LogConfig, label: str = "") -> Dict[str, Tuple[pl.Expr, str]]:
+def _unusable(table: Table, config: LogConfig, label: str = "") -> dict[str, tuple[pl.Expr, str]]:
     """Columns as they are handed on → when a value cannot be used, and why: see RawLog."""
     found = {}
     for name, new in handed_on(table, config, label).items():
@@ -360,7 +360,7 @@ def _unusable(table: Table, config: LogConfig, label: str = "") -> Dict[str, Tup
     return found
 
 
-def _text_check(text: pl.Expr, why: str) -> Tuple[pl.Expr, str]:
+def _text_check(text: pl.Expr, why: str) -> tuple[pl.Expr, str]:
     return text.str.contains(UNDECODABLE, literal=True), why
 
 
@@ -379,7 +379,7 @@ def _check_names(config: LogConfig, tables: Tables) -> None:
         tables.items.require(config.title, "data.log.title")
 
 
-def _id_check(table: Table, name: str) -> Tuple[pl.Expr, str]:
+def _id_check(table: Table, name: str) -> tuple[pl.Expr, str]:
     missing = pl.col(name).is_null()
     if table.schema[name] == pl.String:
         missing = missing | (pl.col(name).str.strip_chars() == "")
@@ -394,7 +394,7 @@ def with_decimal_point(column: pl.Expr) -> pl.Expr:
     return pl.when(is_number).then(point).otherwise(column)
 
 
-def _label_checks(name: str, kind: pl.DataType, made: pl.Expr, config: LabelConfig) -> List[Tuple[pl.Expr, str]]:
+def _label_checks(name: str, kind: pl.DataType, made: pl.Expr, config: LabelConfig) -> list[tuple[pl.Expr, str]]:
     column = pl.col(name)
     number = (
         column.cast(pl.Float64, strict=False) if kind.is_numeric() or kind == pl.String else pl.lit(None, pl.Float64)

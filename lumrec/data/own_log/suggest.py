@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any
 
 import polars as pl
 
@@ -31,7 +32,7 @@ MANY_EVENTS = 1_000_000  # up to which three seeds of a ranker take minutes
 CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
-_STYLE: Dict[str, Any] = {"width": 110, "default_flow_style": None}
+_STYLE: dict[str, Any] = {"width": 110, "default_flow_style": None}
 DERIVED = ("feedback", "hour", "weekday", "time_of_day")
 
 
@@ -43,7 +44,7 @@ class Suggestion:
     """
 
     column: str
-    feature: Optional[FeatureConfig]
+    feature: FeatureConfig | None
     why: str
     name: str = ""
 
@@ -56,7 +57,7 @@ def suggest(
     known_after: Sequence[str],
     made_of_time: Sequence[str],
     with_files: Sequence[str] = (),
-) -> List[Suggestion]:
+) -> list[Suggestion]:
     """The features that a log offers, and the columns that it is better without, each with the reason.
 
     keys: columns that are ids or times. known_after: columns known only after the item was shown, as the config or
@@ -84,14 +85,14 @@ def suggest(
         )
     if "weekday" in made_of_time:
         suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
-    seen: Dict[str, Suggestion] = {}
+    seen: dict[str, Suggestion] = {}
     for suggestion in suggestions:  # a column of two tables is one feature: the item's goes before the user's
         seen.setdefault(suggestion.column, suggestion)
-    taken: Set[str] = set()
+    taken: set[str] = set()
     return [replace(suggestion, name=_name(suggestion.column, taken)) for suggestion in seen.values()]
 
 
-def _name(column: str, taken: Set[str]) -> str:
+def _name(column: str, taken: set[str]) -> str:
     """A feature's name made of a column's, which may be anything; unlike all in `taken`, to which it is added."""
     base = re.sub(r"[^\w-]", "_", column)[:LONGEST_NAME].lstrip("-") or "column"
     base = f"{base}_of_log" if base in RESERVED or is_taken_by_torch(base) else base
@@ -136,14 +137,14 @@ def _scale(column: ColumnFacts) -> Scale:
     return "log" if LONG_TAILED.search(column.name.lower()) else "standard"
 
 
-def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> Tuple[Role, str]:
+def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> tuple[Role, str]:
     if column.table != "events":
         return ("item", "of the items") if column.table == "items" else ("user", "of the users")
     if column.name == label:
         return "feedback", "the label is made of it: read in histories alone"
     if column.name in known_after:
         return "feedback", "known only after the item was shown: read in histories alone"
-    owners: Tuple[Tuple[Role, Optional[float]], ...] = (("item", column.of_item), ("user", column.of_user))
+    owners: tuple[tuple[Role, float | None], ...] = (("item", column.of_item), ("user", column.of_user))
     for role, share in owners:
         if (share or 0.0) >= CONSTANT:
             move = f": move it to the {role}s to make it theirs" if role in with_files else ""
@@ -172,7 +173,7 @@ def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
     return SchemaConfig(tables={"item_id": TableConfig(32)}, features=features)
 
 
-def as_yaml(data: Any, schema: SchemaConfig, notes: Dict[str, str], left_out: Dict[str, str]) -> str:
+def as_yaml(data: Any, schema: SchemaConfig, notes: dict[str, str], left_out: dict[str, str]) -> str:
     """The sections `data` and `schema` of a config, without defaults, as a YAML file has them; the source is named.
 
     notes: comment behind a feature, by its name. left_out: columns without a feature, and why, as comments.
@@ -232,7 +233,7 @@ pipeline:
 """
 
 
-def _flow(entries: Dict[str, Dict[str, Any]]) -> List[str]:
+def _flow(entries: dict[str, dict[str, Any]]) -> list[str]:
     """One line `name: {key: value}` for each entry."""
     lines = []
     for name, entry in entries.items():
@@ -247,7 +248,7 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else in_quotes(text)
 
 
-def _differing(value: Any, default: Any) -> Dict[str, Any]:
+def _differing(value: Any, default: Any) -> dict[str, Any]:
     """The fields that are not as by default, nested ones alike."""
     found = {}
     for field in fields(value):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -60,13 +61,13 @@ class Table:
 
     name: str
     format: str
-    files: List[Path]
+    files: list[Path]
     frame: pl.LazyFrame
     schema: pl.Schema
-    origin: Dict[str, Path]
-    lacking: Dict[str, Path]
-    left_out: Dict[str, str]
-    undecodable: Dict[str, str]
+    origin: dict[str, Path]
+    lacking: dict[str, Path]
+    left_out: dict[str, str]
+    undecodable: dict[str, str]
     num_rows: int
     separator: str = ""
 
@@ -150,7 +151,7 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
 
 def _one_format(files: Sequence[Path], key: str) -> str:
     """The format of all files, by their names. Raises UserError for an unknown one, and for several."""
-    first: Dict[str, Path] = {}
+    first: dict[str, Path] = {}
     for file in files:
         suffix = "".join(file.suffixes[-2:]).lower() if file.suffix == ".gz" else file.suffix.lower()
         if suffix not in FORMATS:
@@ -197,14 +198,14 @@ def _with_partition(part: Part) -> Part:
     return part._replace(partition=partition)
 
 
-def _common_schema(parts: Sequence[Part]) -> Tuple[pl.Schema, Dict[str, Path], Dict[str, str]]:
+def _common_schema(parts: Sequence[Part]) -> tuple[pl.Schema, dict[str, Path], dict[str, str]]:
     """Every column of any file, with a type that holds what each file has, and a file that made it that type; and the
     columns that cannot be read, each with the reason: of different kinds in two files (text and numbers, say), or of
     decimals that are too long. A column that a file lacks is missing for all its rows.
     """
-    common: Dict[str, pl.DataType] = {}
-    origin: Dict[str, Path] = {}
-    left_out: Dict[str, str] = {}
+    common: dict[str, pl.DataType] = {}
+    origin: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
     for part in parts:
         for name, kind in part.schema.items():
             if isinstance(kind, pl.Decimal) and (kind.precision or 0) > MAX_DIGITS:
@@ -275,12 +276,12 @@ def _is_json(kind: pl.DataType, *, nested: bool = False) -> bool:
     return kind != pl.Binary and not (nested and kind.is_temporal())
 
 
-def readable(names: Sequence[str]) -> Dict[str, str]:
+def readable(names: Sequence[str]) -> dict[str, str]:
     """Each name of a column → the name that it is read by.
 
     polars takes "*" and "^…$" for patterns, and no name means the default in a config: these get a _ in front.
     """
-    new: Dict[str, str] = {}
+    new: dict[str, str] = {}
     for name in names:
         new[name] = name
         while not new[name] or new[name] == "*" or (new[name][0] == "^" and new[name][-1] == "$"):
@@ -290,11 +291,11 @@ def readable(names: Sequence[str]) -> Dict[str, str]:
     return new
 
 
-def _renamed(columns: Mapping[str, Any], names: Dict[str, str]) -> Dict[str, Any]:
+def _renamed(columns: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {names[name]: value for name, value in columns.items()}
 
 
-def _scan(parts: Sequence[Part], schema: pl.Schema, names: Dict[str, str]) -> pl.LazyFrame:
+def _scan(parts: Sequence[Part], schema: pl.Schema, names: dict[str, str]) -> pl.LazyFrame:
     """All rows of all files with the common types, and their numbers; files in a row that agree are one scan.
 
     names: what each column is to be called.
@@ -337,7 +338,7 @@ def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr
 
 def _text_columns(
     frame: pl.LazyFrame, schema: pl.Schema, separator: str, missing: Sequence[str]
-) -> Tuple[pl.LazyFrame, pl.Schema]:
+) -> tuple[pl.LazyFrame, pl.Schema]:
     """CSV: the row as read, and null for the texts that stand for no value."""
     own = {name: kind for name, kind in schema.items() if name not in (REASON, RAW)}
     fields = pl.concat_str([pl.col(name) for name in own], separator=separator, ignore_nulls=True)
@@ -346,7 +347,7 @@ def _text_columns(
     return frame.with_columns(as_read.alias(RAW), *values), pl.Schema(own)
 
 
-def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> Tuple[pl.LazyFrame, pl.Schema]:
+def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> tuple[pl.LazyFrame, pl.Schema]:
     """Parquet: bytes and categories as text, empty text as null, the row as JSON."""
     as_bytes = [name for name, kind in schema.items() if kind == pl.Binary]
     own = pl.Schema({name: pl.String() if _is_text(kind) else kind for name, kind in schema.items()})

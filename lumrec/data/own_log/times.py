@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import polars as pl
 
 from lumrec.data.own_log.calendar import PER_SECOND
@@ -17,7 +15,7 @@ RECENT_S = 100_000_000  # since March 1973: numbers of this size and more tell t
 MIXED = 0.05  # of the rows in another unit: then nobody can say which of the two is meant
 
 
-def choose_unit(table: Table, name: str, given: str) -> Tuple[str, str]:
+def choose_unit(table: Table, name: str, given: str) -> tuple[str, str]:
     """The unit of a time column ("s", "ms", "us", "ns", "iso", "datetime") and how it was found, in words.
 
     `given` is what the config says; "auto" reads the whole column, as a stream. Raises UserError where the column
@@ -44,7 +42,7 @@ def choose_unit(table: Table, name: str, given: str) -> Tuple[str, str]:
     return _by_content(table, name)
 
 
-def _by_content(table: Table, name: str) -> Tuple[str, str]:
+def _by_content(table: Table, name: str) -> tuple[str, str]:
     column, kind = pl.col(name), table.schema[name]
     number = _number(column, kind)
     counts = {
@@ -104,7 +102,7 @@ def as_microseconds(column: pl.Expr, kind: pl.DataType, unit: str) -> pl.Expr:
     )
 
 
-def time_checks(column: pl.Expr, name: str, kind: pl.DataType, unit: str) -> List[Tuple[pl.Expr, str]]:
+def time_checks(column: pl.Expr, name: str, kind: pl.DataType, unit: str) -> list[tuple[pl.Expr, str]]:
     """Checks for `first_reason`: no time, something that is no time, a time outside 1970-01-02 … 2100-01-01."""
     checks = [(column.is_null(), f"{name} is missing")]
     if unit == "iso":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def pair_runs(user_E: np.ndarray, item_E: np.ndarray, num_items: int) -> Runs:
     return Runs(event_E, np.maximum.accumulate(np.where(is_first_E, np.arange(len(user_E)), 0)))
 
 
-def user_counters(count_U: np.ndarray, click_E: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def user_counters(count_U: np.ndarray, click_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Impressions and clicks (u32) of the user before each event, for events in order of (user, time).
 
     Three events of one user and one of the next:
@@ -107,7 +107,7 @@ class ItemCounters:
                 chunk_ID = counts_ID[first : first + step]
                 chunk_ID[:] = np.cumsum(chunk_ID, axis=1, dtype=np.uint32) - chunk_ID
 
-    def before(self, item_E: np.ndarray, day_E: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    def before(self, item_E: np.ndarray, day_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Impressions and clicks (u32) of each item on all days before the given one."""
         assert self._summed_up
         cell_E = self._cell(item_E, day_E)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -169,7 +169,7 @@ def finished(
     )
 
 
-def click_facts(train: pl.DataFrame, test: pl.DataFrame, num_items: int) -> Dict[str, float]:
+def click_facts(train: pl.DataFrame, test: pl.DataFrame, num_items: int) -> dict[str, float]:
     """best_auc: AUC of the true probabilities on the test events; popularity_auc: of each item's clicks in training.
 
     NaN where the test events hold one class only.

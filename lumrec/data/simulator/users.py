@@ -14,7 +14,7 @@ categories, K latent width. Events are in order of (user, time) everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -56,7 +56,7 @@ class Sessions(NamedTuple):
     second_E: np.ndarray
 
 
-def scenario_names(num_scenarios: int) -> List[str]:
+def scenario_names(num_scenarios: int) -> list[str]:
     """Names of the scenarios; the second one is the search."""
     return [SCENARIOS[s] if s < len(SCENARIOS) else f"scenario-{s}" for s in range(num_scenarios)]
 
@@ -97,7 +97,7 @@ def simulate_users(config: SimulatorConfig, world: World, num_users: int, rng: n
     )
 
 
-def query_words(query_E: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def query_words(query_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the words of each query, one after the other, and how many each has (0 where query is -1).
 
     A query is a number of one category, its first word, the count of its own words (1 … 3), and a common word or none;
@@ -196,7 +196,7 @@ def _sessions(config: SimulatorConfig, users: Users, user_E: np.ndarray, rng: np
     )
 
 
-def _queries(users: Users, sessions: Sessions, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+def _queries(users: Users, sessions: Sessions, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Category searched for and query of each event, -1 outside the search; queries are mostly about the focus."""
     start_E = sessions.start_E | (rng.random(len(sessions.start_E), dtype=np.float32) < 0.2)
     session_Q = sessions.session_E[start_E]
@@ -287,7 +287,7 @@ def _logits(
 
 def _clicks(
     logit_E: np.ndarray, luck_E: np.ndarray, before: Callable[[np.ndarray], np.ndarray], repeat: float
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Clicks (bool) and their probabilities (float32), all in the order of runs of (user, item); see `Runs.before`.
 
     Within a run each click changes the odds of what follows, and still no loop is needed: up to the first click the

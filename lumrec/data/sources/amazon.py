@@ -26,7 +26,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
@@ -60,10 +59,10 @@ class Release:
     """
 
     page: str
-    ratings: Tuple[str, ...]
-    meta: Tuple[str, ...]
-    rating_fields: Dict[str, str]
-    meta_fields: Dict[str, str]
+    ratings: tuple[str, ...]
+    meta: tuple[str, ...]
+    rating_fields: dict[str, str]
+    meta_fields: dict[str, str]
     unit: str
     decode_meta: Decode
 
@@ -164,7 +163,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
 
 
 def _raw_log(
-    data: DataConfig, events: pl.LazyFrame, items: Optional[pl.LazyFrame], files: List[Path], note: str
+    data: DataConfig, events: pl.LazyFrame, items: pl.LazyFrame | None, files: list[Path], note: str
 ) -> RawLog:
     """The log, with the main category (or attribute) of each event's item, and the items that the catalogue lacks."""
     many, main = ("attributes", "attribute") if data.source == SEQUENCES else ("categories", "main_category")
@@ -194,7 +193,7 @@ def _raw_log(
     )
 
 
-def _find(data: DataConfig, folders: Tuple[str, ...], page: str, names: Tuple[str, ...]) -> Tuple[Path, str]:
+def _find(data: DataConfig, folders: tuple[str, ...], page: str, names: tuple[str, ...]) -> tuple[Path, str]:
     """The folder that holds the category's ratings, and how it was found."""
     there = find_folder(data.path, folders)
     categories = _categories(there[0], names) if there else []
@@ -202,7 +201,7 @@ def _find(data: DataConfig, folders: Tuple[str, ...], page: str, names: Tuple[st
     if not data.category:
         raise UserError(f"data.category is not given; {data.source} is read by category (Books, Beauty, …){listed}")
 
-    def missing(folder: Path) -> List[str]:
+    def missing(folder: Path) -> list[str]:
         return [] if _first(folder, names, data.category) else [names[0].format(data.category) + listed]
 
     place = Place(
@@ -211,25 +210,25 @@ def _find(data: DataConfig, folders: Tuple[str, ...], page: str, names: Tuple[st
     return resolve(place, data.path)
 
 
-def _categories(folder: Path, names: Tuple[str, ...]) -> List[str]:
+def _categories(folder: Path, names: tuple[str, ...]) -> list[str]:
     """Categories whose ratings are in the folder."""
     patterns = [re.compile(re.escape(name).replace(r"\{\}", r"(?!meta_)(.+)") + "$") for name in names]
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted({found[1] for file in files for pattern in patterns if (found := pattern.match(file))})
 
 
-def _first(folder: Path, names: Tuple[str, ...], category: str) -> Optional[Path]:
+def _first(folder: Path, names: tuple[str, ...], category: str) -> Path | None:
     paths = [folder / name.format(category) for name in names]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _decoded(path: Path, fields: Dict[str, str], into: Path, decode: Decode) -> pl.LazyFrame:
+def _decoded(path: Path, fields: dict[str, str], into: Path, decode: Decode) -> pl.LazyFrame:
     """Lines of objects with our names for their fields; `categories` is a list, everything else text."""
     kinds = {theirs: pl.List(pl.String) if ours == "categories" else pl.String() for ours, theirs in fields.items()}
     return decode_file(path, kinds, into, decode).rename({theirs: ours for ours, theirs in fields.items()})
 
 
-def _ratings(rows: pl.LazyFrame, wrong: Tuple[pl.Expr, str], label: LabelConfig, unit: str) -> pl.LazyFrame:
+def _ratings(rows: pl.LazyFrame, wrong: tuple[pl.Expr, str], label: LabelConfig, unit: str) -> pl.LazyFrame:
     """Events of rows of text: user_id, item_id, rating, timestamp, raw."""
     stars = pl.col("rating").cast(pl.Float64, strict=False)
     checks = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from gzip import BadGzipFile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional
+from typing import Any
 
 import polars as pl
 
@@ -111,7 +112,7 @@ def decode_python(lines: pl.Series, fields: Fields) -> pl.DataFrame:
     return pl.DataFrame({**columns, "decoded": pl.Series([row is not None for row in rows], dtype=pl.Boolean)})
 
 
-def _literal_fields(line: str, fields: Fields) -> Optional[Dict[str, Any]]:
+def _literal_fields(line: str, fields: Fields) -> dict[str, Any] | None:
     """The fields of one line; None where it is no dict, or has a value of another kind."""
     try:
         row = ast.literal_eval(line)

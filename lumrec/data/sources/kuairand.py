@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
@@ -62,18 +61,18 @@ class Release:
 
     title: str
     suffix: str
-    folders: Tuple[str, ...]
-    logs: Tuple[str, ...]
+    folders: tuple[str, ...]
+    logs: tuple[str, ...]
     md5: str
-    expected: Dict[str, int]
-    stand_ins: Tuple[str, ...] = ()
+    expected: dict[str, int]
+    stand_ins: tuple[str, ...] = ()
 
     @property
-    def stems(self) -> Tuple[str, ...]:
+    def stems(self) -> tuple[str, ...]:
         return (*self.logs, f"user_features_{self.suffix}", f"video_features_basic_{self.suffix}")
 
 
-def _logs(suffix: str, *parts: str) -> Tuple[str, ...]:
+def _logs(suffix: str, *parts: str) -> tuple[str, ...]:
     times = ("4_08_to_4_21", "4_22_to_5_08")
     return tuple(f"log_standard_{time}_{suffix}{part}" for time in times for part in parts or ("",))
 
@@ -176,7 +175,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
 
 
 def _place(release: Release, *, allow_part: bool) -> Place:
-    def missing(folder: Path) -> List[str]:
+    def missing(folder: Path) -> list[str]:
         enough = _logs_to_read(folder, release, allow_part=allow_part)
         needed = release.stems[len(release.logs) :] if enough else release.stems
         return [f"{stem}.csv" for stem in needed if not _file(folder, stem)]
@@ -187,7 +186,7 @@ def _place(release: Release, *, allow_part: bool) -> Place:
     return Place(name, release.folders, files, record, archive, missing, release.stand_ins)
 
 
-def _logs_to_read(folder: Path, release: Release, *, allow_part: bool) -> List[Path]:
+def _logs_to_read(folder: Path, release: Release, *, allow_part: bool) -> list[Path]:
     """All logs of the release; else, of Pure, the late part alone; else, with `allow_part`, those that are there."""
     logs = [path for stem in release.logs if (path := _file(folder, stem))]
     if not logs and release.suffix == "pure" and (late := _file(folder, LATE)):
@@ -195,13 +194,13 @@ def _logs_to_read(folder: Path, release: Release, *, allow_part: bool) -> List[P
     return logs if allow_part or len(logs) == len(release.logs) else []
 
 
-def _file(folder: Path, stem: str) -> Optional[Path]:
+def _file(folder: Path, stem: str) -> Path | None:
     """The file of that name in one of FORMATS, in the folder or in its data/."""
     paths = [place / f"{stem}{ending}" for place in (folder, folder / "data") for ending in FORMATS]
     return next((path for path in paths if path.is_file()), None)
 
 
-def _events(logs: List[Path], label: LabelConfig) -> pl.LazyFrame:
+def _events(logs: list[Path], label: LabelConfig) -> pl.LazyFrame:
     """The rows of the logs, one log behind the other."""
     frames, first = [], 0
     for path in logs:

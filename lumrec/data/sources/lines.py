@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, List, Sequence, Tuple, Union, cast
+from typing import BinaryIO, cast
 
 import polars as pl
 
@@ -14,9 +15,7 @@ _NEVER = "\x01"  # in no file that means well: it makes the CSV reader hand over
 NO_VALUE = ("", "null", "NULL", "NaN", "nan", "None", r"\N")
 
 
-def scan_lines(
-    source: Union[Path, bytes], *, encoding: str = "utf8", skip_lines: int = 0, first: int = 0
-) -> pl.LazyFrame:
+def scan_lines(source: Path | bytes, *, encoding: str = "utf8", skip_lines: int = 0, first: int = 0) -> pl.LazyFrame:
     """Each line of a file (a .gz file too) or of bytes as `raw`, and its number as `order` (i64), counted from `first`.
 
     encoding: utf8, read as a stream, what is not UTF-8 replaced; or latin-1, decoded in memory, for small files. Of a
@@ -72,14 +71,14 @@ def open_bytes(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
 
 
-def read_header(path: Path, *, separator: str = ",") -> List[str]:
+def read_header(path: Path, *, separator: str = ",") -> list[str]:
     """Names in the first line of a text file (a .gz file too)."""
     with open_bytes(path) as file:
         line = file.readline().decode("utf-8", "replace").strip("\ufeff\r\n")
     return [name.strip() for name in line.split(separator)]
 
 
-def check_header(path: Path, needed: Sequence[str]) -> List[str]:
+def check_header(path: Path, needed: Sequence[str]) -> list[str]:
     """Names in the first line. Raises UserError where one of those `needed` is not among them."""
     names = read_header(path)
     if missing := [name for name in needed if name not in names]:
@@ -90,12 +89,12 @@ def check_header(path: Path, needed: Sequence[str]) -> List[str]:
     return names
 
 
-def wrong_number_of_fields() -> Tuple[pl.Expr, str]:
+def wrong_number_of_fields() -> tuple[pl.Expr, str]:
     """The check of `scan_fields` for `first_reason`."""
     return ~pl.col("whole"), "wrong number of fields"
 
 
-def number_checks(*names: str) -> List[Tuple[pl.Expr, str]]:
+def number_checks(*names: str) -> list[tuple[pl.Expr, str]]:
     """Checks for `first_reason`: each of the text columns `names` must hold a whole number."""
     checks = []
     for name in names:

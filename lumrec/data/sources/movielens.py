@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
@@ -59,11 +58,11 @@ class Release:
     title: str
     layout: str
     archive: Archive
-    md5: Dict[str, str] = field(default_factory=dict)
-    expected: Dict[str, int] = field(default_factory=dict)
+    md5: dict[str, str] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
 
     @property
-    def files(self) -> Tuple[str, ...]:
+    def files(self) -> tuple[str, ...]:
         return LAYOUTS[self.layout]
 
     @property
@@ -140,7 +139,7 @@ DEFAULT_SCHEMAS = {
 }
 
 
-def resolve(path: str = "", source: str = "movielens-1m") -> Tuple[Path, str]:
+def resolve(path: str = "", source: str = "movielens-1m") -> tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA/ml-…, else the cache, else a download.
 
     The cache is $LUMREC_CACHE or ~/.cache/lumrec. Raises DataSetMissing where the folder named does not hold the files,
@@ -169,7 +168,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     if other:
         log.warning("data.allow_other_files: %s differ from the published %s", ", ".join(other), release.title)
     events, items, users = {"dat": _read_dat, "u": _read_u, "csv": _read_csv}[release.layout](folder)
-    extra: Dict[str, object] = {"published_files": not other} if release.md5 else {}
+    extra: dict[str, object] = {"published_files": not other} if release.md5 else {}
     if release.expected and not other and not data.allow_other_files:
         extra["expected"] = release.expected
     return RawLog(
@@ -183,20 +182,20 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     )
 
 
-def _other_files(release: Release, folder: Path) -> Dict[str, str]:
+def _other_files(release: Release, folder: Path) -> dict[str, str]:
     """md5 of the files that have another one than the published."""
     digests = {name: file_digest(folder / name, "md5") for name in release.md5}
     return {name: digest for name, digest in digests.items() if digest != release.md5[name]}
 
 
-Tables = Tuple[pl.LazyFrame, pl.LazyFrame, Optional[pl.LazyFrame]]
+Tables = tuple[pl.LazyFrame, pl.LazyFrame, pl.LazyFrame | None]
 _RATING = ["user_id", "item_id", "rating", "timestamp"]
 
 
 def _read_dat(folder: Path) -> Tables:
     """Ratings as text, the catalogue, the users, of the layout with `::`."""
 
-    def fields(name: str, names: List[str]) -> pl.LazyFrame:
+    def fields(name: str, names: list[str]) -> pl.LazyFrame:
         return scan_fields(folder / name, names, separator="::", encoding="latin-1")
 
     items = fields("movies.dat", ["item_id", "title", "genres"]).with_columns(_genres(pl.col("genres")))
@@ -207,7 +206,7 @@ def _read_dat(folder: Path) -> Tables:
 def _read_u(folder: Path) -> Tables:
     """Ratings as text, the catalogue, the users, of MovieLens-100K."""
 
-    def fields(name: str, names: List[str], separator: str = "|") -> pl.LazyFrame:
+    def fields(name: str, names: list[str], separator: str = "|") -> pl.LazyFrame:
         return scan_fields(folder / name, names, separator=separator, encoding="latin-1")
 
     listed = fields("u.genre", ["genre", "place"]).filter("whole").with_columns(whole_number("place")).sort("place")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple
 
 from lumrec.data.sources.download import Archive, fetch_archive
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
@@ -24,14 +24,14 @@ class Place:
     """
 
     title: str
-    folders: Tuple[str, ...]
-    files: Tuple[str, ...]
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
     page: str
-    archive: Optional[Archive] = None
-    missing: Optional[Callable[[Path], List[str]]] = None
-    stand_ins: Tuple[str, ...] = ()
+    archive: Archive | None = None
+    missing: Callable[[Path], list[str]] | None = None
+    stand_ins: tuple[str, ...] = ()
 
-    def lacks(self, folder: Path) -> List[str]:
+    def lacks(self, folder: Path) -> list[str]:
         """The files that are not there."""
         if self.missing is not None:
             return self.missing(folder)
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LUMREC_CACHE") or Path.home() / ".cache" / "lumrec")
 
 
-def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
+def resolve(place: Place, path: str = "") -> tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, the cache, a stand-in, a download.
 
     Raises DataSetMissing where the folder found lacks files, or there is none and the publisher cannot be reached or
@@ -78,7 +78,7 @@ def resolve(place: Place, path: str = "") -> Tuple[Path, str]:
     return folder, origin
 
 
-def find_folder(path: str, names: Sequence[str]) -> Optional[Tuple[Path, str]]:
+def find_folder(path: str, names: Sequence[str]) -> tuple[Path, str] | None:
     """A data set's folder and how it was found; None where there is none.
 
     It is `path` where that is given, whether it exists or not; else the first of `names` that is a folder in

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import polars as pl
 
@@ -33,8 +32,8 @@ class LabelConfig:
     """
 
     column: str = ""
-    at_least: Optional[float] = None
-    values: List[str] = field(default_factory=list)
+    at_least: float | None = None
+    values: list[str] = field(default_factory=list)
 
     def check(self, at: str) -> None:
         """Raises UserError for two rules at once (`at`: the section, with a dot)."""
@@ -66,19 +65,19 @@ class RawLog:
     """
 
     events: pl.LazyFrame
-    items: Optional[pl.LazyFrame]
-    users: Optional[pl.LazyFrame]
-    files: List[Path]
+    items: pl.LazyFrame | None
+    users: pl.LazyFrame | None
+    files: list[Path]
     note: str
-    known_after: Tuple[str, ...] = ()
+    known_after: tuple[str, ...] = ()
     utc_offset_hours: float = 0.0
     absolute_time: bool = True
     has_clock: bool = True
     request: str = ""
-    exact: Optional[Tuple[str, ...]] = None
-    unusable: Dict[str, Dict[str, Tuple[pl.Expr, str]]] = field(default_factory=dict)
-    left_out: Dict[str, str] = field(default_factory=dict)
-    extra: Dict[str, object] = field(default_factory=dict)
+    exact: tuple[str, ...] | None = None
+    unusable: dict[str, dict[str, tuple[pl.Expr, str]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
 
 def first_reason(*checks: tuple) -> pl.Expr:
@@ -144,7 +143,7 @@ def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config:
         raise UserError(f"data.label.values: {absent[0]!r} is in no row of column {name!r}{hint}; it holds {holds}")
 
 
-def _numbers(values: List[str], kind: pl.DataType) -> pl.Series:
+def _numbers(values: list[str], kind: pl.DataType) -> pl.Series:
     """Texts as numbers (f64). Raises UserError for one that is none."""
     numbers = pl.Series(values, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
     for text, number in zip(values, numbers):

@@ -16,9 +16,3 @@ def production(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> I
     before = digests(folder)
     yield folder
     assert digests(folder) == before
-
-
-@pytest.fixture(scope="session")
-def warm_forks(forks: ForkServer) -> ForkServer:
-    """The fork server under the name that these tests know it by."""
-    return forks

@@ -163,7 +163,7 @@ def test_the_state_of_known_rows_goes_on_or_begins_anew(logs, before, table_opti
 
 def test_on_two_ranks(logs, before, said_before, forks):
     """Tables and encoder sharded over ranks, from a checkpoint of one; and training that goes on from there."""
-    forks.run_script(Path(__file__).with_name("two_ranks_continual.py"), str(logs), world_size=2)
+    forks.run_script(Path(__file__).parents[1] / "helpers" / "two_ranks_continual.py", str(logs), world_size=2)
     for sharding in ("row_wise", "table_wise", "column_wise"):
         for now, then in zip(torch.load(logs / f"answers-{sharding}.pt"), said_before, strict=True):
             torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)

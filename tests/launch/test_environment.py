@@ -9,7 +9,7 @@ import pytest
 
 from lumrec.launch.environment import diagnose, versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def distribution(folder: Path, name: str, version: str, **packages: str) -> None:

@@ -103,7 +103,7 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
     ("word", "says"),
     [
         ("model.dim=wide", "model.dim: got 'wide', expected int"),
-        ("pipeline.seeds=3", "pipeline.seeds: got '3', expected List[int]"),
+        ("pipeline.seeds=3", "pipeline.seeds: got '3', expected a list of int"),
         ("query.conditions=[1]", "query.conditions[0]: got '1', expected a mapping of keys"),
         ("rank.train=4", "rank.train: got '4', expected a section (a mapping of keys)"),
         ("seed=null", "seed: got 'null', expected int"),

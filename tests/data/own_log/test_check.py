@@ -28,8 +28,8 @@ from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.experiments.config import load
 from lumrec.launch.torchx import CmdRunFile, with_values
 
-ROOT = Path(__file__).resolve().parents[2]
-SHOP = Path(__file__).parent / "own_log"
+ROOT = Path(__file__).resolve().parents[3]
+SHOP = Path(__file__).parents[3] / "examples" / "shop"
 
 
 def suggested(text: str) -> str:

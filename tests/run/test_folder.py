@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import yaml
@@ -28,7 +28,7 @@ from lumrec.train.loop import TrainConfig
 @dataclass(frozen=True)
 class Inner:
     names: tuple[str, ...] = ("a", "b")
-    nothing: Optional[str] = None
+    nothing: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

@@ -413,5 +413,5 @@ def test_a_default_schema_is_one_for_every_release():
         assert ("gender" in features) == (release.layout != "csv")
         assert [name for name, feature in features.items() if feature.role == "feedback"] == ["rating"]
     ours = movielens.DEFAULT_SCHEMAS["movielens-1m"]
-    configured = load(Path(__file__).parents[2] / "configs" / "ml-1m.yaml").schema
+    configured = load(Path(__file__).parents[3] / "configs" / "ml-1m.yaml").schema
     assert validate(ours) == validate(configured)

@@ -24,7 +24,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.experiments.config import load
 
-SHOP = Path(__file__).parent / "own_log"
+SHOP = Path(__file__).parents[3] / "examples" / "shop"
 HEADER = "user_id,item_id,timestamp,label,scene\n"
 GOOD = "u,7,1714521600,1,home\n"
 
@@ -480,13 +480,13 @@ def test_the_template_is_a_config_that_prepares(monkeypatch: pytest.MonkeyPatch,
     rows = "".join(f"u{n % 5},{n % 7},{1_714_521_600 + n},{n % 2}\n" for n in range(60))
     write("user_id,item_id,timestamp,click\n" + rows, "log/events/part-0.csv")
     monkeypatch.chdir(tmp_path)
-    result = prepare(load(SHOP.parents[2] / "configs" / "own-log.yaml"), tmp_path / "prepared")
+    result = prepare(load(SHOP.parents[1] / "configs" / "own-log.yaml"), tmp_path / "prepared")
     assert (result["events"], result["users"], result["items"]) == (60, 5, 7)
 
 
 def test_the_example_shop_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The log of docs/how-to/own-data.md: its five bad rows are where they were put, and nothing else is lost."""
-    monkeypatch.chdir(SHOP.parents[2])
+    monkeypatch.chdir(SHOP.parents[1])
     folder = tmp_path / "shop-prepare"
     result = prepare(load(SHOP / "shop.yaml", [f"runs_dir={tmp_path}"]), folder)
     assert (result["events_read"], result["events"], result["events_quarantined"]) == (300, 295, 5)

@@ -120,7 +120,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(trained, setting
     config, _ = trained
     folder = Path(config.runs_dir) / "killed"
     words = [*settings[1], "run=killed"]
-    killed = forks.start("test_pretrain:run_until_killed", file=str(settings[0]), words=words, step=13)
+    killed = forks.start("tests.stages.test_pretrain:run_until_killed", file=str(settings[0]), words=words, step=13)
     assert killed.wait() == [-signal.SIGKILL], killed.text()
     assert (folder / "checkpoints" / "step-00000010" / "COMPLETE").exists()
     assert not (folder / "result.json").exists()

@@ -216,7 +216,9 @@ def test_two_ranks_train_as_one(words, forks, negatives):
     one = load(None, [*more, f"run=one-rank-{name}"])
     result = STAGES["retrieve"].run(one)
     two = folder_of(one).with_name(f"two-ranks-{name}")
-    forks.run("test_retrieve:run_words", world_size=2, words=[*more, f"run={two.name}", "retrieve.batch_size=64"])
+    forks.run(
+        "tests.stages.test_retrieve:run_words", world_size=2, words=[*more, f"run={two.name}", "retrieve.batch_size=64"]
+    )
     assert losses_of(two) == pytest.approx(losses_of(folder_of(one)), rel=1e-4) and len(losses_of(two)) == 8
     other = json.loads((two / "result.json").read_text())
     assert other["retrieval_users"] == result["retrieval_users"]

@@ -36,7 +36,7 @@ from lumrec.run.errors import UserError
 from lumrec.run.typed_yaml import to_yaml
 from lumrec.stages.registry import STAGES
 
-SHOP = Path(__file__).parents[1] / "data" / "own_log"
+SHOP = Path(__file__).parents[2] / "examples" / "shop"
 
 
 @pytest.fixture

@@ -17,19 +17,21 @@ from lumrec.run.limits import count, setting
 
 @dataclass(frozen=True)
 class NegativesConfig:
-    """Which items stand against the right one in InfoNCE (LUM equ. 2), and how much each of them counts.
+    """Which items the right one is compared with in InfoNCE (LUM eq. 2), and how much each of them counts.
 
-    full: the whole catalogue (small catalogues; the other settings then have no effect).
-    in_batch: the items of the same pack, by how often they occur (the paper's). With logq, the best of ten losses at
-        equal time on ML-1M and Amazon Beauty (docs/experiments.md), hence the default.
-    sampled: so many further draws, shared by all positions of a pack.
-    sampling: draws are uniform, by popularity^popularity_power in the training part, or mixed: by popularity in
-        popularity_share of the draws, uniform in the rest.
-    unique: each item counts once, however often it stands in the pack or was drawn.
-    logq: divide by how often an item was to be expected, so that the sum over negatives estimates that over the
-        catalogue. The positive, which is there for certain, is left as it is: the gradient of arXiv 2507.09331.
+    full: the whole catalogue (for small catalogues; the other settings then have no effect).
+    in_batch: the items of the same pack, by how often they occur (the paper's). With logq it was the best of ten losses
+        at equal time on ML-1M and Amazon Beauty (docs/lab-log/retrieval.md), hence the default.
+    sampled: number of further draws, shared by all positions of a pack.
+    sampling: how these are drawn: uniform; popularity^popularity_power in the training part; or mixed, by popularity in
+        popularity_share of the draws and uniform in the rest.
+    popularity_power: exponent of the popularity.
+    popularity_share: share of the draws of "mixed" that go by popularity.
+    unique: each item counts once, however often it occurs in the pack or was drawn.
+    logq: divide by how often an item was to be expected, so that the sum over negatives estimates the sum over the
+        catalogue. The positive, which is always there, is not divided: the gradient of arXiv 2507.09331.
     logq_positive: divide the positive too, as in the older form of logQ (Yi et al., RecSys 2019).
-    across_ranks: the candidates of all ranks stand against the positions of each; `sampled` are drawn on each rank.
+    across_ranks: use the candidates of all ranks for the positions of each; `sampled` are drawn on each rank.
     """
 
     full: bool = False

@@ -152,8 +152,12 @@ def _keep(bags: tuple[Tensor, Tensor], shown: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """events_per_pack: budget of events of one pack (two tokens each) on each rank. condition_dropout: share of events
-    whose condition feature is withheld, feature by feature, so that a query may leave it out."""
+    """How windows of events are packed into batches.
+
+    events_per_pack: events of one pack on each rank, at most (two tokens each).
+    condition_dropout: share of the events whose condition feature is withheld while training, feature by feature, so
+        that a query may leave the feature out.
+    """
 
     events_per_pack: int = count(4096, least=1, most=2**26)
     condition_dropout: float = setting(0.1, least=0, most=1)

@@ -18,10 +18,11 @@ MOST_NESTED = 4  # a pipeline's stages lie in its folder, and a pipeline may lie
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """Run names of the stages that this one reads.
+    """Run names of the stages whose output this stage reads.
 
-    prepared: "" = "<name>-prepare". lums: one LUM, or one per fold of users in order; [] = ["<name>-pretrain"].
-    knowledge: "" = "<name>-query".
+    prepared: the prepared data; "" = "<name>-prepare".
+    lums: one LUM, or one for each fold of users in order; [] = ["<name>-pretrain"].
+    knowledge: the knowledge store; "" = "<name>-query".
     """
 
     prepared: str = ""
@@ -33,9 +34,13 @@ class InputsConfig:
 class Common:
     """Settings that every stage reads beside its own section.
 
-    run: folder under runs_dir; "" = "<name>-<stage>". name: of the experiment; "" = the YAML file's name.
-    fold: "k/K" leaves the users of fold k out of pre-training (cross-fitting). threads: of a process; 0 = torch's own.
-    overwrite: replace a finished run, or one of another config, in the same folder.
+    run: folder of this run under runs_dir; "" = "<name>-<stage>".
+    name: name of the experiment; "" = the name of the YAML file.
+    runs_dir: folder that holds all runs.
+    seed: seed of every random draw that has no seed of its own.
+    fold: "k/K" leaves the users of fold k out of pre-training (cross-fitting); "" = all users train.
+    threads: CPU threads of each process; 0 = torch's choice.
+    overwrite: replace a finished run in the same folder, or one that was made with another config.
     """
 
     run: str = ""

@@ -35,21 +35,22 @@ Source = Literal[
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which log, and how it is split.
+    """Which log is read, and how it is split.
 
-    source: see lumrec/data/sources/registry.py. path: folder of the published files ("" = LUMREC_DATA, cache,
-    download). category: of Amazon reviews (Books, Beauty, …). label: what counts as positive.
-    allow_other_files: take files whose checksum or counts are not the published ones. min_count: a value that occurs
-    less often in the training part is unknown (row 0 of its table). vocabulary_from: run name or folder of an earlier
-    prepared log: its values keep their rows, min_count is for new ones, and a LUM of that log can go on learning from
-    this one (pretrain.start_from). max_list_length: rows with a longer list are left
-    out, into the quarantine.
-    duplicates: of rows that agree in everything that is read, "drop" quarantines all but the first, "keep" keeps them.
-    request: of source "log": a column of the events with one value for each request (or page) of a user. Rows of one
-    request were shown together, whenever each was recorded: none sees another, and their time is that of the first.
-    "" = rows of the same time were. A row without a value was shown by itself.
-    negatives: rows that are drawn for rankers beside a log of positives alone (docs/how-to/own-data.md); null = none.
-    log: of source "log". simulator: of source "simulator".
+    source: which log; "log" is your own. See lumrec/data/sources/registry.py.
+    path: folder of the published files; "" = look in LUMREC_DATA, then in the cache, then download.
+    category: category of the Amazon reviews, such as Books or Beauty.
+    allow_other_files: accept files whose checksum or counts are not the published ones.
+    min_count: a value that occurs less often in the training part is treated as unknown (row 0 of its table).
+    vocabulary_from: run name or folder of an earlier prepared log. Its values keep their rows, min_count applies to new
+        values only, and a LUM of that log can continue training on this one (pretrain.start_from).
+    max_list_length: rows with a longer list go into the quarantine.
+    duplicates: of rows that are equal in every column that is read, "drop" quarantines all but the first, "keep" keeps
+        them all.
+    request: for source "log": a column of the events with one value for each request (or page) of a user. Rows of one
+        request were shown together, whenever each was recorded: none sees another, and all have the time of the first.
+        A row without a value was shown by itself. "" = rows of one user with the same time were shown together.
+    negatives: rows drawn for rankers beside a log that has only positives (docs/how-to/own-data.md); null = none.
     """
 
     source: Source = "movielens-1m"

@@ -44,11 +44,13 @@ TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
 
 @dataclass(frozen=True)
 class NegativeRowsConfig:
-    """How many rows are drawn for each event of a log of positives, and from which items.
+    """How many rows are drawn beside each event of a log of positives, and from which items.
 
-    per_positive: rows for each event, drawn independently. sampling: "matched", items as popular, as new and as often
-    met before as those of the events; "uniform" over the items that the training part has, or "popularity", by how
-    often it has them: these never draw an item that the user meets anywhere in the log. seed: of the draws.
+    per_positive: rows drawn for each event, independently.
+    sampling: "matched" draws items that are as popular, as new and as often met before as those of the events;
+        "uniform" draws uniformly from the items of the training part, "popularity" by how often they occur there.
+        The last two never draw an item that the user meets anywhere in the log.
+    seed: seed of the draws.
     """
 
     per_positive: int = count(1, least=1, most=10_000)

@@ -40,7 +40,10 @@ _MODULES = nn.ModuleDict()
 
 @dataclass(frozen=True)
 class TableConfig:
-    """One embedding table; its number of rows comes from the vocabulary (row 0 is "unknown")."""
+    """One embedding table. Its number of rows comes from the vocabulary (row 0 is "unknown").
+
+    width: columns of the table.
+    """
 
     width: int = count(16, least=4, most=16_384)
 
@@ -52,15 +55,16 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """One feature: `column` of the raw log, looked up in `table`.
+    """One feature: a column of the raw log, looked up in an embedding table.
 
-    role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating
-        given), so it is read in histories and never for a target.
-    kind: id (one value) | multi (a list of values, possibly empty) | dense (a number, which rankers read as it is).
-    table, column: the feature's own name where empty. A dense feature has no table.
-    scale: of a dense feature, fitted on the training part: standard = mean 0, variance 1; log = the same of
-        sign(x) log(1 + |x|); none = as it is. A missing or non-finite number becomes 0, so the mean where it is scaled.
-    wish: a condition whose value is known only after the item was shown and which is asked for as a wish.
+    role: item | condition | feedback | user | context. Feedback is known only after the item was shown (a rating), so
+        it is read in histories and never for a target.
+    kind: id (one value) | multi (a list of values, possibly empty) | dense (a number, which rankers read directly).
+    table: name of its embedding table; "" = the feature's name. A dense feature has no table.
+    column: column of the raw log; "" = the feature's name.
+    scale: for a dense feature, fitted on the training part: standard = mean 0, variance 1; log = the same of
+        sign(x) log(1 + |x|); none = unchanged. A missing or non-finite number becomes 0, the mean where it is scaled.
+    wish: a condition that is known only after the item was shown, and that is asked for as a wish.
     """
 
     role: Role

@@ -40,15 +40,18 @@ _FOLD_SALT = 0x6C756D666F6C64  # keeps folds independent of the user split
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Rule by which events are parted.
+    """How events are split into train, validation and test.
 
-    kind: temporal | leave_one_out | user | time. fractions: of train, valid, test (empty: .8/.1/.1 of each user's
-    events for temporal, of all events for time; .68/.04/.28 of the users for user). seed: of the user split. times: of
-    the time split, in place of fractions: where validation and where test begin, ISO 8601, UTC unless it says else
-    (["2022-05-05", "2022-05-07T12:00:00+08:00"]).
-    rotation: of the user split, the share of the users (0 ≤ … < 1) by which all are moved on round the parts, those at
-    the end back to the beginning: with the default fractions, rotation 0.36 validates and tests on users who all train
-    at rotation 0, so that settings chosen there are confirmed on users whom no choice has seen.
+    kind: temporal (the last events of each user are tested), leave_one_out (the last one), user (whole users), or time
+        (one moment for all users).
+    fractions: shares of train, validation and test. [] = .8, .1, .1 of each user's events for temporal and of all
+        events for time; .68, .04, .28 of the users for user.
+    seed: seed of the user split.
+    times: for the time split, instead of fractions: where validation and where test begin, in ISO 8601, UTC unless an
+        offset is given (["2022-05-05", "2022-05-07T12:00:00+08:00"]).
+    rotation: for the user split: moves all users round by this share (0 ≤ … < 1), those at the end back to the
+        beginning. With the default fractions, 0.36 validates and tests on users who all train at rotation 0, to
+        confirm settings on users that were not used for tuning.
     """
 
     kind: SplitKind = "temporal"

@@ -29,10 +29,15 @@ SEEN_BUDGET = 1 << 25
 
 @dataclass(frozen=True)
 class AnnConfig:
-    """The FAISS index. index: flat (exact), hnsw or ivf; "" = none is built.
+    """The FAISS index of the item vectors.
 
-    k: how many are asked for where the index's recall and time are measured.
-    links, build_beam, beam: HNSW's M, efConstruction, efSearch. lists: of IVF, 0 = 4·sqrt(items); probes: lists read.
+    index: flat (exact), hnsw or ivf; "" = none is built.
+    k: number of items that are asked for when the index's recall and time are measured.
+    links: HNSW's M.
+    build_beam: HNSW's efConstruction.
+    beam: HNSW's efSearch.
+    lists: number of IVF's lists; 0 = 4·sqrt(items).
+    probes: number of IVF's lists that a search reads.
     """
 
     index: Literal["hnsw", "flat", "ivf", ""] = "hnsw"

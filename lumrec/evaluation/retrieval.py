@@ -40,14 +40,17 @@ SCORE_BUDGET = 1 << 23
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Evaluation by retrieval.
+    """Evaluation of the LUM by retrieval of the next item.
 
-    condition: what every user is asked with, raw values by condition feature, whatever the target; {} = no condition.
+    condition: what every user is asked with: raw values by condition feature, the same for every target; {} = no
+        condition.
     oracle: ask a second time with the target's own condition, which nobody knows before the item is chosen: an upper
         bound, reported as oracle/hr@k and oracle/ndcg@k beside the honest figures.
-    request_time: the LUM is told when each target was asked for, as in serving; else at the time of the last
-        event that it sees, as where answers are stored beforehand. Matters with a bias of time alone.
-    ks: cut-offs. max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
+    request_time: true: the LUM knows when each target was asked for, as in serving. false: it is asked at the time of
+        the last event that it sees, as for answers that are stored beforehand. It matters only with model.time_bias.
+    ks: cut-offs of HR@k and NDCG@k.
+    max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
+    tokens_per_pack: tokens of one forward pass.
     """
 
     condition: dict[str, str] = field(default_factory=dict)

@@ -28,15 +28,18 @@ DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What to run and compare.
+    """What the pipeline runs and compares.
 
-    dataset: "" = what `data` says; auto = MovieLens-1M where it is found or can be downloaded, else the simulator.
-    folds: cross-fitting: each user is asked of a LUM that has not seen them; 1 = one LUM of all users (in-sample).
-    rankers, knowledge, seeds: every combination is trained. knowledge: none (the base; always on fresh tables), tables
-    (the base on the LUM's tables: the control where rank.tables is lum), direct, matching, both.
-    tuned: settings of a ranker ("din") or of one with a kind of knowledge ("din/both", over the former), as key=value
-    words; apps/tune.py finds them.
-    jobs: stages at a time; 0 = one per core.
+    dataset: "" = as in `data`; auto = MovieLens-1M where it is found or can be downloaded, else the simulator.
+    folds: number of folds of users for cross-fitting: each user's answers come from a LUM that was not trained on that
+        user; 1 = one LUM of all users (in-sample).
+    rankers: rankers to train. Every combination of rankers, knowledge and seeds is trained.
+    knowledge: none (the base; always on fresh tables), tables (the base on the LUM's tables: the control where
+        rank.tables is lum), direct, matching, both.
+    seeds: seeds of the rankers.
+    tuned: settings of a ranker ("din"), or of one with a kind of knowledge ("din/both", over the former), as a list of
+        key=value; apps/tune.py finds them.
+    jobs: stages that run at the same time; 0 = one for each core.
     """
 
     dataset: Literal["", "auto"] = ""
@@ -69,11 +72,12 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """A search; what it covers are pipeline.rankers and pipeline.knowledge, each trial with the first pipeline.seeds.
+    """A search of settings for pipeline.rankers and pipeline.knowledge, each trial with the first of pipeline.seeds.
 
-    trials: for each ranker with each kind of knowledge; the first is the config as it stands, the others are drawn,
-    none twice, and the same for all. seed: of the draws. space: the settings that are varied, "key=a|b|c" each, with
-    one value as likely as another.
+    trials: number of trials for each ranker with each kind of knowledge. The first is the config itself; the others are
+        drawn, none twice, and the same for all.
+    seed: seed of the draws.
+    space: settings that are varied, "key=a|b|c" each, with one value as likely as another.
     """
 
     trials: int = count(8, least=1, most=100_000)
@@ -113,8 +117,11 @@ def draw(config: TuneConfig) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class WarmUpConfig:
-    """share: of the training part by time, from which the online model and the LUM learn; the study's rankers train on
-    the rest. engineered: features of the schema that, with rank.statistics, only "feature" and the online model read.
+    """The warm-up rows of Table 5.
+
+    share: share of the training part, by time, from which the online model and the LUM learn; the study's rankers train
+        on the rest.
+    engineered: features of the schema that, like rank.statistics, are read only by "feature" and the online model.
     """
 
     share: float = setting(0.75, above=0, below=1)

@@ -36,14 +36,22 @@ READ_BY_LUM = "condition features that the LUM reads"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LUM. conditions: condition features of the schema that it reads; null = all of them, [] = none.
+    """The LUM.
 
-    encoder: gpt, llama or hstu. time_bias: relative bias of position and time in each layer; null = as the encoder's
-    paper has it (hstu: yes). ffn_dim 0: as the encoder's paper has it.
-    tokens: interleaved (the paper's: condition, item, condition, item …) or merged (one token an event, see lum.py).
-    max_events: longest stretch of history, in events. similarity: cosine (over temperature) or dot.
-    checkpoint_activations: compute each layer again in the backward pass, for less memory. compile: torch.compile of
-    what is not attention.
+    encoder: the user encoder: gpt, llama or hstu.
+    dim: width of tokens and answers.
+    num_layers: layers of the user encoder.
+    num_heads: attention heads of each layer.
+    ffn_dim: width of the feed-forward layers; 0 = as in the encoder's paper.
+    time_bias: a relative bias of position and time in each layer; null = as in the encoder's paper (only hstu has one).
+    tokens: interleaved (the paper's: condition, item, condition, item, …) or merged (one token for each event).
+    checkpoint_activations: compute each layer again in the backward pass; takes less memory and more time.
+    compile: use torch.compile for everything except attention.
+    max_events: longest history that is read, in events.
+    dropout: dropout in the user encoder.
+    similarity: cosine (divided by temperature) or dot.
+    temperature: divisor of the cosine similarities.
+    conditions: condition features of the schema that the LUM reads; null = all of them, [] = none.
     """
 
     encoder: Literal["gpt", "llama", "hstu"] = "gpt"

@@ -62,8 +62,9 @@ class RankerConfig:
     activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
     cross_dim: DLRM's cross features, dot products of its fields at this width; 0 = none.
     auxiliary_weight: of DIEN's auxiliary loss and of the task that trains SIM's soft search.
-    search: SIM's, "soft" or "hard"; category: the item feature that the hard search compares and whose earlier events
-    TWIN counts (its first value; "" = the first multi-valued item feature).
+    search: SIM's, "soft" or "hard".
+    category: the item feature that SIM's hard search compares and whose earlier events TWIN counts (its first value);
+        "" = the first multi-valued item feature.
     num_searched, num_heads, head_dim: SIM's and TWIN's attention. num_recent: events of SIM's short-term interest.
     """
 

@@ -21,15 +21,21 @@ from lumrec.run.limits import count, setting, share
 
 @dataclass(frozen=True)
 class TowersConfig:
-    """The two-tower EDB, without how it is trained.
+    """The two towers (EDB), without how they are trained.
 
     knowledge: "none", or "direct": the LUM's answers enter the user tower, its item embeddings the item tower.
-    knowledge_dim: width to which each is projected. knowledge_dropout: share of rows that train without.
+    knowledge_dim: width to which each is projected.
+    knowledge_dropout: share of the rows that train without knowledge.
     conditions: condition features of the request, such as its search query, that the user tower reads. Each must be
         known before the item is chosen: an item's own genre would give the answer away.
-    max_history: events before the row.
-    pooling (attention or mean), similarity (cosine or dot), temperature: see lumrec/modules/retrievers/edb.py.
-    dim: width of the vectors. hidden_dims, dropout, activation: of both towers.
+    max_history: events before the row that are read.
+    pooling: how the history becomes one vector.
+    similarity: cosine (divided by temperature) or dot.
+    temperature: divisor of the cosine similarities.
+    dim: width of the vectors.
+    hidden_dims: hidden layers of both towers.
+    dropout: dropout of both towers.
+    activation: activation of both towers.
     """
 
     knowledge: Literal["none", "direct"] = "none"

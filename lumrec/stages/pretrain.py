@@ -42,7 +42,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Counterfactual contrast, our extension, off by default. feature: condition whose other values are asked."""
+    """Counterfactual contrast, our extension of the paper: the same history is also asked with another condition.
+
+    feature: condition feature whose other values are asked; "" = no contrast.
+    weight: weight of the contrast in the loss.
+    """
 
     feature: str = ""
     weight: float = setting(2.0, least=0, most=1e6)
@@ -50,17 +54,15 @@ class ContrastConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Step 1.
+    """Step 1: pre-training of the LUM.
 
-    time_share: the LUM learns from the earliest share of the training events alone, over all users; rankers that read
-    its answers then train on the later ones (the time split of knowledge).
-    label_smoothing: share of InfoNCE's target that goes to all candidates by their weights (see info_nce).
+    time_share: the LUM learns only from this earliest share of the training events, over all users. Rankers that read
+        its answers then train on the later ones (knowledge split in time).
+    label_smoothing: share of InfoNCE's target that is spread over all candidates by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
-    start_from: run name of an earlier LUM that this one continues (see lumrec/warm_start/continual.py); "" = none.
-    table_state: of its tables' optimizer state: "keep" it, or start with a "fresh" one.
-    warm_start: a production checkpoint that it begins from, such as an online model's for the tables; see
-    docs/how-to/warm-start.md.
-    select: validation metric of the weights that are kept ("ndcg@10", "hr@10", …); "" keeps the last weights.
+    start_from: run name of an earlier LUM to continue from (docs/how-to/continual-training.md); "" = none.
+    table_state: "keep" the optimizer state of that LUM's tables, or start with a "fresh" one.
+    select: validation metric that chooses the weights to keep ("ndcg@10", "hr@10", …); "" keeps the last weights.
     """
 
     packing: PackingConfig = field(default_factory=PackingConfig)

@@ -39,24 +39,24 @@ SERVED = (MANIFEST, "knowledge-*")  # what readers open until the next version i
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """Step 2: what is asked, about whom, and how the answers are stored.
+    """Step 2: what is asked, for whom, and how the answers are stored.
 
     conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
-        asks without any. Empty: each value of each wish of the schema. A value may stand for several, and each is a
-        condition of its own: "*" each value that training events have, the most frequent first; "top 3" the three most
-        frequent of the history asked, other ones for each user and moment ("top 2 of 3" is the second of them alone; a
-        history with fewer is asked without). With several such features every combination is asked. In a multi-valued
+        asks without any; [] asks each value of each wish of the schema. One entry can stand for several conditions:
+        "*" for each value that training events have, the most frequent first; "top 3" for the three most frequent
+        values of the history that is asked, different for each user and moment ("top 2 of 3" is only the second of them;
+        a history with fewer is asked without). Several such features are asked in every combination. In a multi-valued
         feature, red|shoes is one condition with two values.
-    max_conditions: conditions that may come of it; more is an error.
+    max_conditions: largest number of conditions; more is an error.
     rows: ask for every row of the log, with the history before its moment (what rankers train on).
     users: ask for every user, after the last event (what serving reads).
-    stride: a history longer than model.max_events is read in windows that begin every `stride` events, and a row is
+    stride: a history longer than model.max_events is read in windows that begin every `stride` events, so that a row is
         asked with at least max_events - stride events before it; 0 = half a window.
-    log_normalizer: store log Σ over the catalogue of exp(similarity), which makes log-probabilities of similarities.
-    dtype: float16 | float32 | int8 (with a scale for each vector), of what is stored.
-    refresh_from: knowledge run whose answers are taken over for users whose history is as it was; "" = this run's own
-        version in force, where it has one.
-    tokens_per_pack: tokens and queries of one forward pass; on a CPU what stays in a core's cache is fastest, on a GPU
+    log_normalizer: store log Σ over the catalogue of exp(similarity), which turns similarities into log-probabilities.
+    dtype: number format of the stored vectors; int8 has a scale for each vector.
+    refresh_from: knowledge run whose answers are kept for users whose history has not changed; "" = this run's current
+        version, where it has one.
+    tokens_per_pack: tokens and queries of one forward pass. On a CPU the fastest is what fits a core's cache, on a GPU
         more.
     """
 

@@ -51,12 +51,11 @@ class RankConfig(RankerConfig):
     """Step 3: a ranker (see RankerConfig) and how it is trained.
 
     tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
-    time_window: shares of the training part by time, such as [0.75, 1]: the rows after the first and until the second
-    train; [] = all of them.
+    time_window: shares of the training part by time, such as [0.75, 1]: only rows after the first and up to the second
+        train; [] = all of them.
     batch_size: rows of one step on each rank.
-    select: validation metric of the weights that are kept and tested ("auc", "gauc", "-log_loss", …).
+    select: validation metric that chooses the weights to keep and test ("auc", "gauc", "-log_loss", …).
     test: evaluate the test part at the end; false while settings are being searched (lumrec/experiments/tune.py).
-    warm_start: a production checkpoint to begin from; see docs/how-to/warm-start.md.
     """
 
     tables: Literal["fresh", "lum"] = "fresh"

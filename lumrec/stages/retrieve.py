@@ -55,9 +55,10 @@ class RetrieveConfig(TowersConfig):
 
     positives: "label" (events with label 1) or "all"; the same events are the targets of the evaluation.
     batch_size: rows of one step on each rank.
-    negatives, label_smoothing: of InfoNCE, as in step 1. ks: cut-offs of HR@k (which is R@k: there is one target) and
-        NDCG@k. max_users: a fixed sample for the evaluations while training; 0 = all. ann: the FAISS index.
-    select: validation metric of the weights that are kept and tested.
+    label_smoothing: share of InfoNCE's target that is spread over all candidates, as in step 1.
+    ks: cut-offs of HR@k (which is R@k, as there is one target) and NDCG@k.
+    max_users: a fixed sample of the users for the evaluations while training; 0 = all.
+    select: validation metric that chooses the weights to keep and test.
     """
 
     positives: Literal["label", "all"] = "label"

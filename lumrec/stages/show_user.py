@@ -47,10 +47,12 @@ TITLE_WIDTH = 48
 
 @dataclass(frozen=True)
 class ShowUserConfig:
-    """Whom to look at, and how much to show. What is asked is `query.conditions`.
+    """Which user to show, and how much. The conditions asked are `query.conditions`.
 
-    user: raw key. top: items for each condition. events: the user's last events. leave_out_seen: show only items that
-    the user has no event with; else these are marked.
+    user: raw key of the user.
+    top: items shown for each condition.
+    events: how many of the user's last events are shown.
+    leave_out_seen: show only items that the user has no event with; otherwise these are marked.
     """
 
     user: str = ""

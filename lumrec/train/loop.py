@@ -48,19 +48,21 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How long to train, and how often to log, evaluate and save.
 
-    epochs, max_steps: training ends after this many (max_steps 0: epochs alone count). A run that goes on with another
-    number of processes has epochs of another number of steps: max_steps and the learning rate's schedule then go by the
-    steps that the run began with.
-    min_steps: where epochs would be fewer steps than this, the batch is made smaller, then epochs are added, and the
-    warm-up is cut to a tenth of the steps (see lumrec.train.length); 0 = as configured.
+    epochs: passes over the training part, at most.
+    max_steps: steps, at most; 0 = as many as the epochs have. When a run continues with another number of processes, an
+        epoch has another number of steps: max_steps and the learning rate's schedule keep the steps of the first start.
+    min_steps: where the epochs have fewer steps than this, the batch is made smaller, then epochs are added, and the
+        warm-up is cut to a tenth of the steps (see lumrec.train.length); 0 = keep epochs and batches as configured.
     log_every: steps between two lines of metrics.jsonl.
-    checkpoint_every, eval_every: steps; 0 = at the end of each epoch. Both happen at the end of training too.
-    keep_checkpoints: how many of the newest stay, beside the best.
+    checkpoint_every: steps between two checkpoints; 0 = at the end of each epoch. The end of training saves one too.
+    keep_checkpoints: number of the newest checkpoints that are kept, beside the best.
+    eval_every: steps between two evaluations; 0 = at the end of each epoch. The end of training evaluates too.
     patience: stop after this many evaluations in a row without a better one; 0 = never.
-    sharding: of the tables: "" = the planner's choice, a type for all of them, or a plan file (see lumrec.train.plan).
+    sharding: sharding of the tables: "" = the planner's choice, one type for all of them, or a plan file (see
+        lumrec.train.plan).
     fsdp: shard the transformer blocks over the ranks (FSDP2) instead of replicating them.
-    optimizer_state: "keep", or "drop": a resumed run begins table state anew that does not fit its sharding (see
-    Checkpointer), where "keep" refuses to resume.
+    optimizer_state: what happens on resuming to state of the tables that does not fit the new sharding: "keep" refuses
+        to resume, "drop" starts that state again.
     """
 
     epochs: int = count(1, least=1)

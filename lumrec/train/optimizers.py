@@ -35,17 +35,19 @@ MOST_RATE = 1e6  # any rate above 1 or so diverges
 class OptimizerConfig:
     """Learning rates and their schedule.
 
-    table_optimizer: "rowwise_adagrad", "adagrad" or "sgd", fused into the tables' backward pass.
-    table_lr, dense_lr: highest learning rate of the tables and of all other parameters (AdamW).
-    table_lrs: that of some tables by name, in place of table_lr: lower for tables that were taken from another model,
-    0 freezes a table, new rows and all.
-    weight_decay: of dense matrices only; biases, norms and tables have none.
-    clip_grad_norm: highest norm of the dense gradient, tables left out; 0 = no clipping.
+    table_optimizer: optimizer of the tables, fused into their backward pass.
+    table_lr: highest learning rate of the tables.
+    table_lrs: highest learning rate of single tables by name, instead of table_lr. Use a lower one for tables that came
+        from another model; 0 freezes a table, including its new rows.
+    dense_lr: highest learning rate of all other parameters (AdamW).
+    weight_decay: decay of dense matrices; biases, norms and tables have none.
+    clip_grad_norm: highest norm of the dense gradient (without the tables); 0 = no clipping.
     warmup_steps: steps in which both rates rise linearly from 0.
-    schedule: after that "constant"; "linear" or "cosine", which fall to the lowest rate at the last step;
-    "inverse_sqrt", which falls with the root of the step; or "wsd" (warm-up, stable, decay: arXiv 2404.06395), which is
-    constant but for the last share `decay_share` of all steps, in which it falls linearly.
-    min_lr_factor: the lowest rate that a schedule falls to, as a share of the highest.
+    schedule: after the warm-up: "constant"; "linear" or "cosine", which fall to the lowest rate at the last step;
+        "inverse_sqrt", which falls with the root of the step; or "wsd" (warm-up, stable, decay: arXiv 2404.06395),
+        which is constant and falls linearly in the last steps.
+    decay_share: share of all steps in which "wsd" falls.
+    min_lr_factor: lowest rate that a schedule falls to, as a share of the highest.
     """
 
     table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"

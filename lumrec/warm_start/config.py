@@ -25,9 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """source: a DCP folder, a torch.save or a safetensors file, or a run folder of lumrec, of which the best checkpoint
-    is taken; "" begins with fresh weights. rules: a YAML file. scores: Parquet or CSV of raw ids and what production
-    says of them, which the filled ranker must say too, but for `tolerance`; see lumrec/warm_start/scores.py.
+    """A production checkpoint to begin from (docs/how-to/warm-start.md).
+
+    source: a DCP folder, a torch.save or a safetensors file, or a run folder of lumrec (its best checkpoint is used);
+        "" begins with fresh weights.
+    rules: YAML file that maps the parameters of the source to those of the model.
+    scores: Parquet or CSV of raw ids and production's scores, which the filled ranker must reproduce (see
+        lumrec/warm_start/scores.py).
+    tolerance: largest difference allowed between these scores and the ranker's.
     """
 
     source: str = ""

@@ -25,26 +25,36 @@ def check_encoding(key: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Files and columns of a log of one's own.
+    """Files and columns of your own log.
 
-    events, items, users: files, folders or globs, one or a list (.parquet, .csv, .csv.gz, .tsv, .tsv.gz); items and
-    users may be left out, and their features are then columns of the events. user, item, timestamp: names of the key
-    columns. timestamp "": the log has no times, and its rows are in the order of events. item_in_items, user_in_users:
-    the same in those files, where they are called otherwise ("" = as in the events). title: column of the items to show
-    to people ("" = `title`, where there is one). all_positive: every event is a positive one (a log of purchases, say)
-    and there is no label column.
-    time_unit: s | ms | us | ns | iso | auto (by the size of the numbers, or ISO 8601; it is told). A time without a
-    zone is UTC. utc_offset_hours: local time of the users, for hour, weekday and time_of_day.
-    known_after: columns of the events that are known only after the item was shown (dwell time, say); the label's
-    column always is.
-    Of CSV alone: separator between fields (.tsv: a tab); where another of , ; | and tab parts the first lines of a file
-    and this does not, that one is taken and reported. quote: around fields with separators in them ("" = none).
-    line_breaks: a quoted field may hold line breaks; else such a row is quarantined, as most often a quote was left
-    open. encoding: utf8, latin-1, gbk, …, unless the file begins with a byte
-    order mark; what is no such text is quarantined. missing: texts that stand for no value.
-    lists: columns whose text holds several values, list_separator between them.
-    decimal_comma: columns of numbers that are written 1,5 or 1.234,5. exact: columns whose values may differ in form
-    alone (007 and 7, 1 and 1.0); in all others that is an error, as one value would count as two.
+    events: files, folders or globs of the events, one or a list (.parquet, .csv, .csv.gz, .tsv, .tsv.gz).
+    items: the same for the items; [] = the features of items are columns of the events.
+    users: the same for the users; [] = the features of users are columns of the events.
+    user: column of the events with the user's key.
+    item: column of the events with the item's key.
+    timestamp: column of the events with the time; "" = the log has no times, and its rows are in the order of events.
+    item_in_items: the item's key in the items' files; "" = the same column name as in the events.
+    user_in_users: the user's key in the users' files; "" = the same column name as in the events.
+    title: column of the items to show to people; "" = `title`, where there is one.
+    all_positive: every event is positive (a log of purchases, say), and there is no label column.
+    time_unit: unit of the times; auto recognises it by the size of the numbers, or as ISO 8601, and reports it. A time
+        without a zone is UTC.
+    utc_offset_hours: local time of the users, for hour, weekday and time_of_day.
+    known_after: columns of the events that are known only after the item was shown, such as dwell time. The label's
+        column always is.
+    separator: for CSV: character between fields (.tsv: a tab). Where the first lines of a file are clearly separated by
+        another one of comma, semicolon, | and tab, that one is used and reported.
+    quote: for CSV: character around fields that hold separators; "" = none.
+    line_breaks: for CSV: quoted fields may hold line breaks. Otherwise such a row is quarantined, because a line break
+        usually means that a quote was left open.
+    encoding: for CSV: utf8, latin-1, gbk, …, unless the file begins with a byte order mark. Rows that cannot be decoded
+        are quarantined.
+    missing: for CSV: texts that mean "no value".
+    lists: for CSV: columns whose text holds several values.
+    list_separator: for CSV: character between the values of a list.
+    decimal_comma: columns of numbers that are written 1,5 or 1.234,5.
+    exact: columns in which 007 and 7, or 1 and 1.0, are different values. In all other columns such a pair is an
+        error, because one value would count as two.
     """
 
     events: Names = field(default_factory=list)

@@ -16,16 +16,29 @@ def _weight(default: float) -> Any:
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """Size of the simulated log and weight of each part of the click logit; the seed is the run's.
+    """Size of the simulated log, and the weight of each term of the click logit. The seed is that of the run.
 
-    events_per_user: mean of a long-tailed number (log-normal, at least 1). session_events: mean length of a session.
-    days: length of the log; users come in its first two thirds. zipf: exponent of item popularity.
-    late_items: share (0 … 1) of the items that are launched on a day of the log; they are never shown before.
-    repeat_share: share (0 … 1) of impressions that show an item which the user saw before.
-    drift: share (0 … 1) of a user's interests that is another by the end of the log.
-    Weights in the logit: bias (constant), propensity (of the user), taste, focus, popularity, price, query, freshness
-    (of an item at its launch; it fades over ten days), repeat (of an item that the user clicked before; minus half of
-    it where the user only saw the item).
+    num_users: users.
+    num_items: items.
+    events_per_user: mean number of impressions of a user; the numbers are log-normal, and at least 1.
+    num_scenarios: scenarios (places where items are shown).
+    num_categories: categories of items.
+    latent_dim: width of the hidden taste vectors of users and items.
+    session_events: mean number of events of a session.
+    days: length of the log; users arrive in its first two thirds.
+    zipf: exponent of item popularity.
+    late_items: share (0 … 1) of the items that are launched during the log; they are never shown before.
+    repeat_share: share (0 … 1) of the impressions that show an item that the user saw before.
+    drift: share (0 … 1) of a user's interests that has changed by the end of the log.
+    bias: constant of the logit.
+    propensity: weight of how readily the user clicks.
+    taste: weight of how well the item fits the user's taste.
+    focus: weight of the interest that the user follows in a session.
+    popularity: weight of the item's popularity.
+    price: weight of how the price suits the user.
+    query: weight of how well the item fits the search query.
+    freshness: weight of how new the item is; it fades over ten days from the launch.
+    repeat: weight of a click that the user gave the item before; minus half of it where the user only saw the item.
     """
 
     # The upper ends are what the numbers in the drafts and in the sort by user and item hold.

@@ -24,11 +24,12 @@ class DataSetMissing(MissingFileError):
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """What counts as positive. Neither at_least nor values: the column holds 0/1 or true/false.
+    """What counts as positive. Without at_least and values, the column holds 0/1 or true/false.
 
-    column: of the events ("" = the source's own). at_least: a number from which on it is positive. values: texts that
-    are positive (behaviour types, say: [cart, buy]), each exactly as the log has it; true or false of a column of truth
-    values, and of numbers what is equal ("1" is 1.0). Each must occur in the log.
+    column: column of the events; "" = the source's default.
+    at_least: a number that is at least this large is positive.
+    values: the texts that are positive, such as the behaviour types [cart, buy], each spelt as in the log. In a column
+        of truth values write true or false; in a column of numbers "1" equals 1.0. Each value must occur in the log.
     """
 
     column: str = ""

@@ -2,7 +2,8 @@
 
     import lumrec
 
-    lum, builder, trained = lumrec.load_lum("runs/ml-1m-pretrain")
+    config = lumrec.load_config("my.yaml", ["model.dim=64"])
+    lum, builder, trained = lumrec.fit_lum(config)    # or lumrec.load_lum("runs/my-pretrain")
     query = lumrec.GroupQuery(lum, builder, [{"feedback": "like"}], max_events=trained.model.max_events)
 
 What is listed here is the public Python API; each name is imported when it is first used. `lumrec.modules` has the
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
     from lumrec.experiments.config import Config
     from lumrec.experiments.config import load as load_config
+    from lumrec.experiments.steps import build_knowledge, fit_lum, fit_ranker, prepare_data
     from lumrec.knowledge.store import Knowledge, KnowledgeStore
     from lumrec.models.lum import load_lum
     from lumrec.query.group_query import GroupQuery
@@ -32,8 +34,12 @@ __all__ = [
     "MissingFileError",
     "PreparedData",
     "UserError",
+    "build_knowledge",
+    "fit_lum",
+    "fit_ranker",
     "load_config",
     "load_lum",
+    "prepare_data",
 ]
 _MODULES = {
     "Config": "lumrec.experiments.config",
@@ -43,8 +49,12 @@ _MODULES = {
     "MissingFileError": "lumrec.run.errors",
     "PreparedData": "lumrec.data.prepared",
     "UserError": "lumrec.run.errors",
+    "build_knowledge": "lumrec.experiments.steps",
+    "fit_lum": "lumrec.experiments.steps",
+    "fit_ranker": "lumrec.experiments.steps",
     "load_config": "lumrec.experiments.config",
     "load_lum": "lumrec.models.lum",
+    "prepare_data": "lumrec.experiments.steps",
 }
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lumrec.modules.rankers.twin import Twin
     from lumrec.modules.retrievers.edb import TwoTower
     from lumrec.modules.tokens import TokenEncoder
+    from lumrec.modules.torchrec_models import KnowledgeModel
     from lumrec.modules.user_encoder import UserEncoder
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Din",
     "Dlrm",
     "KnowledgeFusion",
+    "KnowledgeModel",
     "LargeUserModel",
     "Pack",
     "Sim",
@@ -48,6 +50,7 @@ _FILES = {
     "Din": "rankers.din",
     "Dlrm": "rankers.dlrm",
     "KnowledgeFusion": "knowledge",
+    "KnowledgeModel": "torchrec_models",
     "LargeUserModel": "large_user_model",
     "Pack": "large_user_model",
     "Sim": "rankers.sim",

@@ -19,7 +19,6 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN, moment_of_share
 from lumrec.features.statistics import Statistics
 from lumrec.knowledge.store import Knowledge
-from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
 from lumrec.run.errors import UserError
@@ -118,16 +117,6 @@ class RowBuilder:
         """The batch of `rows` (int64, events or drawn rows, any order, repeats allowed, at least one)."""
         of_rows = self.data.rows(rows)
         tokens = self.tokens(of_rows.event, of_rows.item)
-        knowledge = None
-        if self.knowledge is not None:
-            answers = self.knowledge.for_rows(of_rows.event)
-            knowledge = KnowledgeBatch(
-                o_BND=answers.o_BND,
-                e_BD=self.knowledge.items_e[answers.fold_B, torch.from_numpy(of_rows.item)],
-                log_z_BN=answers.log_z_BN,
-                present_BN=answers.present_BN,
-                fold_B=answers.fold_B,
-            )
         return RankBatch(
             tokens=tokens.kjt,
             num_tokens=tokens.num_tokens,
@@ -137,7 +126,7 @@ class RowBuilder:
             dense_BF=torch.from_numpy(self.dense_RF[rows]),
             label_B=torch.from_numpy(of_rows.label),
             row_B=torch.from_numpy(rows),
-            knowledge=knowledge,
+            knowledge=self.knowledge.batch(of_rows.event, of_rows.item) if self.knowledge is not None else None,
             **tokens.extras,
         )
 

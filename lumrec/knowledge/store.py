@@ -28,6 +28,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -51,6 +52,7 @@ from lumrec.knowledge.records import (
     records_to_bytes,
     user_key_bytes,
 )
+from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json, sha256
 
@@ -304,6 +306,10 @@ class Knowledge:
         fold = torch.from_numpy(self.user_fold[self._row_user[rows]].astype(np.int64))
         return RowKnowledge(o, log_z, present[:, None].expand(-1, self.num_conditions), fold)
 
+    def batch(self, rows_B: np.ndarray, items_B: np.ndarray) -> KnowledgeBatch:
+        """What a ranker reads of event rows: `for_rows`, beside the embeddings of the items (int64) to be scored."""
+        return _batch(self.for_rows(rows_B), self.items_e, torch.from_numpy(items_B))
+
 
 class KnowledgeStore:
     """Answers for serving, by raw user key: what the LUM says after the user's last event.
@@ -389,12 +395,29 @@ class KnowledgeStore:
             torch.from_numpy(record_B["fold"].astype(np.int64)),
         )
 
+    def batch(self, user_keys: Sequence[str], item_keys: Sequence[str]) -> KnowledgeBatch:
+        """What a ranker reads of (user, item) pairs, by raw keys; pairs with an unknown user or item are absent."""
+        row_of, e_KID = self._catalogue
+        item_B = torch.tensor([row_of.get(key, -1) for key in item_keys], dtype=torch.int64)
+        return _batch(self.get(user_keys), e_KID, item_B)
+
+    @cached_property
+    def _catalogue(self) -> tuple[dict[str, int], Tensor]:
+        keys, e_KID = self.items()
+        return {key: row for row, key in enumerate(keys)}, e_KID
+
     def items(self) -> tuple[list[str], Tensor]:
         """Raw key of each item, and its embedding by each LUM, e_KID (float32)."""
         if self._items is None:
             raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
         keys, values, scale = self._items
         return keys.read()["item_key"].to_pylist(), torch.from_numpy(decode(values, scale))
+
+
+def _batch(answers: RowKnowledge | UserKnowledge, e_KID: Tensor, item_B: Tensor) -> KnowledgeBatch:
+    """The answers with the embedding of each item by the LUM that answered; index -1 is an unknown item."""
+    present_BN = answers.present_BN & (item_B >= 0)[:, None]
+    return KnowledgeBatch(answers.o_BND, e_KID[answers.fold_B, item_B], answers.log_z_BN, present_BN, answers.fold_B)
 
 
 def _absent(path: Path, manifest: dict[str, Any], because: str) -> KnowledgeStore:

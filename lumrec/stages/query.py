@@ -44,9 +44,9 @@ class QueryConfig:
     conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
         asks without any; [] asks each value of each wish of the schema. One entry can stand for several conditions:
         "*" for each value that training events have, the most frequent first; "top 3" for the three most frequent
-        values of the history that is asked, different for each user and moment ("top 2 of 3" is only the second of them;
-        a history with fewer is asked without). Several such features are asked in every combination. In a multi-valued
-        feature, red|shoes is one condition with two values.
+        values of the history that is asked, different for each user and moment ("top 2 of 3" is only the second of
+        them; a history with fewer is asked without). Several such features are asked in every combination. In a
+        multi-valued feature, red|shoes is one condition with two values.
     max_conditions: largest number of conditions; more is an error.
     rows: ask for every row of the log, with the history before its moment (what rankers train on).
     users: ask for every user, after the last event (what serving reads).

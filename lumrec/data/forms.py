@@ -1,4 +1,5 @@
-"""Forms of one value that a log must not mix: 54 and 54.0, 007 and 7, "7" and " 7", True and true.
+"""Forms of one value that a log must not mix: 54 and 54.0, 007 and 7, "7" and " 7", True and true, and what looks
+alike: with and without a zero-width character, an accent in one or two code points, full-width and plain digits.
 
 A value is the text that its file holds, so two forms are two values: an item would be double, or a category unknown. Of
 columns that are numbers in their file the text is: 54 of a whole number, and of 54.0 too, as missing values turn whole
@@ -25,8 +26,12 @@ def one_form(text: pl.Expr) -> pl.Expr:
     >>> pl.Series(["007", "7.0", " 7", "+7", "7e0", "7.50", "7.5 ", "TRUE", "-0"]).to_frame("x").select(
     ...     one_form(pl.col("x"))).to_series().to_list()
     ['7', '7', '7', '7', '7', '7.5', '7.5', 'true', '0']
+    >>> pl.Series(["７", "7\u200b", "\ufeffa\xa0b\xa0", "e\u0301"]).to_frame("x").select(
+    ...     one_form(pl.col("x"))).to_series().to_list()
+    ['7', '7', 'a b', 'é']
     """
-    text = text.str.normalize("NFC").str.strip_chars()
+    # NFKC makes blanks of non-breaking ones; Cf are the characters that no one sees, such as U+200B and U+FEFF.
+    text = text.str.normalize("NFKC").str.replace_all(r"\p{Cf}", "").str.strip_chars()
     lower = text.str.to_lowercase()
     number = text.str.replace(r"^\+", "").str.replace(r"^(-?)0+([0-9])", "${1}${2}")
     number = pl.when(number.str.contains(".", literal=True)).then(number.str.replace(r"\.?0*$", "")).otherwise(number)
@@ -56,6 +61,11 @@ def text_of(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     is_whole = (value == value.floor()) & (value.abs() < 2.0**53)
     text = pl.when(is_whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(value.cast(pl.String))
     return pl.when(value.is_not_nan()).then(text)
+
+
+def shown(form: str) -> str:
+    """A form in quotes, so that one sees how it differs from another: beyond ASCII by its code points too."""
+    return repr(form) if form.isascii() else f"{form!r} ({form!a})"
 
 
 def mixed_forms(values: pl.Series, others: pl.Series | None = None) -> tuple[str, str] | None:
@@ -100,13 +110,13 @@ def check_forms(
         last_words = f"; or, where they are two values, say data.log.exact=[{next(iter(features.values())).column}]"
         if found := mixed_forms(values):
             raise UserError(
-                f"column {columns}: {found[0]!r} and {found[1]!r} are two forms of one value, and would be two rows of "
-                f"table {table!r}: write it in one form{last_words}"
+                f"column {columns}: {shown(found[0])} and {shown(found[1])} are two forms of one value, and would be "
+                f"two rows of table {table!r}: write it in one form{last_words}"
             )
         if table in older and (found := mixed_forms(values, older[table]["key"])):
             raise UserError(
-                f"column {columns}: this log has {found[0]!r}, and the one whose vocabulary it takes over "
-                f"(data.vocabulary_from) {found[1]!r}: write it in that form{last_words}"
+                f"column {columns}: this log has {shown(found[0])}, and the one whose vocabulary it takes over "
+                f"(data.vocabulary_from) {shown(found[1])}: write it in that form{last_words}"
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from lumrec.data.forms import mixed_forms
+from lumrec.data.forms import mixed_forms, shown
 from lumrec.data.moments import first_of_moment
 from lumrec.data.numbers import number_checks
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
@@ -108,8 +108,8 @@ def _check_ids(ids: pl.Series, known: pl.Series | None, exact: Sequence[str]) ->
     if found:
         key = ids.name.removesuffix("_id")
         raise UserError(
-            f"data.log.{key}: {found[0]!r} and {found[1]!r} are two forms of one id, and would be two {key}s; write it "
-            "in one form in all files; or, where they are two ids, name the column in data.log.exact"
+            f"data.log.{key}: {shown(found[0])} and {shown(found[1])} are two forms of one id, and would be two "
+            f"{key}s; write it in one form in all files; or, where they are two ids, name the column in data.log.exact"
         )
 
 

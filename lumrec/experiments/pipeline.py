@@ -112,6 +112,7 @@ def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
     schema = schema_in_use(config.data, config.schema)
     for stage in stages:
         limits.check(stage.config)
+        STAGES[stage.app].check_inputs(stage.config)
         STAGES[stage.app].check_schema(stage.config, schema)
 
 

@@ -25,7 +25,7 @@ from lumrec.modules.attention import causal_backend
 from lumrec.modules.large_user_model import LargeUserModel, Pack
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.query.conditions import condition_columns
-from lumrec.run.distributed import init_distributed
+from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, setting, share
@@ -33,8 +33,9 @@ from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.parallel import shard
+from lumrec.train.plan import read_plan
 from lumrec.warm_start.config import WarmStartConfig
-from lumrec.warm_start.continual import find_earlier, growth_table, start_from
+from lumrec.warm_start.continual import earlier_run, find_earlier, growth_table, start_from
 
 logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -154,6 +155,14 @@ def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int
     )
 
 
+def check_inputs(common: Common, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
+    """Raises UserError for files and runs that the settings name and that are not there or cannot be; reads no data."""
+    read_plan(pretrain.train.sharding, world_size=world_size())
+    pretrain.warm_start.check_inputs("pretrain.warm_start.")
+    if pretrain.start_from:
+        earlier_run(common, pretrain.start_from)
+
+
 def check_schema(schema: SchemaConfig, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
     """Raises UserError for features and tables that the settings name and the schema does not have."""
     read, contrast = condition_features(model, schema), pretrain.contrast.feature
@@ -207,6 +216,7 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     """
     recorded = common.settings(model=model, pretrain=settings)
     device = init_distributed(threads=common.threads)
+    check_inputs(common, model=model, pretrain=settings)
     data = open_or_prepare(common)
     check_schema(data.schema, model=model, pretrain=settings)
     check_data(common, data, model=model, pretrain=settings)

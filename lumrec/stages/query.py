@@ -22,7 +22,7 @@ from lumrec.knowledge.refresh import find_earlier
 from lumrec.knowledge.store import MANIFEST, Knowledge, check_files, identity_of, read_manifest, version_name
 from lumrec.knowledge.writer import full_disk_told, remove_others
 from lumrec.models.lum import READ_BY_LUM, ModelConfig, condition_features, load_lum
-from lumrec.models.lum_folds import AskedLum, find_lums
+from lumrec.models.lum_folds import AskedLum, find_lums, open_lums
 from lumrec.query.build import Build
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, default_conditions, expand, spoken
 from lumrec.query.group_query import GroupQuery, default_stride
@@ -87,6 +87,9 @@ def run(common: Common, settings: QueryConfig) -> dict[str, float | str]:
     """
     recorded = common.settings(query=settings)
     device = init_distributed(threads=common.threads)
+    if settings.refresh_from:
+        read_manifest(common.runs / settings.refresh_from)  # whether there is any, before data are read
+    open_lums(common)
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
     identity = _identity(common, settings, data, lums)
@@ -184,6 +187,12 @@ def _identity(common: Common, config: QueryConfig, data: PreparedData, lums: lis
         "tokens_per_pack": config.tokens_per_pack,
         **({"forgotten": forgotten} if forgotten else {}),
     }
+
+
+def check_inputs(common: Common, *, model: ModelConfig, query: QueryConfig) -> None:
+    """Raises UserError where there is no knowledge to refresh from; reads no data."""
+    if query.refresh_from:
+        read_manifest(common.runs / query.refresh_from)
 
 
 def check_schema(schema: SchemaConfig, *, model: ModelConfig, query: QueryConfig) -> None:

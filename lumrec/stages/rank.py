@@ -22,7 +22,7 @@ from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.evaluation.ranking import evaluate, score
 from lumrec.features.statistics import dense_inputs
-from lumrec.knowledge.store import Knowledge
+from lumrec.knowledge.store import Knowledge, read_manifest
 from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
 from lumrec.models.ranker import MODELS, RankerConfig, build_ranker, build_rows
 from lumrec.modules.rankers.base import RankBatch
@@ -37,6 +37,7 @@ from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
+from lumrec.train.plan import read_plan
 from lumrec.warm_start.config import WarmStartConfig
 from lumrec.warm_start.scores import read_expected
 
@@ -88,6 +89,12 @@ def step(model: nn.Module, batch: RankBatch) -> StepOutput:
     logit_B, own_loss = model(batch, with_loss=True)
     loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")
     return StepOutput(loss + len(batch) * own_loss, len(batch))
+
+
+def check_inputs(common: Common, *, rank: RankConfig) -> None:
+    """Raises UserError for files that the settings name and that are not there, or cannot be; reads no data."""
+    read_plan(rank.train.sharding, world_size=world_size())
+    rank.warm_start.check_inputs("rank.warm_start.")
 
 
 def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
@@ -145,15 +152,18 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     started = time.perf_counter()
     recorded = common.settings(rank=settings)
     device = init_distributed(threads=common.threads)
+    check_inputs(common, rank=settings)
+    lum = lum_of_tables(common) if settings.tables == "lum" else None
+    if settings.knowledge != "none":
+        read_manifest(common.knowledge)  # whether there is any, before data are read
     data = open_or_prepare(common)
     check_schema(data.schema, rank=settings)
     inputs = {"data": data.fingerprint}
-    lum = production = None
+    production = None
     knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None
     if knowledge is not None:
         inputs["knowledge"] = knowledge.path.name
-    if settings.tables == "lum":
-        lum = lum_of_tables(common)
+    if lum is not None:
         inputs["lum"] = lum.fingerprint
     if settings.warm_start.source:
         production = settings.warm_start.open()

@@ -16,10 +16,10 @@ if TYPE_CHECKING:  # so that --help comes without loading Polars and torch
 class Stage:
     """A stage is the module lumrec/stages/<name>.py, with `run(common, *sections)`.
 
-    Where it has them, `check_schema(schema, **sections)` and `check_data(common, data, **sections)` find what is wrong
-    with the settings before the stage begins. checked_with: sections that those take; () = the same as `sections`.
-    headline: figures of its result that the app prints at the end. check: module whose `run` answers `--check`, and
-    writes nothing. options: of the app, each for a key.
+    Where it has them, `check_inputs(common, **sections)`, `check_schema(schema, **sections)` and `check_data(common,
+    data, **sections)` find what is wrong with the settings before the stage begins. checked_with: sections that those
+    take; () = the same as `sections`. headline: figures of its result that the app prints at the end. check: module
+    whose `run` answers `--check`, and writes nothing. options: of the app, each for a key.
     """
 
     name: str
@@ -47,6 +47,11 @@ class Stage:
         """Raises UserError for what the stage's sections name and the schema does not have."""
         if check := getattr(self.module, "check_schema", None):
             check(schema, **self._sections(config, self.checked_with or self.sections))
+
+    def check_inputs(self, config: Common) -> None:
+        """Raises UserError for files and runs that the stage's sections name and that are not there, or cannot be."""
+        if check := getattr(self.module, "check_inputs", None):
+            check(config, **self._sections(config, self.checked_with or self.sections))
 
     def check_data(self, config: Common, data: Any) -> None:
         """Raises UserError for what the stage's sections ask of prepared data that do not have it."""

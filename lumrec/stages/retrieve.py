@@ -29,7 +29,7 @@ from lumrec.evaluation.retrieval import (
     rank_targets,
     retrieval_names,
 )
-from lumrec.knowledge.store import Knowledge
+from lumrec.knowledge.store import Knowledge, read_manifest
 from lumrec.metrics.compare import Ranks, write_scores
 from lumrec.models.lum import check_table_lrs
 from lumrec.models.towers import TowersConfig, build_towers
@@ -45,6 +45,7 @@ from lumrec.train.length import fit_length, tell_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
+from lumrec.train.plan import read_plan
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +196,11 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
     return result
 
 
+def check_inputs(common: Common, *, retrieve: RetrieveConfig) -> None:
+    """Raises UserError for a sharding plan that is not there, or cannot be; reads no data."""
+    read_plan(retrieve.train.sharding, world_size=world_size())
+
+
 def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
     """Raises UserError for conditions and tables that the settings name and the schema does not have."""
     conditions = features_by_role(schema, "condition")
@@ -219,6 +225,9 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     started = time.perf_counter()
     recorded = common.settings(retrieve=settings)
     device = init_distributed(threads=common.threads)
+    check_inputs(common, retrieve=settings)
+    if settings.knowledge != "none":
+        read_manifest(common.knowledge)  # whether there is any, before data are read
     data = open_or_prepare(common)
     check_schema(data.schema, retrieve=settings)
     check_data(common, data, retrieve=settings)

@@ -32,7 +32,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import user_fold
 from lumrec.knowledge.log_normalizer import log_normalizer
 from lumrec.models.lum import condition_features, load_lum
-from lumrec.models.lum_folds import find_lums
+from lumrec.models.lum_folds import find_lums, open_lums
 from lumrec.query.conditions import default_conditions, spoken
 from lumrec.query.group_query import GroupQuery, serving_windows, user_rows
 from lumrec.run.distributed import init_distributed
@@ -97,6 +97,7 @@ def run(common: Common, settings: ShowUserConfig, asked: QueryConfig) -> dict[st
     """
     device = init_distributed(threads=common.threads)
     common = of_pipeline(common)
+    open_lums(common)  # whether they are there, before data are read
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
     if not settings.user:

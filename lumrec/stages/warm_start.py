@@ -5,15 +5,16 @@ from functools import partial
 from lumrec.data.common import Common
 from lumrec.data.prepare import open_or_prepare
 from lumrec.evaluation.ranking import score
-from lumrec.knowledge.store import Knowledge
+from lumrec.knowledge.store import Knowledge, read_manifest
 from lumrec.models.lum import ModelConfig, build_lum
-from lumrec.run.distributed import init_distributed
+from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.distributed import rank as process_rank
 from lumrec.run.errors import UserError
 from lumrec.run.printable import say
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.rank import RankConfig, sharded_ranker
 from lumrec.train.parallel import shard
+from lumrec.train.plan import read_plan
 from lumrec.warm_start.apply import warm_start
 from lumrec.warm_start.plan import PlanError
 from lumrec.warm_start.scores import read_expected
@@ -33,7 +34,11 @@ def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: Rank
     if of_lum and rank.warm_start.source:
         raise UserError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
     settings = pretrain.warm_start if of_lum else rank.warm_start
+    settings.check_inputs(f"{'pretrain' if of_lum else 'rank'}.warm_start.")
+    read_plan((pretrain if of_lum else rank).train.sharding, world_size=world_size())
     source = settings.open()
+    if rank.knowledge != "none" and not of_lum:
+        read_manifest(common.knowledge)  # whether there is any, before data are read
     data = open_or_prepare(common)
     if of_lum:
         train = pretrain.train

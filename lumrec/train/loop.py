@@ -228,16 +228,20 @@ class _Fit:
 
     def _resume(self, loaded: Loaded) -> None:
         self.state = TrainState.of(loaded.state)
-        try:
-            self.loader.load_state_dict(loaded.local["loader"])
-            if loaded.same_ranks:
+        # What fits in form and still fails in our own code is a bug, and shows its traceback.
+        again = "remove it to go on from the one before, or start the run again with overwrite=true"
+        position = loaded.local.get("loader", {})
+        if _kinds(position) != _kinds(self.loader.state_dict()):
+            raise UserError(f"the checkpoint of step {loaded.step} holds no usable position in the data; {again}")
+        self.loader.load_state_dict(position)
+        if loaded.same_ranks:
+            try:
                 set_random_state(loaded.local["random"])
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint of step {loaded.step} holds no usable position in the data or random state "
-                f"({type(error).__name__}: {error}); remove it to go on from the one before, or start the run again "
-                "with overwrite=true"
-            ) from error
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise UserError(
+                    f"the checkpoint of step {loaded.step} holds no usable random state "
+                    f"({type(error).__name__}: {error}); {again}"
+                ) from error
         if not loaded.same_ranks:
             seed_generators(torch.initial_seed(), self.state.step, rank())
             if rank() == 0:
@@ -435,6 +439,11 @@ def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str,
         dist.all_gather_object(lengths, len(loader))
     if len(set(lengths)) > 1 or lengths[0] == 0:
         raise UserError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
+
+
+def _kinds(state: Any) -> dict[str, type]:
+    """The entries of a loader's state with their types."""
+    return {name: type(value) for name, value in state.items()} if isinstance(state, dict) else {}
 
 
 def _sum_over_ranks(output: StepOutput, others: Mapping[str, float]) -> dict[str, float]:

@@ -54,7 +54,27 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
     if sharding in SHARDING_TYPES:
         small = {name for name, table in tables.items() if sharding == "row_wise" and _lacks_rows(table, world_size)}
         return {name: TableSharding("table_wise" if name in small else sharding) for name in tables}
-    if not sharding:
+    widths = {name: table.embedding_dim for name, table in tables.items()}
+    chosen = read_plan(sharding, widths, world_size=world_size, whose="this model")
+    for name, table in chosen.items():
+        if table.sharding == "row_wise" and _lacks_rows(tables[name], world_size):
+            raise UserError(
+                f"{sharding}, table {name!r}: row_wise over {world_size} ranks would leave one without any of its "
+                f"{tables[name].num_embeddings} rows: make it table_wise"
+            )
+    return chosen
+
+
+def read_plan(
+    sharding: str, widths: Mapping[str, int] | None = None, *, world_size: int, whose: str = ""
+) -> dict[str, TableSharding]:
+    """What a plan file says, table name → TableSharding; {} for "" and for a sharding type.
+
+    widths: of the tables that there are, which are those of `whose`; None where they are not known yet. Raises
+    UserError for what is neither a type nor a file, and for a plan that does not fit the tables' names and widths or
+    the number of processes.
+    """
+    if not sharding or sharding in SHARDING_TYPES:
         return {}
     path = Path(sharding)
     if not path.is_file():
@@ -68,15 +88,10 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
         raise UserError(f"{path} holds {what}; expected table → sharding type, such as item: row_wise")
     chosen = {}
     for name, entry in content.items():
-        if name not in tables:
-            raise UserError(f"{path}: this model has no table {name!r}{_nearest(str(name), tables)}")
+        if widths is not None and name not in widths:
+            raise UserError(f"{path}: {whose} has no table {name!r}{_nearest(str(name), widths)}")
         chosen[name] = _table_sharding(f"{path}, table {name!r}", entry)
-        _check_ranks(f"{path}, table {name!r}", chosen[name], tables[name].embedding_dim, world_size)
-        if chosen[name].sharding == "row_wise" and _lacks_rows(tables[name], world_size):
-            raise UserError(
-                f"{path}, table {name!r}: row_wise over {world_size} ranks would leave one without any of its "
-                f"{tables[name].num_embeddings} rows: make it table_wise"
-            )
+        _check_ranks(f"{path}, table {name!r}", chosen[name], widths[name] if widths else 0, world_size)
     return chosen
 
 
@@ -103,6 +118,7 @@ def _table_sharding(where: str, entry: Any) -> TableSharding:
 
 
 def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) -> None:
+    """Raises UserError for ranks that there are not, or that the sharding type cannot use. width: 0 = not known."""
     ranks = table.ranks
     if not ranks:
         return

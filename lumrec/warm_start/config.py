@@ -10,7 +10,7 @@ import numpy as np
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.run.distributed import rank
-from lumrec.run.errors import UserError
+from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import sha256
 from lumrec.run.limits import setting
 from lumrec.train.checkpoint import best_checkpoint
@@ -54,6 +54,23 @@ class WarmStartConfig:
                 f"{at}tolerance is {self.tolerance}, but {at}scores is '': there is nothing to compare (a check of "
                 "rows has its own, in its rule)"
             )
+
+    def check_inputs(self, at: str) -> None:
+        """Raises MissingFileError or UserError for what can be known of the files before data are read: one that is not
+        there, rules that cannot be. `at`: the section, with a dot. Target vocabularies may be made with the data.
+        """
+        if not self.source:
+            return
+        if not Path(self.source).exists():
+            raise MissingFileError(
+                f"{at}source: there is no {self.source}; expected a DCP folder or a checkpoint file (from {Path.cwd()})"
+            )
+        rules = read_rules(self.rules)
+        beside = [rules.optimizer_source, *(rule.source_vocabulary for rule in rules.rules)]
+        files = [(self.rules, Path(rules.folder) / name) for name in beside if name]
+        for key, path in [*([(f"{at}scores", Path(self.scores))] if self.scores else []), *files]:
+            if not path.exists():
+                raise MissingFileError(f"{key}: there is no {path} (from {Path.cwd()})")
 
     def open(self) -> Source:
         """The source. Collective. Raises as `open_source` does."""

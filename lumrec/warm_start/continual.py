@@ -27,7 +27,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
-from lumrec.models.lum import ModelConfig, condition_features, open_lum_run
+from lumrec.models.lum import ModelConfig, TrainedLum, condition_features, open_lum_run
 from lumrec.run.distributed import on_rank_zero, world_size
 from lumrec.run.errors import UserError
 from lumrec.train.checkpoint import verified_meta
@@ -70,22 +70,31 @@ class Growth(NamedTuple):
     columns_new: int
 
 
-def find_earlier(common: Common, model: ModelConfig, start_from: str, data: PreparedData) -> Earlier:
-    """The run that `start_from` names, once it is sure that a LUM of `model` can go on from it. Collective.
+def earlier_run(common: Common, start_from: str) -> tuple[str, TrainedLum]:
+    """The name and the LUM that `start_from` means for this run; no data are read.
 
-    In the name, {fold} is replaced by "kofK" of common.fold. Raises MissingFileError where the run or its prepared data
-    is missing; UserError, which says what differs and how to mend it, where the LUM would be another model, a feature
-    that it reads is gone or changed, a value has another row, or the earlier LUM has seen what this run holds out.
+    In the name, {fold} is replaced by "kofK" of common.fold. Raises MissingFileError where there is no such run, and
+    UserError where it is this one.
     """
     name = start_from.replace("{fold}", common.fold.replace("/", "of"))
     folder = common.find_run(name)
     if folder.resolve() == common.folder("pretrain").resolve():
         raise UserError(f"pretrain.start_from={name} is this run itself; choose another run=<name>")
-    lum = open_lum_run(
+    return name, open_lum_run(
         folder,
         missing=f"pretrain.start_from={name}: there is no finished LUM in {folder}; expected the name of a run of "
         f"apps/pretrain.py under {common.runs_dir}, or its folder",
     )
+
+
+def find_earlier(common: Common, model: ModelConfig, start_from: str, data: PreparedData) -> Earlier:
+    """The run that `start_from` names, once it is sure that a LUM of `model` can go on from it. Collective.
+
+    Raises MissingFileError where the run or its prepared data is missing; UserError, which says what differs and how to
+    mend it, where the LUM would be another model, a feature that it reads is gone or changed, a value has another row,
+    or the earlier LUM has seen what this run holds out.
+    """
+    name, lum = earlier_run(common, start_from)
     trained = lum.common
     if common.fold not in ("", trained.fold):
         raise UserError(

@@ -1,5 +1,6 @@
 """The main of the apps: what an error of the user's looks like, and what a fault of ours does."""
 
+import importlib
 import os
 import shlex
 import signal
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from lumrec.experiments.config import load
-from lumrec.launch.main import headline, run_stage
+from lumrec.launch.main import EXPERIMENTS, headline, run_stage
+from lumrec.run.errors import UserError
 from lumrec.run.failures import sentence
 from lumrec.run.files import write_atomically
 from lumrec.run.interrupt import Interrupted
@@ -39,6 +41,54 @@ def test_unknown_key_is_one_line_and_exit_code_2():
     assert result.stderr.strip() == (
         "lumrec: the command line: unknown key 'model.dmi'; the nearest valid key is 'model.dim'"
     )
+
+
+PLANS = ("nowhere.yaml", "is not one of .* nor a plan file"), ("{plan}", "rank 7 does not exist")
+MISSING = [
+    *(
+        (stage, [f"{stage}.train.sharding={plan}"], says)
+        for stage in ("pretrain", "rank", "retrieve")
+        for plan, says in PLANS
+    ),
+    ("pretrain", ["pretrain.start_from=nowhere"], "no finished LUM in .*nowhere"),
+    ("pretrain", ["pretrain.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
+    ("pretrain", ["pretrain.warm_start={source: '{rules}', rules: nowhere}"], "there is no file nowhere"),
+    ("rank", ["rank.warm_start={source: '{rules}', rules: '{rules}', scores: nowhere}"], "scores: there is no nowhere"),
+    ("rank", ["rank.warm_start={source: '{rules}', rules: '{lacking}'}"], "lacking.yaml: there is no .*nowhere.csv"),
+    ("rank", ["rank.knowledge=both", "inputs.knowledge=nowhere"], "no knowledge in .*nowhere"),
+    ("rank", ["rank.tables=lum", "inputs.lums=[nowhere]"], "no finished LUM in .*nowhere"),
+    ("retrieve", ["retrieve.knowledge=direct", "inputs.knowledge=nowhere"], "no knowledge in .*nowhere"),
+    ("query", ["query.refresh_from=nowhere"], "no knowledge in .*nowhere"),
+    ("query", ["inputs.lums=[nowhere]"], "no finished LUM in .*nowhere"),
+    ("show_user", ["inputs.lums=[nowhere]"], "no finished LUM in .*nowhere"),
+    ("warm_start", ["rank.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
+    ("warm_start", ["rank.warm_start={source: '{rules}', rules: '{lacking}'}"], "there is no .*nowhere.csv"),
+    ("prepare", ["data.source=movielens-1m", "data.path=nowhere"], "the folder nowhere .* does not exist"),
+    ("prepare", ["data.source=log", "data.log.events={log}", "data.log.items=nowhere"], "data.log.items: 'nowhere'"),
+    ("prepare", ["data.vocabulary_from=nowhere"], "nowhere"),
+    ("pipeline", ["rank.train.sharding=nowhere.yaml"], "nor a plan file"),
+    ("pipeline", ["rank.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
+    ("pipeline", ["pretrain.start_from=nowhere"], "no finished LUM in .*nowhere"),
+    ("pipeline", ["query.refresh_from=nowhere"], "no knowledge in .*nowhere"),
+    ("tune", ["rank.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
+]
+
+
+@pytest.mark.parametrize(("stage", "words", "says"), MISSING)
+def test_a_file_or_run_that_is_not_there_is_said_before_any_data_are_read(stage, words, says, tmp_path):
+    """The default prepared data are missing in each case: a stage that looked at its inputs later would make them."""
+    files = {name: tmp_path / f"{name}.yaml" for name in ("plan", "rules", "lacking")}
+    files["plan"].write_text("item_id: {sharding: table_wise, ranks: [7]}")
+    files["rules"].write_text("rules: []")
+    rule = "{source: a, target: b, rows: remap, source_vocabulary: nowhere.csv, target_vocabulary: later.parquet}"
+    files["lacking"].write_text(f"rules: [{rule}]")
+    (files.setdefault("log", tmp_path / "log.csv")).write_text("user_id,item_id,timestamp,label\nu,i,1,1\n")
+    for name, file in files.items():
+        words = [word.replace(f"{{{name}}}", str(file)) for word in words]
+    config = load(None, [f"runs_dir={tmp_path / 'runs'}", "name=x", "data.source=simulator", *words])
+    with pytest.raises(UserError, match=says):
+        STAGES[stage].run(config) if stage in STAGES else importlib.import_module(EXPERIMENTS[stage]).run(config)
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
 def test_trace_on_request(tmp_path):

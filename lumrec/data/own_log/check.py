@@ -11,10 +11,13 @@ What is only needed on the way (CSV as Parquet, sorted blocks) lies in a tempora
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,6 +51,8 @@ CUT = "# " + "-" * 30 + " {} " + "-" * 30
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 RARE, BUSY = 0.001, 0.05  # share of positive events, and of the events of one user, that deserve a word
 MANY_VALUES = 1_000_000
+SCRATCH = "lumrec-check-"
+LOCKED_AFTER_S = 60  # a younger folder may belong to a check that has not locked it yet
 
 
 @dataclass
@@ -78,12 +83,35 @@ def run(common: Common) -> dict[str, Any]:
     if int(os.environ.get("RANK", "0")) > 0:
         return {}
     report = Report()
-    with tempfile.TemporaryDirectory(prefix="lumrec-check-") as scratch:
+    with _scratch() as scratch:
         try:
-            check(common, Path(scratch), report)
+            check(common, scratch, report)
         finally:
             say(report)
     return {}
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """An empty temporary folder, locked while in use; what killed checks of this user left beside it is removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):  # another check is quicker, or uses it
+            facts = left.lstat()
+            if facts.st_uid != os.geteuid() or time.time() - facts.st_mtime < LOCKED_AFTER_S:
+                continue
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(lock)
 
 
 def check(common: Common, scratch: Path, report: Report) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import time as clock
@@ -36,6 +38,21 @@ def suggested(text: str) -> str:
     """The config between the two lines."""
     _, _, behind = text.partition("save from here as my-log.yaml")
     return behind.partition("\n")[2].partition("# ----")[0]
+
+
+def test_what_a_killed_check_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = {name: tmp_path / f"{check.SCRATCH}{name}" for name in ("dead", "young", "alive")}
+    for name, folder in folders.items():
+        (folder / "source").mkdir(parents=True)
+        if name != "young":
+            os.utime(folder, (0, 0))
+    (tmp_path / f"{check.SCRATCH}link").symlink_to(folders["young"])
+    lock = os.open(folders["alive"], os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    check.run(load(None, [f"data.log.events={SHOP / 'clicks.csv'}"]))
+    os.close(lock)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{check.SCRATCH}{name}" for name in ("alive", "link", "young"))
 
 
 def test_a_first_look_without_a_config_ends_with_one_that_prepares(tmp_path: Path):

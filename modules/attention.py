@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lumrec.modules.kernels.biased_attention import BiasedAttention, BiasIndex
 from lumrec.modules.layout import JaggedLayout
-from lumrec.modules.relative_bias import BiasedAttention, BiasIndex, RelativeBias, TokenTimes, query_bias, time_bucket
+from lumrec.modules.relative_bias import RelativeBias, TokenTimes, query_bias, time_bucket
 
 # Scores held at once by `query_attention` (elements), so that its memory is bounded whatever is asked.
 SCORE_BUDGET = 1 << 26

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec.streamable import Pipelineable
 
 MODES = ("direct", "matching", "both")
 
@@ -40,7 +39,12 @@ class KnowledgeBatch(NamedTuple):
                 value.record_stream(stream)  # type: ignore[arg-type]
 
 
-Pipelineable.register(KnowledgeBatch)
+try:  # TorchRec's train pipelines take what is registered; without TorchRec the rest of this file works all the same
+    from torchrec.streamable import Pipelineable
+
+    Pipelineable.register(KnowledgeBatch)
+except ImportError:
+    pass
 
 
 class KnowledgeFusion(nn.Module):

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lumrec.modules.attention import causal_attention, query_attention
 from lumrec.modules.hstu import HstuBlock
+from lumrec.modules.kernels.biased_attention import BiasIndex
 from lumrec.modules.layout import Extension, JaggedLayout
-from lumrec.modules.relative_bias import BiasIndex, RelativeBias, TokenTimes, bias_indices
+from lumrec.modules.relative_bias import RelativeBias, TokenTimes, bias_indices
 
 ENCODERS = ("gpt", "llama", "hstu")
 ROTARY_BASE = 10_000.0

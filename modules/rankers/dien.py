@@ -1,6 +1,6 @@
 """Deep Interest Evolution Network: how the interest in the target came about (Zhou et al., 1809.03672).
 
-Shape suffixes: see rankers/base.py and rankers/recurrence.py.
+Shape suffixes: see rankers/base.py and kernels/recurrence.py.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumrec.modules.kernels.jagged import indexed_dot, row_of_event, segment_softmax
+from lumrec.modules.kernels.recurrence import recurrence
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
-from lumrec.modules.rankers.jagged import indexed_dot, row_of_event, segment_softmax
-from lumrec.modules.rankers.recurrence import recurrence
 
 
 class Dien(Ranker):

@@ -1,6 +1,6 @@
 """Search in long histories, and attention of several heads over what was found (SIM, 2006.05639; TWIN, 2302.02352).
 
-Shape suffixes: see rankers/jagged.py; S events found for a row, H heads, K width of a head, X = K·H (head last), V
+Shape suffixes: see kernels/jagged.py; S events found for a row, H heads, K width of a head, X = K·H (head last), V
 width of a value.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumrec.modules.rankers.jagged import row_chunks, row_of_event
+from lumrec.modules.kernels.jagged import row_chunks, row_of_event
 
 NUM_BUCKETS = 32  # of log_bucket: seconds up to 136 years
 

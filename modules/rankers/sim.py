@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumrec.modules.kernels.jagged import indexed_dot, latest, lookup
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
 from lumrec.modules.rankers.din import LocalActivation
-from lumrec.modules.rankers.jagged import indexed_dot, latest, lookup
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     hard_search,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumrec.modules.kernels.jagged import lookup
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
-from lumrec.modules.rankers.jagged import lookup
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     head_logits,

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from lumrec.modules.kernels.jagged import segment_softmax
 from lumrec.modules.knowledge import MaskedStandardise, fold_weights, project_by_fold
 from lumrec.modules.large_user_model import SIMILARITIES
 from lumrec.modules.rankers.base import make_mlp, moved
-from lumrec.modules.rankers.jagged import segment_softmax
 from lumrec.modules.tokens import feature_order
 
 POOLINGS = ("mean", "attention")

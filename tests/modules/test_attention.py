@@ -89,8 +89,8 @@ def test_portions_of_a_bucket_change_nothing(silu, time, rows, monkeypatch):
         return [out, *(x.grad for x in (*inputs, *bias.parameters()))]
 
     whole = results()
-    monkeypatch.setattr("lumrec.modules.relative_bias.CACHED_SCORES", 1)
-    monkeypatch.setattr("lumrec.modules.relative_bias.LEAST_ROWS", rows)
+    monkeypatch.setattr("lumrec.modules.kernels.biased_attention.CACHED_SCORES", 1)
+    monkeypatch.setattr("lumrec.modules.kernels.biased_attention.LEAST_ROWS", rows)
     for part, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(part, expected)
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumrec.modules import losses
-from lumrec.modules.losses import counterfactual_contrast, info_nce, info_nce_plain
+from lumrec.modules.kernels import info_nce as kernel
+from lumrec.modules.kernels.info_nce import info_nce_plain
+from lumrec.modules.losses import counterfactual_contrast, info_nce
 
 SIZES = st.sampled_from([0, 1, 2, 7, 50])
 
@@ -50,7 +51,7 @@ def test_loss_and_gradients_equal_the_plain_twin(num_positions, num_candidates, 
     inputs = draw_inputs(num_positions, num_candidates)
     options = {name: inputs[name] for name in given_options} | {"label_smoothing": label_smoothing}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK", chunk)
+        patch.setattr(kernel, "CHUNK", chunk)
         fast = loss_and_gradients(info_nce, inputs, **options)
     for ours, plain in zip(fast, loss_and_gradients(info_nce_plain, inputs, **options), strict=True):
         torch.testing.assert_close(ours, plain)

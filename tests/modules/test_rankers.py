@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.metrics.ranking import auc
+from lumrec.modules.kernels import jagged
+from lumrec.modules.kernels.jagged import segment_softmax
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.rankers import jagged
 from lumrec.modules.rankers.base import Dice, RankBatch, Ranker
 from lumrec.modules.rankers.dien import Dien
 from lumrec.modules.rankers.din import Din, LocalActivation
 from lumrec.modules.rankers.dlrm import Dlrm
-from lumrec.modules.rankers.jagged import segment_softmax
 from lumrec.modules.rankers.sim import Sim
 from lumrec.modules.rankers.twin import Twin
 from lumrec.modules.tokens import feature_order, make_kjt, make_tables

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lumrec.modules.rankers import jagged
-from lumrec.modules.rankers.jagged import indexed_dot, latest, row_chunks
-from lumrec.modules.rankers.recurrence import plain_recurrence, recurrence
+from lumrec.modules.kernels import jagged
+from lumrec.modules.kernels.jagged import indexed_dot, latest, row_chunks
+from lumrec.modules.kernels.recurrence import plain_recurrence, recurrence
 from lumrec.modules.rankers.search import (
     hard_search,
     head_logits,

@@ -1,6 +1,6 @@
 """GRU with attentional update gate over jagged histories (DIEN, 1809.03672 section 4.3), and its plain twin.
 
-Shape suffixes: see rankers/jagged.py; X distinct inputs, H width of the state, G = 3H gates (update, reset, candidate),
+Shape suffixes: see kernels/jagged.py; X distinct inputs, H width of the state, G = 3H gates (update, reset, candidate),
 N events of a chunk, in order of time: all first events, then all second ones, …
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumrec.modules.rankers.jagged import row_chunks
+from lumrec.modules.kernels.jagged import row_chunks
 
 STEP_BUFFERS = 12  # of the width of a state: what a step of the backward pass works in
 tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input

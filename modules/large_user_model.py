@@ -4,6 +4,7 @@ Shape suffixes: T events, B users, Q query conditions, C candidate items, D mode
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.layout import Extension, JaggedLayout, extension, make_layout, portions
 from lumrec.modules.relative_bias import TokenTimes
-from lumrec.modules.tokens import TokenEncoder
+from lumrec.modules.tokens import TokenEncoder, make_kjt
 from lumrec.modules.user_encoder import KeyValueCache, UserEncoder
 
 SIMILARITIES = ("cosine", "dot")
@@ -25,6 +26,8 @@ TOKENS_PER_EVENT = {"interleaved": 2, "merged": 1}
 QUERY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 26}
 # No time at all: what was seen before the first event.
 NEVER = torch.iinfo(torch.int64).min
+# Features of an event, a query or a candidate: a row of the feature's table, or several.
+Bags = Mapping[str, int | Sequence[int]]
 
 
 @dataclass
@@ -61,6 +64,91 @@ class Pack:
     contrast_event_Q: Tensor
     event_row_T: Tensor
 
+    @classmethod
+    def from_lists(
+        cls,
+        users: Sequence[Sequence[Bags]],
+        model: "LargeUserModel",
+        *,
+        queries: Sequence[Sequence[Bags]] = (),
+        candidates: Sequence[Bags] = (),
+        positives: Sequence[Sequence[int]] | None = None,
+        times: Sequence[Sequence[int]] | None = None,
+    ) -> "Pack":
+        """A pack of plain lists for `model`, on the CPU: to try the model, or to feed it from a pipeline of your own.
+
+        An event, a query and a candidate are each a dict: feature -> row of its table, or the rows of a multi-valued
+        feature; a feature that is left out is empty.
+
+        users: the events of each user, oldest first, with item, feedback and condition features.
+        queries: for each user the conditions to ask behind the last event; () asks nothing.
+        candidates: items, with item features; candidate_item_C is their index here.
+        positives: for each event the index of its candidate, -1 = not to be predicted; None where nothing is trained.
+        times: seconds of each event; needed where the user encoder has a bias of time. A query is asked at the time of
+            the last event.
+
+        Raises ValueError for features that the model does not have, negative rows, and lists of different lengths.
+
+        Two users with two and one events; the first is asked twice, the second once::
+
+            events       c1 i1 c2 i2        c3 i3
+            queries                  c c          c
+
+        >>> from lumrec.modules.tokens import make_tables
+        >>> tables = make_tables({"item": (9, 4), "wish": (3, 4)}, {"item": "item", "wish": "wish"})
+        >>> encoder = TokenEncoder(tables, item_features=["item"], condition_features=["wish"], dim=8)
+        >>> user_encoder = UserEncoder(encoder="gpt", dim=8, num_layers=1, num_heads=2, max_tokens=6)
+        >>> lum = LargeUserModel(encoder, user_encoder, dim=8)
+        >>> like, dislike = {"wish": 1}, {"wish": 2}
+        >>> users = [[{"item": 3, **like}, {"item": 7, **dislike}], [{"item": 3, **like}]]
+        >>> pack = Pack.from_lists(users, lum, queries=[[like, dislike], [like]], candidates=[{"item": 3}, {"item": 7}])
+        >>> [tuple(x.shape) for x in lum(pack)]  # outputs at the conditions, answers, candidates
+        [(3, 8), (3, 8), (2, 8)]
+        """
+        asked = list(queries) or [()] * len(users)
+        per_event = {
+            name: values for name, values in (("positives", positives), ("times", times)) if values is not None
+        }
+        if len(asked) != len(users) or any(len(values) != len(users) for values in per_event.values()):
+            sizes = ", ".join(f"{name} {len(values)}" for name, values in [("queries", asked), *per_event.items()])
+            raise ValueError(f"there are {len(users)} users; expected as many lists of each kind, got {sizes}")
+        for name, values in per_event.items():
+            for user, (events, of_events) in enumerate(zip(users, values, strict=True)):
+                if len(of_events) != len(events):
+                    raise ValueError(f"user {user} has {len(events)} events and {len(of_events)} {name}")
+        if times is None and model.user_encoder.time_bias:
+            raise ValueError("the user encoder has a bias of time (time_bias): give `times`, seconds of each event")
+        num_B, queries_B = (torch.tensor([len(x) for x in lists], dtype=torch.int64) for lists in (users, asked))
+        bags = [bag for part in (*users, *asked, candidates) for bag in part]
+        factor, end_B = TOKENS_PER_EVENT[model.tokens], num_B.cumsum(0)
+        user_Q, end_Q = torch.repeat_interleave(queries_B), end_B.repeat_interleave(queries_B)
+        num_events, length_Q = int(num_B.sum()), num_B.repeat_interleave(queries_B)
+        place_T, is_first_T = torch.arange(num_events), torch.zeros(num_events, dtype=torch.bool)
+        is_first_T[(end_B - num_B)[num_B > 0]] = True
+        time_T = torch.tensor([t for of_user in times or () for t in of_user] or [0] * num_events, dtype=torch.int64)
+        positive_T = [index for of_user in positives or () for index in of_user]
+        if any(not -1 <= index < len(candidates) for index in positive_T):
+            raise ValueError(f"positives name candidates from 0 to {len(candidates) - 1}, or -1; got {positive_T}")
+        features = model.token_encoder.features
+        return cls(
+            tokens=make_kjt(features, _columns(bags, features), stride=len(bags)),
+            layout=make_layout(factor * num_B, query_sequence_Q=user_Q, query_prefix_Q=factor * length_Q),
+            num_events=num_events,
+            num_queries=len(user_Q),
+            num_candidates=len(candidates),
+            query_prefix_Q=factor * length_Q,
+            previous_T=torch.where(is_first_T, -1, place_T - 1),
+            previous_Q=torch.where(length_Q == 0, -1, end_Q - 1),
+            time_T=time_T,
+            time_Q=torch.where(length_Q == 0, 0, F.pad(time_T, (1, 0))[end_Q]),
+            candidate_item_C=torch.arange(len(candidates)),
+            positive_T=torch.tensor(positive_T, dtype=torch.int64),
+            log_weight_C=torch.zeros(len(candidates)),
+            log_positive_weight_T=torch.zeros(0),
+            contrast_event_Q=torch.zeros(0, dtype=torch.int64),
+            event_row_T=place_T,
+        )
+
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack on `device`."""
         moved = {
@@ -69,6 +157,20 @@ class Pack:
             if not isinstance(value := getattr(self, field.name), int)
         }
         return dataclasses.replace(self, **moved)
+
+
+def _columns(bags: Sequence[Bags], features: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Values and lengths of each feature over all bags, for make_kjt."""
+    if unknown := sorted({name for bag in bags for name in bag} - set(features)):
+        raise ValueError(f"the model has no features {unknown}; its features are {list(features)}")
+    columns = {}
+    for name in features:
+        rows = [[rows] if isinstance(rows := bag.get(name, ()), int) else list(rows) for bag in bags]
+        values = torch.tensor([row for bag in rows for row in bag], dtype=torch.int64)
+        if (values < 0).any():
+            raise ValueError(f"feature {name!r} has the row {int(values.min())}; rows of a table count from 0")
+        columns[name] = values, torch.tensor([len(bag) for bag in rows], dtype=torch.int64)
+    return columns
 
 
 class LumOutput(NamedTuple):

@@ -272,3 +272,49 @@ def test_bad_settings_are_refused():
         LargeUserModel(model.token_encoder, model.user_encoder, dim=DIM, temperature=0.0)
     with pytest.raises(ValueError, match="heads"):
         UserEncoder(dim=10, num_layers=1, num_heads=3, max_tokens=4)
+
+
+@pytest.mark.parametrize("per_event, tokens", [(2, "interleaved"), (1, "merged")])
+def test_a_pack_from_lists_equals_one_from_tensors(per_event, tokens):
+    """Every field, with a user without events and one without queries."""
+    users = [history(3, 1), ([], []), history(2, 5)]
+    asked = [[1, 2], [3], []]
+    queries = [(user, len(users[user][0]), wish) for user, wishes in enumerate(asked) for wish in wishes]
+    expected = make_pack(users, queries, per_event=per_event)
+    made = Pack.from_lists(
+        [[{"item": i, "condition": c} for i, c in zip(*user, strict=True)] for user in users],
+        make_model(tokens=tokens),
+        queries=[[{"condition": wish} for wish in wishes] for wishes in asked],
+        candidates=[{"item": [i]} for i in range(NUM_ITEMS)],
+        positives=[items for items, _ in users],
+        times=[[1000 * k**2 for k in range(len(items))] for items, _ in users],
+    )
+    expected.time_Q = torch.tensor([4000, 4000, 0])  # of the last event
+    for name, value in vars(expected).items():
+        if name == "tokens":
+            assert value.to_dict().keys() == made.tokens.to_dict().keys()
+            assert value.values().tolist() == made.tokens.values().tolist()
+            assert value.lengths().tolist() == made.tokens.lengths().tolist()
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, getattr(made, name)), name
+        elif name != "layout":
+            assert value == getattr(made, name)
+    assert repr(expected.layout) == repr(made.layout)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"users": [[{"itme": 1}]]}, r"no features \['itme'\]; its features are \['item', 'condition'\]"),
+        ({"users": [[{"item": -1}]]}, "'item' has the row -1"),
+        ({"users": [[]], "queries": [[], []]}, "there are 1 users; .* got queries 2"),
+        ({"users": [[{"item": 1}]], "times": [[]]}, "user 0 has 1 events and 0 times"),
+        ({"users": [[{"item": 1}]]}, "give `times`"),
+        ({"users": [[{"item": 1}]], "times": [[0]], "positives": [[0]]}, "positives name candidates"),
+    ],
+)
+def test_lists_that_make_no_pack(arguments, said):
+    users = arguments.pop("users")
+    arguments.setdefault("times", None if said == "give `times`" else [[0]] * len(users))
+    with pytest.raises(ValueError, match=said):
+        Pack.from_lists(users, make_model(), **arguments)

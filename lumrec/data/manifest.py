@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import sha256
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
@@ -21,15 +22,6 @@ UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; thes
 
 class PreparedDataError(UserError):
     """The folder is no usable prepared data set; the message names the file and how to mend it."""
-
-
-def sha256(path: Path) -> str:
-    """Checksum of one file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import resource
@@ -28,7 +27,7 @@ from lumrec.data.config import DataConfig
 from lumrec.data.convert import convert
 from lumrec.data.drawn_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
-from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, sha256, write_manifest
+from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, write_manifest
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_lines
 from lumrec.data.open_log import named_files, plain_split, read_source, request
@@ -43,7 +42,7 @@ from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import full_disk_told, leftovers, read_json, replace_folder
+from lumrec.run.files import full_disk_told, leftovers, lock_at, read_json, replace_folder, sha256
 from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
@@ -263,18 +262,7 @@ def _make_if_missing(common: Common, path: Path) -> None:
 def _claimed(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` to work in, locked while in use; what a killed process left there is removed."""
     work = path.with_name(f".{path.name}.preparing")
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that prepares {path}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # whoever held the lock may have renamed or removed the folder meanwhile: then claim a new one
-        if work.exists() and os.stat(work).st_ino == os.fstat(lock).st_ino:
-            break
-        os.close(lock)
+    lock = lock_at(work, folder=True, waiting=f"waiting for another process that prepares {path}")
     try:
         for left in leftovers(path.parent, path.name):
             shutil.rmtree(left)

@@ -26,10 +26,11 @@ import polars as pl
 import torch
 
 from lumrec.data.columns import Column
-from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
+from lumrec.data.manifest import PreparedDataError, read_manifest
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate
 from lumrec.data.splits import TRAIN
 from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
 
 
 class Rows(NamedTuple):

@@ -11,7 +11,6 @@ features:                                      tables:
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from lumrec.run.errors import UserError
-from lumrec.run.limits import count
+from lumrec.run.limits import check_choice, count
 
 Role = Literal["item", "condition", "feedback", "user", "context"]
 Kind = Literal["id", "multi", "dense"]
@@ -105,12 +104,12 @@ def validate(schema: SchemaConfig) -> SchemaConfig:
                 f"schema.features.{name}: this name is kept for a column of the prepared folder; choose another, with "
                 f"column: {name}. Kept names: {', '.join(RESERVED)}"
             )
-        _check_choice(f"schema.features.{name}.role", feature.role, ROLES)
-        _check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
+        check_choice(f"schema.features.{name}.role", feature.role, ROLES)
+        check_choice(f"schema.features.{name}.kind", feature.kind, KINDS)
         if feature.wish and feature.role != "condition":
             raise UserError(f"schema.features.{name}: wish: true needs role: condition, got role: {feature.role}")
         if feature.kind == "dense":
-            _check_choice(f"schema.features.{name}.scale", feature.scale, SCALES)
+            check_choice(f"schema.features.{name}.scale", feature.scale, SCALES)
             if feature.role not in DENSE_ROLES or feature.table:
                 what = "reads no table" if feature.table else f"cannot have role: {feature.role}"
                 raise UserError(
@@ -176,7 +175,7 @@ def folded(name: str) -> str:
 
 def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) -> list[str]:
     """Names of the features of that role that read tables (`dense`: of those that are numbers), as declared."""
-    _check_choice("role", role, ROLES)
+    check_choice("role", role, ROLES)
     return [
         name for name, feature in schema.features.items() if feature.role == role and (feature.kind == "dense") == dense
     ]
@@ -188,10 +187,3 @@ def schema_from_dict(values: dict) -> SchemaConfig:
         tables={name: TableConfig(**table) for name, table in values["tables"].items()},
         features={name: FeatureConfig(**feature) for name, feature in values["features"].items()},
     )
-
-
-def _check_choice(key: str, got: str, choices: tuple) -> None:
-    if got not in choices:
-        near = difflib.get_close_matches(got, choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{key}: got {got!r}{hint}, expected one of {', '.join(choices)}")

@@ -14,7 +14,8 @@ import polars as pl
 import pyarrow as pa
 
 from lumrec.data.forms import as_text, text_of
-from lumrec.data.manifest import PreparedDataError, read_manifest, sha256
+from lumrec.data.manifest import PreparedDataError, read_manifest
+from lumrec.run.files import sha256
 
 _NOTHING = pl.DataFrame(schema={"key": pl.String, "row": pl.Int32, "count": pl.Int64})
 

@@ -31,7 +31,7 @@ from lumrec.experiments.report_table import comparison, what_next
 from lumrec.run import limits
 from lumrec.run.changes import config_differences
 from lumrec.run.errors import UserError
-from lumrec.run.files import read_json
+from lumrec.run.files import read_json, write_atomically
 from lumrec.run.folder import RunFolder, check_made_by, clear, has_work
 from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
@@ -270,6 +270,4 @@ def add_up(
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -9,7 +9,6 @@ Shape suffixes: N rows.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from lumrec.metrics.bootstrap import Comparison, Interval, compare
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import reported
-from lumrec.run.files import sync_file
+from lumrec.run.files import new_file
 from lumrec.run.printable import say
 
 SCORES, RANKS = "scores.parquet", "ranks.parquet"
@@ -48,11 +47,9 @@ class Ranks(NamedTuple):
 def write_scores(folder: Path, scores: Scores | Ranks) -> None:
     """Writes `scores` to the run folder, whole or not at all."""
     name = SCORES if isinstance(scores, Scores) else RANKS
-    temporary = folder / f".{name}.tmp"
     table = pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()})
-    pq.write_table(table, temporary, write_page_checksum=True)
-    sync_file(temporary)
-    os.replace(temporary, folder / name)
+    with new_file(folder / name) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def read_scores(folder: Path) -> Scores:

@@ -15,7 +15,6 @@ Shape suffixes: N conditions, R answers (moments asked), W windows, T events of 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
@@ -33,7 +32,7 @@ from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 ALL = "*"
 TOP = re.compile(r"top (\d+)")
@@ -267,7 +266,7 @@ def _check_features(data: PreparedData, features: Sequence[str], conditions: Seq
     for name in {name for condition in conditions for name in condition}:
         if name not in features:
             why = "is a condition that this LUM does not read" if name in declared else "is no condition feature"
-            raise UserError(f"{name!r} {why}; it reads {list(features)}{_nearest(name, features)}")
+            raise UserError(f"{name!r} {why}; it reads {list(features)}{did_you_mean(name, features)}")
 
 
 def _rows_of(
@@ -277,7 +276,7 @@ def _rows_of(
     for word in values:
         if word not in known and not unknown_as_zero:
             raise UserError(
-                f"condition {feature}: {word!r} does not occur in the training part{_nearest(word, list(known))}; "
+                f"condition {feature}: {word!r} does not occur in the training part{did_you_mean(word, known)}; "
                 f"known are {list(known)[:10]}" + (" …" if len(known) > 10 else "")
             )
     return [known.get(word, 0) for word in values]
@@ -290,11 +289,6 @@ def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
     if name not in tables:
         tables[name] = data.vocabulary(name)
     return tables[name]
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def spoken(condition: dict[str, str]) -> str:

@@ -4,6 +4,9 @@ A `UserError` is told in one sentence (what was given, what was expected, how to
 2. Every other exception is a bug of ours or an event of the machine's: an app shows its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something that the user gave cannot be used: a setting, a file, a log. The message is the whole explanation."""
@@ -11,3 +14,13 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that a stage reads, is not there. The message says what makes it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The nearest of the known names as a question in brackets; "" where none is near.
+
+    >>> did_you_mean("feedbak", ["scenario", "feedback"])
+    " (did you mean 'feedback'?)"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else ""

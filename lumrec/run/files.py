@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.printable import say
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -42,15 +44,47 @@ def read_json(path: Path, *, again: str) -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` at the end of the block: a reader sees the old file or
+    the new one, also after a power cut.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    yield temporary
+    sync_file(temporary)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def lock_at(path: Path, *, folder: bool = False, waiting: str) -> int:
+    """A descriptor that holds the lock of the file (or `folder`) at `path`, which is made where it is missing.
+
+    Closing it frees the lock, and so does the end of the process. Where another process holds the lock, this says
+    `waiting` and waits.
+    """
+    while True:
+        if folder:
+            path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_at(lock, path):  # whoever held the lock may have renamed or removed the file meanwhile
+            return lock
+        os.close(lock)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at `path` now."""
+    return path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino
 
 
 def sync_folder(path: Path) -> None:
@@ -157,7 +191,12 @@ def sync_file(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Checksum of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
+    return checksum(path, "sha256")
+
+
+def checksum(path: Path, kind: str) -> str:
+    """Checksum of a file by hashlib's algorithm `kind` (md5, sha256, …), as hexadecimal digits."""
+    digest = hashlib.new(kind, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -12,14 +12,13 @@ at the upper end are generous: far beyond what makes sense, and below what would
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 # A seed: what every generator takes (torch, NumPy and a signed 64-bit column).
 MOST_SEED = 2**63 - 1
@@ -125,19 +124,15 @@ def _check_value(key: str, value: Any, hint: Any, limits: Limits | None) -> None
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UserError, with the nearest choice, where `value` is none of them."""
     if value not in choices:
-        near = difflib.get_close_matches(value, [choice for choice in choices if choice], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"{key}: got {value!r}{hint}, expected one of {', '.join(choice or repr(choice) for choice in choices)}"
-        )
+        hint, expected = did_you_mean(value, filter(None, choices)), ", ".join(choice or "''" for choice in choices)
+        raise UserError(f"{key}: got {value!r}{hint}, expected one of {expected}")
 
 
 def check_names(key: str, given: list[str], known: list[str], what: str) -> None:
     """Raises UserError for the first name that is none of the `known` ones, which are `what` ("condition features")."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, known)
             raise UserError(f"{key}: got {name!r}{hint}; the {what}: {', '.join(map(repr, known)) or 'none'}")
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can stand for billions
 NULLS = ("null", "Null", "NULL", "~", "")
@@ -166,10 +166,9 @@ def _mapping_over(inner: Any, below: Any, given: Mapping[str, Any], path: KeyPat
     for name, value in given.items():
         if isinstance(value, Text) and value.is_plain and value in NULLS and inner is not str:
             if name not in over:
-                near = difflib.get_close_matches(name, list(over), n=1)
                 raise UserError(
                     f"{dotted((*path, name))}: null takes an entry out, and there is none of this name"
-                    + (f" (did you mean {near[0]!r}?)" if near else "")
+                    + did_you_mean(name, over)
                     + (f"; there are: {', '.join(over)}" if over else "")
                 )
             del over[name]
@@ -318,8 +317,7 @@ def _shown(given: Any) -> str:
 
 def _hint(given: Any, options: Sequence[Any]) -> str:
     choices = [str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    near = difflib.get_close_matches(given, choices, n=1) if isinstance(given, str) else []
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return did_you_mean(given, choices) if isinstance(given, str) else ""
 
 
 def _expected(kind: Any) -> str:

@@ -5,8 +5,6 @@ On one process the same code runs with a process group of one, so there is no se
 Shape suffixes: K keys of a KJT, S bags (stride).
 """
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -29,16 +27,6 @@ from lumrec.run.distributed import rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig
 from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
-
-# What TorchRec 1.8 says at every use under torch 2.13, whatever the caller does.
-for _message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorageReservation"):
-    warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
-logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
-# Tables that two models share in one DMP: TorchRec logs as an error what it then does right.
-logging.getLogger().addFilter(
-    lambda record: not any(text in record.getMessage() for text in ("is already in cache", "already collected"))
-)
-
 
 _SHARDED = "_lumrec_sharded"  # on an EmbeddingBagCollection that DMP has taken over
 

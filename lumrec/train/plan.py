@@ -9,7 +9,6 @@ A plan file is YAML or JSON, table → sharding type, or → type and ranks; tab
 A run leaves the plan in use as plan.json, which is such a file.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.sharding_plan import column_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.typed_yaml import overlaid, read
 from lumrec.train.optimizers import table_shardings
 
@@ -142,8 +141,7 @@ def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) 
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else f" (there are {', '.join(names)})"
+    return did_you_mean(name, names, cutoff=0.5) or f" (there are {', '.join(names)})"
 
 
 def make_plan(

@@ -22,14 +22,14 @@ def test_features_by_role_keeps_the_order_of_declaration():
     got = schema(b=FeatureConfig("user"), a=FeatureConfig("user"))
     assert features_by_role(got, "user") == ["b", "a"]
     assert features_by_role(got, "context") == []
-    with pytest.raises(ValueError, match="did you mean item"):
+    with pytest.raises(ValueError, match="did you mean 'item"):
         features_by_role(got, "items")
 
 
 @pytest.mark.parametrize(
     ("got", "message"),
     [
-        (schema(a=FeatureConfig("conditions")), "schema.features.a.role: got 'conditions' .did you mean condition"),
+        (schema(a=FeatureConfig("conditions")), "schema.features.a.role: got 'conditions' .did you mean 'condition"),
         (schema(a=FeatureConfig("item", kind="list")), "schema.features.a.kind"),
         (schema(label=FeatureConfig("context")), "this name is kept"),
         (schema(a=FeatureConfig("context", wish=True)), "wish: true needs role: condition, got role: context"),

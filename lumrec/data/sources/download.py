@@ -9,8 +9,6 @@ What lies in the cache:
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import http.client
 import json
 import logging
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.run.errors import UserError
-from lumrec.run.printable import say
+from lumrec.run.files import checksum, is_at, lock_at
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 18
@@ -87,28 +85,13 @@ def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_ha
 @contextlib.contextmanager
 def _claimed(part: Path) -> Iterator[Path]:
     """The partial file, locked; it stays where bytes have come, for the next try, and is removed where none have."""
-    while True:
-        lock = os.open(part, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that downloads {part}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # whoever held the lock may have removed the file meanwhile: then claim a new one
-        if _is_at(lock, part):
-            break
-        os.close(lock)
+    lock = lock_at(part, waiting=f"waiting for another process that downloads {part}")
     try:
         yield part
     finally:
-        if _size(part) == 0 and _is_at(lock, part):
+        if _size(part) == 0 and is_at(lock, part):
             _remove(part)
         os.close(lock)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that stands at `path` now."""
-    return path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino
 
 
 def _download(archive: Archive, part: Path) -> None:
@@ -191,7 +174,7 @@ def _version(part: Path, archive: Archive) -> str:
 def _check(archive: Archive, part: Path) -> None:
     """Raises UserError where the archive has another checksum than the published one."""
     kind, _, expected = (archive.checksum or "sha256:").partition(":")
-    digest = file_digest(part, kind)
+    digest = checksum(part, kind)
     if not expected:
         changes = "has no published checksum, since it changes from time to time"
         log.warning("%s %s; this one has %s %s", archive.url, changes, kind, digest)
@@ -201,15 +184,6 @@ def _check(archive: Archive, part: Path) -> None:
             "The download was changed on its way, or the publisher has changed the archive: try again, or place the "
             "files by hand."
         )
-
-
-def file_digest(path: Path, kind: str) -> str:
-    """The md5, sha256, … of a file, in hexadecimal."""
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ import polars as pl
 
 from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
-from lumrec.data.sources.download import Archive, file_digest
+from lumrec.data.sources.download import Archive
 from lumrec.data.sources.lines import (
     check_header,
     is_missing,
@@ -40,6 +40,7 @@ from lumrec.data.sources.published import Place, label_in_use
 from lumrec.data.sources.published import resolve as resolve_place
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 from lumrec.run.errors import UserError
+from lumrec.run.files import checksum
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
 
 def _other_files(release: Release, folder: Path) -> dict[str, str]:
     """md5 of the files that have another one than the published."""
-    digests = {name: file_digest(folder / name, "md5") for name in release.md5}
+    digests = {name: checksum(folder / name, "md5") for name in release.md5}
     return {name: digest for name, digest in digests.items() if digest != release.md5[name]}
 
 

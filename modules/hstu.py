@@ -1,6 +1,13 @@
 """HSTU's block: gated pointwise SiLU attention ("Actions Speak Louder than Words", arXiv 2402.17152, equ. 1 to 3).
 
 Shape suffixes: X tokens and queries, D width, H heads, K head width.
+
+>>> block = HstuBlock(dim=8, num_heads=2, ffn_dim=0, dropout=0.0)
+>>> import torch
+>>> x_XD = torch.randn(5, 8)
+>>> gate_XD, q, k, v = block.project(x_XD)
+>>> tuple(q.shape), tuple(block.finish(x_XD, gate_XD, v).shape)
+((5, 2, 4), (5, 8))
 """
 
 from collections.abc import Callable

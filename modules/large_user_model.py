@@ -4,7 +4,7 @@ Shape suffixes: T events, B users, Q query conditions, C candidate items, D mode
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.layout import Extension, JaggedLayout, extension, make_layout, portions
 from lumrec.modules.relative_bias import TokenTimes
-from lumrec.modules.tokens import TokenEncoder, make_kjt
+from lumrec.modules.tokens import Bags, TokenEncoder, kjt_from_lists
 from lumrec.modules.user_encoder import KeyValueCache, UserEncoder
 
 SIMILARITIES = ("cosine", "dot")
@@ -26,8 +26,6 @@ TOKENS_PER_EVENT = {"interleaved": 2, "merged": 1}
 QUERY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 26}
 # No time at all: what was seen before the first event.
 NEVER = torch.iinfo(torch.int64).min
-# Features of an event, a query or a candidate: a row of the feature's table, or several.
-Bags = Mapping[str, int | Sequence[int]]
 
 
 @dataclass
@@ -129,9 +127,8 @@ class Pack:
         positive_T = [index for of_user in positives or () for index in of_user]
         if any(not -1 <= index < len(candidates) for index in positive_T):
             raise ValueError(f"positives name candidates from 0 to {len(candidates) - 1}, or -1; got {positive_T}")
-        features = model.token_encoder.features
         return cls(
-            tokens=make_kjt(features, _columns(bags, features), stride=len(bags)),
+            tokens=kjt_from_lists(model.token_encoder.features, bags),
             layout=make_layout(factor * num_B, query_sequence_Q=user_Q, query_prefix_Q=factor * length_Q),
             num_events=num_events,
             num_queries=len(user_Q),
@@ -157,20 +154,6 @@ class Pack:
             if not isinstance(value := getattr(self, field.name), int)
         }
         return dataclasses.replace(self, **moved)
-
-
-def _columns(bags: Sequence[Bags], features: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Values and lengths of each feature over all bags, for make_kjt."""
-    if unknown := sorted({name for bag in bags for name in bag} - set(features)):
-        raise ValueError(f"the model has no features {unknown}; its features are {list(features)}")
-    columns = {}
-    for name in features:
-        rows = [[rows] if isinstance(rows := bag.get(name, ()), int) else list(rows) for bag in bags]
-        values = torch.tensor([row for bag in rows for row in bag], dtype=torch.int64)
-        if (values < 0).any():
-            raise ValueError(f"feature {name!r} has the row {int(values.min())}; rows of a table count from 0")
-        columns[name] = values, torch.tensor([len(bag) for bag in rows], dtype=torch.int64)
-    return columns
 
 
 class LumOutput(NamedTuple):

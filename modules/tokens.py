@@ -11,6 +11,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+Bags = Mapping[str, int | Sequence[int]]  # of one token: feature -> row of its table, or several rows
+
 
 def make_tables(
     tables: Mapping[str, tuple[int, int]],
@@ -119,6 +121,26 @@ def make_kjt(
     return KeyedJaggedTensor(
         keys=list(features), values=torch.cat(values), lengths=torch.cat(lengths).to(torch.int32), stride=stride
     )
+
+
+def kjt_from_lists(features: Sequence[str], tokens: Sequence[Bags]) -> KeyedJaggedTensor:
+    """The KeyedJaggedTensor of plain tokens: one bag of every feature for each; what a token leaves out is empty.
+
+    Raises ValueError for a feature that is not in `features`, and for a negative row.
+
+    >>> kjt_from_lists(["item_id", "genres"], [{"item_id": 5, "genres": [1, 2]}, {"item_id": 6}]).lengths().tolist()
+    [1, 1, 2, 0]
+    """
+    if unknown := sorted({name for token in tokens for name in token} - set(features)):
+        raise ValueError(f"the model has no features {unknown}; its features are {list(features)}")
+    columns = {}
+    for name in features:
+        bags = [[rows] if isinstance(rows := token.get(name, ()), int) else list(rows) for token in tokens]
+        values = torch.tensor([row for bag in bags for row in bag], dtype=torch.int64)
+        if (values < 0).any():
+            raise ValueError(f"feature {name!r} has the row {int(values.min())}; rows of a table count from 0")
+        columns[name] = values, torch.tensor([len(bag) for bag in bags], dtype=torch.int64)
+    return make_kjt(features, columns, stride=len(tokens))
 
 
 class TokenEncoder(nn.Module):

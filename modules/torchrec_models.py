@@ -2,6 +2,23 @@
 
 Shape suffixes: B rows, I width of the dense input, F knowledge features, O width of the first dense layer, N, D as in
 knowledge.py.
+
+A model with two dense features, three rows, and answers of one LUM (width 4) to two conditions. Before training the
+scores are those of the model:
+
+>>> class Model(nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.dense_arch, self.over_arch = nn.Linear(2, 4), nn.Linear(4, 1)
+...     def forward(self, dense_features, sparse_features):
+...         return self.over_arch(self.dense_arch(dense_features))
+>>> model, dense_BI = Model(), torch.randn(3, 2)
+>>> before = model(dense_BI, None)
+>>> fusion = KnowledgeFusion("direct", num_conditions=2, knowledge_dim=4, num_folds=1, out_dim=3)
+>>> present, fold = torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+>>> answers = KnowledgeBatch(torch.randn(3, 2, 4), torch.randn(3, 4), torch.zeros(3, 2), present, fold)
+>>> torch.equal(KnowledgeModel(model, fusion)(dense_BI, None, answers), before)
+True
 """
 
 from typing import Any

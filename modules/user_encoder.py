@@ -7,6 +7,18 @@ All have one interface; they differ in their blocks:
     hstu    gated pointwise SiLU attention, learned positions, relative bias  (arXiv 2402.17152, in hstu.py)
 
 Shape suffixes: T tokens, Q query tokens, X = T + Q, D width, H heads, K head width.
+
+Two users with 3 and 2 tokens, and a query that sees all of the second user's::
+
+    x_TD      0 1 2 | 3 4          y_QD          | q          query_prefix_Q  2
+
+>>> from lumrec.modules.layout import make_layout
+>>> encoder = UserEncoder(encoder="llama", dim=8, num_layers=1, num_heads=2, max_tokens=4)
+>>> prefix_Q = torch.tensor([2])
+>>> layout = make_layout(torch.tensor([3, 2]), query_sequence_Q=torch.tensor([1]), query_prefix_Q=prefix_Q)
+>>> x_TD, y_QD = encoder(torch.randn(5, 8), torch.randn(1, 8), layout, query_prefix_Q=prefix_Q)
+>>> x_TD.shape, y_QD.shape
+(torch.Size([5, 8]), torch.Size([1, 8]))
 """
 
 from collections.abc import Callable

@@ -3,6 +3,15 @@
 The plain twin is LocalActivation.plain of rankers/din.py.
 
 Shape suffixes: see rankers/base.py; H hidden units, R rows of a chunk, L events of the longest history of a chunk.
+
+Three rows with histories of 2, 0 and 1 of 4 tokens::
+
+    history_T   3 0 |  | 3        offsets_B1  0 2 2 3
+
+>>> tokens, history, offsets = torch.randn(4, 5), torch.tensor([3, 0, 3]), torch.tensor([0, 2, 2, 3])
+>>> unit = torch.randn(3, 5), torch.randn(3, 6), torch.randn(6, 5), torch.randn(6, 5), torch.randn(6)
+>>> activation_unit(tokens, *unit, torch.zeros(1), torch.full((1,), 0.25), history, offsets)[1]
+tensor([0., 0., 0., 0., 0.])
 """
 
 from typing import Any

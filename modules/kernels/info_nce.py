@@ -1,6 +1,16 @@
 """InfoNCE (LUM eq. 2) and its gradients in one pass over chunks of the logits, and its plain twin.
 
 Shape suffixes: T positions, C candidate items (N of them negatives), D width.
+
+Two positions and three candidates, of which the last counts as no negative::
+
+    positions   o_0  o_1        candidates   e_0  e_1  e_2        positive_T  0 2
+
+>>> o_TD, e_CD, positive_T = torch.eye(2), torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([0, 2])
+>>> log_weight_C = torch.tensor([0.0, 0, -torch.inf])
+>>> loss = InfoNCE.apply(o_TD, e_CD, positive_T, log_weight_C, torch.zeros(2))
+>>> torch.allclose(loss, info_nce_plain(o_TD, e_CD, positive_T, log_weight_C))
+True
 """
 
 from typing import Any

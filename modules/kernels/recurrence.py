@@ -2,6 +2,16 @@
 
 Shape suffixes: see kernels/jagged.py; X distinct inputs, H width of the state, G = 3H gates (update, reset, candidate),
 N events of a chunk, in order of time: all first events, then all second ones, …
+
+Two rows with 2 and 1 events; the first input occurs in both::
+
+    index_T   0 1 | 0        offsets_B1  0 2 3
+
+>>> gate_XG, weight_GH = torch.randn(2, 9), torch.randn(9, 3)
+>>> inputs = gate_XG, torch.tensor([0, 1, 0]), weight_GH, torch.tensor([0, 2, 3])
+>>> state_TH = recurrence(*inputs)
+>>> torch.allclose(state_TH, plain_recurrence(*inputs), atol=1e-6), torch.equal(state_TH[0], state_TH[2])
+(True, True)
 """
 
 from typing import Any

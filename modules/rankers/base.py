@@ -1,5 +1,21 @@
 """What all rankers share: one table lookup of a batch, dense layers, and the place where a LUM's knowledge comes in.
 
+Every ranker is made and called alike; here three rows of two users, with histories of two, two and no events:
+
+>>> from lumrec.modules.rankers.dlrm import Dlrm
+>>> from lumrec.modules.tokens import make_tables
+>>> features = {"item": "item", "rating": "rating", "user": "user"}
+>>> tables = make_tables({"item": (9, 4), "rating": (6, 2), "user": (5, 4)}, features)
+>>> roles = {"item_features": ["item"], "feedback_features": ["rating"], "row_features": ["user"]}
+>>> ranker = Dlrm(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> history = [{"item": 3, "rating": 5}, {"item": 7, "rating": 2}]
+>>> rows = [RankRow({"item": item}, history, {"user": 1}, label=1.0) for item in (4, 5)]
+>>> batch = RankBatch.from_lists([*rows, RankRow({"item": 4}, [], {"user": 2})], ranker)
+>>> batch.history_T.tolist(), batch.offsets_B1.tolist(), batch.target_B.tolist()
+([0, 1, 2, 3], [0, 2, 4, 4], [4, 5, 6])
+>>> ranker(batch).shape
+torch.Size([3])
+
 Shape suffixes: B rows, T history events of all rows behind each other, U unique tokens, F statistics, D width of a
 token (its item and feedback features), I width of its item features, R width of the row's own features, X of anything.
 """
@@ -16,7 +32,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.tokens import feature_order
+from lumrec.modules.tokens import Bags, feature_order, kjt_from_lists
 
 ACTIVATIONS = ("relu", "prelu", "dice")
 Batch = TypeVar("Batch")
@@ -27,6 +43,21 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
     on_device = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
     return dataclasses.replace(batch, **on_device)  # type: ignore[type-var]
+
+
+class RankRow(NamedTuple):
+    """One row as plain lists: feature -> row of its table, or several rows.
+
+    target: item features. history: for each earlier event, oldest first, its item and feedback features. row: user and
+    context features. ages: seconds from each event to the row, for SIM and TWIN.
+    """
+
+    target: Bags
+    history: Sequence[Bags] = ()
+    row: Bags = {}
+    statistics: Sequence[float] = ()
+    label: float = 0.0
+    ages: Sequence[float] = ()
 
 
 @dataclass
@@ -66,12 +97,61 @@ class RankBatch:
     age_T: Tensor | None = None
     category_count_T: Tensor | None = None
 
+    @classmethod
+    def from_lists(
+        cls,
+        rows: Sequence[RankRow],
+        ranker: "Ranker",
+        *,
+        category: str = "",
+        knowledge: KnowledgeBatch | None = None,
+    ) -> "RankBatch":
+        """A batch of plain lists for `ranker`, on the CPU: to try it, or to feed it from a pipeline of your own.
+
+        category: item feature whose first value is the category that SIM's hard search and TWIN read.
+        Raises ValueError for features that the ranker does not have, and for as many ages as there are no events.
+        """
+        for number, row in enumerate(rows):
+            if "age_T" in ranker.reads and len(row.ages) != len(row.history):
+                raise ValueError(f"row {number} has {len(row.history)} earlier events and {len(row.ages)} ages")
+        if not category and {"category_U", "category_count_T"} & set(ranker.reads):
+            raise ValueError("this ranker reads the category of items: give `category`, an item feature")
+        events = [event for row in rows for event in row.history]
+        tokens = [*events, *(row.target for row in rows)]
+        first = [[_first(token.get(name, ())) for token in tokens] for name in ranker.token_features]
+        numbers: dict[tuple[int, ...], int] = {}
+        item_of = [numbers.setdefault(key, len(numbers)) for key in zip(*first[: len(ranker.item_dims)], strict=True)]
+        kinds = first[ranker.token_features.index(category)] if category else []
+        offsets_B1 = torch.tensor([0, *(len(row.history) for row in rows)]).cumsum(0)
+        spans = zip(offsets_B1.tolist(), offsets_B1[1:].tolist())
+        counts = [kinds[begin:t].count(kinds[t]) for begin, end in spans if category for t in range(begin, end)]
+        return cls(
+            tokens=kjt_from_lists(ranker.features, [*tokens, *(row.row for row in rows)]),
+            num_tokens=len(tokens),
+            target_B=torch.arange(len(events), len(tokens)),
+            history_T=torch.arange(len(events)),
+            offsets_B1=offsets_B1,
+            dense_BF=torch.tensor([list(row.statistics) for row in rows], dtype=torch.float32).view(len(rows), -1),
+            label_B=torch.tensor([row.label for row in rows], dtype=torch.float32),
+            row_B=torch.arange(len(rows)),
+            knowledge=knowledge,
+            item_U=torch.tensor(item_of, dtype=torch.int64),
+            category_U=torch.tensor(kinds, dtype=torch.int64) if category else None,
+            age_T=torch.tensor([age for row in rows for age in row.ages], dtype=torch.float32),
+            category_count_T=torch.tensor(counts, dtype=torch.int64) if category else None,
+        )
+
     def __len__(self) -> int:
         return len(self.target_B)
 
     def to(self, device: torch.device | str) -> "RankBatch":
         """The same batch on `device`."""
         return moved(self, device)
+
+
+def _first(rows: int | Sequence[int]) -> int:
+    """The row, the first of several, or -1 for none."""
+    return rows if isinstance(rows, int) else next(iter(rows), -1)
 
 
 class Looked(NamedTuple):

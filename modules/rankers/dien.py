@@ -1,6 +1,15 @@
 """Deep Interest Evolution Network: how the interest in the target came about (Zhou et al., 1809.03672).
 
 Shape suffixes: see rankers/base.py and kernels/recurrence.py.
+
+>>> from lumrec.modules.rankers.base import RankBatch, RankRow
+>>> from lumrec.modules.tokens import make_tables
+>>> tables = make_tables({"item": (9, 4), "user": (5, 4)}, {"item": "item", "user": "user"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["user"]}
+>>> ranker = Dien(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> row = RankRow({"item": 4}, [{"item": 3}, {"item": 7}], {"user": 1})
+>>> ranker(RankBatch.from_lists([row, row._replace(history=[])], ranker)).shape
+torch.Size([2])
 """
 
 from typing import Any

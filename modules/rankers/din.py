@@ -1,6 +1,15 @@
 """Deep Interest Network: the history weighted by its relevance to the target (Zhou et al., 1706.06978).
 
 Shape suffixes: see rankers/base.py; H hidden units of the activation unit.
+
+>>> from lumrec.modules.rankers.base import RankBatch, RankRow
+>>> from lumrec.modules.tokens import make_tables
+>>> tables = make_tables({"item": (9, 4), "user": (5, 4)}, {"item": "item", "user": "user"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["user"]}
+>>> ranker = Din(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> row = RankRow({"item": 4}, [{"item": 3}, {"item": 7}], {"user": 1})
+>>> ranker(RankBatch.from_lists([row, row._replace(history=[])], ranker)).shape
+torch.Size([2])
 """
 
 from typing import Any

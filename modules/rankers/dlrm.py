@@ -1,6 +1,15 @@
 """The online DLRM of the LUM paper: Embedding + MLP over user, context, target item and pooled history.
 
 Shape suffixes: see rankers/base.py.
+
+>>> from lumrec.modules.rankers.base import RankBatch, RankRow
+>>> from lumrec.modules.tokens import make_tables
+>>> tables = make_tables({"item": (9, 4), "user": (5, 4)}, {"item": "item", "user": "user"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["user"]}
+>>> ranker = Dlrm(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> row = RankRow({"item": 4}, [{"item": 3}, {"item": 7}], {"user": 1})
+>>> ranker(RankBatch.from_lists([row, row._replace(history=[])], ranker)).shape
+torch.Size([2])
 """
 
 import torch

@@ -1,6 +1,15 @@
 """Search-based Interest Model: attention over the events of a long history that a search finds (Pi et al., 2006.05639).
 
 Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P places, T + 1 with padding's.
+
+>>> from lumrec.modules.rankers.base import RankBatch, RankRow
+>>> from lumrec.modules.tokens import make_tables
+>>> tables = make_tables({"item": (9, 4), "user": (5, 4)}, {"item": "item", "user": "user"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["user"]}
+>>> ranker = Sim(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> row = RankRow({"item": 4}, [{"item": 3}, {"item": 7}], {"user": 1}, ages=[60, 5])
+>>> ranker(RankBatch.from_lists([row, row._replace(history=[], ages=[])], ranker)).shape
+torch.Size([2])
 """
 
 from typing import Any

@@ -1,6 +1,15 @@
 """TWIN: one target attention, first to search a long history, then to sum what was found (Chang et al., 2302.02352).
 
 Shape suffixes: see rankers/base.py and rankers/search.py; J cross features; P places, T + 1 with padding's.
+
+>>> from lumrec.modules.rankers.base import RankBatch, RankRow
+>>> from lumrec.modules.tokens import make_tables
+>>> tables = make_tables({"item": (9, 4), "user": (5, 4)}, {"item": "item", "user": "user"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["user"]}
+>>> ranker = Twin(tables, **roles, num_statistics=0, hidden_dims=[8])
+>>> row = RankRow({"item": 4}, [{"item": 3}, {"item": 7}], {"user": 1}, ages=[60, 5])
+>>> ranker(RankBatch.from_lists([row, row._replace(history=[], ages=[])], ranker, category="item")).shape
+torch.Size([2])
 """
 
 from typing import Any, NamedTuple

@@ -3,6 +3,22 @@
 Shape suffixes: B users (rows), C candidate items, T history events of all rows behind each other, U unique tokens,
 D width of a token (its item and feedback features), I width of its item features, N conditions asked, W width of the
 LUM, K folds (LUMs), F features given to a tower, V width of the vectors, X rows of anything.
+
+Two users with histories of 2 and 1 events, and the catalogue's three items as candidates::
+
+    bag          0 … 2 items      3 4 rows
+    history_T    0 2 | 1          offsets_B1   0 2 3          candidate_C   0 1 2
+
+>>> from lumrec.modules.tokens import kjt_from_lists, make_tables
+>>> tables = make_tables({"item": (4, 4), "age": (5, 2)}, {"item": "item", "age": "age"})
+>>> roles = {"item_features": ["item"], "feedback_features": [], "row_features": ["age"]}
+>>> towers = TwoTower(tables, **roles, dim=6, hidden_dims=[8], max_history=5)
+>>> tokens = kjt_from_lists(towers.features, [{"item": 1}, {"item": 2}, {"item": 3}, {"age": 4}, {"age": 1}])
+>>> items, none = torch.arange(3), torch.zeros(0)
+>>> history = torch.tensor([0, 2, 1]), torch.tensor([0, 2, 3])
+>>> o_BV, e_CV = towers(TowerBatch(tokens, 3, *history, items, items, none.long(), torch.zeros(3), none))
+>>> (o_BV @ e_CV.T).shape
+torch.Size([2, 3])
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from lumrec.metrics.ranking import auc
 from lumrec.modules.kernels import jagged
 from lumrec.modules.kernels.jagged import segment_softmax
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.rankers.base import Dice, RankBatch, Ranker
+from lumrec.modules.rankers.base import Dice, RankBatch, Ranker, RankRow
 from lumrec.modules.rankers.dien import Dien
 from lumrec.modules.rankers.din import Din, LocalActivation
 from lumrec.modules.rankers.dlrm import Dlrm
@@ -545,3 +545,36 @@ def test_the_base_needs_a_subclass():
             hidden_dims=[4],
         )
     assert issubclass(Din, nn.Module)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_from_lists_scores_as_one_from_tensors(name):
+    """Whether or not equal tokens are one bag; genres of several values, an empty history, statistics."""
+    ranker, rows = make_ranker(name).eval(), make_rows([3, 0, 12])
+    lists = [
+        RankRow(
+            target=item_bags(row.target),
+            history=[{**item_bags(item), "rating": rating} for item, rating in row.history],
+            row={"user": row.user, "hour": row.user % 4},
+            statistics=row.dense,
+            label=row.label,
+            ages=[100.0 * (i + 1) for i in reversed(range(len(row.history)))],
+        )
+        for row in rows
+    ]
+    expected, made = make_batch(rows), RankBatch.from_lists(lists, ranker, category="genres")
+    assert torch.equal(made.label_B, expected.label_B)
+    torch.testing.assert_close(ranker(made), ranker(expected))
+
+
+def item_bags(item: int) -> dict[str, int | list[int]]:
+    return {"item": item, "genres": [item % 9, item // 9][: 1 + item % 2]}
+
+
+def test_lists_that_make_no_batch():
+    with pytest.raises(ValueError, match="row 0 has 1 earlier events and 0 ages"):
+        RankBatch.from_lists([RankRow(item_bags(1), [item_bags(2)])], make_ranker("sim"))
+    with pytest.raises(ValueError, match="give `category`"):
+        RankBatch.from_lists([RankRow(item_bags(1))], make_ranker("sim hard"))
+    with pytest.raises(ValueError, match=r"no features \['itme'\]"):
+        RankBatch.from_lists([RankRow({"itme": 1})], make_ranker("din"))

@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
 TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
 
-.PHONY: help setup quickstart test fuzz lint format bench clean
+.PHONY: help setup quickstart test fuzz lint format bench docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -59,5 +59,12 @@ format: $(STAMP) ## ruff format and the fixes ruff can make
 bench: $(STAMP) ## speed on this machine, beside plain baselines in the same run (ARGS="pretrain shares": these alone)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+$(VENV)/installed-docs: $(STAMP) requirements/docs.txt
+	@$(PIP) install --no-deps --requirement requirements/docs.txt
+	@touch $@
+
+docs: $(VENV)/installed-docs ## build the site of the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 clean: ## remove .venv and tool caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site *.egg-info

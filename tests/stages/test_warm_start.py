@@ -224,7 +224,7 @@ def test_scores_of_production_accept_a_takeover_or_refuse_it(words, tmp_path, ca
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "there is no file .*; expected Parquet or CSV with the columns user, item"),
+        (None, "rank.warm_start.scores: there is no .*said.csv"),
         ("user,item\n1,2\n", "expected one of score and logit"),
         ("user,item,score,logit\n1,2,.5,.1\n", "expected one of score and logit"),
         ("user,score\n1,.5\n", "has no column 'item'"),

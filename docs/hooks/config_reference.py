@@ -126,11 +126,16 @@ def page() -> str:
     for section in sections():
         top = section.name.count(".") == 0
         title = f"`{section.name}`" if section.name else "The run"
-        lines += [f"{'##' if top else '###'} {title} {{ #{section.name or 'run-keys'} }}", "", section.text, ""]
+        lines += [
+            f"{'##' if top else '###'} {title} {{ #{section.name or 'run-keys'} }}",
+            "",
+            _escaped(section.text),
+            "",
+        ]
         for key in section.keys:
             default = f"default `{key.default or dump('').strip()}`" if key.default != "" else "has to be given"
             lines += [f"`{key.name}`{{ #{key.name} }} · {key.values} · {default}", f":   {_escaped(key.text)}", ""]
-    return "\n".join(lines).replace("<name>", "&lt;name&gt;").replace("`&lt;name&gt;`", "`<name>`")
+    return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:

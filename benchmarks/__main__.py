@@ -1,4 +1,4 @@
-"""Runs the benchmarks of this folder one after the other, each in a process of its own.
+"""Runs the benchmarks of this folder one after the other, each in its own process.
 
     python -m benchmarks [name …]        (make bench, make bench ARGS="pretrain shares")
 

@@ -80,7 +80,7 @@ class Timeline:
         return _Border.apply(self, before, *tensors)
 
     def entered_after_backward(self, part: str, loss: Tensor) -> None:
-        """What the backward pass of `loss` leaves to its very end (DDP's reduction) belongs to `part`."""
+        """What the backward pass of `loss` leaves to its end (DDP's reduction) belongs to `part`."""
         queue = torch.autograd.Variable._execution_engine.queue_callback
         loss.register_hook(lambda grad: queue(lambda: self.enter(part)))
 

@@ -72,8 +72,8 @@ def drawn_log(lengths_U: np.ndarray, *, num_items: int, width: int) -> PreparedD
 class LumTraining:
     """A fresh LUM, its optimizer and its loader, as `lumrec.stages.pretrain` puts them together.
 
-    windows: those of the one pack that every step is trained on (made anew each time), shuffled and as many as a pack
-    of `events` takes, so that repeats differ by the machine alone.
+    windows: those of the one pack that every step is trained on (made again each time), shuffled and as many as a pack
+    of `events` takes, so that repeats differ only by the machine.
     """
 
     def __init__(

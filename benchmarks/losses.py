@@ -5,7 +5,7 @@
 in-batch: plain is one logit for each pair of positions, those of the same item masked; ours one for each distinct item,
 weighted by its count. sampled: plain puts the positive beside the drawn ones and masks it among them. full: every item
 of the catalogue. Both sides compute the same loss, which is checked, and gradients of the outputs and of the item
-embeddings; items are drawn by a Zipf law, and who is drawn is left out of the time. Memory is what a process of its own
+embeddings; items are drawn by a Zipf law, and who is drawn is left out of the time. Memory is what a separate process
 takes at its highest beyond its inputs. The ratio within one run is what counts; machines differ.
 """
 
@@ -65,7 +65,7 @@ def ours(variant: str, item_T: Tensor, drawn_N: Tensor, num_items: int) -> Loss:
 
 
 def measure(args: argparse.Namespace, side: str, variant: str, dtype: str) -> tuple[list[float], float, float]:
-    """(sorted times in ms, peak memory in MiB, loss); run in a process of its own."""
+    """(sorted times in ms, peak memory in MiB, loss); run in its own process."""
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(0)
     popularity = 1 / torch.arange(1, args.items + 1).double()

@@ -4,7 +4,7 @@
 
 Counts, no training. Padding: tokens that the linear layers see, scores of causal attention, and both in operations (see
 lumrec.batches.windows.token_cost), for one epoch's packs; "saved" is against padding to the longest window allowed,
-and what an ideal packing would save stands below. Balance: operations of the busiest rank of a step over the mean.
+and what an ideal packing would save is shown below. Balance: operations of the busiest rank of a step over the mean.
 """
 
 import argparse

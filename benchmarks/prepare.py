@@ -2,11 +2,11 @@
 
     python benchmarks/prepare.py [--rows 1000000] [--threads 2] [--repeats 3] [--no-real]
 
-Each measurement is a process of its own; its peak is its largest resident set, of which `start` was there before the
+Each measurement runs in its own process; its peak is its largest resident set, of which `start` was there before the
 work began (imports). In that order, for each number of rows:
 
     simulate  the simulated log as Parquet files, by blocks of users (--rows=50000000 shows that memory does not grow)
-    prepare   the whole prepare stage on that log (simulated anew in it): checks, sort, split, vocabularies, manifest
+    prepare   the whole prepare stage on that log (simulated in it again): checks, sort, split, vocabularies, manifest
     plain     the same raw log read whole into memory by Polars and sorted by user, time and row: no checks, no files
 
 and prepare and plain on the published logs that LUMREC_DATA holds. The ratio within one run is what counts; machines
@@ -74,7 +74,7 @@ def measure(kind: str, words: list[str], folder: str) -> dict[str, float]:
 
 
 def in_process(kind: str, words: list[str], threads: int) -> dict[str, float]:
-    """`measure` in a process of its own, in a folder that is removed afterwards."""
+    """`measure` in its own process, in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         (scratch := Path(folder) / "scratch").mkdir()
         words = [*words, f"runs_dir={folder}/runs", "name=bench"]

@@ -10,7 +10,7 @@ train on the same windows of a drawn log, against its whole catalogue. `of plain
 with the same tokens and precision, padded to the longest allowed. Lengths (windows of log-normal histories):
 
     ml-1m   median 96 and mean 166 as in MovieLens-1M, windows of at most 128 events
-    long    median 256, mean 526, windows of at most 4096 events; the first of the precisions alone,
+    long    median 256, mean 526, windows of at most 4096 events; the first of the precisions only,
             half the repeats, after one
 
 The ratio within one run is what counts; machines differ.
@@ -37,7 +37,7 @@ LENGTHS = {"ml-1m": (96, 1.05, 128), "long": (256, 1.2, 4096)}
 def steps_of(
     log: PreparedData, tokens: str, precision: str, max_events: int, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], object]], LumTraining]:
-    """Name → step, the plain ones first; the last training tells of the pack."""
+    """Name → step, the plain ones first; the last training describes the pack."""
     config = {"tokens": tokens, "max_events": max_events, "dim": args.width, "similarity": "dot"}
     trainings = {
         encoder: LumTraining(

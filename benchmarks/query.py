@@ -5,9 +5,9 @@
 One by one is N whole passes over the same histories with one condition each, so that the history is computed N times.
 Both ask the same LUM, with fresh weights, about the same users of a simulated log; packs are built within the time. A
 history of L events is 2 L tokens; about 4096 events are asked in one call, in whole users. The paper reports a saving
-of 78% (17 to 3.6 hours). Then a kept history that is read on by some new events, beside reading all of it anew.
+of 78% (17 to 3.6 hours). Then a kept history that is read on by some new events, beside reading all of it again.
 
-Times are of this process's CPU, the least of the repeats, for the machine may be shared; wall time stands beside it.
+Times are of this process's CPU, the least of the repeats, for the machine may be shared; wall time is shown beside it.
 The ratio within one run is what counts; machines differ. Set OMP_NUM_THREADS=1 for one core.
 """
 
@@ -145,7 +145,7 @@ def main() -> None:
         for setup in setups:
             for count in args.conditions:
                 print(against_one_by_one(*setup, count, each_s), flush=True)
-        print(f"\n{'':17} {'read on':>18} {'read anew':>18} {'saved':>15}\n{'L':>6} users  new {columns}")
+        print(f"\n{'':17} {'read on':>18} {'read again':>18} {'saved':>15}\n{'L':>6} users  new {columns}")
         for setup in setups:
             for new in NEW_EVENTS:
                 print(against_reading_anew(*setup, new, each_s), flush=True)

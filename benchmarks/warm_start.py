@@ -10,8 +10,8 @@ over two ranks, each half of it:
     dcp.load      torch.distributed.checkpoint in place, which reads a whole saved shard at a time
     torch.load    the whole file on each rank, of which it copies its half: what one writes first
 
-Each runs in two processes of its own. Memory is what a rank takes at its highest beyond what it had before, when its
-half of the table stood there already; a vocabulary's ids are part of it.
+Each runs in two separate processes. Memory is what a rank takes at its highest beyond what it had before, when its
+half of the table was there already; a vocabulary's ids are part of it.
 """
 
 import argparse

@@ -18,7 +18,7 @@ SMALL = {
     "shares": ("--events 128 --users 20 --repeats 1", "hstu, windows ≤ 4096"),
     "tables": ("--rows 50 --tokens 8 --width 8 --repeats 1", "sparse Adam"),
     "scaling": ("--sweeps users,length --factors 1,2 --events 256 --repeats 1", "exponent"),
-    "query": ("--events 65 --conditions 2 --width 16 --budget_s 0.1", "read anew"),
+    "query": ("--events 65 --conditions 2 --width 16 --budget_s 0.1", "read again"),
     "store": ("--users 100 --reads 5 --no-refresh", "warm"),
     "rank": ("--widths 16 --history 4 --batch 64 --repeats 1", "dlrm"),
     "packing": ("--ratings nowhere/ratings.dat --width 16", "lumrec: flat, length buckets"),

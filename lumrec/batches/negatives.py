@@ -1,4 +1,4 @@
-"""Which items stand against the right one in InfoNCE (LUM equ. 2), and how much each of them counts.
+"""Which items compete with the right one in InfoNCE (LUM equ. 2), and how much each of them counts.
 
 Shape suffixes: T events, C candidates, I catalogue items.
 """
@@ -106,7 +106,7 @@ class NegativeSampler:
         sampled = torch.searchsorted(self.cumulative_I, random, right=True)
         item_C, place = torch.unique(torch.cat([item_T, sampled]), return_inverse=True)
         positive_T = place[:num_own]
-        # A target that is no negative is a candidate of weight 0: right where it stands, and nowhere else.
+        # A target that is no negative is a candidate of weight 0: right at its own position, and nowhere else.
         count_C = torch.bincount(place if config.in_batch else place[num_own:], minlength=len(item_C)).double()
         if config.unique:
             count_C = (count_C > 0).double()

@@ -126,7 +126,7 @@ class PackBuilder:
         )
 
     def _asked_at(self, windows: Windows, queries: Queries) -> Tensor:
-        """Time of the row that each query's moment stands for; behind a window's end that of its last event."""
+        """Time of the row at each query's moment; behind a window's end that of its last event."""
         last_Q = windows.length_W[queries.window_Q] - 1
         row_Q = windows.start_W[queries.window_Q] + torch.minimum(queries.moment_Q, last_Q).clamp(min=0)
         return self.time_E[row_Q.clamp(max=len(self.time_E) - 1)]
@@ -169,7 +169,7 @@ class PackLoader:
     The windows of one step, world_size · events_per_pack events, are dealt to the ranks such that each has about the
     same work to do (see `deal`), which all ranks find out alike; ranks with long windows then hold fewer events. Ranks
     get equally many packs, an empty one where the last step has fewer windows than ranks. token_cost: see there.
-    `done` counts budgets of events_per_pack over all ranks: another number of ranks goes on with the very next one.
+    `done` counts budgets of events_per_pack over all ranks: another number of ranks goes on with the next one.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class PackLoader:
         self._length = self._num_packs(self._windows(0))
 
     def _generator(self, *key: int) -> torch.Generator:
-        """A generator of its own for each (epoch, pack), so that packs do not depend on what was drawn before."""
+        """One generator for each (epoch, pack), so that packs do not depend on what was drawn before."""
         seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed >> 1))
 
@@ -229,7 +229,7 @@ class PackLoader:
         return int(self._budget_of_window(windows)[-1]) // self.world_size + 1
 
     def __len__(self) -> int:
-        """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut anew)."""
+        """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut again)."""
         return self._length
 
     def __iter__(self) -> Iterator[Pack]:

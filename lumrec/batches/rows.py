@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 class RowTokens(NamedTuple):
     """kjt: stride U + B (see RankBatch). item_C, history_T: int64, tokens of the items and of the rows' histories.
-    extras: what RankBatch has for some rankers alone."""
+    extras: what RankBatch has only for some rankers."""
 
     kjt: KeyedJaggedTensor
     num_tokens: int
@@ -75,7 +75,7 @@ class RowBuilder:
     features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
     row_features: of the user, or of the event itself (context). max_history: events before the row's moment
     (lumrec/data/moments.py) at most; 0 = none.
-    statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has for some rankers alone
+    statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has only for some rankers
     (Ranker.reads). category: the item feature whose first value is an item's category; "" = the first multi-valued one.
 
     A batch is put together without a loop over rows, and each token (an item with its feedback) that occurs in it is
@@ -222,7 +222,7 @@ class RowLoader:
 
     Rows are dealt evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by one at most, so
     that no step has a rank without rows, or a last batch of a few. Raises UserError with fewer rows than ranks.
-    Another number of ranks deals the rows anew that are left of the epoch (where fewer are left than ranks, up to R - 1
+    Another number of ranks deals out the epoch's remaining rows again (where fewer are left than ranks, up to R - 1
     rows come twice).
     """
 
@@ -249,7 +249,7 @@ class RowLoader:
         self.epoch, self.first, self.done = 0, 0, 0
 
     def _bounds(self, world_size: int) -> np.ndarray:
-        """Where the batches begin and end, from the row `first` on; those of one step stand behind each other."""
+        """Where the batches begin and end, from the row `first` on; those of one step follow each other."""
         left = len(self.rows) - self.first
         steps = min(-(-left // (self.batch_size * world_size)), left // world_size)
         return self.first + np.linspace(0, left, steps * world_size + 1).astype(np.int64)
@@ -305,7 +305,7 @@ def _pair(item_E: np.ndarray, feedback: Sequence[Column]) -> np.ndarray:
     pair_E = item_E.astype(np.int64)
     for column in feedback:
         code_E = _codes(column)
-        # Numbered anew each time, so that the product cannot overflow.
+        # Numbered again each time, so that the product cannot overflow.
         pair_E = np.unique(pair_E, return_inverse=True)[1] * (int(code_E.max(initial=0)) + 1) + code_E
     return pair_E
 

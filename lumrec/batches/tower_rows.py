@@ -1,4 +1,4 @@
-"""Batches of a two-tower retriever: rows of the log with the history before each, and the items they are told from.
+"""Batches of a two-tower retriever: rows of the log with the history before each, and the items to choose from.
 
 Shape suffixes: B rows, C candidate items, I catalogue items, K LUMs (folds), W width of the LUM.
 """

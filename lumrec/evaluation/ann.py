@@ -1,6 +1,6 @@
 """Approximate nearest neighbours with FAISS: what an index of item vectors finds of the exact answer, and how fast.
 
-The index holds the candidates alone (items with a training event) and searches by inner product, which is what both
+The index holds only the candidates (items with a training event) and searches by inner product, which is what both
 similarities come down to. Seen items are left out behind the search, which therefore asks for as many more.
 
 Shape suffixes: B users, I catalogue items, K results of a search, V width of vectors, P pairs of user and seen item.
@@ -123,7 +123,7 @@ def ann_metrics(
 
 
 def exact_nearest(o_BV: Tensor, e_IV: Tensor, is_candidate_I: np.ndarray, k: int) -> Tensor:
-    """The k candidates with the highest inner product, int64 [B, min(k, candidates)]: what an index stands for."""
+    """The k candidates with the highest inner product, int64 [B, min(k, candidates)]: what an index approximates."""
     items = torch.from_numpy(np.flatnonzero(is_candidate_I))
     e = e_IV[items]
     block = max(1, SEEN_BUDGET // (4 * max(1, len(e))))

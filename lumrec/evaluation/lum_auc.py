@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 1 << 16
 def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
     """Similarity of the item to the answer to the first condition, less its mean over the others', [B].
 
-    With a wish and its opposite (feedback = like, dislike) this is what tells the one from the other; with a single
+    With a wish and its opposite (feedback = like, dislike) this separates the one from the other; with a single
     condition it is the similarity.
 
     >>> o_BND, e_BD = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[3.0, 1.0]])
@@ -31,9 +31,9 @@ def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
 
 
 def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float]:
-    """{"valid/lum_auc", "valid/lum_gauc", "test/lum_auc", "test/lum_gauc"}: the labels ranked by `wish_score` alone.
+    """{"valid/lum_auc", "valid/lum_gauc", "test/lum_auc", "test/lum_gauc"}: the labels ranked only by `wish_score`.
 
-    Where the first condition is none at all, the others are not its opposite: its similarity alone ranks. Rows without
+    Where the first condition is none at all, the others are not its opposite: only its similarity ranks. Rows without
     an answer are left out. A part without rows, or with one class, has nan.
     """
     num_read = len(knowledge.conditions) if knowledge.conditions[0] else 1

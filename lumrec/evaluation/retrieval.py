@@ -102,7 +102,7 @@ def evaluate_retrieval(
     """{"hr@10": …, "ndcg@10": …, …, "retrieval_users": …} of a LUM on `part` ("train", "valid" or "test") of its data.
 
     A user's history is the last max_events - 1 events before the target, whatever part they are of; without any, the
-    LUM answers from the condition alone. users: bool [U], who is asked about (None: everybody); a LUM of cross-fitting
+    LUM answers from only the condition. users: bool [U], who is asked about (None: everybody); a LUM of cross-fitting
     must not be chosen by the users that it is kept from. Under DMP every rank calls this and gets the figures of all
     users. Raises UserError where no user has an event in the part, or for a condition that the LUM does not know.
     """

@@ -167,7 +167,7 @@ class _Earlier:
     def __init__(self, data: PreparedData, rows: Rows, column: Column) -> None:
         self.num_rows = len(rows.event)
         event_P, value_P = _entries(column, data.item)
-        key_P = value_P * data.num_events + event_P  # an event tells its user, so this sorts by value, user and time
+        key_P = value_P * data.num_events + event_P  # an event has one user, so this sorts by value, user and time
         order = np.argsort(key_P, kind="stable")
         key_P, self.event_P = key_P[order], event_P[order]
         self.row_V, value_V = _entries(column, rows.item)
@@ -191,7 +191,7 @@ def _entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _searched(key_P: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each of `wanted` would stand in the sorted keys; looked up in order, which is several times as fast."""
+    """Where each of `wanted` would be in the sorted keys; looked up in order, which is several times as fast."""
     order = np.argsort(wanted, kind="stable")
     place = np.empty(len(wanted), np.int64)
     place[order] = np.searchsorted(key_P, wanted[order])

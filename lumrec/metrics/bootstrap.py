@@ -77,7 +77,7 @@ def compare(
 ) -> dict[str, Comparison]:
     """AUC, gAUC and log loss of two models' logits of the same rows, and of their difference (`intervals` says how).
 
-    An interval of the difference that leaves 0 out tells the two apart; those of a and b may overlap all the same.
+    An interval of the difference that leaves 0 out separates the two; those of a and b may overlap all the same.
     """
     return compare_means(
         label_N, [logit_a_N], [logit_b_N], user_N, num_resamples=num_resamples, level=level, seed=seed

@@ -135,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("a", type=Path, help="folder of a finished ranking run")
     parser.add_argument("b", type=Path, help="folder of another, over the same test rows")
-    parser.add_argument("--resamples", type=int, default=1000, help="how often the users are drawn anew (default 1000)")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="how often the users are drawn again (default 1000)"
+    )
     parser.add_argument("--level", type=float, default=0.95, help="share of the resamples within an interval")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     given = parser.parse_args(arguments)

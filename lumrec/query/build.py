@@ -75,7 +75,7 @@ class Build:
         self.answers, self.seconds = 0, 0.0
 
     def _unchanged(self) -> np.ndarray:
-        """Where in the earlier version each user stands whose answers hold still, int64 [U]; -1 = has to be asked."""
+        """Index in the earlier version of each user whose answers are still right, int64 [U]; -1 = has to be asked."""
         assert self.earlier is not None
         place_U = self.earlier.places(self.index_U["key"])
         same_U = (place_U >= 0) & (self.earlier.index_U["history"][place_U] == self.index_U["history"])

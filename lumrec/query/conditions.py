@@ -1,11 +1,11 @@
 """Which conditions are asked: from the words of a config or a request to the vocabulary rows of each query.
 
-A condition holds raw values by feature. A value may stand for several, each a condition of its own:
+A condition holds raw values by feature. A value may mean several, each a separate condition:
 
-    {feedback: like}                    as it stands
+    {feedback: like}                    this condition
     {category: "*"}                     each value that training events have, the most frequent first
     {category: top 3}                   the three most frequent of the history asked: the user's own, other ones for
-                                        each user and moment. `top 2 of 3` is the second of them alone
+                                        each user and moment. `top 2 of 3` is only the second of them
     {feedback: "*", category: top 3}    every combination of the one with the other
 
 A value that the vocabulary knows is always itself, so a category called "top 40" can be asked.
@@ -37,7 +37,7 @@ from lumrec.run.errors import UserError, did_you_mean
 ALL = "*"
 TOP = re.compile(r"top (\d+)")
 TOP_PLACE = re.compile(r"top (\d+) of (\d+)")
-# Beyond this many, conditions that nobody chose would cost more than they tell.
+# Beyond this many, conditions that nobody chose would cost more than they are worth.
 MAX_DEFAULT_CONDITIONS = 16
 MAX_CONDITIONS = 256
 
@@ -85,7 +85,7 @@ class Conditions:
     def bags(self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, number_W: Tensor) -> dict[str, Bags]:
         """Feature -> bags of Q queries: the N conditions of each answer, answers in order.
 
-        number_W: int64, which of the histories each window is, where each has conditions of its own.
+        number_W: int64, which of the histories each window is, where each has its own conditions.
         """
         entry_RN = torch.arange(self.count).repeat(len(window_R), 1)
         if self.per_history:
@@ -120,7 +120,7 @@ def expand(
     *,
     max_conditions: int = MAX_CONDITIONS,
 ) -> list[dict[str, str]]:
-    """The conditions with each "*" and "top k" replaced by what it stands for; see the head of the file.
+    """The conditions with each "*" and "top k" replaced by its values; see the head of the file.
 
     Raises UserError for an unknown feature, for more than `max_conditions` conditions, and for one named twice.
     """
@@ -142,7 +142,7 @@ def expand(
 
 
 def _choices(data: PreparedData, feature: str, value: str) -> list[str]:
-    """The values that `value` stands for."""
+    """The values that `value` means."""
     value, known = str(value), _vocabulary(data, feature)
     if value in known:
         return [value]
@@ -173,7 +173,7 @@ def _place(value: str, known: Mapping[str, int]) -> int:
 def top_values(column: Column, windows: Windows, window_R: Tensor, moment_R: Tensor, *, k: int) -> Tensor:
     """The k most frequent values of the events that each answer sees, the most frequent first (int64 [R, k]).
 
-    Of equally frequent ones that which occurred last comes first; row 0 ("unknown") does not count, and stands where
+    Of equally frequent ones that which occurred last comes first; row 0 ("unknown") does not count, and is given where
     there are fewer than k. Counts take events × (most different values in one window).
     """
     first_W = windows.length_W.cumsum(0) - windows.length_W

@@ -1,7 +1,7 @@
 """Group query: N conditions asked of each history, which is computed a single time (LUM section 4.2, figure 4).
 
-    serving     c1 i1 c2 i2 c3 i3 | a b        the user's last events; a and b both stand at the position behind them
-    rows        c1 i1 c2 i2 c3 i3              one pass for all rows of a window: row 2 is asked with event 1 alone,
+    serving     c1 i1 c2 i2 c3 i3 | a b        the user's last events; a and b are both at the position behind them
+    rows        c1 i1 c2 i2 c3 i3              one pass for all rows of a window: row 2 is asked with only event 1,
                       a b   a b                row 3 with events 1 and 2, as it would have been asked at that time
 
 A query never sees another query, or an event of the moment that it asks for or of a later one. Rows of one moment
@@ -23,7 +23,7 @@ no prepared data at ...
 >>> (o_BND @ e_ID.T).topk(10).indices.shape
 torch.Size([2, 2, 10])
 
-A request brings conditions of its own; `ask` takes raw user keys:
+A request brings its own conditions; `ask` takes raw user keys:
 
 >>> query.ask(["3", "7"], [{"category": "top 2"}, {"feedback": "like"}]).shape
 torch.Size([2, 3, 64])
@@ -58,7 +58,7 @@ class GroupQuery:
 
     model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
     feature, such as {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any. A
-    multi-valued feature takes several values with | between them, {"query": "red|shoes"}. "*" and "top 3" stand for
+    multi-valued feature takes several values with | between them, {"query": "red|shoes"}. "*" and "top 3" mean
     several values (see conditions.py); self.conditions holds them expanded. stride: of `row_windows`; 0 = half a
     window.
 
@@ -220,7 +220,7 @@ def default_stride(max_events: int) -> int:
 def serving_windows(data: PreparedData, user_B: Tensor, *, max_events: int) -> AnsweringWindows:
     """Each user's last max_events - 1 events, asked once, behind the last of them.
 
-    One less than a window: the query stands where the next event's condition would, and training saw no later position.
+    One less than a window: the query is where the next event's condition would be, and training saw no later position.
     """
     end_B = torch.from_numpy(data.user_offsets)[user_B + 1]
     length_B = (end_B - torch.from_numpy(data.user_offsets)[user_B]).clamp(max=max_events - 1)

@@ -1,9 +1,9 @@
 """Histories that are kept: a user's new events are read behind what the LUM has read before (LUM section 4.2).
 
     advance   c1 i1 c2 i2 c3 i3           | a b      read once, keys and values kept
-    advance   ...................  c4 i4  | a b      c4 i4 alone are computed, and the queries
+    advance   ...................  c4 i4  | a b      only c4 i4 are computed, and the queries
 
-Shape suffixes: B users, R those of them that are read anew, N conditions, D width.
+Shape suffixes: B users, R those of them that are read again, N conditions, D width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KeptHistories:
     2 · layers · tokens · width numbers for each (`num_bytes`).
 
     A user with more events than the LUM sees (model.max_events - 1 before a query) cannot be kept: with each new event
-    the oldest goes, and all later ones were computed with it. Their last events are read anew each time.
+    the oldest goes, and all later ones were computed with it. Their last events are read again each time.
     """
 
     def __init__(self, query: GroupQuery, user_B: Tensor) -> None:
@@ -51,7 +51,7 @@ class KeptHistories:
 
     @torch.no_grad()
     def advance(self, end_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Answers behind the event rows before `end_B`, o_BND (float32), and who was read anew (bool [B]).
+        """Answers behind the event rows before `end_B`, o_BND (float32), and who was read again (bool [B]).
 
         end_B: int64, row behind the last event that each user has by now; None = all of the log. Equal to asking
         whole histories, to rounding. Raises UserError where an end lies before the last one or outside the user's
@@ -62,7 +62,7 @@ class KeptHistories:
         if bool(((end_B < self.end_B) | (end_B > self.last_B)).any()):
             raise UserError(
                 "some end lies before the one that the history was read to, or behind the user's last event; histories "
-                "only grow, so begin anew with a new KeptHistories"
+                "only grow, so begin again with a new KeptHistories"
             )
         fits_B = end_B - self.first_B < query.max_events
         stays_K = fits_B[self.kept_K].nonzero().squeeze(1)
@@ -78,7 +78,7 @@ class KeptHistories:
             anew_R = (~fits_B).nonzero().squeeze(1)
             if len(anew_R):
                 logger.info(
-                    "%d of %d users have more than %d events: their last ones are read anew",
+                    "%d of %d users have more than %d events: their last ones are read again",
                     len(anew_R), len(end_B), query.max_events - 1,
                 )  # fmt: skip
                 length_R = torch.full_like(anew_R, query.max_events - 1)

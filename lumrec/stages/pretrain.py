@@ -210,7 +210,7 @@ def _of_fold(fold: str) -> str:
 
 
 def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[str, float | str]:
-    """Pre-trains a LUM into `runs/<run>` and returns what stands in its result.json.
+    """Pre-trains a LUM into `runs/<run>` and returns what its result.json holds.
 
     common.fold = "k/K" leaves the users of fold k out, for cross-fitted knowledge (see docs/concepts.md).
     """

@@ -42,7 +42,7 @@ class QueryConfig:
     """Step 2: what is asked, for whom, and how the answers are stored.
 
     conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
-        asks without any; [] asks each value of each wish of the schema. One entry can stand for several conditions:
+        asks without any; [] asks each value of each wish of the schema. One entry can mean several conditions:
         "*" for each value that training events have, the most frequent first; "top 3" for the three most frequent
         values of the history that is asked, different for each user and moment ("top 2 of 3" is only the second of
         them; a history with fewer is asked without). Several such features are asked in every combination. In a
@@ -167,7 +167,7 @@ def _identity(common: Common, config: QueryConfig, data: PreparedData, lums: lis
     features = condition_features(model, data.schema)
     asked = config.conditions or default_conditions(data, features)
     conditions = expand(data, features, asked, max_conditions=config.max_conditions)
-    Conditions(data, features, conditions)  # whatever cannot be asked is told before a LUM is loaded
+    Conditions(data, features, conditions)  # what cannot be asked is an error before a LUM is loaded
     forgotten = on_rank_zero(lambda: forgotten_among(common.runs, key_digests(data.user_keys())))
     return {
         "data_fingerprint": data.fingerprint,

@@ -1,4 +1,4 @@
-"""Warm start: a model of one's own begins from a production checkpoint, audited to the row."""
+"""Warm start: your model begins from a production checkpoint, audited to the row."""
 
 from lumrec.warm_start.apply import warm_start
 from lumrec.warm_start.audit import Audit

@@ -44,9 +44,9 @@ def warm_start(
 
     model: any module, plain or under DistributedModelParallel in any plan, of lumrec or not. source: see `open_source`.
     rules: a YAML file or the same as a mapping; see lumrec/warm_start/rules.py. optimizer: whose state goes on too (its
-    entries must exist: KeyedOptimizerWrapper.init_state makes Adam's); None: of a DMP, its fused optimizer alone.
+    entries must exist: KeyedOptimizerWrapper.init_state makes Adam's); None: of a DMP, only its fused optimizer.
     check: called with the filled model (in evaluation, without gradients); gives its scores of some rows and those that
-    production gave them, which may differ by `tolerance`. dry_run: the audit alone, from names, shapes and
+    production gave them, which may differ by `tolerance`. dry_run: only the audit, from names, shapes and
     vocabularies. block_bytes: of the source in memory at a time.
 
     No rank holds more of a table than its own shard, the row numbers of tables whose rows go by raw id, and a block.
@@ -149,7 +149,7 @@ def _fault(copy: Copy, block_NC: Tensor, taken_N: Tensor, first: int) -> tuple[s
     taken = [column for start, number, _ in copy.parts for column in range(start, start + number)]
     rows_NC = block_NC if copy.spread or len(taken) == block_NC.shape[1] else block_NC[:, taken]
     is_float = block_NC.is_floating_point() or block_NC.is_complex()
-    # float8 has few operations of its own.
+    # float8 has few operations.
     wide_NC = rows_NC.float() if is_float and rows_NC.dtype.itemsize == 1 else rows_NC
     faults = {"not finite": ~torch.isfinite(wide_NC)} if is_float else {}
     if copy.is_positive:

@@ -210,7 +210,7 @@ def start_from(
     """Loads the earlier LUM into `model` (from `parallel.shard`), in place; what became of each parameter. Collective.
 
     config, schema: of `model`. table_state: "keep" goes on with the tables' optimizer state too (new rows have none
-    yet), so that trained rows go on in small steps; "fresh" begins it anew. The state of all else always begins anew.
+    yet), so that trained rows go on in small steps; "fresh" starts it again. All other state always starts again.
     Each rank reads only the rows that it holds. Raises UserError, before anything is loaded, for parameters that do
     not fit, and for state that is to be kept and does not fit.
     """
@@ -245,9 +245,9 @@ def start_from(
 def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
     """What became of tables and projections as text, one line each; the others in one line."""
     lines = [f"{earlier.checkpoint}", f"{'parameter':56} {'rows taken':>12} {'rows new':>12} {'columns new':>12}"]
-    told = [growth for growth in growths if growth.parameter.startswith((TABLES, *PROJECTIONS.values()))]
-    lines += [f"{name:56} {taken:>12,} {new:>12,} {columns:>12,}" for name, taken, new, columns in told]
-    lines.append(f"{len(growths) - len(told)} other parameters are as they were")
+    shown = [growth for growth in growths if growth.parameter.startswith((TABLES, *PROJECTIONS.values()))]
+    lines += [f"{name:56} {taken:>12,} {new:>12,} {columns:>12,}" for name, taken, new, columns in shown]
+    lines.append(f"{len(growths) - len(shown)} other parameters are as they were")
     return "\n".join(lines)
 
 
@@ -319,7 +319,7 @@ def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> No
     if problems := sorted({problem for part in everywhere for problem in part}):
         raise UserError(
             f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
-            "table_optimizer and sharding that it was trained with, or begin it anew: pretrain.table_state=fresh"
+            "table_optimizer and sharding that it was trained with, or start it again: pretrain.table_state=fresh"
         )
 
 

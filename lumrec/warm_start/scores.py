@@ -69,7 +69,7 @@ def _rows(path: Path, frame: pl.DataFrame, data: PreparedData) -> np.ndarray:
     found = wanted.join(events.with_row_index("row"), on=on, how="left", maintain_order="left")
     for is_wrong, what in (
         (found["row"].is_null(), "no event of the prepared log"),
-        (found["at"].is_duplicated(), "several events of the prepared log (a column timestamp tells moments apart)"),
+        (found["at"].is_duplicated(), "several events of the prepared log (a column timestamp separates moments)"),
     ):
         if is_wrong.any():
             wrong = found.filter(is_wrong).unique("at", maintain_order=True)

@@ -151,7 +151,7 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
 def open_source(path: str | Path, *, verify: bool = True) -> Source:
     """The checkpoint in `path`: a DCP folder, a safetensors file or its index, or a torch.save file. Collective.
 
-    Headers alone are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
+    Only headers are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
     its checksums too (not with verify=False). Raises MissingFileError where there is none; UserError, which says what
     was got and how to mend it, for a file that is cut off, of an unknown version, or that could be read only by running
     code that it holds.
@@ -220,7 +220,7 @@ def _place_in(file: Path, offset: int, length: int, sizes: tuple[int, ...], dtyp
 def _place_of(file: Path, tensor: Tensor, offset: int = 0) -> Place:
     start = tensor.untyped_storage()._checkpoint_offset  # set by torch.load in a FakeTensorMode
     if start is None or tensor.is_conj() or tensor.is_neg():
-        raise UserError(f"{file} holds a tensor without numbers of its own ({tensor.device}); save plain tensors")
+        raise UserError(f"{file} holds a tensor without its own numbers ({tensor.device}); save plain tensors")
     byte = offset + start + int(tensor.storage_offset()) * tensor.element_size()
     return Place(file, byte, tuple(tensor.stride()))
 
@@ -241,7 +241,7 @@ def _headers(path: Path, file: IOBase | Path) -> Any:
         )
         raise UserError(
             f"{path} holds more than tensors and plain values, and reading that could run code which it brings "
-            f"({reason.strip()[:200]}). Save {{name: tensor}} alone, such as model.state_dict(); a "
+            f"({reason.strip()[:200]}). Save only {{name: tensor}}, such as model.state_dict(); a "
             "sharded model by DCP"
         ) from None
     except Exception as error:  # a damaged file can make torch's reader raise almost anything

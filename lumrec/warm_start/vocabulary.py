@@ -37,7 +37,7 @@ def read_vocabulary(
             number = int((frame[column] == twice[column][0]).sum())
             shared = " (or say collisions=share, where a hash gave several raw ids one row)" if column == "row" else ""
             raise UserError(
-                f"{path}: {name} {short(twice[column][0])} stands {number} times ({len(twice):,} such entries): a raw "
+                f"{path}: {name} {short(twice[column][0])} occurs {number} times ({len(twice):,} such entries): a raw "
                 f"id has one row, and a row one raw id. Mend the vocabulary{shared}"
             )
     beyond = frame.filter((pl.col("row") < 0) | (pl.col("row") >= rows))

@@ -1,4 +1,4 @@
-"""Kept histories: reading on equals reading everything, and a history that does not fit is read anew and says so."""
+"""Kept histories: reading on equals reading everything, and a history that does not fit is read again and says so."""
 
 import logging
 
@@ -50,7 +50,7 @@ def test_reading_on_equals_reading_everything(query, caplog):
         o_BND, anew_B = kept.advance(end_B)
         torch.testing.assert_close(o_BND, at_once(query, user_B, end_B), atol=1e-6, rtol=1e-5)
         assert torch.equal(anew_B, end_B - first_B > MAX_EVENTS - 1)
-        told.append(caplog.text.count("are read anew"))
+        told.append(caplog.text.count("are read again"))
         tokens = int((end_B - first_B)[~anew_B].sum()) * query.builder.tokens_per_event
         assert kept.num_bytes == 2 * 2 * tokens * 16 * 8  # keys and values, layers, tokens, width, float64
     assert told == [0, 0, 0, 0, 1, 2]

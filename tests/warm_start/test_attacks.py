@@ -208,7 +208,7 @@ TORCH_SAVE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "endless": (lambda p: saved(p, endless()), "nested deeper than 64"),
     "deep": (lambda p: saved(p, nested(200)), "nested deeper than 64"),
     "a billion laughs": (lambda p: saved(p, laughs()), "holds more than"),
-    "meta": (lambda p: saved(p, {"a": torch.ones(2, device="meta")}), "without numbers of its own"),
+    "meta": (lambda p: saved(p, {"a": torch.ones(2, device="meta")}), "without its own numbers"),
     "sparse": (lambda p: saved(p, {"a": torch.ones(2, 2).to_sparse()}), "save it as a plain one|cannot be read"),
     "expanded": (lambda p: saved(p, {"a": torch.ones(1).expand(2**40)}), "expanded or damaged"),
     "conjugate": (lambda p: saved(p, {"a": torch.ones(2, dtype=torch.complex64).conj()}), "without numbers|plain"),

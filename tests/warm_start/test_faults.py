@@ -154,8 +154,8 @@ def test_tables_that_are_not_as_said(copied, tensors, refused, tmp_path):
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        ({"key": ["a", "b", "a"], "row": [0, 1, 2]}, "key 'a' stands 2 times"),
-        ({"key": ["a", "b", "c"], "row": [0, 1, 1]}, "row 1 stands 2 times"),
+        ({"key": ["a", "b", "a"], "row": [0, 1, 2]}, "key 'a' occurs 2 times"),
+        ({"key": ["a", "b", "c"], "row": [0, 1, 1]}, "row 1 occurs 2 times"),
         ({"key": ["a", "b"], "row": [0, 50]}, "'b' has row 50 .* has 50 rows: it is shorter than the vocabulary says"),
         ({"key": ["a", "b"], "row": [0, -1]}, "'b' has row -1"),
         ({"key": ["a", None], "row": [0, 1]}, "1 entries lack their raw id or their row"),

@@ -108,7 +108,7 @@ def test_an_id_of_100_kilobytes_is_one_id_among_others(taken):
     long = "x" * 100_000
     weight, _ = taken(["a", long], [long, "b", "a"], min_joined=0.5)
     assert torch.equal(weight, torch.stack([OLD[1], 0 * OLD[0], OLD[0]]))
-    with pytest.raises(ValueError, match=r"key 'xxx.*… \(100,002 characters\) stands 2 times") as error:
+    with pytest.raises(ValueError, match=r"key 'xxx.*… \(100,002 characters\) occurs 2 times") as error:
         taken([long, long], ["a"])
     assert len(str(error.value)) < 500
     keys = pl.Series([long, *(f"u{number}" for number in range(500)), ""])
@@ -117,11 +117,11 @@ def test_an_id_of_100_kilobytes_is_one_id_among_others(taken):
 
 def test_any_hash_is_a_vocabulary_with_shared_rows(taken):
     """Production's hash gave a and c one row: both begin as it."""
-    with pytest.raises(ValueError, match="row 4 stands 2 times .*or say collisions=share"):
+    with pytest.raises(ValueError, match="row 4 occurs 2 times .*or say collisions=share"):
         taken(["a", "b", "c"], ["c", "b", "a"], their_rows=[4, 1, 4])
     weight, audit = taken(["a", "b", "c"], ["c", "b", "a"], their_rows=[4, 1, 4], collisions="share")
     assert torch.equal(weight, OLD[[4, 1, 4]]) and audit.rows[0].rows_unused == 4
-    with pytest.raises(ValueError, match="key 'a' stands 2 times"):
+    with pytest.raises(ValueError, match="key 'a' occurs 2 times"):
         taken(["a", "a"], ["a"], collisions="share")
 
 

@@ -1,42 +1,56 @@
-"""Plots as SVG text, drawn from metrics.jsonl and from the rows of the comparison."""
+"""Charts as SVG: curves from metrics.jsonl, and figures with their intervals.
+
+Charts of a page are 360 points wide with text of 9 points, which is 11.7 pixels where a page 500 pixels wide shows
+them. Their text is text, and their colours are the variables of templates/base.html.j2, so they follow dark mode.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from lumrec.experiments.report_table import LABELS, METRICS, RANKER_NAMES, Row
 from lumrec.run.errors import UserError
 from lumrec.run.printable import printable
 
-# Okabe and Ito's colours, which hold for colour-blind readers too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-KNOWLEDGE_COLOURS = {
-    "none": "#7f7f7f",
-    "tables": "#e69f00",
-    "direct": "#0072b2",
-    "matching": "#009e73",
-    "both": "#d55e00",
-}
-DASHES = ("-", "--", ":", "-.")  # a ranker each
-STYLE = {"fontsize": 9}
+# Okabe and Ito's colours, which colour-blind readers can tell apart. On a page, the n-th is the CSS variable --c<n>.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31", "#7f7f7f")
+KNOWLEDGE_COLOURS = {"none": 8, "tables": 4, "direct": 0, "matching": 2, "both": 1}
+DASHES = ("-", "--", ":", "-.")  # one for each ranker
+INK, GRID = "#1d2025", "#e3e5e8"
+ON_PAGE = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{n})" for n, colour in enumerate(COLOURS)}
+SIZE = 9  # of text, in points
+LEGEND_COLUMNS = 2
 
 
 class Series(NamedTuple):
-    """One line of a plot."""
+    """One line of a chart. colour: index into COLOURS, None for the next one. dashes: index into DASHES."""
 
     label: str
     steps: list[float]
     values: list[float]
+    colour: int | None = None
+    dashes: int = 0
+
+
+class Dot(NamedTuple):
+    """A figure with its interval. colour: index into COLOURS."""
+
+    value: float
+    low: float
+    high: float
+    colour: int
 
 
 def read_series(path: Path, metric: str, label: str) -> Series:
@@ -58,65 +72,65 @@ def read_series(path: Path, metric: str, label: str) -> Series:
     return Series(label, steps, values)
 
 
-def curves(panels: Mapping[str, Sequence[Series]]) -> str:
-    """Panels side by side, title → lines over steps, with one legend below; few points are marked. An SVG element.
-
-    Lines named <ranker>-<knowledge> have the knowledge's colour and the ranker's dashes.
-    """
-    figure = Figure(figsize=(5.0 * len(panels), 3.4), layout="constrained")
-    handles: dict[str, Artist] = {}
-    for place, (title, lines) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        families = list(dict.fromkeys(line.label.rpartition("-")[0] for line in lines))
-        for number, line in enumerate(lines):
-            family, _, kind = line.label.rpartition("-")
-            is_ranker = kind in KNOWLEDGE_COLOURS
-            (handles[line.label],) = axes.plot(
-                line.steps,
-                line.values,
-                color=KNOWLEDGE_COLOURS[kind] if is_ranker else COLOURS[number % len(COLOURS)],
-                linestyle=DASHES[families.index(family) % len(DASHES)] if is_ranker else "-",
-                marker="o" if len(line.steps) <= 30 else None,
-                markersize=3,
-                linewidth=1.4,
-            )
-        axes.set_xlabel("step", **STYLE)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes, title)
-        axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-        axes.set_axisbelow(True)
+def curves(lines: Sequence[Series], *, ylabel: str) -> Markup:
+    """Lines over training steps, with a legend below; few points are marked. A chart of a page."""
+    figure = Figure(figsize=(5.0, 2.9 + 0.2 * -(-len(lines) // LEGEND_COLUMNS)), layout="constrained")
+    axes = figure.add_subplot()
+    handles: list[Artist] = []
+    for number, line in enumerate(lines):
+        handles += axes.plot(
+            line.steps,
+            line.values,
+            color=COLOURS[(number if line.colour is None else line.colour) % len(COLOURS)],
+            linestyle=DASHES[line.dashes % len(DASHES)],
+            marker="o" if len(line.steps) <= 30 else None,
+            markersize=3,
+            linewidth=1.4,
+        )
+    axes.set_ylabel(ylabel)
+    _finish(axes, "training step", grid="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False, handlelength=3
+        handles,
+        [line.label for line in lines],
+        loc="outside lower center",
+        ncols=LEGEND_COLUMNS,
+        fontsize=SIZE,
+        frameon=False,
+        handlelength=3,
+        labelcolor=INK,
     )
-    return _svg(figure)
+    return Markup(_svg(figure, on_page=True))
 
 
-def comparison_plot(rows: Sequence[Row]) -> str:
-    """The comparison as dots, one panel a metric, one line a row, with ± one standard deviation. An SVG element."""
-    figure = Figure(figsize=(11.0, 0.9 + 0.34 * len(rows)), layout="constrained")
-    names = [f"{RANKER_NAMES.get(row.ranker, row.ranker)} {LABELS[row.knowledge]}" for row in rows]
-    places = list(range(len(rows)))[::-1]
-    first: Axes | None = None
-    for number, (metric, title) in enumerate(METRICS.items()):
-        axes = figure.add_subplot(1, len(METRICS), number + 1, sharey=first)
-        first = first or axes
-        for place, row in zip(places, rows):
-            if found := row.figures.get(metric):
-                colour = KNOWLEDGE_COLOURS[row.knowledge]
-                axes.errorbar(
-                    [found.value], [place], xerr=[found.sd or 0.0], fmt="o", color=colour, markersize=6, capsize=3
-                )
-                if row.knowledge == "none":
-                    axes.axvline(found.value, color=colour, linewidth=0.8, linestyle=":")
-        axes.set_yticks(places, names, **STYLE)
-        axes.tick_params(axis="y", left=False, labelleft=number == 0)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        _plain(axes, title + (" (lower is better)" if metric == "log_loss" else " (higher is better)"))
+def dots(labels: Sequence[str], panels: Mapping[str, Sequence[Dot | None]], *, zero: bool = False) -> Figure:
+    """Figures with their intervals, a panel for each title of an axis, one line for each label (from the top).
+
+    zero: mark 0 by a line.
+    """
+    figure = Figure(figsize=(5.0 * len(panels), 0.75 + 0.3 * len(labels)), layout="constrained")
+    places = list(range(len(labels)))[::-1]
+    for number, (title, found) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        if zero:
+            axes.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
+        for place, dot in zip(places, found):
+            if dot is not None:
+                colour = COLOURS[dot.colour % len(COLOURS)]
+                axes.plot([dot.low, dot.high], [place, place], color=colour, linewidth=1.6, marker="|", markersize=8)
+                axes.plot([dot.value], [place], color=colour, marker="o", markersize=6)
+        axes.set_yticks(places, [printable(label) if number == 0 else "" for label in labels])
+        axes.set_ylim(-0.6, len(labels) - 0.4)
+        _finish(axes, title, grid="x")
+        axes.tick_params(axis="y", left=False)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.margins(x=0.15)
-        axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return _svg(figure)
+        axes.margins(x=0.1)
+    return figure
+
+
+def dot_chart(labels: Sequence[str], xlabel: str, found: Sequence[Dot | None], *, zero: bool = False) -> Markup:
+    """`dots` of one panel as a chart of a page."""
+    return Markup(_svg(dots(labels, {xlabel: found}, zero=zero), on_page=True))
 
 
 def result_plot(
@@ -124,47 +138,46 @@ def result_plot(
 ) -> str:
     """A metric of each row (label, key) of a flat result as dots with ± one standard deviation; an SVG file's text.
 
-    Rows of one model (the key's first part) have a colour. Where the paper has figures they stand in a panel of their
-    own, since its logs and splits are others and the differences within ours would vanish on a scale for both.
+    Rows of one model (the key's first part) have a colour. The paper's figures have a panel of their own: its logs and
+    splits differ from ours, and on a common scale the differences within ours could not be seen.
     """
     panels = {metric: f"{title} of the test part"}
     if any(f"{key}/paper_auc" in result for _, key in rows):
         panels["paper_auc"] = "the paper's AUC, by its own protocol"
-    figure = Figure(figsize=(4.0 + 3.5 * len(panels), 1.0 + 0.34 * len(rows)), layout="constrained")
     families = list(dict.fromkeys(key.partition("/")[0] for _, key in rows))
-    first: Axes | None = None
-    for number, (name, says) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), number + 1, sharey=first)
-        first = first or axes
-        for place, (_, key) in zip(range(len(rows))[::-1], rows):
-            colour = COLOURS[families.index(key.partition("/")[0]) % len(COLOURS)]
-            value, sd = result.get(f"{key}/{name}"), result.get(f"{key}/{name}_sd")
-            if isinstance(value, float):
-                xerr = [sd if isinstance(sd, float) else 0.0]
-                axes.errorbar([value], [place], xerr=xerr, fmt="o", color=colour, markersize=6, capsize=3)
-        axes.set_yticks(range(len(rows))[::-1], [label for label, _ in rows], **STYLE)
-        axes.tick_params(axis="y", left=False, labelleft=number == 0)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        _plain(axes, says)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return _svg(figure)
+
+    def dot(key: str, name: str) -> Dot | None:
+        value, sd = result.get(f"{key}/{name}"), result.get(f"{key}/{name}_sd")
+        if not isinstance(value, float):
+            return None
+        spread = sd if isinstance(sd, float) else 0.0
+        return Dot(value, value - spread, value + spread, families.index(key.partition("/")[0]))
+
+    found = {says: [dot(key, name) for _, key in rows] for name, says in panels.items()}
+    return _svg(dots([label for label, _ in rows], found))
 
 
-def _plain(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+def _finish(axes: Axes, xlabel: str, *, grid: str) -> None:
+    axes.set_xlabel(xlabel, color=INK, fontsize=SIZE)
+    axes.yaxis.label.set(color=INK, fontsize=SIZE)
+    axes.tick_params(labelsize=SIZE, colors=INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_edgecolor(INK)
+    axes.grid(axis=grid, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, *, on_page: bool = False) -> str:
     """The figure as an <svg> element that scales with the page, without the XML head that HTML does not take."""
     for label in figure.findobj(Text):
         label.set_parse_math(False)  # a "$" in a name is a dollar
         label.set_text(printable(label.get_text()))
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none" if on_page else "path", "svg.hashsalt": "lumrec"}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=on_page)
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]
+    if on_page:
+        svg = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: ON_PAGE.get(colour[0], colour[0]), svg)
+    return svg

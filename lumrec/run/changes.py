@@ -13,11 +13,7 @@ from lumrec.run.typed_yaml import defaults, field_types, overlaid, plain, read, 
 
 # Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
-
-
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
-
-
 _AGAIN = "make the run again with overwrite=true"
 
 
@@ -32,9 +28,17 @@ def config_differences(path: Path, settings: Any) -> dict[str, str]:
     if not isinstance(stored, Mapping):
         raise UserError(f"{path / 'config.yaml'} is damaged: it holds no settings; {_AGAIN}")
     known = {name: value for name, value in stored.items() if name in field_types(type(settings))}
+    return {key: f"{key}: {old!r} → {new!r}" for key, (old, new) in changes(known, settings).items()}
+
+
+def changes(stored: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted key → (stored, present value) of each setting that differs; what is not stored counts as its default.
+
+    stored: what a config.yaml holds. settings: a dataclass. Settings that say where and how to run do not count.
+    """
     return {
-        key: f"{key}: {old!r} → {new!r}"
-        for key, old, new in _changes(known, settings)
+        key: (old, new)
+        for key, old, new in _changes(stored, settings)
         if key.split(".")[0] not in NEUTRAL_KEYS and not key.endswith(NEUTRAL_TRAIN_KEYS)
     }
 

@@ -50,6 +50,7 @@ def new_file(path: Path) -> Iterator[Path]:
     the new one, also after a power cut.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a link that lies there would be written through
     yield temporary
     sync_file(temporary)
     os.replace(temporary, path)

@@ -3,12 +3,13 @@
 import io
 import logging
 import sys
+from html.parser import HTMLParser
 
 import pytest
 
-from lumrec.experiments.report_page import escape
-from lumrec.experiments.report_plots import Series, curves
+from lumrec.experiments.report_plots import Dot, Series, curves, dot_chart
 from lumrec.launch.main import tell
+from lumrec.run.page import render
 from lumrec.run.printable import PrintableFormatter, markdown, printable, say
 from lumrec.stages.show_user import Event, Match, UserView, text
 from lumrec.warm_start.audit import Audit, AuditRow
@@ -33,6 +34,20 @@ HOSTILE = [
 OBEYED = set("\x1b\x07\x9b\r\b\x00\x7f\u202e\u2066\u2069\u200b\ufeff\u2028\ud800\U000e0041")
 
 
+def page_of(text):
+    """A report in which every text is `text`."""
+    figure = {"text": text, "gain": 1.0, "interval": text, "gain_sd": None, "verdict": text}
+    return render(
+        "report.html.j2",
+        run=text, dataset=text, test_part=text, seeds=text, best_auc=None, notes=[text], one_seed=text, remarks=text,
+        verdicts=[{"verdict": text, "text": text}],
+        table=[{"name": text, "knowledge": text, "figures": {text: figure}}],
+        metrics=[{"key": text, "label": text, "meaning": text, "has_gains": True}], config_file=text, wall=text,
+        charts=[{"title": text, "svg": dot_chart([text], text, [Dot(1.0, 0.5, 1.5, 0)])}], made=[(text, text)],
+        settings=[(text, text, text)], times=[(text, text)], versions=[(text, text)], commands=[text],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_every_place_that_shows_text(hostile, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
@@ -46,8 +61,12 @@ def test_every_place_that_shows_text(hostile, capsys, monkeypatch):
     record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (hostile,), None)
     tell(hostile)
     say(hostile)
-    shown = [printable(hostile), text(view), audit.text(), audit.markdown(), escape(hostile), *capsys.readouterr()]
-    shown += [PrintableFormatter("%(message)s").format(record), curves({hostile: [Series(hostile, [1], [2])]})]
+    shown = [printable(hostile), text(view), audit.text(), audit.markdown(), *capsys.readouterr()]
+    shown += [
+        PrintableFormatter("%(message)s").format(record),
+        curves([Series(hostile, [1], [2])], ylabel=hostile),
+        page_of(hostile),
+    ]
     for output in shown:
         assert not OBEYED & set(output), ascii(output)
 
@@ -68,9 +87,21 @@ def test_an_encoding_that_has_not_all_letters(monkeypatch):
     "hostile", ["<script>alert(1)</script>", "' onload='x", '"><img src=x onerror=y>', "</svg><b>", "-->"]
 )
 def test_html_and_svg(hostile):
-    svg = curves({hostile: [Series(hostile, [1, 2], [1, 2]), Series("$\\frac{$", [1], [1])]})
-    assert "<script>" not in svg and "<img" not in svg and "<b>" not in svg
-    assert not {"<", '"', "'"} & set(escape(hostile))
+    svg = curves([Series(hostile, [1, 2], [1, 2]), Series("$\\frac{$", [1], [1])], ylabel=hostile)
+    page, fine = page_of(hostile), page_of("fine")
+    assert "<script>" not in svg + page and "<img" not in svg + page and "<b>" not in svg + page
+    assert html_shape(page) == html_shape(fine)
+
+
+def html_shape(page):
+    """The elements of a page, and their attributes without the values, in order."""
+    shape = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: shape.append((tag, [name for name, _ in attributes]))
+    parser.handle_endtag = shape.append
+    parser.handle_comment = lambda text: shape.append("a comment")
+    parser.feed(page)
+    return shape
 
 
 def test_markdown_cells():

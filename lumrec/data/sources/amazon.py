@@ -12,8 +12,8 @@
 
 Files may be unpacked. Of 2018, data.category=Books_5 is the publisher's 5-core (Books_5.json.gz); Books is
 Books.json.gz, or else Books_5.json.gz. A rating of 4 or more is positive; data.label.at_least changes that. Items of
-the log that the metadata lacks are kept, with no feature but their id. The sequences tell no rating, so every event is
-positive, and no date: times of different users cannot be compared.
+the log that the metadata lacks are kept, with no feature but their id. The sequences have no ratings, so every event is
+positive, and no dates, so times of different users cannot be compared.
 
 Sources: J. McAuley et al., Image-based Recommendations on Styles and Substitutes, SIGIR 2015; J. Ni et al., Justifying
 Recommendations using Distantly-Labeled Reviews, EMNLP 2019; Y. Hou et al., Bridging Language and Items for Retrieval
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,20 +33,14 @@ import polars as pl
 from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.json_lines import Decode, decode_file, decode_json, decode_python
-from lumrec.data.sources.lines import (
-    is_missing,
-    number_checks,
-    raw_of_bad_rows,
-    scan_fields,
-    whole_number,
-    wrong_number_of_fields,
-)
+from lumrec.data.sources.lines import is_missing, raw_of_bad_rows, scan_fields, wrong_number_of_fields
 from lumrec.data.sources.published import Place, find_folder, label_in_use, resolve
-from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
+from lumrec.data.sources.ratings import FIELDS, POSITIVE, rating_events
+from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, usable_rows
 from lumrec.run.errors import UserError
 
 SEQUENCES = "amazon-5core-sequences"
-POSITIVE = LabelConfig(column="rating", at_least=4.0)
+META_FIELDS = ("item_id", "title", "brand", "price", "categories")
 START_S = 946_684_800  # 2000-01-01 UTC: where the clock of every user of the sequences begins
 PRICE = r"^\s*\$?\s*(\d[\d,]*(?:\.\d+)?)\s*$"
 # Counts in S. Zhou et al., S3-Rec, CIKM 2020, table 1.
@@ -54,58 +49,42 @@ EXPECTED = {(SEQUENCES, "Beauty"): {"events_read": 198_502, "users": 22_363, "it
 
 @dataclass(frozen=True)
 class Release:
-    """One release. ratings, meta: names of a category's files, first choice first. rating_fields, meta_fields: their
-    names for our columns. unit: of the times. decode_meta: how a line of the metadata is read.
+    """One release. ratings, meta: file names, {} for the category, first choice first. meta_fields, rating_fields: the
+    publisher's names of META_FIELDS and FIELDS; without rating_fields the ratings are CSV. unit: of the times.
+    decode_meta: how a line of the metadata is read.
     """
 
     page: str
     ratings: tuple[str, ...]
     meta: tuple[str, ...]
-    rating_fields: dict[str, str]
-    meta_fields: dict[str, str]
-    unit: str
-    decode_meta: Decode
+    meta_fields: tuple[str, ...]
+    rating_fields: tuple[str, ...] = ()
+    unit: str = "s"
+    decode_meta: Decode = decode_json
 
 
 RELEASES = {
     "amazon-2014": Release(
-        page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
+        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
         ratings=("ratings_{}.csv", "ratings_{}.csv.gz"),
         meta=("meta_{}.json.gz", "meta_{}.json"),
-        rating_fields={},
-        meta_fields={
-            "item_id": "asin",
-            "title": "title",
-            "brand": "brand",
-            "price": "price",
-            "categories": "categories",
-        },
-        unit="s",
+        meta_fields=("asin", "title", "brand", "price", "categories"),
         decode_meta=decode_python,
     ),
     "amazon-2018": Release(
-        page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
         ratings=("{}.json.gz", "{}.json", "{}_5.json.gz", "{}_5.json"),
         meta=("meta_{}.json.gz", "meta_{}.json"),
-        rating_fields={"user_id": "reviewerID", "item_id": "asin", "rating": "overall", "timestamp": "unixReviewTime"},
-        meta_fields={"item_id": "asin", "title": "title", "brand": "brand", "price": "price", "categories": "category"},
-        unit="s",
-        decode_meta=decode_json,
+        meta_fields=("asin", "title", "brand", "price", "category"),
+        rating_fields=("reviewerID", "asin", "overall", "unixReviewTime"),
     ),
     "amazon-2023": Release(
-        page="https://amazon-reviews-2023.github.io/",
+        "https://amazon-reviews-2023.github.io/",
         ratings=("{}.jsonl.gz", "{}.jsonl"),
         meta=("meta_{}.jsonl.gz", "meta_{}.jsonl"),
-        rating_fields={"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp"},
-        meta_fields={
-            "item_id": "parent_asin",
-            "title": "title",
-            "brand": "store",
-            "price": "price",
-            "categories": "categories",
-        },
+        meta_fields=("parent_asin", "title", "store", "price", "categories"),
+        rating_fields=("user_id", "parent_asin", "rating", "timestamp"),
         unit="ms",
-        decode_meta=decode_json,
     ),
 }
 
@@ -138,8 +117,8 @@ DEFAULT_SCHEMAS = {
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     """The raw log of one category; JSON is decoded into Parquet in `scratch` first. `seed` is not used.
 
-    Raises DataSetMissing where the category's files are not found (naming the categories that are), UserError for a
-    missing data.category and for a label that is not made of the rating.
+    Raises DataSetMissing where the category's files are not found (it lists the categories that are there), UserError
+    for a missing data.category and for a label that is not made of the rating.
     """
     if data.source == SEQUENCES:
         return _read_sequences(data)
@@ -150,32 +129,33 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     meta = _first(folder, release.meta, data.category.removesuffix("_5"))
     assert path is not None
     if release.rating_fields:
-        rows = _decoded(path, release.rating_fields, scratch / "ratings", decode_json)
-        wrong = (~pl.col("decoded"), "not a JSON object as published")
+        rows = _decoded(path, FIELDS, release.rating_fields, scratch / "ratings", decode_json)
+        rows = rows.with_columns(pl.coalesce("raw", pl.struct(FIELDS).struct.json_encode()).alias("raw"))
+        malformed = (~pl.col("decoded"), "not a JSON object as published")
     else:
-        rows = scan_fields(path, ["user_id", "item_id", "rating", "timestamp"])
-        wrong = wrong_number_of_fields()
-    events = _ratings(rows, wrong, label, release.unit)
+        rows, malformed = scan_fields(path, FIELDS), wrong_number_of_fields()
+    events = rating_events(rows, label, malformed, unit=release.unit)
     items = None
     if meta is not None:
-        items = _catalogue(_decoded(meta, release.meta_fields, scratch / "meta", release.decode_meta))
+        rows = _decoded(meta, META_FIELDS, release.meta_fields, scratch / "meta", release.decode_meta)
+        items = _catalogue(rows)
     return _raw_log(data, events, items, [path, *([meta] if meta else [])], f"{path.name} from {folder} ({found})")
 
 
 def _raw_log(
     data: DataConfig, events: pl.LazyFrame, items: pl.LazyFrame | None, files: list[Path], note: str
 ) -> RawLog:
-    """The log, with the main category (or attribute) of each event's item, and the items that the catalogue lacks."""
+    """The log with the main category (or attribute) of each event's item, and with items that the metadata lacks."""
     many, main = ("attributes", "attribute") if data.source == SEQUENCES else ("categories", "main_category")
     if items is None:
-        # Columns of nothing, so that the default schema can be read: it then knows the items by their ids alone.
-        nothing = [pl.lit([], dtype=pl.List(pl.String)).alias(many), pl.lit(None, pl.String).alias(main)]
+        # Empty columns, so that the default schema can be read: it then knows the items only by their ids.
+        empty = [pl.lit([], dtype=pl.List(pl.String)).alias(many), pl.lit(None, pl.String).alias(main)]
         if data.source != SEQUENCES:
-            nothing += [pl.lit(None, pl.String).alias("brand"), pl.lit(None, pl.Float64).alias("price")]
-        events = events.with_columns(nothing)
+            empty += [pl.lit(None, pl.String).alias("brand"), pl.lit(None, pl.Float64).alias("price")]
+        events = events.with_columns(empty)
         note += f"; NO METADATA beside it: items have no {many} or other feature but their id"
     else:
-        known = items.filter(pl.col("reason").is_null()).unique("item_id", keep="first", maintain_order=True)
+        known = usable_rows(items)
         events = events.join(known.select("item_id", main), on="item_id", how="left")
         used = events.filter(pl.col("reason").is_null()).select("item_id").unique()
         lacking = used.join(known, on="item_id", how="anti").sort("item_id")
@@ -222,34 +202,12 @@ def _first(folder: Path, names: tuple[str, ...], category: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _decoded(path: Path, fields: dict[str, str], into: Path, decode: Decode) -> pl.LazyFrame:
-    """Lines of objects with our names for their fields; `categories` is a list, everything else text."""
-    kinds = {theirs: pl.List(pl.String) if ours == "categories" else pl.String() for ours, theirs in fields.items()}
-    return decode_file(path, kinds, into, decode).rename({theirs: ours for ours, theirs in fields.items()})
-
-
-def _ratings(rows: pl.LazyFrame, wrong: tuple[pl.Expr, str], label: LabelConfig, unit: str) -> pl.LazyFrame:
-    """Events of rows of text: user_id, item_id, rating, timestamp, raw."""
-    stars = pl.col("rating").cast(pl.Float64, strict=False)
-    checks = [
-        wrong,
-        *((is_missing(name), f"{name} is missing") for name in ("user_id", "item_id", "rating")),
-        (stars.is_null(), "rating is not a number"),
-        (~stars.is_in([1.0, 2.0, 3.0, 4.0, 5.0]), "rating outside 1..5"),
-        *number_checks("timestamp"),
-    ]
-    text = stars.cast(pl.Int8, strict=False).cast(pl.String)
-    read = pl.struct("user_id", "item_id", "rating", "timestamp").struct.json_encode()
-    return rows.select(
-        "user_id",
-        "item_id",
-        "order",
-        microseconds(whole_number("timestamp"), unit).alias("time_us"),
-        positive(stars, pl.Float64(), label).alias("label"),
-        text.alias("rating"),
-        first_reason(*checks).alias("reason"),
-        pl.coalesce("raw", read).alias("raw"),
-    )
+def _decoded(path: Path, ours: Sequence[str], theirs: Sequence[str], into: Path, decode: Decode) -> pl.LazyFrame:
+    """Lines of objects, the fields `theirs` by the names `ours`; `categories` is a list, everything else text."""
+    kinds = {
+        name: pl.List(pl.String) if our == "categories" else pl.String() for our, name in zip(ours, theirs, strict=True)
+    }
+    return decode_file(path, kinds, into, decode).rename(dict(zip(theirs, ours)))
 
 
 def _catalogue(rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -274,11 +232,10 @@ def _catalogue(rows: pl.LazyFrame) -> pl.LazyFrame:
 def _read_sequences(data: DataConfig) -> RawLog:
     if data.label != LabelConfig():
         raise UserError(f"data.label: {SEQUENCES} has no rating, every event is positive; leave data.label out")
-    names = ("{}.seq_gap.txt",)
     folders = (f"amazon-{data.category.lower()}-5core", SEQUENCES) if data.category else (SEQUENCES,)
     page = f"{RELEASES['amazon-2014'].page} (the 5-core there, made into sequences)"
-    folder, found = _find(data, folders, page, names)
-    path = folder / names[0].format(data.category)
+    folder, found = _find(data, folders, page, ("{}.seq_gap.txt",))
+    path = folder / f"{data.category}.seq_gap.txt"
     attributes = folder / f"{data.category}_item2attributes.json"
     items = _attributes(attributes) if attributes.is_file() else None
     files = [path, *([attributes] if items is not None else [])]

@@ -1,9 +1,9 @@
-"""Fetching a publisher's archive: checked, atomic, continued where it was cut, with a progress bar on a terminal only.
+"""Downloads a publisher's archive: checks it, resumes after a cut, and shows a progress bar on a terminal.
 
-What lies in the cache:
-    .ml-20m.zip.part         what has come so far; locked while a process writes to it
-    .ml-20m.zip.part.state   which version of the archive that is, as the server names it
-    ml-20m/                  appears whole, when the checksum is right and the files are unpacked
+Files in the cache:
+    .ml-20m.zip.part         the bytes received so far; locked while a process writes to it
+    .ml-20m.zip.part.state   the server's name for that version of the archive
+    ml-20m/                  appears complete, once the checksum is right and the files are unpacked
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNSATISFIED = re.compile(r"bytes \*/(\d+)")
 class Archive:
     """A .zip or .tar.gz of a publisher: address, page for people, the folder inside that holds the files.
 
-    checksum: "md5:…" or "sha256:…", as published; "" where the publisher changes the archive from time to time.
+    checksum: "md5:…" or "sha256:…", as published; "" if the publisher updates the archive from time to time.
     """
 
     url: str
@@ -52,20 +52,16 @@ class Archive:
     timeout_s: float = 30.0
 
 
-class _Cut(OSError):
-    """The connection ended before all was there."""
-
-
 def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_hand: str) -> Path:
-    """`target`, a new folder that holds `files` of the archive; it appears whole or not at all.
+    """`target`, a new folder that holds `files` of the archive; it appears complete or not at all.
 
-    Where another process fetches the same archive, it is waited for. Raises DataSetMissing where the publisher cannot
-    be reached (it ends with `by_hand`: how to do without), and UserError for another checksum or a broken archive.
+    Waits where another process downloads the same archive. Raises DataSetMissing where the publisher cannot be reached
+    (the message ends with `by_hand`), and UserError for another checksum or a broken archive.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     name = archive.url.rsplit("/", 1)[-1]
     with _claimed(target.parent / f".{name}.part") as part:
-        if target.is_dir():  # another process was quicker
+        if target.is_dir():  # another process has downloaded it meanwhile
             return target
         try:
             _download(archive, part)
@@ -84,7 +80,7 @@ def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_ha
 
 @contextlib.contextmanager
 def _claimed(part: Path) -> Iterator[Path]:
-    """The partial file, locked; it stays where bytes have come, for the next try, and is removed where none have."""
+    """The partial file, locked; it is removed if it is empty, else kept for the next try."""
     lock = lock_at(part, waiting=f"waiting for another process that downloads {part}")
     try:
         yield part
@@ -95,9 +91,9 @@ def _claimed(part: Path) -> Iterator[Path]:
 
 
 def _download(archive: Archive, part: Path) -> None:
-    """Fills `part` with the whole archive; goes on after a cut as long as each try brings something new.
+    """Fills `part` with the whole archive; resumes after a cut as long as each try adds bytes.
 
-    Raises OSError or HTTPException where a try brought nothing.
+    Raises OSError or HTTPException after a try that added none.
     """
     while True:
         before = _size(part)
@@ -112,7 +108,7 @@ def _download(archive: Archive, part: Path) -> None:
 
 
 def _receive(archive: Archive, part: Path, *, resume: bool = True) -> None:
-    """One connection: appends to `part` where the server goes on with the same version, else begins again."""
+    """One connection: appends to `part` where the server resumes the same version, else starts over."""
     have, version = _size(part), _version(part, archive)
     headers = {"Range": f"bytes={have}-", "If-Range": version} if resume and have and version else {}
     try:
@@ -121,7 +117,7 @@ def _receive(archive: Archive, part: Path, *, resume: bool = True) -> None:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not headers:
             raise
         whole = UNSATISFIED.match(error.headers.get("Content-Range") or "")
-        if whole and int(whole[1]) == have:  # all of it had come
+        if whole and int(whole[1]) == have:  # it was complete
             return
         return _receive(archive, part, resume=False)
     with reply:
@@ -140,14 +136,14 @@ def _receive(archive: Archive, part: Path, *, resume: bool = True) -> None:
             _state(part).write_text(json.dumps(state) + "\n", encoding="utf-8")
         have += _copy(reply, part, total=total, have=have, name=archive.url.rsplit("/", 1)[-1])
     if total and have != total:
-        raise _Cut(f"the connection was cut after {have:,} of {total:,} bytes")
+        raise OSError(f"the connection was cut after {have:,} of {total:,} bytes")
 
 
 def _copy(reply: http.client.HTTPResponse, part: Path, *, total: int, have: int, name: str) -> int:
     """Number of bytes appended."""
     got = 0
     bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty())
-    # unbuffered on both sides: what has come is in the file, whatever happens to the process
+    # unbuffered on both sides: what was received is in the file, even if the process is killed
     with open(part, "ab", buffering=0) as sink, bar:
         while chunk := reply.read1(CHUNK):
             sink.write(chunk)
@@ -157,13 +153,13 @@ def _copy(reply: http.client.HTTPResponse, part: Path, *, total: int, have: int,
 
 
 def _name_of_version(headers: Mapping[str, str]) -> str:
-    """What tells this version of the archive from another: a strong ETag, else the date; "" where there is neither."""
+    """Identifies this version of the archive: a strong ETag, else the date; "" where there is neither."""
     tag = headers.get("ETag") or ""
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified") or ""
 
 
 def _version(part: Path, archive: Archive) -> str:
-    """The version that `part` is the beginning of; "" where that is unknown."""
+    """The version of the archive that `part` belongs to; "" where that is unknown."""
     try:
         state = json.loads(_state(part).read_text(encoding="utf-8"))
         return str(state["version"]) if state["url"] == archive.url else ""
@@ -176,7 +172,7 @@ def _check(archive: Archive, part: Path) -> None:
     kind, _, expected = (archive.checksum or "sha256:").partition(":")
     digest = checksum(part, kind)
     if not expected:
-        changes = "has no published checksum, since it changes from time to time"
+        changes = "has no published checksum, as it is updated from time to time"
         log.warning("%s %s; this one has %s %s", archive.url, changes, kind, digest)
     elif digest != expected:
         raise UserError(
@@ -187,9 +183,9 @@ def _check(archive: Archive, part: Path) -> None:
 
 
 def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) -> None:
-    """The folder `target` with `files`, found by their names; whatever else is in the archive stays there."""
+    """Makes the folder `target` with `files` of the archive, and nothing else from it."""
     work = target.with_name(f".{target.name}.unpacking")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
     work.mkdir()
     try:
         (_unpack_zip if archive.url.endswith(".zip") else _unpack_tar)(part, archive.folder, files, work)

@@ -1,4 +1,4 @@
-"""Files with a JSON object, or a Python dict, a line: decoded block by block into Parquet, bad lines kept as text."""
+"""Files with one JSON object or Python dict on each line, as Parquet; lines that cannot be decoded are kept as text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import polars as pl
 from lumrec.data.sources.lines import open_bytes, scan_lines
 from lumrec.run.errors import UserError
 
-BLOCK_BYTES = 1 << 26  # text held at a time: bounds the memory
-DECODED_LINES = 2048  # lines of JSON decoded at a time: far more are slower, since their values no longer fit a cache
-NUMBER = "#line"  # a key of ours, put into each line, which tells whether each was decoded by itself
+BLOCK_BYTES = 1 << 26  # text in memory at a time
+DECODED_LINES = 2048  # lines of JSON decoded at a time; many more are slower, as their values no longer fit the cache
+NUMBER = "#line"  # a key added to each line, which shows whether each was decoded by itself
 Fields = Mapping[str, pl.DataType]
 Decode = Callable[[pl.Series, Fields], pl.DataFrame]
 
@@ -26,7 +26,7 @@ def decode_file(
 ) -> pl.LazyFrame:
     """The `fields` of every line, null where they are missing; written as Parquet to the new folder `into`.
 
-    Beside them order (i64, line number), decoded (bool), and raw: the line as it stands where it could not be decoded.
+    Further columns: order (i64, line number), decoded (bool), and raw: the line, where it could not be decoded.
     path: of text or a .gz file. fields: name → String, or List(String). decode: decode_json or decode_python. Raises
     UserError where a .gz file is cut or broken.
     """
@@ -43,7 +43,7 @@ def decode_file(
 
 
 def line_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[pl.Series]:
-    """The lines of a file in series of about `block_bytes` of text, at least one series; not UTF-8 is replaced."""
+    """The lines of a file in series of about `block_bytes` of text, at least one; what is not UTF-8 is replaced."""
     rest, blocks = b"", 0
     try:
         with open_bytes(path) as file:
@@ -67,7 +67,7 @@ def _split(text: bytes) -> pl.Series:
 def decode_json(lines: pl.Series, fields: Fields) -> pl.DataFrame:
     """The fields of each line, and `decoded`: whether it is one JSON object with values of these kinds.
 
-    Numbers and truth values are given as text, a single value in place of a list as a list of one.
+    Numbers and truth values become text; a single value in place of a list becomes a list of one.
     """
     line = pl.col("line").str.strip_chars()
     # Polars decodes a series as if it were one array, where a broken line can swallow the next: hence the numbers.
@@ -83,7 +83,7 @@ def decode_json(lines: pl.Series, fields: Fields) -> pl.DataFrame:
 
 
 def _decode_or_halve(numbered: pl.Series, dtype: pl.Struct, *, first: int) -> pl.Series:
-    """Structs of the numbered lines, null for those that cannot be decoded: they are found by halving."""
+    """Structs of the numbered lines; lines that cannot be decoded are null, and are found by halving."""
     if len(numbered) == 0:
         return pl.Series(dtype=dtype)
     try:
@@ -103,9 +103,9 @@ def _decode_or_halve(numbered: pl.Series, dtype: pl.Struct, *, first: int) -> pl
 
 
 def decode_python(lines: pl.Series, fields: Fields) -> pl.DataFrame:
-    """`decode_json` for lines that are Python literals (a dict with single quotes); nested lists are given as one.
+    """`decode_json` for lines that are Python literals (a dict with single quotes); nested lists are flattened.
 
-    Nothing is evaluated: ast.literal_eval reads literals alone.
+    Nothing is evaluated: ast.literal_eval reads only literals.
     """
     rows = [_literal_fields(line, fields) for line in lines]
     columns = {name: pl.Series([row and row[name] for row in rows], dtype=dtype) for name, dtype in fields.items()}
@@ -113,7 +113,7 @@ def decode_python(lines: pl.Series, fields: Fields) -> pl.DataFrame:
 
 
 def _literal_fields(line: str, fields: Fields) -> dict[str, Any] | None:
-    """The fields of one line; None where it is no dict, or has a value of another kind."""
+    """The fields of one line; None where it is not a dict, or has a value of another kind."""
     try:
         row = ast.literal_eval(line)
         if not isinstance(row, dict):

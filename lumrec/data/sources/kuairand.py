@@ -9,8 +9,8 @@ Each file as .csv, .csv.gz or .parquet, in the folder or in data/ below it. Pure
 so that users' histories have gaps; 1K has all impressions of 1,000 users; 27K all of 27,285.
 
 What is read and what is not:
-- the standard logs alone, not log_random_…: those videos were shown at random, which is another policy;
-- not video_features_statistic_…: those are averages over the whole month, so they tell the future;
+- only the standard logs, not log_random_…: those videos were shown at random, which is another policy;
+- not video_features_statistic_…: those are averages over the whole month, so they reveal the future;
 - user features are one snapshot for all impressions (follower counts, say), taken when the data was collected;
 - times from time_ms; `hourmin` is the hour in which the row was logged, up to some hours later. Local time is UTC+8.
 
@@ -21,6 +21,7 @@ et al., KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,80 +30,64 @@ import polars as pl
 from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive
-from lumrec.data.sources.lines import check_header, scan_fields, scan_lines
-from lumrec.data.sources.published import Place, label_in_use, resolve
+from lumrec.data.sources.lines import (
+    check_header,
+    number_checks,
+    raw_of_bad_rows,
+    scan_fields,
+    wrong_number_of_fields,
+)
+from lumrec.data.sources.published import COUNTED, Place, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 from lumrec.run.errors import UserError
 
 FORMATS = (".csv", ".csv.gz", ".parquet")
 POSITIVE = LabelConfig(column="is_click")
-FLAGS = (
-    "is_click",
-    "long_view",
-    "is_like",
-    "is_follow",
-    "is_comment",
-    "is_forward",
-    "is_hate",
-    "is_profile_enter",
-)
+FLAGS = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "is_profile_enter")
 DURATIONS = ("play_time_ms", "profile_stay_time", "comment_stay_time")
 KEYS = ("user_id", "video_id", "time_ms")
 NEEDED = (*KEYS, *FLAGS, *DURATIONS, "duration_ms", "tab")
 UTC_OFFSET_HOURS = 8.0  # Beijing
-# Share of the video that was played, from which on it counts as the next word; it is played again and again where > 1.
+# `watched`: the share of the video that was played, at least; above 1 it was played again.
 WATCHED = (("skipped", 0.0), ("part", 0.1), ("most", 0.5), ("whole", 0.95), ("again", 1.5))
-LATE = "log_standard_4_25_to_5_08_pure"  # a part of Pure that goes around by itself
+LATE = "log_standard_4_25_to_5_08_pure"  # a part of Pure that is also passed on by itself
 
 
 @dataclass(frozen=True)
 class Release:
-    """One of the three versions. suffix: of its files' names. folders, stand_ins: see Place."""
+    """One of the three versions. logs: their file names without the ending. stand_ins: see Place."""
 
     title: str
-    suffix: str
-    folders: tuple[str, ...]
     logs: tuple[str, ...]
     md5: str
     expected: dict[str, int]
     stand_ins: tuple[str, ...] = ()
 
     @property
+    def suffix(self) -> str:
+        return self.title.removeprefix("KuaiRand-").lower()
+
+    @property
     def stems(self) -> tuple[str, ...]:
         return (*self.logs, f"user_features_{self.suffix}", f"video_features_basic_{self.suffix}")
 
 
-def _logs(suffix: str, *parts: str) -> tuple[str, ...]:
+def _release(
+    version: str, md5: str, *counts: int, parts: tuple[str, ...] = ("",), stand_ins: tuple[str, ...] = ()
+) -> Release:
     times = ("4_08_to_4_21", "4_22_to_5_08")
-    return tuple(f"log_standard_{time}_{suffix}{part}" for time in times for part in parts or ("",))
+    logs = tuple(f"log_standard_{time}_{version.lower()}{part}" for time in times for part in parts)
+    return Release(f"KuaiRand-{version}", logs, md5, dict(zip(COUNTED, counts)), stand_ins)
 
 
-# Counts: the publisher's table for "15 policies". Of 27K the items in the logs are some fewer than the table says.
+# Counts: the publisher's table for "15 policies". For 27K it counts a few more items than there are in the logs.
 RELEASES = {
-    "kuairand-pure": Release(
-        "KuaiRand-Pure",
-        "pure",
-        ("kuairand-pure", "KuaiRand-Pure"),
-        _logs("pure"),
-        "0820331067a3784d9691136f772b35a7",
-        {"events_read": 1_436_609, "users": 27_285, "items": 7583, "items_with_events": 7551},
-        stand_ins=("kuairand-pure-late",),
+    "kuairand-pure": _release(
+        "Pure", "0820331067a3784d9691136f772b35a7", 1_436_609, 27_285, 7583, 7551, stand_ins=("kuairand-pure-late",)
     ),
-    "kuairand-1k": Release(
-        "KuaiRand-1K",
-        "1k",
-        ("kuairand-1k", "KuaiRand-1K"),
-        _logs("1k"),
-        "6b0b9c8222d67fcd4c676218edca3f1f",
-        {"events_read": 11_713_045, "users": 1000},
-    ),
-    "kuairand-27k": Release(
-        "KuaiRand-27K",
-        "27k",
-        ("kuairand-27k", "KuaiRand-27K"),
-        _logs("27k", "_part1", "_part2"),
-        "3e3c799a24e2d23a4d2c757fbf9adf59",
-        {"events_read": 322_278_385, "users": 27_285},
+    "kuairand-1k": _release("1K", "6b0b9c8222d67fcd4c676218edca3f1f", 11_713_045, 1000),
+    "kuairand-27k": _release(
+        "27K", "3e3c799a24e2d23a4d2c757fbf9adf59", 322_278_385, 27_285, parts=("_part1", "_part2")
     ),
 }
 
@@ -129,7 +114,7 @@ _SCHEMA = SchemaConfig(
         "fans_user_num_range": FeatureConfig("user"),
         "friend_user_num_range": FeatureConfig("user"),
         "register_days_range": FeatureConfig("user"),
-        **{f"onehot_feat{place}": FeatureConfig("user") for place in (0, 1, 2, 6, 7, 9, 10)},
+        **{f"onehot_feat{index}": FeatureConfig("user") for index in (0, 1, 2, 6, 7, 9, 10)},
         **{
             name: FeatureConfig("user", kind="dense", scale="log")
             for name in ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
@@ -144,11 +129,11 @@ DEFAULT_SCHEMAS = {name: _SCHEMA for name in RELEASES}
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     """The raw log of one of RELEASES, as a stream; `seed` and `scratch` are not used.
 
-    Where KuaiRand-Pure is not there but its late part is (25 April to 8 May), that is read, and the note says so. With
-    data.allow_other_files a folder that has some of the logs will do.
+    Where only the late part of KuaiRand-Pure is there (25 April to 8 May), that is read, and the note says so. With
+    data.allow_other_files a folder with some of the logs is accepted.
 
     Raises DataSetMissing where the files are not found and cannot be downloaded, UserError for a file without a column
-    that it is published with, and for a label that is no outcome.
+    that it is published with, and for a label that is not an outcome.
     """
     release = RELEASES[data.source]
     label = label_in_use(data.label, POSITIVE, columns=[*FLAGS, *DURATIONS], source=data.source)
@@ -165,7 +150,7 @@ def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
     return RawLog(
         events=_events(logs, label),
         items=_items(items),
-        users=_users(users),
+        users=_features(users, "user_id", "user_id"),
         files=[*logs, users, items],
         note=note,
         known_after=(*FLAGS, *DURATIONS, "watched"),
@@ -183,11 +168,11 @@ def _place(release: Release, *, allow_part: bool) -> Place:
     record, name = "https://zenodo.org/records/10439422", release.title
     archive = Archive(f"{record}/files/{name}.tar.gz", record, f"md5:{release.md5}", folder=f"{name}/data")
     files = tuple(f"{stem}.csv" for stem in release.stems)
-    return Place(name, release.folders, files, record, archive, missing, release.stand_ins)
+    return Place(name, (name.lower(), name), files, record, archive, missing, release.stand_ins)
 
 
 def _logs_to_read(folder: Path, release: Release, *, allow_part: bool) -> list[Path]:
-    """All logs of the release; else, of Pure, the late part alone; else, with `allow_part`, those that are there."""
+    """All logs of the release; else, for Pure, only the late part; else, with `allow_part`, those that are there."""
     logs = [path for stem in release.logs if (path := _file(folder, stem))]
     if not logs and release.suffix == "pure" and (late := _file(folder, LATE)):
         return [late]
@@ -201,26 +186,20 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _events(logs: list[Path], label: LabelConfig) -> pl.LazyFrame:
-    """The rows of the logs, one log behind the other."""
+    """The rows of the logs, one log after the other."""
     frames, first = [], 0
     for path in logs:
-        rows = _parquet_rows(path, first) if path.suffix == ".parquet" else _csv_rows(path, first)
+        rows = _rows(path, first)
         frames.append(rows)
         if path is not logs[-1]:
-            first += _count(path)
+            first += rows.select(pl.len()).collect(engine="streaming").item()
     number = {name: pl.col(name).cast(pl.Int64, strict=False) for name in NEEDED}
-    checks = [(~pl.col("whole"), "wrong number of fields")]
-    for name in KEYS:
-        checks.append((pl.col(name).is_null() | (pl.col(name).cast(pl.String) == ""), f"{name} is missing"))
-        checks.append((number[name].is_null(), f"{name} is not a whole number"))
-    column = number[label.column]
     played = pl.col("play_time_ms") / pl.when(pl.col("duration_ms") > 0).then("duration_ms")
-    watched = pl.lit(None, pl.String)
-    for word, share in WATCHED:
-        watched = pl.when(played >= share).then(pl.lit(word)).otherwise(watched)
+    watched = first_reason(*((played >= share, word) for word, share in reversed(WATCHED)))
+    reason = first_reason(wrong_number_of_fields(), *number_checks(*KEYS))
     return (
         pl.concat(frames)
-        .with_columns(first_reason(*checks).alias("reason"), positive(column, pl.Int64(), label).alias("label"))
+        .with_columns(reason.alias("reason"), positive(number[label.column], pl.Int64(), label).alias("label"))
         .select(
             number["user_id"],
             number["video_id"].alias("item_id"),
@@ -236,28 +215,22 @@ def _events(logs: list[Path], label: LabelConfig) -> pl.LazyFrame:
     )
 
 
-def _csv_rows(path: Path, first: int) -> pl.LazyFrame:
-    """The needed columns as text, with raw, order (from `first` on), whole."""
-    names = check_header(path, NEEDED)
-    return scan_fields(path, names, skip_lines=1, first=first).select("raw", "order", "whole", *NEEDED)
-
-
-def _parquet_rows(path: Path, first: int) -> pl.LazyFrame:
-    """As `_csv_rows`, of a Parquet file with the same columns; raw is the row as it would stand in the CSV."""
+def _rows(path: Path, first: int) -> pl.LazyFrame:
+    """The needed columns of a log as text, with raw (as a line of CSV), order (from `first` on), whole."""
+    if path.suffix != ".parquet":
+        fields = scan_fields(path, check_header(path, NEEDED), skip_lines=1, first=first)
+        return fields.select("raw", "order", "whole", *NEEDED)
     rows = pl.scan_parquet(path, row_index_name="order", row_index_offset=first)
     names = [name for name in rows.collect_schema().names() if name != "order"]
     if missing := [name for name in NEEDED if name not in names]:
         raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
-    raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in names], separator=",")
     return rows.select(
-        raw.alias("raw"), pl.col("order").cast(pl.Int64), pl.lit(True).alias("whole"), pl.col(NEEDED).cast(pl.String)
+        _as_line(names), pl.col("order").cast(pl.Int64), pl.lit(True).alias("whole"), pl.col(NEEDED).cast(pl.String)
     )
 
 
-def _count(path: Path) -> int:
-    """Rows of a log."""
-    rows = pl.scan_parquet(path) if path.suffix == ".parquet" else scan_lines(path, skip_lines=1)
-    return rows.select(pl.len()).collect(engine="streaming").item()
+def _as_line(names: Sequence[str]) -> pl.Expr:
+    return pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in names], separator=",").alias("raw")
 
 
 def _features(path: Path, key: str, ours: str) -> pl.LazyFrame:
@@ -268,19 +241,13 @@ def _features(path: Path, key: str, ours: str) -> pl.LazyFrame:
         check_header(path, [key])
         rows = pl.scan_csv(path, infer_schema=False)
     names = rows.collect_schema().names()
-    text = pl.col(key).cast(pl.String)
     number = pl.col(key).cast(pl.Int64, strict=False)
-    checks = ((text.is_null(), f"{ours} is missing"), (number.is_null(), f"{ours} is not a whole number"))
-    raw = pl.concat_str([pl.col(name).cast(pl.String).fill_null("") for name in names], separator=",")
+    checks = ((pl.col(key).is_null(), f"{ours} is missing"), (number.is_null(), f"{ours} is not a whole number"))
     return (
-        rows.with_columns(first_reason(*checks).alias("reason"))
-        .with_columns(pl.when(pl.col("reason").is_not_null()).then(raw).alias("raw"), number.alias(ours))
+        rows.with_columns(first_reason(*checks).alias("reason"), _as_line(names))
+        .with_columns(raw_of_bad_rows(), number.alias(ours))
         .drop([] if ours == key else [key])
     )
-
-
-def _users(path: Path) -> pl.LazyFrame:
-    return _features(path, "user_id", "user_id")
 
 
 def _items(path: Path) -> pl.LazyFrame:

@@ -1,4 +1,4 @@
-"""Lines of text as rows: every line with its number and its fields, so that none is lost, whatever is wrong with it."""
+"""Lines of text as rows: each line with its number and its fields; malformed lines are kept."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import polars as pl
 
 from lumrec.run.errors import UserError
 
-_NEVER = "\x01"  # in no file that means well: it makes the CSV reader hand over whole lines
+_NEVER = "\x01"  # a separator that no sound file holds, so that the CSV reader returns whole lines
 NO_VALUE = ("", "null", "NULL", "NaN", "nan", "None", r"\N")
 
 
 def scan_lines(source: Path | bytes, *, encoding: str = "utf8", skip_lines: int = 0, first: int = 0) -> pl.LazyFrame:
     """Each line of a file (a .gz file too) or of bytes as `raw`, and its number as `order` (i64), counted from `first`.
 
-    encoding: utf8, read as a stream, what is not UTF-8 replaced; or latin-1, decoded in memory, for small files. Of a
-    line with the control character \\x01 in it only what stands before is read, and the character itself.
+    encoding: utf8, read as a stream, what is not UTF-8 replaced; or latin-1, decoded in memory, for small files. A line
+    with the control character \\x01 is read up to and including that character.
     """
     if encoding == "latin-1":
         source = (source if isinstance(source, bytes) else source.read_bytes()).decode("latin-1").encode()
@@ -51,9 +51,9 @@ def scan_fields(
     skip_lines: int = 0,
     first: int = 0,
 ) -> pl.LazyFrame:
-    """`scan_lines`, and the fields of each line by name as text; `whole` tells where their number is right.
+    """`scan_lines` with the fields of each line by name as text; `whole` is true where their number is right.
 
-    No quotes: what stands between two separators is a field.
+    Quotes have no meaning: every separator ends a field.
     """
     names = [*fields, "_more"]
     parts = pl.col("raw").str.splitn(separator, len(names)).struct.rename_fields(names)
@@ -67,20 +67,15 @@ def scan_fields(
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file, unpacked while it is read where its name ends in .gz."""
+    """The file, decompressed while it is read if its name ends in .gz."""
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
 
 
-def read_header(path: Path, *, separator: str = ",") -> list[str]:
-    """Names in the first line of a text file (a .gz file too)."""
+def check_header(path: Path, needed: Sequence[str]) -> list[str]:
+    """Names in the first line of a CSV file (a .gz file too). Raises UserError where it lacks one of those `needed`."""
     with open_bytes(path) as file:
         line = file.readline().decode("utf-8", "replace").strip("\ufeff\r\n")
-    return [name.strip() for name in line.split(separator)]
-
-
-def check_header(path: Path, needed: Sequence[str]) -> list[str]:
-    """Names in the first line. Raises UserError where one of those `needed` is not among them."""
-    names = read_header(path)
+    names = [name.strip() for name in line.split(",")]
     if missing := [name for name in needed if name not in names]:
         raise UserError(
             f"{path}: the first line has no column {', '.join(missing)}; it reads {','.join(names)!r}, "
@@ -104,15 +99,15 @@ def number_checks(*names: str) -> list[tuple[pl.Expr, str]]:
 
 
 def is_missing(name: str) -> pl.Expr:
-    """Whether a text column holds nothing, or one of the words that stand for nothing."""
+    """Whether a text column is null, empty or one of the words that mean "no value"."""
     return pl.col(name).is_null() | pl.col(name).str.strip_chars().is_in(NO_VALUE)
 
 
 def whole_number(name: str) -> pl.Expr:
-    """A text column as i64, null where it is no whole number."""
+    """A text column as i64, null where it is not a whole number."""
     return pl.col(name).cast(pl.Int64, strict=False)
 
 
 def raw_of_bad_rows() -> pl.Expr:
-    """`raw` where there is a `reason`, null elsewhere: a catalogue is held in memory, and its lines need not be."""
+    """`raw` where there is a `reason`, else null: catalogues are held in memory, lines of good rows need not be."""
     return pl.when(pl.col("reason").is_not_null()).then("raw").alias("raw")

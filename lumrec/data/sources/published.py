@@ -1,4 +1,4 @@
-"""Where published data sets lie on this machine, how to get those that do not, and what their labels are."""
+"""Published data sets: where they are on this machine, how to get those that are missing, and their labels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig
 from lumrec.run.errors import UserError
 from lumrec.run.printable import say
 
+COUNTED = ("events_read", "users", "items", "items_with_events")  # counts that publishers give
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where the files of one data set may lie, and where they come from.
+    """Where the files of one data set may be, and where they come from.
 
     title: its name for people. folders: names of its folder in $LUMREC_DATA and the cache; a download goes to the
-    first. stand_ins: of folders to be taken where there is none of those. files: what a folder must hold. missing:
-    those of `files` that a folder lacks, where other names or formats will do too. page: the publisher's, for people.
-    archive: to be downloaded; None: the files are placed by hand.
+    first. stand_ins: names of folders to use where none of those exists. files: what a folder must hold. missing:
+    gives those of `files` that a folder lacks, where other names or formats are accepted too. page: the publisher's,
+    for people. archive: what to download; None: the files are placed by hand.
     """
 
     title: str
@@ -32,7 +34,7 @@ class Place:
     stand_ins: tuple[str, ...] = ()
 
     def lacks(self, folder: Path) -> list[str]:
-        """The files that are not there."""
+        """The files that the folder lacks."""
         if self.missing is not None:
             return self.missing(folder)
         return [name for name in self.files if not (folder / name).is_file()]
@@ -50,15 +52,15 @@ class Place:
 
 
 def cache_folder() -> Path:
-    """Folder for data sets that were downloaded: $LUMREC_CACHE, else ~/.cache/lumrec."""
+    """Folder of downloaded data sets: $LUMREC_CACHE, else ~/.cache/lumrec."""
     return Path(os.environ.get("LUMREC_CACHE") or Path.home() / ".cache" / "lumrec")
 
 
 def resolve(place: Place, path: str = "") -> tuple[Path, str]:
     """Folder of the data set and how it was found: `path`, else $LUMREC_DATA, the cache, a stand-in, a download.
 
-    Raises DataSetMissing where the folder found lacks files, or there is none and the publisher cannot be reached or
-    has no address for it; UserError where the download has another checksum.
+    Raises DataSetMissing where the folder found lacks files, or where no folder is found and it cannot be downloaded;
+    UserError where the download has another checksum.
     """
     found = find_folder(path, place.folders) or find_folder("", place.stand_ins)
     if found is None and place.archive is not None:
@@ -81,7 +83,7 @@ def resolve(place: Place, path: str = "") -> tuple[Path, str]:
 def find_folder(path: str, names: Sequence[str]) -> tuple[Path, str] | None:
     """A data set's folder and how it was found; None where there is none.
 
-    It is `path` where that is given, whether it exists or not; else the first of `names` that is a folder in
+    A given `path` is returned whether it exists or not; else it is the first of `names` that is a folder in
     $LUMREC_DATA, else in the cache.
     """
     if path:
@@ -95,9 +97,9 @@ def find_folder(path: str, names: Sequence[str]) -> tuple[Path, str] | None:
 
 
 def label_in_use(asked: LabelConfig, default: LabelConfig, *, columns: Sequence[str], source: str) -> LabelConfig:
-    """What counts as positive: what the config asks for, else what the source takes.
+    """What counts as positive: what the config asks for, else the source's default.
 
-    Raises UserError for a column that is not among `columns`, those of the source that may be a label.
+    columns: those that may be a label. Raises UserError for any other.
     """
     column = asked.column or default.column
     if column not in columns:

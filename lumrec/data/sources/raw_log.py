@@ -1,4 +1,4 @@
-"""The one form in which every source hands over its data, and the expressions that sources share."""
+"""RawLog: what every source returns, and the expressions that sources share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import polars as pl
 
 from lumrec.run.errors import MissingFileError, UserError
 
-# Times outside 1970-01-02 … 2100-01-01 UTC are no times: 0 stands for "none" in many logs, and milliseconds taken for
-# seconds lie far beyond.
+# Times outside 1970-01-02 … 2100-01-01 UTC are rejected: many logs write 0 for "none", and milliseconds read as seconds
+# are far beyond 2100.
 FIRST_POSSIBLE_S, LAST_POSSIBLE_S = 1, 4_102_444_800
 NO_CLOCK_S = 946_684_800  # 2000-01-01 UTC: the time of every event of a log without a clock
 SHOWN_WITH = "lumrec.shown_with"  # a column of events, see RawLog
@@ -44,24 +44,25 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class RawLog:
-    """One data set, every row of it, before anything is left out. Nothing is collected: frames larger than memory work.
+    """All rows of one data set, before any is left out. The frames are lazy, so they may be larger than memory.
 
     events: one row for each row read: user_id, item_id (each Int64 or String), time_us (i64, microseconds UTC, null
         where there is none), order (i64, original row number, unique), label (f32, 0 or 1), and the columns that
         features read; where the source can have bad rows: `reason` (why the row cannot be used, null where it can) and
         `raw` (the row as read). Simulated events have `probability` (f32, the true P(label = 1)). Where the
-        source tells it, SHOWN_WITH: rows of a user with the same value were shown together (null: by itself).
+        source knows it, SHOWN_WITH: rows of a user with the same value were shown together (null: by itself).
     items, users: one row for each row of the catalogue or user file: item_id or user_id (of the events' type), feature
-        columns, and `title`, order, raw, reason where there are such. None: there is no such file; ids and features are
-        then taken from the events, features from the first event (in `order`) of each id.
+        columns, and title, order, raw, reason where the source has them. None: there is no such file; ids and features
+        are then taken from the events, features from the first event (in `order`) of each id.
     known_after: columns of events that are known only after the item was shown, the label's among them.
-    utc_offset_hours: local time of the users, for hour, weekday and time_of_day, which `convert` makes of time_us.
+    utc_offset_hours: local time of the users, for hour, weekday and time_of_day.
     absolute_time: False where times of different users cannot be compared.
-    has_clock: False where only the order of events is known, and times say nothing.
+    has_clock: False where only the order of events is known, and times mean nothing.
     request: name by which features would find the column that SHOWN_WITH is made of; "" where there is none.
-    exact: columns whose values may differ in form alone, such as 007 and 7 (lumrec/data/forms.py); None: all of them.
+    exact: columns whose values may differ only in form, such as 007 and 7 (lumrec/data/forms.py); None: all of them.
     unusable: "events", "items", "users" → column → (when a value of it cannot be used, why): the row is left out where
-    a feature reads it. left_out: columns of the files that no feature can read, and why.
+        a feature reads it.
+    left_out: columns of the files that no feature can read, and why.
     files: what was read. note: one line for the user (where it came from). extra: facts for the manifest.
     """
 
@@ -81,8 +82,15 @@ class RawLog:
     extra: dict[str, object] = field(default_factory=dict)
 
 
+def usable_rows(catalogue: pl.LazyFrame, key: str = "item_id") -> pl.LazyFrame:
+    """The rows of a catalogue without a `reason`, the first one of each id."""
+    if "reason" in catalogue.collect_schema():
+        catalogue = catalogue.filter(pl.col("reason").is_null())
+    return catalogue.unique(key, keep="first", maintain_order=True)
+
+
 def first_reason(*checks: tuple) -> pl.Expr:
-    """The reason of the first (condition, reason) pair whose condition holds, else null; a null condition does not."""
+    """The reason of the first (condition, reason) pair whose condition is true (null is not), else null."""
     reason = pl.lit(None, dtype=pl.String)
     for condition, text in reversed(checks):
         reason = pl.when(condition).then(pl.lit(text)).otherwise(reason)
@@ -101,10 +109,10 @@ def microseconds(time: pl.Expr, unit: str) -> pl.Expr:
 
 
 def positive(column: pl.Expr, kind: pl.DataType, config: LabelConfig) -> pl.Expr:
-    """The label (f32, 0 or 1) that `config` makes of a column of this type; null where it says nothing of the kind.
+    """The label (f32, 0 or 1) that `config` makes of a column of this type; null where the value gives none.
 
     A number, a truth value, or the text of either is read as 0/1; for 0/1 columns every other number is null. Numbers
-    are compared with label.values as numbers, everything else as text. Numbers are read twice as fast as their text.
+    are compared with label.values as numbers, everything else as text.
     """
     if config.values:
         if not kind.is_numeric():
@@ -127,7 +135,7 @@ def positive(column: pl.Expr, kind: pl.DataType, config: LabelConfig) -> pl.Expr
 
 
 def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config: LabelConfig) -> None:
-    """Raises UserError for a value of data.label.values that no row has: that is most often another spelling."""
+    """Raises UserError for a value of data.label.values that no row has; most often it is spelt differently there."""
     if not config.values:
         return
     column, wanted = pl.col(name).cast(pl.String), pl.Series(config.values, dtype=pl.String)
@@ -145,7 +153,7 @@ def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config:
 
 
 def _numbers(values: list[str], kind: pl.DataType) -> pl.Series:
-    """Texts as numbers (f64). Raises UserError for one that is none."""
+    """Texts as numbers (f64). Raises UserError for one that is not a number."""
     numbers = pl.Series(values, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
     for text, number in zip(values, numbers):
         if number is None:

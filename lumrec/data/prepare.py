@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import time
@@ -42,7 +41,7 @@ from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import full_disk_told, leftovers, lock_at, read_json, replace_folder, sha256
+from lumrec.run.files import full_disk_told, leftovers, locked, read_json, replace_folder, sha256
 from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
@@ -262,16 +261,13 @@ def _make_if_missing(common: Common, path: Path) -> None:
 def _claimed(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` to work in, locked while in use; what a killed process left there is removed."""
     work = path.with_name(f".{path.name}.preparing")
-    lock = lock_at(work, folder=True, waiting=f"waiting for another process that prepares {path}")
-    try:
-        for left in leftovers(path.parent, path.name):
-            shutil.rmtree(left)
-        for left in work.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+    with locked(work, folder=True, waiting=f"waiting for another process that prepares {path}"):
+        try:
+            for left in [*leftovers(path.parent, path.name), *work.iterdir()]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _checked_place(path: Path) -> Path:

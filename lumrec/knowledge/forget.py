@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import logging
 import os
 import shutil
@@ -64,7 +63,7 @@ from lumrec.knowledge.writer import (
 from lumrec.run.config_file import stored
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import reported
-from lumrec.run.files import leftovers, write_atomically
+from lumrec.run.files import leftovers, locked, write_atomically
 from lumrec.run.folder import RunFolder
 from lumrec.run.logs import start_logging
 from lumrec.run.printable import say
@@ -163,14 +162,11 @@ def _remove_leftovers(path: Path) -> None:
         logger.info("removing %s, which a killed command left", folder)
         shutil.rmtree(folder)
     for folder in path.glob(".*.preparing"):
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+            with locked(folder, folder=True):
+                shutil.rmtree(folder)
         except BlockingIOError:
             raise UserError(f"{folder} is being written by a prepare stage: wait for it") from None
-        finally:
-            os.close(descriptor)
     (path / ".users.parquet.tmp").unlink(missing_ok=True)
 
 

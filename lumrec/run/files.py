@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.printable import say
 
+logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -63,24 +65,33 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def lock_at(path: Path, *, folder: bool = False, waiting: str) -> int:
-    """A descriptor that holds the lock of the file (or `folder`) at `path`, which is made where it is missing.
+@contextlib.contextmanager
+def locked(path: Path, *, folder: bool = False, waiting: str = "") -> Iterator[int]:
+    """Locks the file (or `folder`) at `path`, which is made where it is missing; gives the descriptor. The lock ends
+    with the block, or with the process, however it ends.
 
-    Closing it frees the lock, and so does the end of the process. Where another process holds the lock, this says
-    `waiting` and waits.
+    Where another process holds the lock, this prints `waiting` and waits; without `waiting`, it raises BlockingIOError.
+    Not filelock: that cannot lock a folder, and falls back to lock files that a killed process leaves behind.
     """
     while True:
         if folder:
             path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT)
+        lock = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(waiting)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_at(lock, path):  # whoever held the lock may have renamed or removed the file meanwhile
-            return lock
-        os.close(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waiting:
+                    raise
+                say(waiting)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("no locks on this file system (%s): let no second process write %s", error, path)
+            if is_at(lock, path):  # whoever held the lock may have renamed or removed the file meanwhile
+                yield lock
+                return
+        finally:
+            os.close(lock)
 
 
 def is_at(descriptor: int, path: Path) -> bool:

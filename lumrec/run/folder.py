@@ -6,8 +6,8 @@ says that the same stage made it is ever emptied to be made again; the folder it
 mount.
 """
 
+import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -21,7 +21,7 @@ from typing import Any
 from lumrec.run.changes import _AGAIN, config_differences
 from lumrec.run.distributed import on_rank_zero, rank
 from lumrec.run.errors import UserError
-from lumrec.run.files import finite, read_json, write_atomically
+from lumrec.run.files import finite, locked, read_json, write_atomically
 from lumrec.run.typed_yaml import to_yaml
 from lumrec.run.versions import versions, warn_of_other_versions
 
@@ -146,9 +146,17 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """Locks the folder against other processes; the system frees it when this process ends, however it ends."""
+        lock, self._lock = self.path / ".lock", contextlib.ExitStack()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+            self._lock.enter_context(locked(lock))
+        except BlockingIOError:
+            owner = lock.read_text(encoding="utf-8").strip()
+            if owner != _PROCESS:  # an earlier run of this process may hold it still
+                pid = owner.partition(" ")[0] or "(unknown)"
+                raise UserError(
+                    f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
+                ) from None
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
                 raise
@@ -156,21 +164,7 @@ class RunFolder:
                 f"{self.path} cannot be written ({error.strerror}): make it a folder that this user may write, or "
                 "choose another runs_dir=<folder>"
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip()
-            if owner != _PROCESS:  # an earlier run of this process may hold it still
-                pid = owner.partition(" ")[0] or "(unknown)"
-                raise UserError(
-                    f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
-                ) from None
-        except OSError as error:
-            logger.warning("no locks on this file system (%s): let no second process write %s", error, self.path)
-        self._lock.truncate(0)
-        self._lock.write(_PROCESS)
-        self._lock.flush()
+        lock.write_text(_PROCESS, encoding="utf-8")
 
     def log(self, step: int, **metrics: float | str | None) -> None:
         """Appends one line to metrics.jsonl and the numbers to TensorBoard; does nothing but on rank 0.

@@ -12,7 +12,6 @@ What is only needed on the way (CSV as Parquet, sorted blocks) lies in a tempora
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -45,6 +44,7 @@ from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.split_notes import candidate_kinds, count_parts, fitting_split, part_line, split_warnings
 from lumrec.data.splits import SplitConfig, cut_times
 from lumrec.run.errors import UserError
+from lumrec.run.files import locked
 from lumrec.run.printable import say
 
 CUT = "# " + "-" * 30 + " {} " + "-" * 30
@@ -99,19 +99,10 @@ def _scratch() -> Iterator[Path]:
             facts = left.lstat()
             if facts.st_uid != os.geteuid() or time.time() - facts.st_mtime < LOCKED_AFTER_S:
                 continue
-            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with locked(left, folder=True):
                 shutil.rmtree(left)
-            finally:
-                os.close(lock)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield Path(folder)
-        finally:
-            os.close(lock)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, locked(Path(folder), folder=True):
+        yield Path(folder)
 
 
 def check(common: Common, scratch: Path, report: Report) -> None:

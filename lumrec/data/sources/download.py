@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.run.errors import UserError
-from lumrec.run.files import checksum, is_at, lock_at
+from lumrec.run.files import checksum, is_at, locked
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 18
@@ -81,13 +81,12 @@ def fetch_archive(archive: Archive, target: Path, *, files: Sequence[str], by_ha
 @contextlib.contextmanager
 def _claimed(part: Path) -> Iterator[Path]:
     """The partial file, locked; it is removed if it is empty, else kept for the next try."""
-    lock = lock_at(part, waiting=f"waiting for another process that downloads {part}")
-    try:
-        yield part
-    finally:
-        if _size(part) == 0 and is_at(lock, part):
-            _remove(part)
-        os.close(lock)
+    with locked(part, waiting=f"waiting for another process that downloads {part}") as lock:
+        try:
+            yield part
+        finally:
+            if _size(part) == 0 and is_at(lock, part):
+                _remove(part)
 
 
 def _download(archive: Archive, part: Path) -> None:

@@ -1,10 +1,22 @@
 """Causal attention over flat jagged tokens, and the group query's attention (LUM sections 4.1.2 and 4.2).
 
-Two kinds of weights: softmax of scaled dot products, and HSTU's pointwise SiLU (arXiv 2402.17152 equ. 2). Either may
-have a relative bias, of position and of time, on its scores.
+There are two kinds of weights: softmax of scaled dot products, and HSTU's pointwise SiLU (arXiv 2402.17152, eq. 2).
+Both can have a relative bias (of position, or of position and time) on the scores.
 
-Shape suffixes: T tokens of all sequences behind each other, Q query tokens, P padded places of a bucket, H heads,
-K head width, R queries of a bucket.
+Shape suffixes: T tokens of all sequences, concatenated; Q query tokens, P padded slots of a bucket, H heads, K head
+width.
+
+Two sequences with 3 and 2 tokens, one head of width 4::
+
+    q_THK, k_THK, v_THK    0 1 2 | 3 4        token 2 reads 0, 1 and 2; token 3 reads only itself
+
+>>> from lumrec.modules.layout import make_layout
+>>> x_THK, layout = torch.randn(5, 1, 4), make_layout(torch.tensor([3, 2]))
+>>> out_THK = causal_attention(x_THK, x_THK, x_THK, layout)
+>>> torch.allclose(out_THK, causal_attention_plain(x_THK, x_THK, x_THK, layout), atol=1e-6)
+True
+>>> torch.allclose(out_THK[3], x_THK[3])
+True
 """
 
 import torch
@@ -15,7 +27,7 @@ from lumrec.modules.kernels.biased_attention import BiasedAttention, BiasIndex
 from lumrec.modules.layout import JaggedLayout
 from lumrec.modules.relative_bias import RelativeBias, TokenTimes, query_bias, time_bucket
 
-# Scores held at once by `query_attention` (elements), so that its memory is bounded whatever is asked.
+# Scores (elements) that `query_attention` holds at once: bounds its memory for any number of queries.
 SCORE_BUDGET = 1 << 26
 
 
@@ -29,16 +41,18 @@ def causal_attention(
     bias: RelativeBias | None = None,
     indices: list[tuple[BiasIndex, BiasIndex]] | None = None,
 ) -> Tensor:
-    """Attention of each token to itself and the tokens before it in its own sequence, [T, H, K].
+    """Attention of each token to itself and to the earlier tokens of its sequence, [T, H, K], in the dtype of v.
 
-    indices: `bias_indices` of the layout; needed with a bias, and with `silu`. SiLU weights are divided by the longest
-    sequence that the bias knows. The padding of a bucket lies behind each sequence, where the causal mask hides it: no
-    other mask is needed. On CUDA in half precision, softmax without a bias runs as one `varlen_attn` over all tokens.
+    q, k, v: [T, H, K]. silu: SiLU weights, divided by the longest sequence that the bias covers, instead of softmax;
+    needs a bias. indices: `bias_indices` of the layout, needed with a bias.
+
+    The padding of a bucket follows each sequence, where the causal mask hides it, so no other mask is needed. On CUDA
+    in half precision, softmax without a bias runs as one `varlen_attn` over all tokens (see `causal_backend`).
     """
     if causal_backend(q_THK.device.type, q_THK.dtype, has_bias=bias is not None) == "varlen":
         return _varlen_attention(q_THK, k_THK, v_THK, layout)
     outputs = []
-    for number, bucket in enumerate(layout.buckets):
+    for i, bucket in enumerate(layout.buckets):
         if bucket.max_tokens == 0:
             continue
         shape = (bucket.num_sequences, bucket.max_tokens)
@@ -48,7 +62,7 @@ def causal_attention(
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             assert indices is not None
-            out = BiasedAttention.apply(q, k, v, bias.distance_M, bias.time_N, indices[number][0], silu)
+            out = BiasedAttention.apply(q, k, v, bias.distance_M, bias.time_N, indices[i][0], silu)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     if not outputs:
         return q_THK
@@ -56,11 +70,11 @@ def causal_attention(
 
 
 def causal_backend(device_type: str, dtype: torch.dtype, *, has_bias: bool) -> str:
-    """What computes causal attention there.
+    """The implementation of causal attention for this device and dtype: "biased", "varlen" or "buckets".
 
-    "biased": a bias takes part (HSTU has one), so scores are computed in portions, by BiasedAttention. "varlen": one
-    flash kernel over all flat tokens, PyTorch's `varlen_attn`, for half precision on CUDA. "buckets": PyTorch's
-    `scaled_dot_product_attention` over buckets of sequences alike in length, anywhere else.
+    biased: with a relative bias (HSTU always has one), BiasedAttention computes the scores in portions. varlen: for
+    half precision on CUDA, PyTorch's `varlen_attn`, one flash kernel over all flat tokens. buckets: otherwise,
+    PyTorch's `scaled_dot_product_attention` over buckets of sequences of similar length.
 
     >>> causal_backend("cpu", torch.bfloat16, has_bias=False), causal_backend("cuda", torch.bfloat16, has_bias=False)
     ('buckets', 'varlen')
@@ -78,7 +92,7 @@ def _varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Jagge
     if longest == 0:
         return q_THK
     out = varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest, window_size=(-1, 0))
-    assert isinstance(out, Tensor)  # a tuple only where more than the output is asked for
+    assert isinstance(out, Tensor)  # it is a tuple only if more than the output is requested
     return out
 
 
@@ -94,26 +108,28 @@ def query_attention(
     bias: RelativeBias | None = None,
     indices: list[tuple[BiasIndex, BiasIndex]] | None = None,
 ) -> Tensor:
-    """Attention of each query to the prefix that it sees and to itself, never to another query, [Q, H, K].
+    """Attention of each query to the prefix that it sees and to itself, but to no other query, [Q, H, K].
 
-    The mask of LUM figure 4, for a history c1 i1 c2 and two queries at its end and one after its first event::
+    This is the mask of LUM figure 4, here for a history c1 i1 c2, two queries at its end and one after its first
+    event. The prefix is computed once::
 
               c1 i1 c2 | a  b  c
-        a      1  1  1 | 1  .  .        each query stands at its own moment; the prefix is computed once
+        a      1  1  1 | 1  .  .
         b      1  1  1 | .  1  .
         c      1  1  . | .  .  1
 
-    silu, bias, indices: as in `causal_attention`. The prefix's keys and values may come from a cache.
+    q, k, v of queries: [Q, H, K]. k_THK, v_THK: of the histories' tokens; they may come from a cache. silu, bias,
+    indices: as in `causal_attention`.
     """
     outputs = []
-    for number, bucket in enumerate(layout.buckets):
+    for i, bucket in enumerate(layout.buckets):
         if bucket.max_queries == 0:
             continue
         tokens, queries = (bucket.num_sequences, bucket.max_tokens), (bucket.num_sequences, bucket.max_queries)
         q, k_self, v_self = (_pad(x, bucket.query_P, queries) for x in (q_QHK, k_QHK, v_QHK))
         k, v = (_pad(x, bucket.token_P, tokens) for x in (k_THK, v_THK))
         prefix = bucket.prefix_P.view(queries)
-        index = indices[number][1] if indices is not None else None
+        index = indices[i][1] if indices is not None else None
         rows = max(1, SCORE_BUDGET // (q.shape[1] * bucket.max_queries * max(1, bucket.max_tokens)))
         parts = []
         for start in range(0, bucket.num_sequences, rows):
@@ -165,13 +181,13 @@ def _prefix_and_self(
 
 
 def _pad(x_THK: Tensor, index_P: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Flat tokens as a padded batch [sequences, H, places, K]."""
+    """Flat tokens as a padded batch [sequences, H, slots, K]."""
     padded = _gather(x_THK, index_P)
     return padded.view(*shape, *x_THK.shape[1:]).transpose(1, 2)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x; F.embedding's backward is several times faster than that of indexing on a CPU."""
+    """x[index]; on a CPU the backward pass of F.embedding is several times faster than that of indexing."""
     return F.embedding(index, x.flatten(1)).view(len(index), *x.shape[1:])
 
 
@@ -185,7 +201,7 @@ def causal_attention_plain(
     bias: RelativeBias | None = None,
     times: TokenTimes | None = None,
 ) -> Tensor:
-    """The same as `causal_attention`, one sequence at a time: the twin that tests hold it against."""
+    """The same as `causal_attention`, one sequence at a time in plain PyTorch: the reference in tests."""
     outputs = [q_THK[:0]]
     for start, end in zip(layout.offsets_B1[:-1].tolist(), layout.offsets_B1[1:].tolist(), strict=True):
         q, k, v = (x[start:end].transpose(0, 1) for x in (q_THK, k_THK, v_THK))

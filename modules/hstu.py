@@ -1,4 +1,4 @@
-"""HSTU's block: gated pointwise SiLU attention ("Actions Speak Louder than Words", arXiv 2402.17152, equ. 1 to 3).
+"""HSTU's block: gated pointwise SiLU attention ("Actions Speak Louder than Words", arXiv 2402.17152, eq. 1 to 3).
 
 Shape suffixes: X tokens and queries, D width, H heads, K head width.
 
@@ -17,12 +17,11 @@ from torch.nn import functional as F
 
 
 class HstuBlock(nn.Module):
-    """One block on flat tokens; its relative bias and the attention itself come with `attend`, as for all blocks.
+    """One block on flat tokens; `attend` computes the attention with its relative bias, as for all blocks::
 
         U, V, Q, K = SiLU(Linear(Norm(x)))    A = SiLU(Q K^T + bias) / n    y = x + Linear(Dropout(Norm(A V) * U))
 
-    n is the longest sequence there can be. The gate U goes through attention's place as is: `finish` gets it from the
-    rows that go on.
+    n is the greatest length that a sequence can have. ffn_dim has to be 0: the block has no FFN.
     """
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
@@ -36,7 +35,10 @@ class HstuBlock(nn.Module):
         self.dropout = dropout
 
     def initialise(self, num_layers: int) -> None:
-        """As in HSTU's published code, whatever the depth: a small normal into the block, Xavier out of it, no bias."""
+        """Draws the weights as HSTU's published code does: normal (0.02) into the block, Xavier out of it, zero biases.
+
+        They do not depend on num_layers.
+        """
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.uvqk.bias)
@@ -49,7 +51,7 @@ class HstuBlock(nn.Module):
         rows: slice,
         rotary: Tensor | None,
     ) -> Tensor:
-        """Output of the `rows` that go on. rotary: None, for there are learned positions."""
+        """The output for `rows` of x, [rows, D]. rotary: None, since HSTU's positions are learned."""
         assert rotary is None
         u_XD, q, k, v = self.project(x_XD)
         return self.finish(x_XD[rows], u_XD[rows], attend(q, k, v))
@@ -61,6 +63,6 @@ class HstuBlock(nn.Module):
         return u_XD, q, k, v
 
     def finish(self, x_XD: Tensor, u_XD: Tensor, attended_XHK: Tensor) -> Tensor:
-        """What attention found, gated, goes into the residual stream."""
+        """x plus the attention's output times the gate u, projected, [X, D]."""
         gated = self.attended_norm(attended_XHK.flatten(1)) * u_XD
         return x_XD + self.output(F.dropout(gated, self.dropout, self.training))

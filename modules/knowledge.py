@@ -1,6 +1,6 @@
-"""What a ranker makes of a LUM's answers: direct features, interest matching (LUM section 4.3, figure 3c), attention.
+"""Features for a ranker from a LUM's answers: direct, interest matching (LUM section 4.3, figure 3c), attention.
 
-Shape suffixes: B rows, N conditions asked, D width of the LUM, K folds (LUMs), F features given to the ranker.
+Shape suffixes: B rows, N conditions, D width of the LUM, I inputs of a projection, K folds (LUMs), F output features.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ MODES = ("direct", "matching", "both")
 
 
 class KnowledgeBatch(NamedTuple):
-    """What LUMs say about B rows; fixed numbers, no gradient flows into them.
+    """A LUM's answers for B rows, as constants: no gradient flows into them.
 
-    o_BND: float, answers of the row's user to each condition, asked with the history before the row.
-    e_BD: float, the target item by the token encoder of the same LUM. fold_B: int64, which LUM that was.
-    log_z_BN: float, log of the sum over the catalogue of exp(similarity); None where it was not stored.
-    present_BN: bool, False where there is no answer; what stands there is not read.
+    o_BND: float, the answer to each condition, from the user's history before the row.
+    e_BD: float, the target item as embedded by the same LUM. fold_B: int64, the index of that LUM.
+    log_z_BN: float, log of the sum over the catalogue of exp(similarity); None if it was not stored.
+    present_BN: bool, whether there is an answer; where it is False, the other values are not read.
     """
 
     o_BND: Tensor
@@ -28,18 +28,18 @@ class KnowledgeBatch(NamedTuple):
     fold_B: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "KnowledgeBatch":
-        """The same batch on `device`; non_blocking: as in Tensor.to, for batches in pinned memory."""
+        """The same batch on `device`. non_blocking: as in Tensor.to, for batches in pinned memory."""
         moved = (None if value is None else value.to(device, non_blocking=non_blocking) for value in self)
         return KnowledgeBatch(*moved)  # type: ignore[arg-type]
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Says that `stream` uses the batch, as TorchRec's train pipelines ask of what they move."""
+        """Marks the tensors as used by `stream`; TorchRec's train pipelines require it."""
         for value in self:
             if value is not None:
                 value.record_stream(stream)  # type: ignore[arg-type]
 
 
-try:  # TorchRec's train pipelines take what is registered; without TorchRec the rest of this file works all the same
+try:  # TorchRec's train pipelines accept only registered classes; the rest of this file works without TorchRec
     from torchrec.streamable import Pipelineable
 
     Pipelineable.register(KnowledgeBatch)
@@ -48,19 +48,19 @@ except ImportError:
 
 
 class KnowledgeFusion(nn.Module):
-    """Features for a ranker's over-arch out of a LUM's answers; usable in front of any.
+    """Features [B, num_features] from a LUM's answers, for the over-arch of any ranker.
 
-    direct: o of every condition and e, projected together. The spaces of K cross-fitted LUMs have nothing to do with
-        each other, so each has a projection of its own, chosen by the row's fold.
+    direct: o of every condition and e, projected together. The spaces of K cross-fitted LUMs are unrelated, so each
+        LUM has its own projection, chosen by the row's fold.
     matching: for each condition the similarity o·e (a LUM scales o and e so that their dot product is its similarity),
-        its log-probability o·e - log z, and how far each of the two is from its mean over the row's answers: what tells
-        "an item that this user will like" from "one that this user will not".
-    both: the two behind each other. In every mode a column says of each answer whether it is there.
-    attention=True adds, to any mode, the answers pooled by how well each matches the target, Σ_n softmax_n(o_n·e) o_n
-        over the answers that are there, projected by fold: one vector however many conditions are asked.
+        the log-probability o·e - log z, and the difference of each of the two from its mean over the row's answers. The
+        differences separate "an item that this user will like" from "one that this user will dislike".
+    both: direct and matching, concatenated. In every mode one further column per answer is 1 if the answer is present.
+    attention=True adds to any mode the answers pooled by how well they match the target, Σ_n softmax_n(o_n·e) o_n over
+        the present answers, projected by fold: one vector for any number of conditions.
 
-    Columns are standardised by running moments over the answers that are there (BatchNorm that knows absence), since a
-    LUM's scale is its own. An absent answer is 0 in every column: the mean of the rows that have one. ::
+    Columns are standardised with running moments over the present answers, since LUMs differ in scale (a BatchNorm that
+    leaves absent answers out). An absent answer is 0 in every column, the mean of the rows that have one. ::
 
         o_BND ──┬── project by fold ──────────────┐
         e_BD ───┼── o·e ── standardise ───────────┼── [B, num_features]
@@ -68,10 +68,12 @@ class KnowledgeFusion(nn.Module):
         o, e ───── attention, project by fold ────┤
         present ──────────────────────────────────┘
 
-    dropout: share of rows whose answers are withheld while training. A ranker that can lean on the answers from its
-    first step learns little from the history; and serving has users without answers.
+    dropout: share of rows whose answers are withheld in training. A ranker that has all answers from the first step
+    learns little from the history, and in serving some users have no answers.
 
-    Raises ValueError for an unknown mode, and where matching was set up with log z and is called without, or reverse.
+    Raises ValueError for an unknown mode, and if matching with has_log_z is called without log z, or the reverse.
+
+    Five rows, two conditions; 2 present + 4 direct + 8 matching columns:
 
     >>> fusion = KnowledgeFusion("both", num_conditions=2, knowledge_dim=8, num_folds=3, out_dim=4)
     >>> o_BND, e_BD, log_z_BN = torch.randn(5, 2, 8), torch.randn(5, 8), torch.randn(5, 2)
@@ -121,16 +123,17 @@ class KnowledgeFusion(nn.Module):
     ) -> Tensor:
         """Features [B, num_features] (shapes and meaning of the inputs: KnowledgeBatch).
 
-        Float32, and computed in it, whatever the inputs, the weights and autocast are: moments of a batch need it.
+        The result is computed in float32, for any dtype of inputs and weights and under autocast, because the moments
+        of a batch need that precision.
         """
         if torch.is_autocast_enabled(o_BND.device.type):
             with torch.autocast(o_BND.device.type, enabled=False):
                 return self.forward(o_BND, e_BD, log_z_BN, present_BN, fold_B)
         o_BND, e_BD = o_BND.detach().float(), e_BD.detach().float()
-        # Sizes by .shape[0] here and below: len() makes torch.export take the batch's size for a constant.
+        # .shape[0] instead of len() here and below: with len(), torch.export takes the batch size for a constant.
         if self.training and self.dropout:
             present_BN = present_BN & (torch.rand(present_BN.shape[0], 1, device=present_BN.device) >= self.dropout)
-        # What stands in the place of an absent answer may be anything, nan included: each part leaves it out.
+        # An absent answer may hold any value, even nan: each part masks it.
         features = [present_BN.float()]
         if self.mode != "matching":
             features.append(self._direct(o_BND, e_BD, present_BN, fold_B))
@@ -144,7 +147,7 @@ class KnowledgeFusion(nn.Module):
         return torch.cat(features, dim=1)
 
     def _direct(self, o_BND: Tensor, e_BD: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
-        # e is known wherever any answer is: both are read from one LUM.
+        # e is known if any answer is: both come from the same LUM.
         has_item_B1 = present_BN.any(dim=1, keepdim=True)
         x_BXD = torch.cat([o_BND, e_BD[:, None]], dim=1)
         x_BXD = self.direct_scale(x_BXD, torch.cat([present_BN, has_item_B1], dim=1)[:, :, None])
@@ -154,7 +157,7 @@ class KnowledgeFusion(nn.Module):
         if (log_z_BN is not None) != self.has_log_z:
             raise ValueError(
                 f"this KnowledgeFusion was made with has_log_z={self.has_log_z} and is called "
-                f"{'with' if log_z_BN is not None else 'without'} log z: make it the way the knowledge is stored"
+                f"{'with' if log_z_BN is not None else 'without'} log z: set has_log_z as the knowledge is stored"
             )
         kinds = [torch.einsum("bnd,bd->bn", o_BND, e_BD)]
         if log_z_BN is not None:
@@ -168,37 +171,38 @@ class KnowledgeFusion(nn.Module):
 
 
 def pool_answers(o_BND: Tensor, e_BD: Tensor, present_BN: Tensor) -> Tensor:
-    """Answers weighted by softmax(o·e) over those present, [B, D]; 0 where none is. Absent ones must be finite.
+    """The answers weighted by softmax(o·e) over those present, [B, D]; 0 if none is. Absent ones must be finite.
 
-    The softmax has no temperature of its own: o·e is the LUM's logit already.
+    The softmax needs no temperature: o·e is already the LUM's logit.
     """
     similarity_BN = torch.einsum("bnd,bd->bn", o_BND, e_BD)
-    # The lowest number, not -inf: a row without any answer would be nan, in the backward pass too.
+    # The lowest number, not -inf, which would make rows without any answer nan, also in the backward pass.
     lowest = torch.finfo(similarity_BN.dtype).min
     weight_BN = similarity_BN.masked_fill(~present_BN, lowest).softmax(dim=1) * present_BN
     return torch.einsum("bn,bnd->bd", weight_BN, o_BND)
 
 
 def fold_weights(num_folds: int, in_dim: int, out_dim: int) -> nn.Parameter:
-    """Weights of one projection for each fold, [K, I, F], drawn as nn.Linear draws its own."""
+    """The weights of one projection for each fold, [K, I, F], initialised like those of nn.Linear."""
     bound = in_dim**-0.5
     return nn.Parameter(torch.empty(num_folds, in_dim, out_dim).uniform_(-bound, bound))
 
 
 def project_by_fold(x_BI: Tensor, weight_KIF: Tensor, bias_KF: Tensor, fold_B: Tensor) -> Tensor:
-    """Each row by the projection of its own fold, [B, F], in the dtype of x."""
+    """Each row projected with the weights of its fold, [B, F], in the dtype of x."""
     weight_KIF, bias_KF = weight_KIF.to(x_BI.dtype), bias_KF.to(x_BI.dtype)
-    # All folds' projections of all rows, then each row's own: K is small, and one batched product beats K gathers.
+    # All folds' projections of all rows, then the right one of each: with a small K, faster than gathering by fold.
     x_KBF = torch.baddbmm(bias_KF[:, None], x_BI.expand(bias_KF.shape[0], -1, -1), weight_KIF)
     return x_KBF[fold_B, torch.arange(fold_B.shape[0], device=fold_B.device)]
 
 
 class MaskedStandardise(nn.Module):
-    """Columns brought to mean 0 and variance 1 over the entries that are present; 0 where absent.
+    """Columns with mean 0 and variance 1 over the present entries; absent entries are 0.
 
-    BatchNorm without scale and shift, whose moments leave absent entries out: a batch's own while training (running
-    ones are kept beside), the running ones in evaluation. A column without a present entry in a batch leaves no trace.
-    The running moments stay float32 when the model is cast to another dtype. Several processes: see moments.py.
+    This is BatchNorm without scale and shift whose moments leave absent entries out. In training it uses the moments of
+    the batch and updates the running ones; in evaluation it uses the running ones. A column with fewer than two present
+    entries in a batch does not change its running moments. They stay float32 when the model is cast to another dtype.
+    With several processes see moments.py.
     """
 
     mean_F: Tensor
@@ -220,8 +224,9 @@ class MaskedStandardise(nn.Module):
         return super()._apply(in_own_dtype, recurse)
 
     def forward(self, x_BX: Tensor, present_BX: Tensor) -> Tensor:
-        """x_BX standardised, float32, in its shape: [B, F] or [B, …] with F columns in all. present_BX: bool, of that
-        shape or with 1 where columns share it; absent entries may be anything, nan included.
+        """x_BX standardised, in its shape and dtype: [B, F], or [B, …] with F columns in all.
+
+        present_BX: bool, of the same shape, or with size 1 where columns share it. Absent entries may be nan.
         """
         columns = x_BX.shape[1:]
         weight_BX = present_BX.to(x_BX.dtype)
@@ -238,7 +243,7 @@ class MaskedStandardise(nn.Module):
         return deviation_BX * (var_X + self.eps).rsqrt()
 
     def _observe(self, mean_F: Tensor, var_F: Tensor, count_F: Tensor) -> None:
-        # The first batch sets the moments, so that a short training does not evaluate with those of the start.
+        # The first batch sets the moments; otherwise a short training would be evaluated with the initial ones.
         step_F = torch.where(self.is_started_F > 0, self.momentum, 1.0) * (count_F > 1)
         self.mean_F.lerp_(mean_F, step_F)
         self.var_F.lerp_(var_F, step_F)
@@ -246,5 +251,5 @@ class MaskedStandardise(nn.Module):
 
 
 def _sum_of_rows(x_BX: Tensor) -> Tensor:
-    """Sum over the first axis, as a matrix product: several times as fast on a CPU as a sum over rows."""
+    """Sum over the first axis, as a matrix product: on a CPU several times faster than sum(dim=0)."""
     return (x_BX.new_ones(1, x_BX.shape[0]) @ x_BX.flatten(1)).view(x_BX.shape[1:])

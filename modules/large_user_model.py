@@ -13,36 +13,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lumrec.modules.layout import Extension, JaggedLayout, extension, make_layout, portions
+from lumrec.modules.layout import Extension, JaggedLayout, extension, make_layout, moved, portions
 from lumrec.modules.relative_bias import TokenTimes
 from lumrec.modules.tokens import Bags, TokenEncoder, kjt_from_lists
 from lumrec.modules.user_encoder import KeyValueCache, UserEncoder
 
 SIMILARITIES = ("cosine", "dot")
-# Tokens that an event becomes, by the way of tokenisation.
+# Tokens of one event, for each way of tokenisation.
 TOKENS_PER_EVENT = {"interleaved": 2, "merged": 1}
-# What queries may take at once (numbers: scores, and about 16 widths of activations each): more are asked in portions.
-# On a CPU small portions are faster too: 2**23 takes 0.8 of the time of 2**26, 4 queries at each of 2,000 events.
+# How many numbers (scores, and about 16 widths of activations for each query) queries may hold at once; more queries
+# are answered in portions. Small portions are also faster on a CPU: with 4 queries at each of 2,000 events, 2**23 takes
+# 0.8 of the time of 2**26.
 QUERY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 26}
-# No time at all: what was seen before the first event.
+# The time of the learned start, which stands for what was seen before the first event: none.
 NEVER = torch.iinfo(torch.int64).min
 
 
 @dataclass
 class Pack:
-    """Histories of B users behind each other (T events), with Q queries and C candidate items: one step's input.
+    """The input of one step: concatenated histories of B users (T events), Q queries and C candidate items.
 
     tokens: one KJT of all features with T + Q + C bags (see TokenEncoder).
-    layout: where the tokens of each user lie, and which of them each query sees; one or two tokens an event.
-    query_prefix_Q: int64, tokens that each query sees: one or two times the number of events before it.
-    previous_T, previous_Q: int64, event before each event and query within its own history; -1 where there is none.
+    layout: the tokens of each user, one or two per event, and which of them each query sees.
+    query_prefix_Q: int64, how many tokens each query sees: one or two for each event before it.
+    previous_T, previous_Q: int64, the event before each event and query in the same history; -1 if there is none.
     time_T, time_Q: int64, seconds, when each event happened and when each query is asked.
-    candidate_item_C: int64, catalogue item that each candidate is.
-    positive_T: int64, candidate that each event's item is; -1 where it is not to be predicted. Empty in a pure query.
-    log_weight_C: float32, log of the weight with which each candidate counts as a negative (see info_nce).
-    log_positive_weight_T: float32, the same for each event's item where it is the right one; empty where it is 0.
-    contrast_event_Q: int64, event whose item each query is told apart by (counterfactual contrast); empty otherwise.
-    event_row_T: int64, row of each event in the prepared data.
+    candidate_item_C: int64, the catalogue index of each candidate.
+    positive_T: int64, the index of the candidate that is each event's item, or -1 if the event is not predicted. Empty
+        if nothing is predicted.
+    log_weight_C: float32, log of the weight of each candidate as a negative (see info_nce).
+    log_positive_weight_T: float32, log of the weight of each event's item as the positive; empty: 0 for all.
+    contrast_event_Q: int64, the event whose item each query is compared with in the counterfactual contrast; or empty.
+    event_row_T: int64, the row of each event in the prepared data.
     """
 
     tokens: KeyedJaggedTensor
@@ -73,21 +75,21 @@ class Pack:
         positives: Sequence[Sequence[int]] | None = None,
         times: Sequence[Sequence[int]] | None = None,
     ) -> "Pack":
-        """A pack of plain lists for `model`, on the CPU: to try the model, or to feed it from a pipeline of your own.
+        """A pack for `model` from plain lists, on the CPU: to try the model, or to use it with your data pipeline.
 
-        An event, a query and a candidate are each a dict: feature -> row of its table, or the rows of a multi-valued
-        feature; a feature that is left out is empty.
+        An event, a query and a candidate are dicts: feature -> a row of its table, or a list of rows for a multi-valued
+        feature. A feature that is left out is empty.
 
         users: the events of each user, oldest first, with item, feedback and condition features.
-        queries: for each user the conditions to ask behind the last event; () asks nothing.
-        candidates: items, with item features; candidate_item_C is their index here.
-        positives: for each event the index of its candidate, -1 = not to be predicted; None where nothing is trained.
-        times: seconds of each event; needed where the user encoder has a bias of time. A query is asked at the time of
-            the last event.
+        queries: the conditions to ask of each user after the last event, at the time of that event; () asks none.
+        candidates: items, with item features; candidate_item_C is their index in this list.
+        positives: the index in `candidates` of each event's item, -1 = not predicted. None: nothing is trained.
+        times: seconds of each event; required if the user encoder has a bias of time.
 
-        Raises ValueError for features that the model does not have, negative rows, and lists of different lengths.
+        Raises ValueError for features that the model does not have, negative rows, lists of different lengths, and
+        users with more events than the model has positions for.
 
-        Two users with two and one events; the first is asked twice, the second once::
+        Two users with two and one events. The first user gets two queries, the second gets one::
 
             events       c1 i1 c2 i2        c3 i3
             queries                  c c          c
@@ -116,50 +118,85 @@ class Pack:
                     raise ValueError(f"user {user} has {len(events)} events and {len(of_events)} {name}")
         if times is None and model.user_encoder.time_bias:
             raise ValueError("the user encoder has a bias of time (time_bias): give `times`, seconds of each event")
-        num_B, queries_B = (torch.tensor([len(x) for x in lists], dtype=torch.int64) for lists in (users, asked))
-        bags = [bag for part in (*users, *asked, candidates) for bag in part]
-        factor, end_B = TOKENS_PER_EVENT[model.tokens], num_B.cumsum(0)
-        user_Q, end_Q = torch.repeat_interleave(queries_B), end_B.repeat_interleave(queries_B)
-        num_events, length_Q = int(num_B.sum()), num_B.repeat_interleave(queries_B)
-        place_T, is_first_T = torch.arange(num_events), torch.zeros(num_events, dtype=torch.bool)
-        is_first_T[(end_B - num_B)[num_B > 0]] = True
-        time_T = torch.tensor([t for of_user in times or () for t in of_user] or [0] * num_events, dtype=torch.int64)
+        per_token, max_tokens = TOKENS_PER_EVENT[model.tokens], model.user_encoder.max_tokens
+        for user, (events, conditions) in enumerate(zip(users, asked, strict=True)):
+            if (longest := (max_tokens - bool(conditions)) // per_token) < len(events):
+                raise ValueError(
+                    f"user {user} has {len(events)} events; this model takes at most {longest}"
+                    f"{' with queries' if conditions else ''} (max_tokens {max_tokens}): give the latest"
+                )
         positive_T = [index for of_user in positives or () for index in of_user]
         if any(not -1 <= index < len(candidates) for index in positive_T):
             raise ValueError(f"positives name candidates from 0 to {len(candidates) - 1}, or -1; got {positive_T}")
+        num_B, queries_B = (torch.tensor([len(x) for x in lists], dtype=torch.int64) for lists in (users, asked))
+        moment_Q, end_Q = (x_B.repeat_interleave(queries_B) for x_B in (num_B, num_B.cumsum(0)))
+        num_events = int(num_B.sum())
+        time_T = torch.tensor([t for of_user in times or () for t in of_user] or [0] * num_events, dtype=torch.int64)
+        bags = [bag for part in (*users, *asked, candidates) for bag in part]
+        pack = cls.of(
+            kjt_from_lists(model.token_encoder.features, bags),
+            num_B,
+            tokens_per_event=per_token,
+            user_Q=torch.repeat_interleave(queries_B),
+            moment_Q=moment_Q,
+            time_T=time_T,
+            time_Q=torch.where(moment_Q == 0, 0, F.pad(time_T, (1, 0))[end_Q]),
+            candidate_item_C=torch.arange(len(candidates)),
+            event_row_T=torch.arange(num_events),
+        )
+        return dataclasses.replace(pack, positive_T=torch.tensor(positive_T, dtype=torch.int64))
+
+    @classmethod
+    def of(
+        cls,
+        tokens: KeyedJaggedTensor,
+        lengths_B: Tensor,
+        *,
+        tokens_per_event: int,
+        user_Q: Tensor,
+        moment_Q: Tensor,
+        time_T: Tensor,
+        time_Q: Tensor,
+        candidate_item_C: Tensor,
+        event_row_T: Tensor,
+    ) -> "Pack":
+        """The pack of these tensors, on the CPU, with nothing to be predicted and candidates of weight 1.
+
+        lengths_B: int64, events of each user. user_Q: int64, ascending, the user of each query. moment_Q: int64, how
+        many of the user's events the query sees.
+        """
+        num_events, first_B = len(time_T), lengths_B.cumsum(0) - lengths_B
+        is_first_T = torch.zeros(num_events, dtype=torch.bool)
+        is_first_T[first_B[lengths_B > 0]] = True
+        prefix_Q, none = tokens_per_event * moment_Q, torch.zeros(0, dtype=torch.int64)
         return cls(
-            tokens=kjt_from_lists(model.token_encoder.features, bags),
-            layout=make_layout(factor * num_B, query_sequence_Q=user_Q, query_prefix_Q=factor * length_Q),
+            tokens=tokens,
+            layout=make_layout(tokens_per_event * lengths_B, query_sequence_Q=user_Q, query_prefix_Q=prefix_Q),
             num_events=num_events,
             num_queries=len(user_Q),
-            num_candidates=len(candidates),
-            query_prefix_Q=factor * length_Q,
-            previous_T=torch.where(is_first_T, -1, place_T - 1),
-            previous_Q=torch.where(length_Q == 0, -1, end_Q - 1),
+            num_candidates=len(candidate_item_C),
+            query_prefix_Q=prefix_Q,
+            previous_T=torch.where(is_first_T, -1, torch.arange(num_events) - 1),
+            previous_Q=torch.where(moment_Q == 0, -1, first_B[user_Q] + moment_Q - 1),
             time_T=time_T,
-            time_Q=torch.where(length_Q == 0, 0, F.pad(time_T, (1, 0))[end_Q]),
-            candidate_item_C=torch.arange(len(candidates)),
-            positive_T=torch.tensor(positive_T, dtype=torch.int64),
-            log_weight_C=torch.zeros(len(candidates)),
+            time_Q=time_Q,
+            candidate_item_C=candidate_item_C,
+            positive_T=none,
+            log_weight_C=torch.zeros(len(candidate_item_C)),
             log_positive_weight_T=torch.zeros(0),
-            contrast_event_Q=torch.zeros(0, dtype=torch.int64),
-            event_row_T=place_T,
+            contrast_event_Q=none,
+            event_row_T=event_row_T,
         )
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack on `device`."""
-        moved = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if not isinstance(value := getattr(self, field.name), int)
-        }
-        return dataclasses.replace(self, **moved)
+        return moved(self, device)
 
 
 class LumOutput(NamedTuple):
-    """o_TD: outputs at the condition tokens (empty where `queries_only`). o_QD: answers. e_CD: candidate items.
+    """o_TD: outputs at the condition tokens (empty with `queries_only`). o_QD: answers. e_CD: candidate items.
 
-    Similarity is the dot product of an o and an e, whatever its kind: the model has normalised and scaled them.
+    The dot product of an o and an e is their similarity, for either kind: the model has normalised and scaled them.
     """
 
     o_TD: Tensor
@@ -169,12 +206,12 @@ class LumOutput(NamedTuple):
 
 @dataclass
 class History:
-    """What a LUM keeps of B users' histories, to be asked later or read on.
+    """The state of B users' histories, from which a LUM answers later queries and reads later events.
 
-    layers: keys and values [T, H, K] of all tokens, layer by layer. lengths_B: int64, on the CPU, tokens of each user.
+    layers: keys and values [T, H, K] of all tokens in each layer. lengths_B: int64, on the CPU, tokens of each user.
     asked_T, seen_T: int64, seconds, the times of each token (see TokenTimes).
-    item_BD, time_B: the last event's item and time, which a merged token after it tells of; a user without an event has
-    the learned start and no time that counts.
+    item_BD, time_B: the item and time of each user's last event, which the next merged token contains. For a user
+        without events they are the learned start and NEVER.
     """
 
     layers: KeyValueCache
@@ -185,7 +222,7 @@ class History:
     time_B: Tensor
 
     def select(self, index_B: Tensor) -> "History":
-        """The histories of the users `index_B` (int64, on the CPU), in that order."""
+        """The histories of the users index_B (int64, on the CPU), in this order."""
         starts_B = self.lengths_B.cumsum(0) - self.lengths_B
         lengths_B = self.lengths_B[index_B]
         place_T = torch.arange(int(lengths_B.sum()))
@@ -197,17 +234,19 @@ class History:
 
 
 class LargeUserModel(nn.Module):
-    """Token encoder and user encoder; tells how well an item fits a user under a condition.
+    """The Large User Model: how well an item fits a user under a condition, as the dot product of two vectors.
 
-    similarity: "cosine" (sim = cos / temperature) or "dot". Both sides come out scaled, so that a store of answers and
-    items needs a dot product and nothing else.
+    similarity: "cosine" (the cosine divided by `temperature`) or "dot". The outputs are scaled, so that a store of
+    answers and items needs only dot products.
 
-    tokens: how an event becomes tokens; a query is one more condition at the end::
+    tokens: how events become tokens; a query is one more condition at the end::
 
-        interleaved   c1 i1 c2 i2 c3 i3 | c      the paper's: outputs are read at the condition tokens
-        merged        c1 i1 i2 | i3              OUR OPTION: the condition is added to the item before it (to a learned
-                         c2 c3 | c               start for the first), half the tokens. Without any condition feature
-                                                 this is plain next-item prediction, as in SASRec and HSTU.
+        interleaved   c1 i1 c2 i2 c3 i3 | c      as in the paper; outputs are read at the condition tokens
+        merged        c1 i1 i2 | i3              OUR OPTION, with half the tokens: each condition is added to the item
+                         c2 c3 | c               before it, the first one to a learned start. Without condition
+                                                 features this is next-item prediction, as in SASRec and HSTU.
+
+    Raises ValueError for an unknown similarity or way of tokens, and a temperature that is not positive.
     """
 
     def __init__(
@@ -236,11 +275,11 @@ class LargeUserModel(nn.Module):
         self.start_D = nn.Parameter(0.02 * torch.randn(dim)) if tokens == "merged" else None
 
     def forward(self, pack: Pack, *, queries_only: bool = False) -> LumOutput:
-        """Outputs at condition tokens, answers to the pack's queries, and candidate item embeddings.
+        """Outputs at the condition tokens, answers to the pack's queries, and embeddings of the candidate items.
 
-        A group query is a pack with queries: the history is computed once, each query attends to the part of it that it
-        may see and to itself (LUM figure 4). `queries_only` spares what only training reads, and bounds the memory:
-        more queries than QUERY_BUDGET allows are asked of the history's keys and values in portions.
+        A group query is a pack with queries: the history is computed once, and each query attends to the part of it
+        that it sees and to itself (LUM figure 4). `queries_only` leaves out what only training reads, and bounds the
+        memory: with more queries than QUERY_BUDGET allows, the answers are computed in portions.
         """
         num_events = pack.num_events
         item_XD, condition_XD = self.token_encoder(pack.tokens, num_events=num_events, num_queries=pack.num_queries)
@@ -263,13 +302,13 @@ class LargeUserModel(nn.Module):
         )
 
     def read(self, pack: Pack, history: History | None = None) -> tuple[History, Tensor]:
-        """The histories with the pack's events behind them (None: nothing before), and answers to its queries, o_QD.
+        """The histories after the pack's events (history None: only these), and the answers to its queries, o_QD.
 
-        The pack has one window for each user of `history`, in its order, with the events that came since, or none; a
-        query's moment counts these new events. Equal to reading the whole history at once, in a time that grows with
-        the new events alone. Memory is bounded as in `forward`.
-        Raises ValueError where a history grows beyond the user encoder's max_tokens: read its last events anew; and for
-        another number of windows.
+        The pack has one window for each user of `history`, in the same order, with the user's new events, or none; its
+        queries see a number of these. The result equals that of reading the whole history at once, but the time depends
+        only on the number of new events. Memory is bounded as in `forward`.
+        Raises ValueError for another number of windows, and if a history grows beyond the user encoder's max_tokens:
+        its last events then have to be read again, without `history`.
         """
         item_XD, condition_XD = self.token_encoder(
             pack.tokens, num_events=pack.num_events, num_queries=pack.num_queries
@@ -287,7 +326,7 @@ class LargeUserModel(nn.Module):
         if history is not None and len(new_B) != len(history.lengths_B):
             raise ValueError(
                 f"the pack has {len(new_B)} windows for {len(history.lengths_B)} histories; expected one for each, "
-                "empty where nothing is new"
+                "empty for a user without new events"
             )
         times = self._times(pack, history)
         no_Q = times.asked_Q[:0]
@@ -302,7 +341,7 @@ class LargeUserModel(nn.Module):
             of_tokens = TokenTimes(asked_T, seen_T, times.asked_T, times.seen_T)
             layers = self.user_encoder.extend(history.layers, x_TD, grown, times=of_tokens)
             lengths_B = history.lengths_B + new_B
-        # Of the pack's items and what was before them, the last of each user.
+        # The last item of each user: of the pack's, or the one before them.
         last_B = (new_B.cumsum(0) // TOKENS_PER_EVENT[self.tokens] - 1).to(device)
         before_B = pack.num_events + torch.arange(len(new_B), device=device)
         place_B = torch.where(new_B.to(device) > 0, last_B, before_B)
@@ -332,7 +371,7 @@ class LargeUserModel(nn.Module):
         return torch.cat(parts)
 
     def _cost(self, num_tokens: Any) -> Any:
-        """Numbers held for one query of a history of so many tokens (an int or a tensor): scores and activations."""
+        """How many numbers one query of a history of num_tokens (int or tensor) holds: scores and activations."""
         return self.user_encoder.num_heads * num_tokens + 16 * self.output.in_features
 
     def _cost_at_once(self, layout: JaggedLayout) -> int:
@@ -342,7 +381,7 @@ class LargeUserModel(nn.Module):
     def _tokenise(
         self, pack: Pack, item_TD: Tensor, condition_XD: Tensor, history: History | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens of the histories, and one of each query."""
+        """The tokens of the histories, and one token for each query."""
         condition_TD, condition_QD = condition_XD[: pack.num_events], condition_XD[pack.num_events :]
         if self.start_D is None:
             return torch.stack([condition_TD, item_TD], dim=1).flatten(0, 1), condition_QD
@@ -351,14 +390,14 @@ class LargeUserModel(nn.Module):
         return F.embedding(before_T, known) + condition_TD, F.embedding(before_Q, known) + condition_QD
 
     def _items(self, pack: Pack, item_TD: Tensor, history: History | None) -> Tensor:
-        """The pack's items and, behind them, what was last before each user's events [T + B, D]."""
+        """The pack's items, then for each user the last item before the pack (or the learned start) [T + B, D]."""
         if history is not None:
             return torch.cat([item_TD, history.item_BD])
         start_D = item_TD.new_zeros(item_TD.shape[1]) if self.start_D is None else self.start_D.to(item_TD.dtype)
         return torch.cat([item_TD, start_D.expand(len(pack.layout.offsets_B1) - 1, -1)])
 
     def _item_times(self, pack: Pack, history: History | None) -> Tensor:
-        """When each of these items was seen (int64 [T + B]); NEVER for the start."""
+        """The time of each of `_items` (int64 [T + B]); NEVER for the start."""
         if history is not None:
             return torch.cat([pack.time_T, history.time_B])
         return F.pad(pack.time_T, (0, len(pack.layout.offsets_B1) - 1), value=NEVER)
@@ -367,7 +406,7 @@ class LargeUserModel(nn.Module):
         if self.start_D is None:
             time_T = pack.time_T.repeat_interleave(2)
             return TokenTimes(time_T, time_T, pack.time_Q, pack.time_Q)
-        # A merged token is asked at its own moment, and tells of an item seen at the moment before.
+        # A merged token is asked at the time of its event, and contains the item seen at the event before.
         known = self._item_times(pack, history)
         seen_T, seen_Q = (
             torch.where(known[before] == NEVER, time, known[before])
@@ -382,7 +421,7 @@ class LargeUserModel(nn.Module):
 
 
 def _before(pack: Pack) -> tuple[Tensor, Tensor]:
-    """For each event and query of merged tokens, the row of `_items` that it begins with."""
+    """For each event and query of merged tokens, the row of `_items` that it contains."""
     sequence_B = torch.arange(len(pack.layout.offsets_B1) - 1, device=pack.previous_T.device)
     return tuple(  # type: ignore[return-value]
         torch.where(

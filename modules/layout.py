@@ -1,25 +1,43 @@
-"""Where sequences of different lengths lie behind each other, and the buckets in which they are computed.
+"""The layout of concatenated sequences of different lengths, and the buckets in which they are computed.
 
-Shape suffixes: T tokens of all sequences behind each other, B sequences, Q query tokens, P padded places of a bucket.
+Shape suffixes: T tokens of all sequences, concatenated; B sequences, Q query tokens, P padded slots of a bucket.
+
+Three sequences with 3, 1 and 2 tokens. Those of similar length share a padded bucket, longest first::
+
+    flat      0 1 2 | 3 | 4 5          offsets_B1   0 3 4 6
+    buckets   [0 1 2]   [4 5]   [3]
+
+>>> layout = make_layout(torch.tensor([3, 1, 2]))
+>>> layout.offsets_B1, [bucket.token_P.tolist() for bucket in layout.buckets]
+(tensor([0, 3, 4, 6]), [[0, 1, 2], [4, 5], [3]])
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A bucket holds sequences whose lengths are at least this share of its longest: the rest is padding that is computed.
+Batch = TypeVar("Batch")
+# Each sequence of a bucket has at least this share of the length of the bucket's longest; the rest is padding.
 BUCKET_FILL = 0.7
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """The same batch (a dataclass) with every field that can be moved on `device`."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
+    on_device = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+    return dataclasses.replace(batch, **on_device)  # type: ignore[type-var]
 
 
 @dataclass
 class Bucket:
     """Sequences of similar length that are computed as one padded batch.
 
-    token_P: int64 [sequences * max_tokens], flat token of each place (padding repeats the sequence's first token).
-    query_P: int64 [sequences * max_queries], flat query of each place; prefix_P: tokens that it sees.
+    token_P: int64 [sequences * max_tokens], the flat token in each slot; padding repeats the sequence's first token.
+    query_P: int64 [sequences * max_queries], the flat query in each slot. prefix_P: how many tokens that query sees.
     """
 
     num_sequences: int
@@ -32,10 +50,10 @@ class Bucket:
 
 @dataclass
 class JaggedLayout:
-    """Where the tokens and queries of B sequences lie, and in which buckets they are computed.
+    """Where the tokens and queries of B sequences are, and the buckets in which they are computed.
 
-    offsets_B1: int64, sequence b has the tokens offsets[b]:offsets[b + 1]; query_offsets_B1: the same of its queries.
-    token_place_T, query_place_Q: int64, place of each token (query) in the concatenated buckets.
+    offsets_B1: int64, sequence b has the tokens offsets[b]:offsets[b + 1]. query_offsets_B1: the same for queries.
+    token_place_T, query_place_Q: int64, the slot of each token (query) in the concatenated buckets.
     """
 
     offsets_B1: Tensor
@@ -45,26 +63,18 @@ class JaggedLayout:
     query_offsets_B1: Tensor
 
     def to(self, device: torch.device | str) -> "JaggedLayout":
-        """The same layout with its indices on `device`."""
-
-        def moved(x: Tensor) -> Tensor:
-            return x.to(device)
-
-        buckets = [
-            replace(b, token_P=moved(b.token_P), query_P=moved(b.query_P), prefix_P=moved(b.prefix_P))
-            for b in self.buckets
-        ]
-        places = moved(self.token_place_T), moved(self.query_place_Q)
-        return JaggedLayout(moved(self.offsets_B1), buckets, *places, moved(self.query_offsets_B1))
+        """The same layout on `device`."""
+        return dataclasses.replace(moved(self, device), buckets=[moved(bucket, device) for bucket in self.buckets])
 
 
 def make_layout(
     lengths_B: Tensor, *, query_sequence_Q: Tensor | None = None, query_prefix_Q: Tensor | None = None
 ) -> JaggedLayout:
-    """The layout of sequences with `lengths_B` tokens (int64, 0 allowed), on the CPU.
+    """The layout of sequences with `lengths_B` tokens (int64, may be 0), on the CPU.
 
-    query_sequence_Q: sequence that each query asks, ascending. query_prefix_Q: how many tokens of it the query sees.
-    Raises ValueError where a query is out of order, asks an unknown sequence or sees more tokens than there are.
+    query_sequence_Q: int64, the sequence that each query is about, ascending. query_prefix_Q: int64, how many tokens
+    of it the query sees. Raises ValueError if queries are not in ascending order, name a sequence that does not exist,
+    or see more tokens than it has.
 
     >>> layout = make_layout(torch.tensor([3, 1]))
     >>> layout.offsets_B1
@@ -98,7 +108,7 @@ def make_layout(
 
 
 class Portion(NamedTuple):
-    """Some of a layout's queries, with the tokens that they ask: the `layout` of these alone, on the CPU."""
+    """Some of a layout's queries with the tokens of their sequences; `layout` holds only these, on the CPU."""
 
     queries: slice
     tokens: slice
@@ -106,9 +116,10 @@ class Portion(NamedTuple):
 
 
 def portions(lengths_B: Tensor, queries_B: Tensor, prefix_Q: Tensor, *, cost_Q: Tensor, budget: int) -> list[Portion]:
-    """The queries (sequences in order, all on the CPU) in portions that cost about `budget` each, the last one less.
+    """The queries in portions of about `budget` in cost each; empty without queries. All tensors are on the CPU.
 
-    A query that costs more than the budget has a portion to itself. Empty where there are no queries.
+    lengths_B, queries_B: int64, tokens and queries of each sequence. prefix_Q: int64, tokens that each query sees.
+    cost_Q: the cost of each. A query that costs more than the budget gets its own portion.
 
     >>> prefix_Q = torch.tensor([3, 1, 0])
     >>> two = portions(torch.tensor([3, 1]), torch.tensor([1, 2]), prefix_Q, cost_Q=torch.tensor([3, 1, 1]), budget=3)
@@ -132,10 +143,11 @@ def portions(lengths_B: Tensor, queries_B: Tensor, prefix_Q: Tensor, *, cost_Q: 
 
 
 class Extension(NamedTuple):
-    """Sequences that grow: each new token asks, as a query, the tokens before it.
+    """Sequences that grow: each new token attends, as a query, to the tokens before it.
 
-    layout: the grown sequences, new tokens as their queries. position_N: int64, place of each new token, which is the
-    number of tokens that it sees. order_T: int64, the grown sequences' tokens in old tokens followed by new ones.
+    layout: of the grown sequences, with the new tokens as queries. position_N: int64, the position of each new token in
+    its sequence, which is the number of tokens that it sees. order_T: int64, the index of each of the grown sequences'
+    tokens in torch.cat([old tokens, new tokens]).
     """
 
     layout: JaggedLayout
@@ -143,11 +155,12 @@ class Extension(NamedTuple):
     order_T: Tensor
 
     def to(self, device: torch.device | str) -> "Extension":
+        """The same extension on `device`."""
         return Extension(self.layout.to(device), self.position_N.to(device), self.order_T.to(device))
 
 
 def extension(old_B: Tensor, new_B: Tensor) -> Extension:
-    """How sequences of `old_B` tokens grow by `new_B` each (int64, 0 allowed), on the CPU.
+    """The Extension of sequences with `old_B` tokens by `new_B` each (int64, may be 0), on the CPU.
 
     >>> extension(torch.tensor([2, 1]), torch.tensor([1, 1])).order_T
     tensor([0, 1, 3, 2, 4])
@@ -164,13 +177,13 @@ def _check_queries(lengths_B: Tensor, sequence_Q: Tensor, prefix_Q: Tensor) -> N
     if len(sequence_Q) == 0:
         return
     if bool((sequence_Q.diff() < 0).any()) or int(sequence_Q[0]) < 0 or int(sequence_Q[-1]) >= len(lengths_B):
-        raise ValueError(f"queries must name their sequences in ascending order, within 0…{len(lengths_B) - 1}")
+        raise ValueError(f"query_sequence_Q must be ascending and within 0…{len(lengths_B) - 1}")
     if bool((prefix_Q > lengths_B[sequence_Q]).any()) or bool((prefix_Q < 0).any()):
-        raise ValueError("a query sees between 0 and all tokens of its sequence; some prefix is outside of that")
+        raise ValueError("query_prefix_Q must be between 0 and the number of tokens of the query's sequence")
 
 
 def _bucket_members(lengths_B: Tensor, queries_B: Tensor) -> list[Tensor]:
-    """Sequences that have tokens or queries, longest first, cut where the next is too short for the bucket."""
+    """The sequences of each bucket, longest first; a sequence that is too short for a bucket begins the next one."""
     order = torch.argsort(lengths_B, descending=True, stable=True)
     order = order[(lengths_B[order] > 0) | (queries_B[order] > 0)]
     members, start = [], 0
@@ -183,7 +196,7 @@ def _bucket_members(lengths_B: Tensor, queries_B: Tensor) -> list[Tensor]:
 
 
 def _padded_index(starts_b: Tensor, lengths_b: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Flat index of each place of a [b, width] padded batch, and the places that are real (both flattened)."""
+    """The flat index in each slot of a [b, width] padded batch, and the slots that are not padding; both flattened."""
     column = torch.arange(width)
     real = column < lengths_b[:, None]
     index = torch.where(real, starts_b[:, None] + column, torch.where(lengths_b > 0, starts_b, 0)[:, None])

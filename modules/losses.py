@@ -1,4 +1,4 @@
-"""Losses of step 1: InfoNCE at condition tokens (LUM equ. 2), and our counterfactual contrast.
+"""The losses of step 1: InfoNCE at condition tokens (LUM eq. 2), and our counterfactual contrast.
 
 Shape suffixes: T positions, C candidate items (N of them negatives), D width, Q counterfactual queries.
 """
@@ -19,27 +19,32 @@ def info_nce(
     log_positive_weight_T: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Sum over positions of -log(v exp(s_+) / (v exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM equ. 2); a scalar.
+    """Sum over positions of -log(v exp(s_+) / (v exp(s_+) + Σ_{j ≠ +} w_j exp(s_j))), s = o·e (LUM eq. 2); a scalar.
 
-    positive_T: int64, the candidate that is right at each position; -1 leaves the position out.
-    log_weight_C: log w_j, how much each candidate counts as a negative; zero without it.
-    log_positive_weight_T: log v, how much the positive counts, at each position; zero without it.
+    o_TD, e_CD: float, outputs and candidate items. The loss is in the wider of their dtype and float32.
+    positive_T: int64, the index of the right candidate at each position; -1 leaves the position out.
+    log_weight_C: log w_j, how much each candidate counts as a negative; None: 0.
+    log_positive_weight_T: log v, how much the positive counts at each position; None: 0.
 
-    Candidates are distinct items, so no negative is the positive itself. The weights say where they come from:
+    Candidates are distinct items, so no negative equals the positive. The weights depend on the kind of negatives:
 
-    - in-batch negatives: w_j = how often item j stands in the batch. This equals the loss over all T positions' items
-      with those that are the positive masked out, at a fraction of its cost.
-    - sampled negatives: w_j = how often j was drawn; mixed with in-batch: the sum of both.
+    - in-batch: w_j = how often item j occurs in the batch. This equals the loss over the items of all T positions with
+      copies of the positive masked out, at a fraction of its cost.
+    - sampled: w_j = how often j was drawn; for sampled and in-batch together, the sum of both.
     - the batch's unique items, or the whole catalogue: w_j = 1.
-    - logQ correction: w_j divided by its expectation, which makes Σ_j w_j exp(s_j) an unbiased estimate of the sum over
-      the catalogue. The positive is no sample, so that v = 1. The gradient is then, term by term, that of the corrected
-      logQ correction (arXiv 2507.09331): with N = Σ_{j ≠ +} w_j exp(s_j) and p = exp(s_+) / (exp(s_+) + N), the loss
-      stop_gradient(1 - p) · (log N - s_+), since (1 - p) w_j exp(s_j) / N = w_j exp(s_j) / (exp(s_+) + N). The values
-      differ; ours is the log loss.
-    - logQ as in Yi et al. (RecSys 2019): v divided by the same expectation, as though the positive had been drawn.
+    - with logQ correction: w_j divided by its expectation, so that Σ_j w_j exp(s_j) is an unbiased estimate of the sum
+      over the catalogue. The positive is not sampled, so v = 1. The gradient is then, term by term, that of the
+      corrected logQ correction (arXiv 2507.09331): with N = Σ_{j ≠ +} w_j exp(s_j) and p = exp(s_+) / (exp(s_+) + N),
+      its loss is stop_gradient(1 - p) · (log N - s_+), and (1 - p) w_j exp(s_j) / N = w_j exp(s_j) / (exp(s_+) + N).
+      The values differ: ours is the log loss.
+    - with logQ as in Yi et al. (RecSys 2019): v divided by the same expectation, as if the positive had been drawn.
 
     label_smoothing = ε: (1 - ε) · loss + ε Σ_j u_j (log Z - s_j), where Z is the sum in the denominator above and u_j
-    the weight of candidate j in it, w_j or v, as a share of all of them. Where all are 1, this is PyTorch's.
+    the share of candidate j's weight (w_j or v) in all weights. With equal weights this is PyTorch's label smoothing.
+
+    Two positions and two candidates; the second position is left out::
+
+        o_TD  [1 0] [0 1]      e_CD  [1 0] [0 1]      positive_T  0 -1
 
     >>> o, e = torch.eye(2), torch.eye(2)
     >>> round(float(info_nce(o, e, torch.tensor([0, -1]))), 4)
@@ -62,7 +67,7 @@ def info_nce(
 def _smoothing(
     o_TD: Tensor, e_CD: Tensor, positive_T: Tensor, log_weight_C: Tensor, log_positive_weight_T: Tensor
 ) -> Tensor:
-    """Σ_t (log v + s_+ - Σ_j u_j s_j): what label smoothing adds to the loss, without a logit of its own."""
+    """Σ_t (log v + s_+ - Σ_j u_j s_j): what label smoothing adds to the loss. It computes no further logits."""
     high = torch.promote_types(o_TD.dtype, torch.float32)
     with torch.autocast(o_TD.device.type, enabled=False):
         o_TD, e_CD = o_TD.to(high), e_CD.to(high)
@@ -75,9 +80,9 @@ def _smoothing(
 def counterfactual_contrast(o_true_QD: Tensor, o_other_QD: Tensor, e_QD: Tensor) -> Tensor:
     """Sum over events of softplus(-(o_true·e - o_other·e)); a scalar. OUR EXTENSION, not in the paper.
 
-    The same history is asked once with the condition under which item e was met and once with another value of it; the
-    item is told apart under the two answers. InfoNCE alone trains that difference weakly: it compares items under one
-    condition, never conditions for one item.
+    o_true_QD: answers under the condition that item e really had. o_other_QD: answers of the same history under another
+    value of that condition. The loss asks that the item fits the true condition better. InfoNCE trains this difference
+    only weakly: it compares items under one condition, never conditions for one item.
 
     >>> e = torch.tensor([[1.0, 0.0]])
     >>> round(float(counterfactual_contrast(2 * e, e, e)), 4)

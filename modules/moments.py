@@ -1,4 +1,4 @@
-"""Running moments of a model that several processes train: equal on all of them before it is evaluated or saved."""
+"""The running moments (mean, variance) of a model trained by several processes, made equal before it is saved."""
 
 import torch
 import torch.distributed as dist
@@ -9,11 +9,12 @@ from lumrec.modules.knowledge import MaskedStandardise
 
 @torch.no_grad()
 def average_moments(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> None:
-    """Makes the running moments of `model` (KnowledgeFusion's, batch norm's) their mean over the group. Collective.
+    """Replaces the running moments of `model` (KnowledgeFusion's and batch norm's) by their mean over the group.
 
-    Each process keeps moments of the rows that it has seen, and DistributedModelParallel saves those of one process: so
-    call this on all of them before each evaluation, `state_dict()` and save. A column that a process has not met yet is
-    left out of the mean. Does nothing where one process trains, or no process group exists.
+    Each process has moments of the rows that it has seen, and DistributedModelParallel saves those of one process. So
+    call this before each evaluation, `state_dict()` and save, on all processes: it is a collective operation. The mean
+    leaves out processes that have not seen a column yet. Without a process group, or in a group of one process, nothing
+    happens.
 
     >>> average_moments(nn.Linear(2, 2))
     """

@@ -1,9 +1,19 @@
-"""A bias of relative position and of time on attention scores; kernels/biased_attention.py attends with it.
+"""A bias of relative position and time on attention scores; kernels/biased_attention.py computes attention with it.
 
-HSTU (arXiv 2402.17152 section 3.2) has it; every user encoder may.
+It comes from HSTU (arXiv 2402.17152, section 3.2); every user encoder can have it.
 
-Shape suffixes: T tokens, Q query tokens, H heads, K head width, b sequences of a bucket, P its padded places, R rows
-(some of its tokens or queries), M distances, N time buckets.
+Shape suffixes: T tokens, Q query tokens, b sequences of a bucket, P its padded slots, R rows (some of its tokens or
+queries), M distances, N time buckets.
+
+One sequence with 3 tokens, and a query that sees all of them: the distances from the query to each token::
+
+    tokens   0 1 2 | q        distance   3 2 1  (0 to itself)
+
+>>> from lumrec.modules.layout import make_layout
+>>> layout = make_layout(torch.tensor([3]), query_sequence_Q=torch.tensor([0]), query_prefix_Q=torch.tensor([3]))
+>>> of_tokens, of_queries = bias_indices(layout, None)[0]
+>>> of_queries.distance
+tensor([[[3, 2, 1]]])
 """
 
 from dataclasses import dataclass
@@ -14,17 +24,18 @@ from torch import Tensor, nn
 from lumrec.modules.kernels.biased_attention import BiasIndex, Take
 from lumrec.modules.layout import JaggedLayout
 
-# Time differences fall into buckets of ln(seconds) / 0.301, as in HSTU's published code; the last begins at 5 years.
+# The bucket of a time difference is ln(seconds) / 0.301, as in HSTU's published code; the last begins at 5 years.
 TIME_BUCKETS = 64
 TIME_BUCKET_WIDTH = 0.301
 
 
 @dataclass
 class TokenTimes:
-    """When each token was asked for and when what it tells of was seen, in seconds (int64), for a bias of time.
+    """The two times of each token and query, in seconds (int64), for a bias of time.
 
-    The difference of a row i and a place j is asked_i - seen_j. In c1 i1 c2 i2 … both times of both tokens are their
-    event's: the moment of a request is known when it is asked.
+    asked: when the token's output is requested. seen: when the event that the token describes happened. The score of
+    token i for token j has the time difference asked_i - seen_j. In the interleaved order c1 i1 c2 i2 … both times of
+    both tokens are those of their event, because the time of a request is known when it is made.
     """
 
     asked_T: Tensor
@@ -34,9 +45,9 @@ class TokenTimes:
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each distance of two tokens and, where `time`, one for each bucket of their time difference.
+    """A learned bias for each distance between two tokens and, with `time`, for each bucket of their time difference.
 
-    Both are added to the scores of all heads (HSTU's rab^{p,t}, arXiv 2402.17152 section 3.2).
+    Both are added to the scores of all heads (rab^{p,t} of HSTU, arXiv 2402.17152, section 3.2).
     """
 
     def __init__(self, max_tokens: int, *, time: bool) -> None:
@@ -46,7 +57,7 @@ class RelativeBias(nn.Module):
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
-    """The bucket of each time difference (int64 in, int32 out); up to a second, and negative, is bucket 0.
+    """The bucket of each time difference, int32. seconds: int64; up to one second, or negative, is bucket 0.
 
     >>> time_bucket(torch.tensor([-5, 1, 60, 3600, 86400, 31_536_000]))
     tensor([ 0,  0, 13, 27, 37, 57], dtype=torch.int32)
@@ -58,9 +69,9 @@ def time_bucket(seconds: Tensor) -> Tensor:
 def bias_indices(
     layout: JaggedLayout, times: TokenTimes | None, *, tokens_too: bool = True
 ) -> list[tuple[BiasIndex, BiasIndex]]:
-    """For each bucket of the layout, what its tokens and its queries read of a RelativeBias (times: None = no time).
+    """For each bucket of the layout, the entries of a RelativeBias that its tokens and its queries read.
 
-    tokens_too: False where the tokens come from a cache and only queries attend.
+    times: None without a bias of time. tokens_too: False if the tokens come from a cache and only queries attend.
     """
     indices = []
     for bucket in layout.buckets:
@@ -82,7 +93,7 @@ def bias_indices(
 
 
 def query_bias(bias: RelativeBias | None, index: BiasIndex | None, part: slice) -> tuple[Tensor | None, Tensor | None]:
-    """Bias of the queries' scores with their prefix [b, 1, R, P] and with themselves [b, 1, R, 1]."""
+    """The bias of the queries' scores with their prefix [b, 1, R, P] and with themselves [b, 1, R, 1]; or None."""
     if bias is None:
         return None, None
     assert index is not None and index.distance is not None

@@ -1,6 +1,20 @@
-"""Token encoder: sharded embedding tables, concatenation, one linear projection per token type (LUM section 4.1.2).
+"""Token encoder: embedding tables, concatenation, one linear projection per token type (LUM section 4.1.2).
 
-Shape suffixes: S bags (stride), T events, Q query conditions, C candidate items, D model width.
+Shape suffixes: S bags (stride), E width of a table, T events, Q query conditions, C candidate items, D model width,
+X tokens of one type.
+
+Two events and one query. Each is one bag of every feature; the query has only a condition::
+
+    bag      0          1          2
+    item     5          6          (empty)
+    wish     1          2          2
+
+>>> tables = make_tables({"item": (9, 4), "wish": (3, 4)}, {"item": "item", "wish": "wish"})
+>>> encoder = TokenEncoder(tables, item_features=["item"], condition_features=["wish"], dim=8)
+>>> tokens = kjt_from_lists(encoder.features, [{"item": 5, "wish": 1}, {"item": 6, "wish": 2}, {"wish": 2}])
+>>> item_XD, condition_XD = encoder(tokens, num_events=2, num_queries=1)
+>>> tuple(item_XD.shape), tuple(condition_XD.shape)
+((2, 8), (3, 8))
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +25,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-Bags = Mapping[str, int | Sequence[int]]  # of one token: feature -> row of its table, or several rows
+Bags = Mapping[str, int | Sequence[int]]  # one token: feature -> a row of its table, or several rows
 
 
 def make_tables(
@@ -22,10 +36,11 @@ def make_tables(
 ) -> EmbeddingBagCollection:
     """The embedding tables as one EmbeddingBagCollection with mean pooling.
 
-    tables: name -> (rows, width); row 0 is "unknown". features: feature -> name of its table; features may share one.
-    Tables that no feature reads are left out. Rows start uniform in ±1/sqrt(width), whatever the number of rows, so
-    that tables of all sizes start with vectors of the same length; row 0 starts at zero, as neutral as an empty bag:
-    where the vocabulary covers the training part, no gradient ever reaches it.
+    tables: name -> (rows, width); row 0 is "unknown". features: feature -> name of its table; features can share one.
+    Tables that no feature reads are left out. Raises ValueError for a feature whose table is not declared.
+
+    Rows are initialised uniformly in ±1/sqrt(width), so that vectors have the same length in tables of any size. Row 0
+    is initialised to zero, like an empty bag: no gradient reaches it if the vocabulary covers the training data.
 
     >>> tables = make_tables({"genre": (19, 8)}, {"genres": "genre", "main_genre": "genre"})
     >>> [config.feature_names for config in tables.embedding_bag_configs()]
@@ -59,20 +74,31 @@ def make_tables(
     return EmbeddingBagCollection(tables=configs, device=torch.device(device or "cpu"))
 
 
-def feature_order(tables: EmbeddingBagCollection) -> list[str]:
-    """The one order of KJT keys that these tables are ever called with.
+def feature_widths(tables: EmbeddingBagCollection) -> dict[str, int]:
+    """The embedding width of each feature, in the order of `feature_order`."""
+    return {name: config.embedding_dim for config in tables.embedding_bag_configs() for name in config.feature_names}
 
-    A sharded EmbeddingBagCollection caches the order at its first call and silently misreads any other.
+
+def feature_order(tables: EmbeddingBagCollection) -> list[str]:
+    """The order of KJT keys with which these tables are always called.
+
+    A sharded EmbeddingBagCollection keeps the order of its first call and reads wrong rows for any other order.
     """
-    return [feature for config in tables.embedding_bag_configs() for feature in config.feature_names]
+    return list(feature_widths(tables))
+
+
+def check_keys(tokens: KeyedJaggedTensor, features: list[str]) -> None:
+    """Raises ValueError if the keys of `tokens` are not `features`, in this order (see `feature_order`)."""
+    if tokens.keys() != features:
+        raise ValueError(f"the batch has the keys {tokens.keys()}; these tables are called with {features} only")
 
 
 def guard_key_order(model: nn.Module) -> None:
-    """Makes each sharded embedding module in `model` raise ValueError for keys in another order than in its first call.
+    """Makes each sharded embedding module in `model` raise ValueError if its keys differ from those of its first call.
 
-    Without it such a module reads wrong rows, silently: it keeps the order of the first KeyedJaggedTensor that it sees.
-    Call it once, after DistributedModelParallel; above all where two models share tables. Modules that are not sharded
-    go by the names and are left alone.
+    Otherwise such a module silently reads wrong rows: it keeps the key order of the first KeyedJaggedTensor. Call this
+    once, after DistributedModelParallel, especially if two models share tables. Modules that are not sharded look
+    features up by name and need no guard.
     """
     from torchrec.distributed.types import ShardedModule
 
@@ -101,10 +127,10 @@ class _KeyOrder:
 def make_kjt(
     features: Sequence[str], columns: Mapping[str, tuple[Tensor, Tensor]], *, stride: int
 ) -> KeyedJaggedTensor:
-    """A KeyedJaggedTensor whose keys are `features` in exactly this order, with `stride` bags each.
+    """A KeyedJaggedTensor with the keys `features`, in this order, and `stride` bags for each.
 
     columns: feature -> (values int64, lengths int64 [stride]); a feature that is not given has empty bags.
-    Raises ValueError for a column that is not in `features` or has another number of bags.
+    Raises ValueError for a column that is not in `features` or does not have `stride` bags.
 
     >>> kjt = make_kjt(["item_id", "genres"], {"genres": (torch.tensor([3, 4, 5]), torch.tensor([2, 1]))}, stride=2)
     >>> kjt.lengths().tolist()
@@ -112,7 +138,7 @@ def make_kjt(
     """
     unknown = sorted(set(columns) - set(features))
     if unknown:
-        raise ValueError(f"columns {unknown} are no features of these tables; the features are {list(features)}")
+        raise ValueError(f"these tables have no features {unknown}; their features are {list(features)}")
     empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(stride, dtype=torch.int64))
     values, lengths = zip(*(columns.get(feature, empty) for feature in features), strict=True)
     for feature, length_S in zip(features, lengths, strict=True):
@@ -124,7 +150,7 @@ def make_kjt(
 
 
 def kjt_from_lists(features: Sequence[str], tokens: Sequence[Bags]) -> KeyedJaggedTensor:
-    """The KeyedJaggedTensor of plain tokens: one bag of every feature for each; what a token leaves out is empty.
+    """The KeyedJaggedTensor of tokens given as dicts; a feature that a token does not name has an empty bag.
 
     Raises ValueError for a feature that is not in `features`, and for a negative row.
 
@@ -144,18 +170,18 @@ def kjt_from_lists(features: Sequence[str], tokens: Sequence[Bags]) -> KeyedJagg
 
 
 class TokenEncoder(nn.Module):
-    """Condition and item tokens in one model width: e^t = proj^t(concat(f_1^t; f_2^t; …)), t in {item, condition}.
+    """Item and condition tokens of width D: e^t = proj^t(concat(f_1^t; f_2^t; …)), t in {item, condition}.
 
-    Each token is one bag of every table, so that one lookup serves all tokens of a step, whatever their type::
+    Each token is one bag of every table, so that one lookup serves all tokens of a step::
 
         bag        0 … T-1            T … T+Q-1          T+Q … T+Q+C-1
         is         event k            query condition    candidate item
         item       item + feedback    (empty)            item features only
         condition  condition of k     condition asked    (empty)
 
-    Feedback features (what is known only after an item was shown, such as the rating given) are read in the history and
-    empty in a candidate, so one projection serves both. Without any condition feature the condition token is a learned
-    constant: LUM's "without condition token", kept as a place to read the prediction from.
+    Feedback features are known only after an item was shown, such as the rating that it got. They are read in the
+    history and empty for a candidate, so one projection serves both. Without condition features the condition token is
+    a learned constant, where the prediction is read (LUM's "without condition token").
     """
 
     def __init__(
@@ -171,7 +197,7 @@ class TokenEncoder(nn.Module):
         self.features = feature_order(tables)
         self.item_features = list(item_features)
         self.condition_features = list(condition_features)
-        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        width = feature_widths(tables)
         self.item_projection = nn.Linear(sum(width[f] for f in self.item_features), dim)
         if self.condition_features:
             self.condition_projection = nn.Linear(sum(width[f] for f in self.condition_features), dim)
@@ -179,9 +205,11 @@ class TokenEncoder(nn.Module):
             self.condition_constant_D = nn.Parameter(0.02 * torch.randn(dim))
 
     def forward(self, tokens: KeyedJaggedTensor, *, num_events: int, num_queries: int) -> tuple[Tensor, Tensor]:
-        """Item tokens [T + C, D] (events, then candidates) and condition tokens [T + Q, D] (events, then queries)."""
-        if tokens.keys() != self.features:
-            raise ValueError(f"tokens have the keys {tokens.keys()}; the tables are called with {self.features} only")
+        """Item tokens [T + C, D] (events, then candidates) and condition tokens [T + Q, D] (events, then queries).
+
+        Raises ValueError if the keys of `tokens` are not `features`, in their order.
+        """
+        check_keys(tokens, self.features)
         dtype = self.item_projection.weight.dtype  # a pooled lookup is float32, whatever the tables are
         embedded = {feature: bags_SE.to(dtype) for feature, bags_SE in self.tables(tokens).to_dict().items()}
         last_condition = num_events + num_queries

@@ -1,10 +1,10 @@
-"""A LUM's knowledge in a TorchRec model that exists already: DLRM, DLRM_DCN, SimpleDeepFMNN, or one built like them.
+"""A LUM's knowledge in an existing TorchRec model: DLRM, DLRM_DCN, SimpleDeepFMNN, or one built like them.
 
-Shape suffixes: B rows, I width of the dense input, F knowledge features, O width of the first dense layer, N, D as in
+Shape suffixes: B rows, I width of the dense input, F knowledge features, O width of the first dense layer; N, D as in
 knowledge.py.
 
-A model with two dense features, three rows, and answers of one LUM (width 4) to two conditions. Before training the
-scores are those of the model:
+A model with two dense features, three rows, and answers of one LUM (of width 4) to two conditions. Before training the
+scores equal those of the model without knowledge:
 
 >>> class Model(nn.Module):
 ...     def __init__(self):
@@ -31,26 +31,26 @@ from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
 
 
 class KnowledgeModel(nn.Module):
-    """`model` with a LUM's answers beside its dense features; called as before, with the knowledge behind::
+    """`model` with a LUM's answers added to its dense features; called as before, with one more argument::
 
         dense_features ──┐
                          ├── cat ── dense_arch (first layer widened) ──┐
-        knowledge ─ fusion                                             ├── the model as it was ── logits
+        knowledge ─ fusion                                             ├── the rest of the model ── logits
         sparse_features ───────────────────────────────────────────────┘
 
-    model: reads (dense_features, sparse_features) and hands the former, as they are, to its submodule `dense_arch`,
-        whose first layer is an nn.Linear: torchrec.models.dlrm's DLRM, DLRM_DCN and DLRM_Projection,
-        torchrec.models.deepfm's SimpleDeepFMNN (which ends with a sigmoid and so gives probabilities). It is taken
-        over, not copied: that layer is replaced by one that reads the new columns too.
+    model: takes (dense_features, sparse_features) and passes dense_features unchanged to its submodule `dense_arch`,
+        whose first layer is an nn.Linear. DLRM, DLRM_DCN and DLRM_Projection of torchrec.models.dlrm and SimpleDeepFMNN
+        of torchrec.models.deepfm do (the latter returns probabilities). `model` is not copied: its first dense layer is
+        replaced by one that also reads the new columns.
     fusion: makes the features.
-    zero_start: the new columns' weights start at zero, so that before training the scores are those of `model`, to the
-        bit. The fusion has no gradient in the first step, and then has. False draws them as nn.Linear would.
+    zero_start: the new columns' weights start at zero, so that before training the scores equal those of `model` to
+        the bit; in the first step the fusion then has no gradient. False: initialised like those of nn.Linear.
 
-    Every parameter of `model` keeps its shape and its name, with "model." in front: a production checkpoint fits
-    `KnowledgeModel(...).model.load_state_dict(..., strict=False)`, which misses the one new `added_weight` alone.
-    TorchRec's planner, DistributedModelParallel and train pipelines see an nn.Module like another.
+    Every parameter of `model` keeps its shape and its name, prefixed with "model.". A production checkpoint fits
+    `KnowledgeModel(...).model.load_state_dict(..., strict=False)`; the only missing key is the new `added_weight`.
+    TorchRec's planner, DistributedModelParallel and train pipelines work as with any nn.Module.
 
-    Raises ValueError where there is no such submodule, no nn.Linear in it, or knowledge in front of it already.
+    Raises ValueError if `model` has no such submodule, if that has no nn.Linear, or if it reads knowledge already.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class KnowledgeModel(nn.Module):
         if dense_arch not in modules:
             names = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
-                f"{type(model).__name__} has no submodule {dense_arch!r}; say dense_arch=<the one that reads the dense "
-                f"features>; it has {names}"
+                f"{type(model).__name__} has no submodule {dense_arch!r}; set dense_arch to the submodule that reads "
+                f"the dense features, one of {names}"
             )
         linears = [(name, m) for name, m in modules[dense_arch].named_modules() if isinstance(m, nn.Linear)]
         if not linears or isinstance(linears[0][1], WidenedLinear):
@@ -78,8 +78,8 @@ class KnowledgeModel(nn.Module):
         self.model, self.fusion = model, fusion
 
     def forward(self, dense_features: Tensor, sparse_features: Any, knowledge: KnowledgeBatch) -> Any:
-        """What `model` gives for these rows. dense_features: [B, I]. sparse_features: its KeyedJaggedTensor."""
-        # Field by field: torch.fx, with which TorchRec's pipelines find the tables' inputs, cannot unpack a batch.
+        """The output of `model` for these rows. dense_features: [B, I]. sparse_features: its KeyedJaggedTensor."""
+        # Field by field: TorchRec's pipelines find the tables' inputs with torch.fx, which cannot unpack a batch.
         features_BF = self.fusion(
             knowledge.o_BND, knowledge.e_BD, knowledge.log_z_BN, knowledge.present_BN, knowledge.fold_B
         ).to(dense_features.dtype)
@@ -87,10 +87,10 @@ class KnowledgeModel(nn.Module):
 
 
 class WidenedLinear(nn.Linear):
-    """`linear` over its own columns plus a matrix over F columns behind them: one layer over [B, I + F].
+    """`linear` for its I columns plus a matrix for F further columns: one layer over [B, I + F].
 
-    Not one matrix of I + F columns: `weight` and `bias` stay what checkpoints and optimizers know, and a sum of two
-    products is the old product to the bit while the new weights are zero, which a longer product need not be.
+    The matrices are separate so that `weight` and `bias` fit existing checkpoints and optimizer states, and so that the
+    result equals that of `linear` to the bit while the new weights are zero, which one longer product does not ensure.
     """
 
     def __init__(self, linear: nn.Linear, num_added: int, *, zero_start: bool) -> None:
@@ -102,7 +102,7 @@ class WidenedLinear(nn.Linear):
         self._draw_added()
 
     def reset_parameters(self) -> None:
-        """Draws all weights anew, as TorchRec does it for a model that was made on the meta device."""
+        """Initialises all weights; TorchRec calls it for a model that was made on the meta device."""
         super().reset_parameters()
         self._draw_added()
 
@@ -111,6 +111,6 @@ class WidenedLinear(nn.Linear):
         nn.init.uniform_(self.added_weight, -bound, bound)
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        """[B, O]. x_BI: the I columns of `linear` and the F new ones."""
+        """The layer's output [B, O]. x_BI: the I columns of `linear`, then the F new ones."""
         own_BI, added_BF = x_BI.split([self.in_features, self.added_weight.shape[1]], dim=1)
         return super().forward(own_BI) + F.linear(added_BF, self.added_weight)

@@ -8,7 +8,7 @@ All have one interface; they differ in their blocks:
 
 Shape suffixes: T tokens, Q query tokens, X = T + Q, D width, H heads, K head width.
 
-Two users with 3 and 2 tokens, and a query that sees all of the second user's::
+Two users with 3 and 2 tokens, and one query of the second user that sees both of the user's tokens::
 
     x_TD      0 1 2 | 3 4          y_QD          | q          query_prefix_Q  2
 
@@ -38,14 +38,14 @@ from lumrec.modules.relative_bias import RelativeBias, TokenTimes, bias_indices
 ENCODERS = ("gpt", "llama", "hstu")
 ROTARY_BASE = 10_000.0
 
-# Keys and values [T, H, K] of a history's tokens, layer by layer: all that a later query needs of them.
+# Keys and values [T, H, K] of the histories' tokens in each layer: all that later queries need of the histories.
 KeyValueCache = list[tuple[Tensor, Tensor]]
-# Keys, queries and values of all rows in, what the rows that go on have attended to out [X or Q, H, K].
+# (queries, keys, values) of all rows, each [X, H, K] -> attention's output for the rows that the block returns.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class GptBlock(nn.Module):
-    """One pre-norm transformer block on flat tokens: the history's tokens and, behind them, the queries."""
+    """One pre-norm transformer block on flat tokens: the histories' tokens, then the queries."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -59,7 +59,10 @@ class GptBlock(nn.Module):
         self.dropout = dropout
 
     def initialise(self, num_layers: int) -> None:
-        """GPT-2: small normals, no bias; what adds to the residual stream starts smaller, the deeper the model."""
+        """Draws the weights as GPT-2 does: normal (0.02), zero biases.
+
+        The two matrices that add to the residual stream are divided by sqrt(2 * num_layers).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -68,7 +71,7 @@ class GptBlock(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * ((2 * num_layers) ** -0.5 if is_output else 1.0))
 
     def forward(self, x_XD: Tensor, attend: Attend, rows: slice, rotary: Tensor | None) -> Tensor:
-        """Output of the `rows` that go on. rotary: float32 [X, 1, K], cosines and sines, where positions are rotary."""
+        """The output for `rows` of x, [rows, D]. rotary: float32 [X, 1, K], cosines then sines, or None."""
         return self.finish(x_XD[rows], attend(*self.project(x_XD, rotary)))
 
     def project(self, x_XD: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +81,7 @@ class GptBlock(nn.Module):
         return (q, k, v) if rotary is None else (rotate(q, rotary), rotate(k, rotary), v)
 
     def finish(self, x_XD: Tensor, attended_XHK: Tensor) -> Tensor:
-        """What attention found goes into the residual stream, then the FFN."""
+        """x plus the attention's output, projected, plus the FFN's output, [X, D]."""
         x = x_XD + self._drop(self.attention_output(attended_XHK.flatten(1)))
         return x + self._drop(self.ffn_output(self._hidden(self.ffn_norm(x))))
 
@@ -90,7 +93,7 @@ class GptBlock(nn.Module):
 
 
 class LlamaBlock(GptBlock):
-    """The same block with RMSNorm, SwiGLU and no biases. ffn_dim 0 is 8/3 of the width, in steps of 32."""
+    """GptBlock with RMSNorm, SwiGLU and no biases. ffn_dim = 0: 8/3 of the width, rounded up to a multiple of 32."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         ffn_dim = ffn_dim or -(-8 * dim // 96) * 32
@@ -107,7 +110,10 @@ class LlamaBlock(GptBlock):
 
 
 def rotate(x_XHK: Tensor, rotary: Tensor) -> Tensor:
-    """Each pair of channels (i, i + K / 2) turned by its angle (RoPE, arXiv 2104.09864); cos and sin."""
+    """x with each pair of channels (i, i + K / 2) rotated by its angle (RoPE, arXiv 2104.09864), [X, H, K].
+
+    rotary: float32 [X, 1, K], the cosines of the K / 2 angles, then their sines.
+    """
     real, imaginary = x_XHK.chunk(2, dim=-1)
     cos, sin = rotary.to(x_XHK.dtype).chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
@@ -119,13 +125,14 @@ BLOCKS: dict[str, type[GptBlock] | type[HstuBlock]] = {"gpt": GptBlock, "llama":
 class UserEncoder(nn.Module):
     """A causal encoder of flat histories; positions restart at each user.
 
-    encoder: "gpt", "llama" or "hstu". max_tokens: positions 0 … max_tokens - 1 exist; a query stands at the position
-    behind the tokens that it sees. time_bias: adds a relative bias of position and time to the scores of each layer
-    (None: as the encoder's paper has it, so for hstu alone); hstu without it keeps that of position. ffn_dim: 0 = as
-    the encoder's paper has it; hstu has no FFN. Two options trade time and memory and change results by rounding alone:
-    checkpoint_activations computes each layer again in the backward pass, compile_blocks compiles all but attention.
+    encoder: "gpt", "llama" or "hstu". max_tokens: the number of positions; a query has the position after the tokens
+    that it sees. ffn_dim: 0 = as in the encoder's paper; hstu has no FFN.
+    time_bias: adds a relative bias of position and time to the scores of each layer. None: as in the encoder's paper,
+    which is True only for hstu. hstu without it keeps the bias of position.
+    Two options save memory or time, and change results only by rounding: checkpoint_activations computes each layer
+    again in the backward pass, compile_blocks compiles everything but attention.
 
-    Raises ValueError for a name or a size that cannot work.
+    Raises ValueError for an unknown encoder, and for widths that do not fit the number of heads or the encoder.
     """
 
     def __init__(
@@ -184,10 +191,10 @@ class UserEncoder(nn.Module):
         times: TokenTimes | None = None,
         queries_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Outputs of the history's tokens [T, D] (empty where `queries_only`) and of the queries [Q, D].
+        """Outputs of the histories' tokens [T, D] (empty with `queries_only`) and of the queries [Q, D].
 
-        x_TD: tokens of all users behind each other. y_QD: query tokens; query_prefix_Q: tokens that each one sees.
-        times: of all tokens and queries; read with a bias of time alone.
+        x_TD: tokens of all users, concatenated. y_QD: query tokens. query_prefix_Q: int64, how many tokens each sees.
+        times: of all tokens and queries; needed only with a bias of time. Raises ValueError if they are missing then.
         """
         num_tokens = len(x_TD)
         x_XD = torch.cat([x_TD, y_QD])
@@ -196,9 +203,9 @@ class UserEncoder(nn.Module):
         return (x[:0], x) if queries_only else (x[:num_tokens], x[num_tokens:])
 
     def keys_and_values(self, x_TD: Tensor, layout: JaggedLayout, *, times: TokenTimes | None = None) -> KeyValueCache:
-        """What `ask` needs of these histories: computed once, it answers any number of later queries.
+        """The keys and values of these histories, which `ask` and `extend` read.
 
-        layout: one without queries. The last layer stops at its keys and values: nothing reads more of it.
+        layout: without queries. The last layer computes only its keys and values, since nothing else is read.
         """
         cache: KeyValueCache = []
         self._layers(x_TD, _positions(layout, len(x_TD)), len(x_TD), layout, times, keep=cache)
@@ -207,17 +214,17 @@ class UserEncoder(nn.Module):
     def extend(
         self, cache: KeyValueCache, x_TD: Tensor, extension: Extension, *, times: TokenTimes | None = None
     ) -> KeyValueCache:
-        """The cache of histories that have grown by the tokens x_TD: equal to `keys_and_values` of all their tokens.
+        """The cache of histories after they grew by the tokens x_TD; equals `keys_and_values` of all their tokens.
 
-        extension: of the cache's lengths (see layout.py). times: of all the tokens and, as queries, of the new ones.
-        Raises ValueError where a history grows beyond max_tokens: its oldest tokens have to go, and every later one
-        has been computed with them, so it is to be computed again from those that stay.
+        extension: of the cache's lengths (see layout.py). times: of all tokens and, as queries, of the new ones.
+        Raises ValueError if a history grows beyond max_tokens. It then has to lose its oldest tokens, and since every
+        later token was computed with them, the cache has to be computed again from the tokens that remain.
         """
         longest = max((bucket.max_tokens for bucket in extension.layout.buckets), default=0)
         if longest > self.max_tokens:
             raise ValueError(
                 f"a history grows to {longest} tokens, but this user encoder has {self.max_tokens} positions "
-                "(max_tokens): compute keys_and_values of its last tokens anew"
+                "(max_tokens): compute keys_and_values of its last tokens again"
             )
         grown: KeyValueCache = []
         layout, position_N, order_T = extension
@@ -233,9 +240,9 @@ class UserEncoder(nn.Module):
         query_prefix_Q: Tensor,
         times: TokenTimes | None = None,
     ) -> Tensor:
-        """Outputs of the queries [Q, D] from the histories' cache: equal to `forward`'s with `queries_only`.
+        """Outputs of the queries [Q, D], from the histories' cache; equal to those of `forward` with `queries_only`.
 
-        layout: lengths as in the cache's own, with these queries. times: of the cached tokens and of the queries.
+        layout: of the cached histories with these queries. times: of the cached tokens and of the queries.
         """
         return self._layers(y_QD, query_prefix_Q, 0, layout, times, queries_only=True, cache=cache)
 
@@ -275,7 +282,7 @@ class UserEncoder(nn.Module):
                 bias=bias if isinstance(bias, RelativeBias) else None,
                 indices=indices,
                 silu=isinstance(block, HstuBlock),
-                # In the last layer of a pure query nothing reads the history's outputs, only its keys and values.
+                # In the last layer only the histories' keys and values are read if only queries are wanted.
                 queries_only=only or cache is not None,
                 cached=None if cache is None else cache[number],
                 order_T=order_T,
@@ -306,9 +313,9 @@ def _attend(
     keep: KeyValueCache | None,
     stop: bool,
 ) -> Tensor:
-    """The tokens' causal attention and, behind it, the queries' to the tokens' (or cached) keys and values.
+    """Causal attention of the tokens, then attention of the queries to the tokens' (or the cached) keys and values.
 
-    order_T: the queries are new tokens of the cached sequences, which they grow by. stop: only keys and values count.
+    order_T: the queries are new tokens of the cached sequences. stop: compute only keys and values.
     """
     history, asked = slice(0, num_tokens), slice(num_tokens, None)
     k_THK, v_THK = (k[history], v[history]) if cached is None else cached

@@ -17,7 +17,6 @@ from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
 from lumrec.modules.large_user_model import TOKENS_PER_EVENT, Pack
-from lumrec.modules.layout import make_layout
 from lumrec.modules.tokens import make_kjt
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count, setting
@@ -98,30 +97,15 @@ class PackBuilder:
                 asked = _keep((asked, torch.ones_like(asked)), asked != ABSENT)
             columns[name] = _bags(stride, (0, given), (num_events, asked))
 
-        factor = self.tokens_per_event
-        query_prefix_Q = factor * queries.moment_Q
-        first_W = windows.length_W.cumsum(0) - windows.length_W
-        place_T, place_Q = torch.arange(num_events), first_W[queries.window_Q] + queries.moment_Q
-        is_first_T = torch.zeros(num_events, dtype=torch.bool)
-        is_first_T[first_W[windows.length_W > 0]] = True
-        return Pack(
-            tokens=make_kjt(self.features, columns, stride=stride),
-            layout=make_layout(
-                factor * windows.length_W, query_sequence_Q=queries.window_Q, query_prefix_Q=query_prefix_Q
-            ),
-            num_events=num_events,
-            num_queries=num_queries,
-            num_candidates=num_candidates,
-            query_prefix_Q=query_prefix_Q,
-            previous_T=torch.where(is_first_T, -1, place_T - 1),
-            previous_Q=torch.where(queries.moment_Q == 0, -1, place_Q - 1),
+        return Pack.of(
+            make_kjt(self.features, columns, stride=stride),
+            windows.length_W,
+            tokens_per_event=self.tokens_per_event,
+            user_Q=queries.window_Q,
+            moment_Q=queries.moment_Q,
             time_T=self.time_E[row_T],
             time_Q=self._asked_at(windows, queries) if queries.time_Q is None else queries.time_Q,
             candidate_item_C=candidates_C,
-            positive_T=_none(),
-            log_weight_C=torch.zeros(num_candidates),
-            log_positive_weight_T=torch.zeros(0),
-            contrast_event_Q=_none(),
             event_row_T=row_T,
         )
 

@@ -1,1 +1,1 @@
-"""Hand-written autograd functions. Each is tested, forward and backward, against a plain twin in PyTorch."""
+"""Hand-written autograd functions; tests compare each, forward and backward, with a plain twin in PyTorch."""

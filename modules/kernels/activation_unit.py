@@ -47,11 +47,10 @@ def activation_unit(
 
 
 class _ActivationUnit(torch.autograd.Function):
-    """In chunks of rows of about equal length that stay in cache; the backward pass computes again what is not kept.
+    """Works in chunks of rows of similar length that fit the cache; the backward pass computes again what is not kept.
 
-    Within a chunk the histories stand padded, [rows, L, D], so that a row's target reaches its events without a copy
-    per event; sorting by length keeps the padding small. A padded place reads a token of zeros behind the last one: its
-    product with anything is 0, in the sum and in every gradient, so that no mask is needed.
+    Within a chunk the histories are padded, [R, L, D], so that a row's target is not copied for each of its events.
+    Padding reads a token of zeros after the last one: it adds 0 to the sum and to every gradient, so no mask is needed.
     """
 
     @staticmethod
@@ -109,7 +108,7 @@ class _ActivationUnit(torch.autograd.Function):
             g_matrix_RHI = g_matrix_RHD[:, :, : target_RI.shape[1]]
             g_target_BI[rows] = (g_matrix_RHI * product_HI).sum(dim=1)
             g_product_HI += (g_matrix_RHI * target_RI[:, None]).sum(dim=0)
-            # Both ways to the history in one product: through the hidden units, and as what is summed.
+            # The history's two gradients in one product: through the hidden units, and from the weighted sum.
             matrix_RHD = torch.cat([_first_layer(target_RI, token_HD, product_HI), grad_RD[:, None]], dim=1)
             g_history_RLD = torch.bmm(torch.cat([g_hidden_RLH, weight_RL[:, :, None]], dim=2), matrix_RHD)
             g_token_UD.index_add_(0, index_RL.flatten(), g_history_RLD.flatten(0, 1))
@@ -120,7 +119,7 @@ class _ActivationUnit(torch.autograd.Function):
 
 
 def _first_layer(target_RI: Tensor, token_HD: Tensor, product_HI: Tensor) -> Tensor:
-    """The first matrix of each row, [R, H, D]: token + product · diag(target), the latter over item features."""
+    """The first matrix of each row, [R, H, D]: token + product · diag(target), the second only for item features."""
     matrix_RHD = token_HD.expand(len(target_RI), -1, -1).clone()
     matrix_RHD[:, :, : target_RI.shape[1]].addcmul_(target_RI[:, None], product_HI)
     return matrix_RHD

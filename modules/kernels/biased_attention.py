@@ -1,7 +1,9 @@
-"""Causal attention with a bias of distance and time (HSTU, arXiv 2402.17152 section 3.2), some of the scores at a time.
+"""Causal attention with a bias of distance and time (HSTU, arXiv 2402.17152, section 3.2), in portions of the scores.
 
-Shape suffixes: T tokens, H heads, K head width, b sequences of a bucket, P its padded places, R rows (some of its
-tokens or queries), M distances, N time buckets.
+The plain twin is `causal_attention_plain` of attention.py.
+
+Shape suffixes: H heads, K head width, b sequences of a bucket, P its padded slots, R rows (some of its tokens or
+queries), M distances, N time buckets.
 
 One sequence of three places and one head. Without any bias this is PyTorch's causal attention:
 
@@ -18,20 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Scores held at once: what stays in a core's cache; on CUDA what keeps the memory bounded.
+# Scores (elements) held at once: on a CPU they fit a core's cache, on CUDA they bound the memory.
 CACHED_SCORES = 1 << 18
 CUDA_SCORES = 1 << 26
-# Rows of a long sequence that are computed together at the least, so that its keys are not read over and over.
+# At least so many rows of a long sequence are computed together, so that its keys are not read too often.
 LEAST_ROWS = 64
 
 
 @dataclass
 class BiasIndex:
-    """Which entries of a RelativeBias each score of a bucket reads; the same for all layers, so it is made once.
+    """The entries of a RelativeBias that each score of a bucket reads; made once, for all layers.
 
-    distance: int64 [b, R, P], of queries; None of tokens, whose distance is that of their places.
+    distance: int64 [b, R, P], for queries; None for tokens, whose distance is the difference of their slots.
     time: int32 [b, R, P]; None without a bias of time.
-    self_time: int32 [b, R], of each query and itself (its distance is 0).
+    self_time: int32 [b, R], for the score of each query with itself (at distance 0).
     """
 
     distance: Tensor | None
@@ -40,10 +42,11 @@ class BiasIndex:
 
 
 class BiasedAttention(torch.autograd.Function):
-    """Causal attention [b, H, P, K] with a relative bias, a portion at a time; the backward pass scores again.
+    """Causal attention [b, H, P, K] with a relative bias, in portions; the backward pass computes the scores again.
 
-    Softmax of scaled scores, or SiLU of plain ones over the number of distances. A portion is a few short sequences, or
-    some rows of a long one, with the places up to its last row: what lies in the future of all is never computed.
+    The weights are the softmax of scaled scores or, with `silu`, the SiLU of unscaled ones divided by the number of
+    distances. A portion is a few short sequences, or some rows of a long one with the slots up to the last of these
+    rows: slots that are in the future of all rows are never computed.
     """
 
     @staticmethod
@@ -75,7 +78,7 @@ class BiasedAttention(torch.autograd.Function):
         q, k, v, distance_M, *rest = ctx.saved_tensors
         time_N, index, silu = (rest[0] if rest else None), ctx.index, ctx.silu
         sequences, portions = _portions(q)
-        wide = torch.promote_types(q.dtype, distance_M.dtype)  # sums over the portions of a sequence
+        wide = torch.promote_types(q.dtype, distance_M.dtype)  # these are summed over portions
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         grad_distance = torch.zeros_like(distance_M)
         grad_time = None if time_N is None else torch.zeros_like(time_N)
@@ -91,7 +94,7 @@ class BiasedAttention(torch.autograd.Function):
                     grad = grad_out[part, :, rows]
                     grad_weight = (grad @ v[part, :, seen].transpose(-1, -2)).to(score.dtype)
                     if silu:
-                        # The hidden scores' gradient is 0 because that of their weights is.
+                        # tril_ zeroes the gradient of future weights, and so that of their scores.
                         grad_score = torch.ops.aten.silu_backward(grad_weight.tril_(rows.start), score)
                         weight = _weights(score, rows, silu)
                     else:
@@ -110,7 +113,7 @@ class BiasedAttention(torch.autograd.Function):
 
 
 def _portions(q: Tensor) -> tuple[list[slice], list[slice]]:
-    """A bucket's sequences, and their rows, in portions whose scores stay in the cache (on CUDA: in memory)."""
+    """Slices of a bucket's sequences and of their rows: each pair has at most CACHED_SCORES (CUDA_SCORES) scores."""
     budget = CUDA_SCORES if q.is_cuda else CACHED_SCORES
     num, heads, places, _ = q.shape
     size = max(1, budget // (heads * places * places))
@@ -122,18 +125,18 @@ def _portions(q: Tensor) -> tuple[list[slice], list[slice]]:
 
 
 def _distance_bias(distance_M: Tensor, rows: slice, silu: bool) -> Tensor:
-    """Bias of the distance of `rows` to each place up to the last of them; for softmax -inf in the future."""
-    # Each row is the one before it, moved by a place: stretches of … 3 2 1 0, and behind it the future.
+    """The distance bias [R, P] of `rows` for each slot up to the last row; for softmax the future is -inf."""
+    # Each row is the row before it, shifted by one slot: … 3 2 1 0, then the future.
     future = distance_M.new_full((rows.stop - rows.start - 1,), 0.0 if silu else float("-inf"))
     stretch = torch.cat([distance_M[: rows.stop].flip(0), future])
     return stretch.unfold(0, rows.stop, 1).flip(0).contiguous()
 
 
 def _by_distance(grad_RP: Tensor) -> Tensor:
-    """Sum of the last R rows of a [P, P] matrix along each diagonal, from distance 0 to P - 1."""
+    """The sum over each diagonal of the last R rows of a [P, P] matrix, for the distances 0 to P - 1."""
     num_rows, num_places = grad_RP.shape
     width = num_places + num_rows - 1
-    # Each row one place further to the left than the one before it: the diagonals become columns.
+    # Each row is shifted one slot further left than the row before it, so that diagonals become columns.
     sheared = grad_RP.new_zeros(num_rows, width)
     sheared.as_strided((num_rows, num_places), (width - 1, 1), num_rows - 1).copy_(grad_RP)
     return sheared.sum(0)[:num_places].flip(0)
@@ -149,7 +152,7 @@ def _scores(
     rows: slice,
     silu: bool,
 ) -> Tensor:
-    """Scores of `rows` of the sequences `part` with their bias; float32, or float64 where given."""
+    """The scores of `rows` of the sequences `part` with their bias, in the dtype of the bias."""
     q, k = q[part, :, rows], k[part, :, : rows.stop]
     score = ((q if silu else q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).to(bias_RP.dtype)
     if time_N is None:
@@ -159,22 +162,22 @@ def _scores(
 
 
 def _weights(score: Tensor, rows: slice, silu: bool) -> Tensor:
-    """Attention weights of the scores of `rows`; SiLU's are still to be divided by the longest length."""
+    """The attention weights for the scores of `rows`; the caller divides those of SiLU by the longest length."""
     return F.silu(score).tril_(rows.start) if silu else score.softmax(-1)
 
 
 def _taken(table_N: Tensor, index: Tensor) -> Tensor:
-    """table[index]; on a CPU index_select is several times faster than indexing or an embedding of width one."""
+    """table[index]; on a CPU index_select is several times faster than indexing or an embedding of width 1."""
     return table_N.index_select(0, index.flatten()).view(index.shape)
 
 
 def _counted(index: Tensor, grad: Tensor, size: int) -> Tensor:
-    """Sum of `grad` over the places that read each entry: the backward pass of taking them from a small table."""
+    """The sum of `grad` over the reads of each entry, [size]: the gradient of a small table."""
     return torch.bincount(index.flatten(), weights=grad.flatten(), minlength=size).to(grad.dtype)
 
 
 class Take(torch.autograd.Function):
-    """table[index] with a backward pass that counts, many times faster than indexing's on a CPU."""
+    """table[index] with a backward pass by bincount, on a CPU many times faster than that of indexing."""
 
     @staticmethod
     def forward(ctx: Any, table_N: Tensor, index: Tensor) -> Tensor:

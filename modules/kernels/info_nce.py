@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits that exist at one time (elements): the [T, C] matrix is never held whole, and what is held stays in the cache.
+# Logits (elements) held at once: the [T, C] matrix never exists as a whole, and a chunk fits the cache.
 CHUNK = 1 << 18
 
 
 class InfoNCE(torch.autograd.Function):
-    """Loss and both gradients, chunk by chunk: the softmax is turned into gradients while it is at hand."""
+    """The loss of `info_nce` and both gradients, in one pass: each chunk's softmax becomes gradients at once."""
 
     @staticmethod
     def forward(
@@ -33,8 +33,8 @@ class InfoNCE(torch.autograd.Function):
         # Under autocast the matrix products run in its precision, the rest in float32 (float64 where given).
         low = torch.get_autocast_dtype(o_TD.device.type) if torch.is_autocast_enabled(o_TD.device.type) else o_TD.dtype
         high = torch.promote_types(o_TD.dtype, torch.float32)
-        # Only the N candidates that are negatives get logits: among sampled ones, most positives are none. The positive
-        # is scored by itself, and loses its place among the negatives where it has one.
+        # Only the N candidates that are negatives get logits: with sampled negatives most positives are not among them.
+        # The positive is scored separately, and masked among the negatives if it is one.
         negative_N = (log_weight_C > -torch.inf).nonzero().squeeze(1)
         place_C = positive_T.new_full((len(e_CD),), -1)
         place_C[negative_N] = torch.arange(len(negative_N), device=o_TD.device)
@@ -83,7 +83,7 @@ def info_nce_plain(
     log_positive_weight_T: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The same as `info_nce` of losses.py, with all logits at once and PyTorch's own softmax: its twin in tests."""
+    """The same as `info_nce` of losses.py, with all logits at once and PyTorch's softmax: the reference in tests."""
     supervised = positive_T >= 0
     log_weight_C = e_CD.new_zeros(len(e_CD)) if log_weight_C is None else log_weight_C
     log_v_T = o_TD.new_zeros(len(o_TD)) if log_positive_weight_T is None else log_positive_weight_T

@@ -1,7 +1,14 @@
-"""Rows of jagged histories: softmax within rows, the latest events, and chunks of rows that stay in a CPU core's cache.
+"""Functions on jagged histories: softmax within rows, the latest events, and chunks of rows that fit a CPU's cache.
 
-Shape suffixes: B rows, R rows of a chunk, T history events of all rows behind each other, L events of the longest
-history of a chunk. A place is an index into the T events; T itself stands for padding.
+Shape suffixes: B rows, R rows of a chunk, T history events of all rows, concatenated; L events of the longest history
+of a chunk. A place is the index of an event among the T events; the value T means padding.
+
+Three rows with 2, 0 and 1 events::
+
+    event     0 1 | | 2        offsets_B1  0 2 2 3        row_T  0 0 2
+
+>>> row_of_event(torch.tensor([0, 2, 2, 3]), 3)
+tensor([0, 0, 2])
 """
 
 from collections.abc import Iterator
@@ -11,23 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 1 << 20  # of gathered histories for each thread
+CHUNK_BYTES = 1 << 20  # gathered at once by each thread
 
 
 def row_of_event(offsets_B1: Tensor, num_events: int) -> Tensor:
-    """The row that each event belongs to, int64 [T]."""
+    """The row of each event, int64 [T]."""
     return torch.repeat_interleave(offsets_B1.diff(), output_size=num_events)
 
 
 def segment_softmax(x_T: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
-    """Softmax of x within each segment, [T]; segment_T: int64, in any order, segments may be empty."""
+    """Softmax of x within each segment, [T]. segment_T: int64, in any order; segments may be empty."""
     highest = x_T.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_T, x_T.detach(), "amax")
     exp_T = (x_T - highest[segment_T]).exp()
     return exp_T / x_T.new_zeros(num_segments).index_add(0, segment_T, exp_T)[segment_T]
 
 
 def latest(history_T: Tensor, offsets_B1: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The latest `num` events of each row, as another history and its offsets.
+    """The latest `num` events of each row: (history_T, offsets_B1) without the older ones.
 
     >>> latest(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 3, 3, 4]), 2)
     (tensor([6, 7, 8]), tensor([0, 2, 2, 3]))
@@ -42,11 +49,11 @@ def latest(history_T: Tensor, offsets_B1: Tensor, num: int) -> tuple[Tensor, Ten
 def row_chunks(
     offsets_B1: Tensor, *, num_events: int, event_bytes: int = 0, row_bytes: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of each chunk (int64 [R]) and the places of their events, [R, L], padded to the chunk's longest.
+    """For each chunk its rows (int64 [R]) and the places of their events (int64 [R, L]), padded to the longest.
 
-    Rows come longest first, so that little is padded; rows without events come in no chunk. event_bytes,
-    row_bytes: of what the caller gathers for one event, and for one row however long; on a CPU a chunk has CHUNK_BYTES
-    of it for each thread, elsewhere all rows are one.
+    Rows come longest first, which keeps the padding small; rows without events are left out. event_bytes, row_bytes:
+    what the caller gathers for one event, and for one row of any length. On a CPU a chunk has CHUNK_BYTES of it for
+    each thread; elsewhere all rows form one chunk.
 
     >>> for rows, places in row_chunks(torch.tensor([0, 1, 1, 4]), num_events=4, event_bytes=1 << 18):
     ...     print(rows.tolist(), places.tolist())
@@ -70,16 +77,17 @@ def row_chunks(
 
 
 def lookup(table_UX: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table, [*index, X]: F.embedding, whose backward pass on a CPU spends more on each row than a narrow row
-    takes to add.
-    """
+    """table[index], [*index, X]; on a CPU faster than F.embedding, whose backward pass is slow for narrow rows."""
     if table_UX.device.type != "cpu":
-        return F.embedding(index, table_UX)  # index_select's backward pass adds in no fixed order there
+        return F.embedding(index, table_UX)  # the backward pass of index_select is not deterministic there
     return table_UX.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def indexed_dot(a_TH: Tensor, b_UH: Tensor, index_T: Tensor) -> Tensor:
-    """a_t · b[index_t], [T], without the gathered b, forward or backward."""
+    """a_t · b[index_t], [T]. The gathered rows of b are never held at once, forward or backward.
+
+    The plain twin is (a_TH * b_UH[index_T]).sum(1).
+    """
     return _IndexedDot.apply(a_TH, b_UH, index_T)
 
 
@@ -105,7 +113,7 @@ class _IndexedDot(torch.autograd.Function):
 
 
 def _event_chunks(x_TH: Tensor) -> Iterator[slice]:
-    """Events of which a CPU core's cache holds what is gathered; elsewhere all of them at once."""
+    """Slices of the events whose gathered rows fit a CPU's cache; on other devices one slice."""
     num_events, num = len(x_TH), max(1, len(x_TH))
     if x_TH.device.type == "cpu":
         num = max(1, torch.get_num_threads() * CHUNK_BYTES // (4 * x_TH.shape[1] * x_TH.element_size()))

@@ -1,7 +1,7 @@
 """GRU with attentional update gate over jagged histories (DIEN, 1809.03672 section 4.3), and its plain twin.
 
 Shape suffixes: see kernels/jagged.py; X distinct inputs, H width of the state, G = 3H gates (update, reset, candidate),
-N events of a chunk, in order of time: all first events, then all second ones, …
+N events of a chunk ordered by time: all first events, then all second ones, …
 
 Two rows with 2 and 1 events; the first input occurs in both::
 
@@ -21,23 +21,23 @@ from torch import Tensor
 
 from lumrec.modules.kernels.jagged import row_chunks
 
-STEP_BUFFERS = 12  # of the width of a state: what a step of the backward pass works in
+STEP_BUFFERS = 12  # buffers of the width of a state that a step of the backward pass uses
 tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
 
 
 def recurrence(
     gate_XG: Tensor, index_T: Tensor, weight_GH: Tensor, offsets_B1: Tensor, attention_T: Tensor | None = None
 ) -> Tensor:
-    """State of each row behind each of its events, [T, H], from a state of zeros before the first::
+    """The state of each row after each of its events, [T, H]; before the first event it is zero::
 
         u, r = sigmoid(gate_ur + W_ur h)      h~ = tanh(gate_c + r * (W_c h))      h' = (1 - a u) h + a u h~
 
-    gate_XG: the inputs already multiplied by their weights, with the biases; event t reads row index_T[t], so that an
-    input that occurs in many histories is multiplied once. weight_GH: W. attention_T: a; None: 1, a plain GRU (with
-    DIEN's update gate, which is 1 - z of PyTorch's).
+    gate_XG: the inputs, already multiplied by their weights and with the biases; event t reads row index_T[t], so that
+    an input that occurs in many histories is multiplied once. weight_GH: W. attention_T: a; None means 1, a plain GRU
+    (with DIEN's update gate, which is 1 - z of PyTorch's GRU).
 
-    The loop is over time, over the rows that still have an event, and over so few rows that what a step works in stays
-    in a CPU core's cache. What it keeps is the states alone: the way back computes the gates again.
+    Each step of the loop over time computes the rows that still have an event, in chunks of rows whose buffers fit a
+    CPU core's cache. Only the states are kept: the backward pass computes the gates again.
     """
     return _Recurrence.apply(gate_XG, index_T, weight_GH, offsets_B1, attention_T)
 
@@ -45,7 +45,7 @@ def recurrence(
 def plain_recurrence(
     gate_XG: Tensor, index_T: Tensor, weight_GH: Tensor, offsets_B1: Tensor, attention_T: Tensor | None = None
 ) -> Tensor:
-    """The same as `recurrence`, row by row and event by event: what it is tested against."""
+    """The same as `recurrence`, row by row and event by event in plain PyTorch: the reference in tests."""
     states, width = [], weight_GH.shape[1]
     for start, end in zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist()):
         h_H = gate_XG.new_zeros(width)
@@ -59,14 +59,14 @@ def plain_recurrence(
 
 
 def _in_time_order(place_RL: Tensor, num_events: int) -> tuple[Tensor, list[int]]:
-    """Places of a chunk's events by time, [N], and how many rows have an event at each time."""
+    """The places of a chunk's events ordered by time, [N], and how many rows have an event at each step."""
     place_LR = place_RL.t()
     is_event_LR = place_LR < num_events
     return place_LR[is_event_LR], is_event_LR.sum(dim=1).tolist()
 
 
 class _Gates:
-    """The gates of one step after another, in the same buffers, which stay in a CPU core's cache."""
+    """The gates, one step after another, in the same buffers, so that these stay in a CPU core's cache."""
 
     def __init__(self, gate_XG: Tensor, weight_GH: Tensor, num_rows: int) -> None:
         width = weight_GH.shape[1]
@@ -76,7 +76,7 @@ class _Gates:
         self.hidden_c_RH, self.candidate_RH = gate_XG.new_empty(2, num_rows, width)
 
     def __call__(self, index_R: Tensor, h_RH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u, r, W_c h and h~ [R, H] of the rows' inputs and the states before them; valid until the next call."""
+        """u, r, W_c h and h~, each [R, H], from the rows' inputs and previous states; valid until the next call."""
         gate_RG = torch.index_select(self.gate_XG, 0, index_R, out=self.gate_RG[: len(index_R)])
         ur_RX = gate_RG[:, : 2 * self.width].addmm_(h_RH, self.weight_ur_HX).sigmoid_()
         u_RH, r_RH = ur_RX[:, : self.width], ur_RX[:, self.width :]
@@ -130,14 +130,14 @@ class _Recurrence(torch.autograd.Function):
             end = len(place_N)
             for count, count_before in zip(reversed(counts), [*reversed(counts[:-1]), 0], strict=True):
                 step = slice(end - count, end)
-                # Rows come longest first: those of a step are the first ones of the step before.
+                # Rows come longest first, so the rows of a step are the first rows of the step before.
                 before = slice(step.start - count_before, step.start - count_before + count)
                 h_RH = state_NH[before] if count_before else zeros_RH
                 u_RH, r_RH, hidden_c_RH, candidate_RH = gates(index_N[step], h_RH)
                 g_RH, (x_RH, y_RH) = g_NH[step].add_(carry_RH[:count]), buffers_RH[:, :count]
                 g_gate_RG = buffer_RX[:count]
                 g_u_RH, g_r_RH, g_c_RH = g_gate_RG.split(width, dim=1)
-                # h' = h + a u (h~ - h): what its gradient gives to h~, to h directly, and to u.
+                # h' = h + a u (h~ - h): its gradients by h~, by h directly, and by u.
                 torch.mul(g_RH, u_RH, out=x_RH)
                 if a_N1 is not None:
                     x_RH.mul_(a_N1[step])
@@ -150,7 +150,7 @@ class _Recurrence(torch.autograd.Function):
                 sigmoid_backward(y_RH, u_RH, grad_input=g_u_RH)
                 sigmoid_backward(torch.mul(g_c_RH, hidden_c_RH, out=x_RH), r_RH, grad_input=g_r_RH)
                 g_gate_XG.index_add_(0, index_N[step], g_gate_RG)
-                g_c_RH.mul_(r_RH)  # from here on the gradients of W h
+                g_c_RH.mul_(r_RH)  # from here on the gradients by W h
                 carry_RH[:count].addmm_(g_gate_RG, weight_GH)
                 g_weight_GH.addmm_(g_gate_RG.t(), h_RH)
                 end -= count

@@ -1,1 +1,1 @@
-"""Rankers of step 3, each after its paper, with and without LUM knowledge."""
+"""The rankers of step 3, each as in its paper, with or without a LUM's knowledge."""

@@ -1,6 +1,8 @@
-"""What all rankers share: one table lookup of a batch, dense layers, and the place where a LUM's knowledge comes in.
+"""What all rankers share: the table lookup of a batch, dense layers, and the input of a LUM's knowledge.
 
-Every ranker is made and called alike; here three rows of two users, with histories of two, two and no events:
+Every ranker is made and called in the same way. Here are three rows of two users, with histories of 2, 2 and 0 events::
+
+    history_T   0 1 | 2 3 | (none)      target_B   4 5 6       tokens 0 … 6, then one bag for each row
 
 >>> from lumrec.modules.rankers.dlrm import Dlrm
 >>> from lumrec.modules.tokens import make_tables
@@ -16,15 +18,14 @@ Every ranker is made and called alike; here three rows of two users, with histor
 >>> ranker(batch).shape
 torch.Size([3])
 
-Shape suffixes: B rows, T history events of all rows behind each other, U unique tokens, F statistics, D width of a
-token (its item and feedback features), I width of its item features, R width of the row's own features, X of anything.
+Shape suffixes: B rows, T history events of all rows, concatenated; U unique tokens, F statistics, D width of a token
+(its item and feedback features), I width of its item features, R width of the row's user and context features, X any.
 """
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +33,18 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.knowledge import KnowledgeBatch, KnowledgeFusion
-from lumrec.modules.tokens import Bags, feature_order, kjt_from_lists
+from lumrec.modules.layout import moved
+from lumrec.modules.tokens import Bags, check_keys, feature_order, feature_widths, kjt_from_lists
 
 ACTIVATIONS = ("relu", "prelu", "dice")
-Batch = TypeVar("Batch")
-
-
-def moved(batch: Batch, device: torch.device | str) -> Batch:
-    """A batch (a dataclass) with all fields that can be moved on `device`."""
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
-    on_device = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
-    return dataclasses.replace(batch, **on_device)  # type: ignore[type-var]
 
 
 class RankRow(NamedTuple):
-    """One row as plain lists: feature -> row of its table, or several rows.
+    """One row to be ranked, for RankBatch.from_lists.
 
-    target: item features. history: for each earlier event, oldest first, its item and feedback features. row: user and
-    context features. ages: seconds from each event to the row, for SIM and TWIN.
+    target: the item's features, each a row of the feature's table or a list of rows. history: item and feedback
+    features of each earlier event, oldest first. row: user and context features. ages: seconds from each event to the
+    row; SIM and TWIN need them.
     """
 
     target: Bags
@@ -64,8 +59,8 @@ class RankRow(NamedTuple):
 class RankBatch:
     """B rows to be ranked: user, context and target item, with the user's history before the row.
 
-    A token is an item with the feedback that it got, or a target without any. Each that occurs in the batch, however
-    often, is one bag of the tables; history and target are indices into them::
+    A token is an item with its feedback, or a target item without any. A token that occurs several times in the batch
+    needs only one bag; history and target are indices of tokens::
 
         bag       0 … U-1                     U … U+B-1
         is        unique token                row
@@ -74,13 +69,13 @@ class RankBatch:
         history_T     7 0 3 | 3 | | 0 1       offsets_B1  0 3 4 4 6
         target_B      8       2  8  5
 
-    tokens: KJT of all features, stride U + B. target_B, history_T: int64. offsets_B1: int64 [B + 1].
-    dense_BF: float32, statistics of what was before the row (F may be 0). label_B: float32, 0 or 1.
-    row_B: int64, row of each in the prepared events. knowledge: what a LUM says of the rows, or None.
+    tokens: KJT of all features, with U + B bags. target_B, history_T: int64. offsets_B1: int64.
+    dense_BF: float32, statistics of the events before the row (F may be 0). label_B: float32, 0 or 1.
+    row_B: int64, the index of each row in the prepared events. knowledge: a LUM's answers for the rows, or None.
 
-    What only some rankers read (Ranker.reads), else None. item_U: int64, number of each token's item. category_U:
-    int64, category of it. age_T: float32, seconds from the event to the row. category_count_T: int64, how many events
-    of the event's category its user had before it.
+    Only some rankers read these (Ranker.reads); otherwise they may be None. item_U: int64, the index of each token's
+    item. category_U: int64, its category. age_T: float32, seconds from the event to the row. category_count_T: int64,
+    how many events of the same category the user had before the event.
     """
 
     tokens: KeyedJaggedTensor
@@ -106,14 +101,15 @@ class RankBatch:
         category: str = "",
         knowledge: KnowledgeBatch | None = None,
     ) -> "RankBatch":
-        """A batch of plain lists for `ranker`, on the CPU: to try it, or to feed it from a pipeline of your own.
+        """A batch for `ranker` from plain lists, on the CPU: to try the ranker, or to use it with your data pipeline.
 
-        category: item feature whose first value is the category that SIM's hard search and TWIN read.
-        Raises ValueError for features that the ranker does not have, and for as many ages as there are no events.
+        category: the item feature whose first value is the category that SIM's hard search and TWIN read.
+        Raises ValueError for features that the ranker does not have, for a missing category, and for a number of ages
+        that differs from that of the events.
         """
-        for number, row in enumerate(rows):
+        for i, row in enumerate(rows):
             if "age_T" in ranker.reads and len(row.ages) != len(row.history):
-                raise ValueError(f"row {number} has {len(row.history)} earlier events and {len(row.ages)} ages")
+                raise ValueError(f"row {i} has {len(row.history)} earlier events and {len(row.ages)} ages")
         if not category and {"category_U", "category_count_T"} & set(ranker.reads):
             raise ValueError("this ranker reads the category of items: give `category`, an item feature")
         events = [event for row in rows for event in row.history]
@@ -150,12 +146,12 @@ class RankBatch:
 
 
 def _first(rows: int | Sequence[int]) -> int:
-    """The row, the first of several, or -1 for none."""
+    """The first row, or -1 if there is none."""
     return rows if isinstance(rows, int) else next(iter(rows), -1)
 
 
 class Looked(NamedTuple):
-    """What the tables gave: token_UD (its first I columns are item features), target_BI, row_BR."""
+    """The embeddings of a batch: of tokens (the first I columns are item features), targets, and rows."""
 
     token_UD: Tensor
     target_BI: Tensor
@@ -163,8 +159,7 @@ class Looked(NamedTuple):
 
 
 class Interest(NamedTuple):
-    """interest_BX: what the history says about the target. loss: of a ranker's own, a mean over rows; None while not
-    training and where there is none."""
+    """interest_BX: features of the history for the target. loss: an auxiliary loss (scalar), or None."""
 
     interest_BX: Tensor
     loss: Tensor | None = None
@@ -173,17 +168,17 @@ class Interest(NamedTuple):
 class Ranker(nn.Module, ABC):
     """logit = MLP(user and context; target item; interest in the target; statistics; a LUM's knowledge).
 
-    A subclass says what the interest is: it reads the history. `tables` are called as those of a LUM's token encoder
-    are, so that its checkpoint can fill them. The knowledge joins the over-arch's input and nothing else, as fixed
-    features (LUM section 4.3); without it a ranker is the plain model.
+    A subclass computes the interest from the history. `tables` are called like those of a LUM's token encoder, so that
+    a LUM's checkpoint can initialise them. The knowledge is only an input of the over-arch, as constant features (LUM
+    section 4.3); without it a ranker is the model of its paper.
 
-    token_l2: DIN's mini-batch aware regularisation (1706.06978 section 5.2): L2 of the tokens of a batch alone, each
-    divided by how often it occurs, so that what occurs often is held back less. The paper divides by counts over the
-    whole training part; those of the batch estimate them up to a factor that belongs to the weight. It acts as a
-    gradient at the looked-up rows, through whatever optimizer is fused into the tables' backward pass.
+    token_l2: the weight of DIN's mini-batch aware regularisation (1706.06978, section 5.2): L2 of the batch's tokens,
+    each divided by how often it occurs, so that frequent tokens are regularised less. The paper divides by counts over
+    the training data; those of the batch estimate them up to a factor, which the weight absorbs. The gradient reaches
+    the tables through the optimizer that is fused into their backward pass.
     """
 
-    reads: tuple[str, ...] = ()  # the fields of RankBatch that are None unless a ranker asks for them
+    reads: tuple[str, ...] = ()  # the optional fields of RankBatch that this ranker reads
 
     def __init__(
         self,
@@ -204,41 +199,38 @@ class Ranker(nn.Module, ABC):
         self.features = feature_order(tables)
         self.token_features = [*item_features, *feedback_features]
         self.row_features = list(row_features)
-        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        width = feature_widths(tables)
         self.item_dims = [width[f] for f in item_features]
         self.row_dims = [width[f] for f in row_features]
         self.feedback_dims = [width[f] for f in feedback_features]
         self.item_dim = sum(self.item_dims)
         self.token_dim = sum(width[f] for f in self.token_features)
-        self.row_dim = sum(self.row_dims)
         self.knowledge = knowledge
         self.num_statistics = num_statistics
-        in_dim = self.row_dim + self.item_dim + self.make_interest() + num_statistics
-        self.over_arch = make_mlp(
-            in_dim + (knowledge.num_features if knowledge else 0), hidden_dims, activation=activation, dropout=dropout
-        )
+        self.interest_dim = self.make_interest()
+        in_dim = sum(self.row_dims) + self.item_dim + self.interest_dim + num_statistics
+        in_dim += knowledge.num_features if knowledge else 0
+        self.over_arch = make_mlp(in_dim, hidden_dims, activation=activation, dropout=dropout)
 
     def input_columns(self) -> dict[str, int]:
-        """Widths of what the over-arch reads, in order: each feature by its name, "interest", "statistics" (all of
-        them behind each other), "knowledge"."""
+        """Width of each input of the over-arch, in order: every feature by name, interest, statistics, knowledge."""
         columns = dict(zip(self.row_features, self.row_dims, strict=True))
-        columns |= dict(zip(self.token_features, self.item_dims))  # item features come first there
-        known = sum(columns.values()) + self.num_statistics + (self.knowledge.num_features if self.knowledge else 0)
-        columns |= {"interest": self.over_arch[0].in_features - known, "statistics": self.num_statistics}
+        columns |= dict(zip(self.token_features, self.item_dims))  # only the item features: zip ends there
+        columns |= {"interest": self.interest_dim, "statistics": self.num_statistics}
         return columns | ({"knowledge": self.knowledge.num_features} if self.knowledge else {})
 
     @abstractmethod
     def make_interest(self) -> int:
-        """Makes the subclass's own modules, now that the widths are known, and returns the width of `interest`."""
+        """The width of `interest`; also creates the subclass's modules. Called once the widths of inputs are known."""
 
     @abstractmethod
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
-        """What the history says about the target, [B, X], and while training a loss of the ranker's own."""
+        """Features of the history for the target, [B, X], and in training the ranker's auxiliary loss, if any."""
 
     def forward(self, batch: RankBatch, *, with_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B], float32; with_loss: and what is added to the rows' mean cross-entropy while training (a scalar).
+        """Logits [B], float32; with_loss: and a scalar to add to the mean cross-entropy of the rows in training.
 
-        Raises ValueError for a batch made for other features, or without what this ranker reads.
+        Raises ValueError for a batch with other features or statistics, or without a field that this ranker reads.
         """
         missing = [name for name in self.reads if getattr(batch, name) is None]
         if missing:
@@ -263,11 +255,8 @@ class Ranker(nn.Module, ABC):
         return logit_B, loss
 
     def look_up(self, batch: RankBatch) -> Looked:
-        """One call of the tables for all tokens and rows of the batch."""
-        if batch.tokens.keys() != self.features:
-            raise ValueError(
-                f"the batch has the keys {batch.tokens.keys()}; these tables are called with {self.features}"
-            )
+        """The embeddings of all tokens and rows of the batch, from one call of the tables."""
+        check_keys(batch.tokens, self.features)
         if batch.dense_BF.shape[1] != self.num_statistics:
             raise ValueError(f"the batch has {batch.dense_BF.shape[1]} statistics; expected {self.num_statistics}")
         embedded = self.tables(batch.tokens).to_dict()
@@ -281,14 +270,14 @@ class Ranker(nn.Module, ABC):
 
 
 def token_penalty(token_UD: Tensor, batch: RankBatch) -> Tensor:
-    """Sum over the batch's tokens of their squared length, each divided by how often it occurs (DIN, equation 6)."""
+    """Sum over tokens of the squared length divided by how often the token occurs in the batch (DIN, eq. 6)."""
     occurring = torch.cat([batch.history_T, batch.target_B])
     count_U = torch.bincount(occurring, minlength=len(token_UD)).clamp(min=1)
     return (token_UD.square().sum(dim=1) / count_U).sum()
 
 
 def mean_history(token_UD: Tensor, batch: RankBatch) -> Tensor:
-    """Mean over each row's history of its tokens, [B, D]; 0 for an empty one."""
+    """Mean of the tokens of each row's history, [B, D]; 0 for an empty history."""
     return nn.functional.embedding_bag(
         batch.history_T, token_UD, batch.offsets_B1, mode="mean", include_last_offset=True
     )
@@ -297,7 +286,7 @@ def mean_history(token_UD: Tensor, batch: RankBatch) -> Tensor:
 def make_mlp(
     in_dim: int, hidden_dims: Sequence[int], *, activation: str, dropout: float, out_dim: int = 1
 ) -> nn.Sequential:
-    """Linear layers with an activation behind each but the last, which gives `out_dim` numbers (one logit)."""
+    """Linear layers, each but the last followed by an activation and dropout; the last has `out_dim` outputs."""
     layers: list[nn.Module] = []
     for hidden_dim in hidden_dims:
         layers += [nn.Linear(in_dim, hidden_dim), make_activation(activation, hidden_dim)]
@@ -308,16 +297,16 @@ def make_mlp(
 
 
 def make_activation(name: str, dim: int) -> nn.Module:
-    """ "relu", "prelu" (one slope) or "dice". Raises ValueError for another name."""
+    """The activation "relu", "prelu" (one slope) or "dice". Raises ValueError for another name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     return {"relu": nn.ReLU, "prelu": nn.PReLU}[name]() if name != "dice" else Dice(dim)
 
 
 class Dice(nn.Module):
-    """DIN's activation (1706.06978 section 5.3): x where it is high for its unit, alpha x where it is low.
+    """DIN's activation p x + (1 - p) alpha x (1706.06978, section 5.3), with a learned alpha for each unit.
 
-    p = sigmoid of x standardised over the batch (running moments in evaluation); p x + (1 - p) alpha x.
+    p is the sigmoid of x standardised over the batch, or with running moments in evaluation.
     """
 
     def __init__(self, dim: int) -> None:
@@ -326,7 +315,7 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        """The activated units, same shape [X, D]; with fewer than 2 entries while training, by the running moments."""
+        """The activated units [X, D]. A training batch with fewer than 2 entries uses the running moments."""
         if self.training and len(x_XD) < 2:
             moments = self.standardise
             assert moments.running_mean is not None and moments.running_var is not None

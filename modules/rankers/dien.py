@@ -1,6 +1,10 @@
-"""Deep Interest Evolution Network: how the interest in the target came about (Zhou et al., 1809.03672).
+"""Deep Interest Evolution Network: the evolution of the interest in the target (Zhou et al., 1809.03672).
 
 Shape suffixes: see rankers/base.py and kernels/recurrence.py.
+
+Two rows, with histories of two and no events::
+
+    history_T   0 1 | (none)        target_B   2 3
 
 >>> from lumrec.modules.rankers.base import RankBatch, RankRow
 >>> from lumrec.modules.tokens import make_tables
@@ -26,13 +30,12 @@ from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
 class Dien(Ranker):
     """DIEN: a GRU extracts interests from the history, attention weighs them by the target, an AUGRU follows them.
 
-    auxiliary_weight: of the auxiliary loss (section 4.2), by which the state behind an event tells the next item from a
-    sampled one; 0: none. States have the width of an item, as in the paper, so that their product is defined.
+    auxiliary_weight: of the auxiliary loss (section 4.2), which trains the state after an event to distinguish the next
+    item from a sampled one; 0: none. States have the width of an item, as in the paper, for the dot product with items.
 
-    Where we differ from the paper: histories hold what was shown with the feedback that it got, not clicks alone, so
-    the next item is the next one shown; negatives are items of the batch's histories (as frequent as they are shown)
-    other than the next one; the loss is a mean over pairs, not a sum over a history (as in the authors' code); beside
-    the last state stands its product with the target.
+    Differences from the paper: histories hold items shown, with their feedback, not only clicks, so the next item is
+    the next one shown; negatives are other items from the batch's histories; the loss is a mean over pairs, as in the
+    authors' code, not a sum over a history; the interest also has the product of the last state with the target.
     """
 
     reads = ("item_U",)
@@ -51,7 +54,7 @@ class Dien(Ranker):
         return 2 * width
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
-        """The AUGRU's state behind the last event (0 without any) and its product with the target: [B, 2I]."""
+        """The AUGRU's state after the last event (0 without events) and its product with the target: [B, 2I]."""
         history_T, offsets_B1 = batch.history_T, batch.offsets_B1
         state_TH = recurrence(self.extractor_input(looked.token_UD), history_T, self.extractor_weight_GH, offsets_B1)
         row_T = row_of_event(offsets_B1, len(history_T))
@@ -71,7 +74,7 @@ class Dien(Ranker):
         return Interest(torch.cat([last_BH, last_BH * looked.target_BI], dim=1), loss)
 
     def auxiliary_loss(self, state_TH: Tensor, token_UD: Tensor, batch: RankBatch) -> Tensor:
-        """Mean over pairs of -log σ(h_t · e_{t+1}) - log(1 - σ(h_t · e_negative)) (equation 2); 0 without pairs."""
+        """Mean over pairs of -log σ(h_t · e_{t+1}) - log(1 - σ(h_t · e_negative)) (eq. 2); 0 without pairs."""
         assert batch.item_U is not None
         history_T = batch.history_T
         has_next_T = torch.ones_like(history_T, dtype=torch.bool)

@@ -1,6 +1,10 @@
-"""Deep Interest Network: the history weighted by its relevance to the target (Zhou et al., 1706.06978).
+"""Deep Interest Network: events weighted by their relevance to the target (Zhou et al., 1706.06978).
 
 Shape suffixes: see rankers/base.py; H hidden units of the activation unit.
+
+Two rows, with histories of two and no events::
+
+    history_T   0 1 | (none)        target_B   2 3
 
 >>> from lumrec.modules.rankers.base import RankBatch, RankRow
 >>> from lumrec.modules.tokens import make_tables
@@ -19,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.kernels.activation_unit import activation_unit
-from lumrec.modules.kernels.jagged import segment_softmax
+from lumrec.modules.kernels.jagged import row_of_event, segment_softmax
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, make_activation
 
 
 class Din(Ranker):
-    """DIN: interest = sum over the history of a(h, t) h, without softmax, so that its length says how strong it is.
+    """DIN: interest = sum over the history of a(h, t) h, without softmax, so that its length shows its strength.
 
-    activation_dim: hidden units of the local activation unit (36 in the paper's figure 2). softmax: weights that sum to
-    1 instead (what the paper advises against). activation: of the activation unit and of the over-arch.
+    activation_dim: hidden units of the local activation unit (36 in the paper's figure 2). softmax: normalise the
+    weights, which the paper advises against. activation: of the activation unit and of the over-arch.
 
-    Where we differ from the paper: a token of the history has the feedback it got, which a target has not;
-    regularisation by mini-batch is Ranker's `token_l2`; the activation unit sees h and t, their product and their
-    difference (as the authors' code does), where the paper's text has an outer product.
+    Differences from the paper: a token of the history includes its feedback, which a target does not have; mini-batch
+    aware regularisation is Ranker's `token_l2`; the activation unit reads h, t, their product and their difference, as
+    in the authors' code, instead of the outer product in the paper's text.
     """
 
     def __init__(
@@ -53,16 +57,16 @@ class Din(Ranker):
 class LocalActivation(nn.Module):
     """DIN's activation unit and weighted sum over jagged histories: sum_l a(h_l, t) h_l.
 
-    The unit's first layer reads [h; t; h*t; h-t], which is linear in h once the target is known::
+    The unit's first layer reads [h; t; h*t; h-t], which is linear in h for a given target::
 
         W_h h + W_t t + W_p (h*t) + W_d (h-t)  =  (W_h + W_d + W_p diag(t)) h  +  (W_t - W_d) t
                                                    token     product             target
 
-    so that `token`, `product` and `target` hold all that four matrices could say, and the layer is one small matrix per
-    row times the row's history. h*t is taken over item features alone: a target has no feedback to multiply.
+    so `token`, `product` and `target` are equivalent to the four matrices, and the layer is one small matrix per row
+    times the row's history. h*t has only item features, since a target has no feedback.
 
-    ReLU and PReLU go through kernels/activation_unit.py. `plain` is its twin in tests; Dice (whose moments are over all
-    events) and softmax use it.
+    ReLU and PReLU use kernels/activation_unit.py. `plain` is its plain twin; Dice (whose moments are over all events)
+    and softmax use it.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class LocalActivation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
-        """Weighted sum of each row's history, [B, D]; 0 for an empty one (meaning of the inputs: RankBatch)."""
+        """The weighted sum of each row's history, [B, D]; 0 for an empty one. Inputs: see RankBatch."""
         if self.softmax or not isinstance(self.activation, (nn.PReLU, nn.ReLU)):
             return self.plain(token_UD, target_BI, history_T, offsets_B1)
         slope = self.activation.weight if isinstance(self.activation, nn.PReLU) else token_UD.new_zeros(1)
@@ -97,8 +101,8 @@ class LocalActivation(nn.Module):
         )
 
     def plain(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
-        """The same as `forward`, without chunks: what it is tested against."""
-        row_T = torch.repeat_interleave(offsets_B1.diff(), output_size=len(history_T))
+        """The same as `forward`, without chunks: the reference in tests."""
+        row_T = row_of_event(offsets_B1, len(history_T))
         hidden_TH = F.embedding(history_T, token_UD @ self.token_HD.t()) + F.embedding(row_T, self.target(target_BI))
         item_TI = F.embedding(history_T, token_UD[:, : self.item_dim])
         hidden_TH = hidden_TH + (item_TI * F.embedding(row_T, target_BI)) @ self.product_HI.t()

@@ -1,6 +1,10 @@
 """The online DLRM of the LUM paper: Embedding + MLP over user, context, target item and pooled history.
 
-Shape suffixes: see rankers/base.py.
+Shape suffixes: see rankers/base.py; P pairs of fields, N fields, C their width.
+
+Two rows, with histories of two and no events::
+
+    history_T   0 1 | (none)        target_B   2 3
 
 >>> from lumrec.modules.rankers.base import RankBatch, RankRow
 >>> from lumrec.modules.tokens import make_tables
@@ -21,13 +25,13 @@ from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, mea
 class Dlrm(Ranker):
     """Embedding + MLP with the mean of the history and its interaction with the target.
 
-    The history is pooled whatever the target is (DIN's base model, 1706.06978 section 4.2); beside it stand its
-    product with the target, unit by unit, and their dot product (the interactions of DLRM, 1906.00091). An empty
-    history is 0 in all of them.
+    The pooling of the history does not depend on the target (DIN's base model, 1706.06978, section 4.2). The interest
+    is the mean, its elementwise product with the target, and their dot product (the interactions of DLRM, 1906.00091);
+    all are 0 for an empty history.
 
-    cross_dim: width to which each field is projected whose dot products with all others are cross features (DLRM, where
-    all tables have one width and need no projection). Fields: the features of the row, those of the target item, the
-    mean history, and the dense statistics through a linear layer (DLRM has an MLP there). 0: no cross features.
+    cross_dim: adds the dot products of every two fields, as in DLRM, where each field is projected to this width (in
+    DLRM all tables have one width, and no projection is needed). Fields are the features of the row, those of the
+    target item, the mean history, and the statistics through a linear layer (in DLRM an MLP). 0: no cross features.
     """
 
     pairs_P: Tensor
@@ -40,19 +44,15 @@ class Dlrm(Ranker):
         width = self.token_dim + self.item_dim + 1
         if not self._cross_dim:
             return width
-        dims = [
-            *self.row_dims,
-            *self.item_dims,
-            self.token_dim,
-            *([self.num_statistics] if self.num_statistics else []),
-        ]
+        dims = [*self.row_dims, *self.item_dims, self.token_dim]
+        dims += [self.num_statistics] if self.num_statistics else []
         self.field_projections = nn.ModuleList(nn.Linear(dim, self._cross_dim) for dim in dims)
         pairs_2P = torch.triu_indices(len(dims), len(dims), offset=1)
         self.register_buffer("pairs_P", pairs_2P[0] * len(dims) + pairs_2P[1], persistent=False)
         return width + pairs_2P.shape[1]
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
-        """Mean history, its product with the target, their dot product, cross features: [B, D + I + 1 + pairs]."""
+        """The mean history, its product with the target, their dot product, cross features: [B, D + I + 1 + P]."""
         mean_BD = mean_history(looked.token_UD, batch)
         product_BI = mean_BD[:, : self.item_dim] * looked.target_BI
         x = [mean_BD, product_BI, product_BI.sum(dim=1, keepdim=True)]
@@ -61,7 +61,7 @@ class Dlrm(Ranker):
         return Interest(torch.cat(x, dim=1))
 
     def cross_features(self, looked: Looked, mean_BD: Tensor, dense_BF: Tensor) -> Tensor:
-        """Dot product of every two fields, [B, pairs]."""
+        """The dot product of every two fields, [B, P]."""
         fields = [*looked.row_BR.split(self.row_dims, dim=1), *looked.target_BI.split(self.item_dims, dim=1), mean_BD]
         if self.num_statistics:
             fields.append(dense_BF)

@@ -1,7 +1,16 @@
-"""Search in long histories, and attention of several heads over what was found (SIM, 2006.05639; TWIN, 2302.02352).
+"""Search in long histories, and multi-head attention over the events found (SIM, 2006.05639; TWIN, 2302.02352).
 
-Shape suffixes: see kernels/jagged.py; S events found for a row, H heads, K width of a head, X = K·H (head last), V
-width of a value.
+Shape suffixes: see kernels/jagged.py; S events found for a row, H heads, K width of a head, X = K·H (head last).
+
+Two rows with 4 and 1 events; the categories of the tokens are 0 or 1, and both targets have category 1::
+
+    history_T    0 1 2 1 | 0        offsets_B1  0 4 5        category_U  0 1 1
+    places       0 1 2 3 | 4        found       2 3 | none (5 is padding)
+
+>>> history_T, offsets_B1 = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 4, 5])
+>>> hard_search(torch.tensor([0, 1, 1]), torch.tensor([1, 2]), history_T, offsets_B1, num=2)
+tensor([[2, 3],
+        [5, 5]])
 """
 
 from collections.abc import Callable
@@ -12,16 +21,19 @@ from torch.nn import functional as F
 
 from lumrec.modules.kernels.jagged import row_chunks, row_of_event
 
-NUM_BUCKETS = 32  # of log_bucket: seconds up to 136 years
+NUM_BUCKETS = 32  # of log_bucket: covers 136 years in seconds
 
 
 def hard_search(category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets_B1: Tensor, num: int) -> Tensor:
-    """Places of each row's latest `num` events of its target's category, [B, S], in order, behind padding (T)."""
+    """Places of each row's latest `num` events of its target's category, int64 [B, S], oldest first after padding (T).
+
+    category_U: int64, of each token. target_B: int64, the token of each target (SIM section 3.2, hard search).
+    """
     num_events, num_rows = len(history_T), len(target_B)
     row_T = row_of_event(offsets_B1, num_events)
     is_same_T = category_U[history_T] == category_U[target_B][row_T]
     seen_T1 = F.pad(is_same_T.cumsum(0), (1, 0))
-    later_T = seen_T1[offsets_B1[1:]][row_T] - seen_T1[1:]  # events of the category behind this one
+    later_T = seen_T1[offsets_B1[1:]][row_T] - seen_T1[1:]  # later events of the category
     place_N = (is_same_T & (later_T < num)).nonzero().squeeze(1)
     width = int(later_T[place_N].max()) + 1 if len(place_N) else 0
     place_BS = history_T.new_full((num_rows, width), num_events)
@@ -33,10 +45,10 @@ def hard_search(category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets
 def top_search(
     score: Callable[[Tensor, Tensor], Tensor], offsets_B1: Tensor, *, num_events: int, event_bytes: int, num: int
 ) -> Tensor:
-    """Places of each row's `num` events of the highest score, [B, S], padded with T; of equals the later ones.
+    """Places of each row's `num` events with the highest score, int64 [B, S], padded with T; ties go to later events.
 
-    score: (rows [R], places [R, L], padded with T) → scores [R, L]; called for chunks of rows, so that memory does not
-    grow with the batch's events times their width. What it gives for padding is not read. No gradient flows through it.
+    score: (rows [R], places [R, L] padded with T) → scores [R, L]; those of padding are not read. It is called for
+    chunks of rows, which bounds the memory. event_bytes: what it gathers for one event. No gradient flows through it.
     """
     num_rows = len(offsets_B1) - 1
     longest = int(offsets_B1.diff().max()) if num_rows else 0
@@ -56,7 +68,7 @@ def top_search(
 def plain_hard_search(
     category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets_B1: Tensor, num: int
 ) -> list[list[int]]:
-    """The places that `hard_search` finds, row by row: what it is tested against."""
+    """The places that `hard_search` finds, row by row in plain Python: the reference in tests."""
     found = []
     for target, start, end in zip(target_B.tolist(), offsets_B1[:-1].tolist(), offsets_B1[1:].tolist()):
         same = [t for t in range(start, end) if category_U[history_T[t]] == category_U[target]]
@@ -65,7 +77,7 @@ def plain_hard_search(
 
 
 def plain_top_search(score_T: Tensor, offsets_B1: Tensor, num: int) -> list[list[int]]:
-    """The places that `top_search` finds by the score of each event, row by row."""
+    """The places that `top_search` finds for a score of each event, row by row: the reference in tests."""
     return [
         sorted(sorted(range(start, end), key=lambda t: (float(score_T[t]), t))[-num:])
         for start, end in zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist())
@@ -73,12 +85,12 @@ def plain_top_search(score_T: Tensor, offsets_B1: Tensor, num: int) -> list[list
 
 
 def padded(values_T: Tensor, fill: float) -> Tensor:
-    """The values of all events, and behind them, where a place of padding points, `fill`: [T + 1]."""
+    """The values of all events followed by `fill`, which the places of padding read: [T + 1]."""
     return F.pad(values_T, (0, 1), value=fill)
 
 
 def log_bucket(x: Tensor) -> Tensor:
-    """floor(log2(1 + x)) for x >= 0, at most NUM_BUCKETS - 1; NUM_BUCKETS for a negative x (padding): int64.
+    """floor(log2(1 + x)), int64, at most NUM_BUCKETS - 1; NUM_BUCKETS for a negative x (padding).
 
     >>> log_bucket(torch.tensor([-1.0, 0.0, 1.0, 3.0, 1e30])).tolist()
     [32, 0, 1, 2, 31]
@@ -88,7 +100,7 @@ def log_bucket(x: Tensor) -> Tensor:
 
 
 def sum_by_bucket(weight_BHS: Tensor, bucket_BS: Tensor) -> Tensor:
-    """Sum of each head's weights of the events of each bucket, [B, H, NUM_BUCKETS]; padding's are left out."""
+    """The sum of each head's weights by the bucket of the event, [B, H, NUM_BUCKETS]; padding is left out."""
     sum_BHN = weight_BHS.new_zeros(*weight_BHS.shape[:2], NUM_BUCKETS + 1)
     return sum_BHN.scatter_add(2, bucket_BS[:, None].expand_as(weight_BHS), weight_BHS)[:, :, :NUM_BUCKETS]
 
@@ -96,12 +108,12 @@ def sum_by_bucket(weight_BHS: Tensor, bucket_BS: Tensor) -> Tensor:
 def head_logits(query_BX: Tensor, key_BSX: Tensor, num_heads: int) -> Tensor:
     """q · k / sqrt(K) of each head, [B, S, H]."""
     query_BKH = query_BX.view(len(query_BX), -1, num_heads)
-    # A head's query beside zeros, so that one product serves all heads without a change of the keys' order.
+    # A block-diagonal query serves all heads in one product, without a reordering of the keys.
     query_BXH = torch.diag_embed(query_BKH * query_BKH.shape[1] ** -0.5).flatten(1, 2)
     return torch.bmm(key_BSX, query_BXH)
 
 
 def masked_softmax(logit_BSH: Tensor, is_event_BS: Tensor) -> Tensor:
-    """Softmax over each row's events, 0 elsewhere; rows without events are 0."""
+    """Softmax over each row's events, [B, S, H]; 0 for padding and in rows without events."""
     weight_BSH = logit_BSH.masked_fill(~is_event_BS[:, :, None], -1e30).softmax(dim=1)
     return weight_BSH * is_event_BS[:, :, None]

@@ -1,6 +1,10 @@
-"""Search-based Interest Model: attention over the events of a long history that a search finds (Pi et al., 2006.05639).
+"""Search-based Interest Model: attention over the events that a search finds in a long history (Pi et al., 2006.05639).
 
-Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P places, T + 1 with padding's.
+Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P = T + 1 places, with padding's.
+
+Two rows, with histories of two and no events::
+
+    history_T   0 1 | (none)        target_B   2 3
 
 >>> from lumrec.modules.rankers.base import RankBatch, RankRow
 >>> from lumrec.modules.tokens import make_tables
@@ -35,17 +39,19 @@ GAP_DIM = 8
 
 
 class Sim(Ranker):
-    """SIM: a general search unit finds what concerns the target, an exact one attends to it.
+    """SIM: a general search unit finds the events that are relevant to the target, and an exact unit attends to them.
 
-    search: "hard" finds the latest events of the target's category, "soft" those of the highest inner product of
-    projected embeddings. num_searched: events found at most. num_heads, head_dim: of the exact unit, whose keys and
-    values are the events with their time gaps to the row (equation 5). num_recent: latest events that a short-term
-    interest is made of as well. auxiliary_weight: of the soft search's own task (equation 2), which trains it.
+    search: "hard" finds the latest events of the target's category, "soft" those with the highest inner product of
+    projected embeddings. num_searched: the most events that a search finds. num_heads, head_dim: of the exact unit,
+    whose keys and values are the events with their time gaps to the row (eq. 5). num_recent: how many of the latest
+    events form the short-term interest. auxiliary_weight: of the auxiliary task (eq. 2), which trains the soft search.
 
-    Where we differ from the paper: the short-term interest is DIN's, not DIEN's; the search is exact, in the batch, not
-    by an index; the soft search's task reads a window of num_searched events that begins anywhere in the history (the
-    paper samples too). Projections of target and event begin equal over item features, so that what is found at first
-    is what shares features with the target: a random search finds next to nothing in a long history to learn from.
+    Differences from the paper: the short-term interest is DIN's, not DIEN's; the search is exact within the batch, not
+    by an index; the auxiliary task reads a random window of num_searched events (the paper also samples). The
+    projections of target and event are initialised equal for item features, so that the first searches find events
+    that share features with the target: a random search finds little to learn from in a long history.
+
+    Raises ValueError for an unknown search, and for numbers of events or a weight out of range.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class Sim(Ranker):
             raise ValueError(f"{num_searched} events searched and {num_recent} recent; expected at least 1 and 0")
         if search == "soft" and auxiliary_weight <= 0:
             raise ValueError(
-                f"auxiliary_weight is {auxiliary_weight}; expected more than 0: else a soft search learns nothing"
+                f"auxiliary_weight is {auxiliary_weight}; expected more than 0: otherwise a soft search learns nothing"
             )
         self._search, self._num_searched, self._num_recent = search, num_searched, num_recent
         self._num_heads, self._head_dim, self._auxiliary_weight = num_heads, head_dim, auxiliary_weight
@@ -91,7 +97,7 @@ class Sim(Ranker):
         return self.token_dim + self.item_dim + self._num_heads * (self.token_dim + GAP_DIM)
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
-        """Short-term interest, its product with the target, long-term interest: [B, D + I + H (D + G)]."""
+        """The short-term interest, its product with the target, the long-term interest: [B, D + I + H (D + G)]."""
         token_UD, target_BI = looked.token_UD, looked.target_BI
         recent_BD = self.recent(token_UD, target_BI, *latest(batch.history_T, batch.offsets_B1, self._num_recent))
         long_BX = self.exact(looked, batch, self.search(looked, batch))
@@ -102,16 +108,13 @@ class Sim(Ranker):
         return Interest(torch.cat([recent_BD, product_BI, long_BX], dim=1), loss)
 
     def search(self, looked: Looked, batch: RankBatch) -> Tensor:
-        """Places in the batch's history of what concerns each row's target, [B, S], padded with T."""
+        """Places of the events that are relevant to each row's target, int64 [B, S], padded with T."""
         if self._search == "hard":
             assert batch.category_U is not None
             return hard_search(batch.category_U, batch.target_B, batch.history_T, batch.offsets_B1, self._num_searched)
         with torch.no_grad():
-            key_UK, query_BK = (
-                F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1)),
-                self.search_query(looked.target_BI),
-            )
-
+            key_UK = F.pad(self.search_key(looked.token_UD), (0, 0, 0, 1))
+            query_BK = self.search_query(looked.target_BI)
         index_P = padded(batch.history_T, batch.num_tokens)
 
         def score(rows: Tensor, place_RL: Tensor) -> Tensor:
@@ -127,12 +130,12 @@ class Sim(Ranker):
         )
 
     def exact(self, looked: Looked, batch: RankBatch, place_BS: Tensor) -> Tensor:
-        """Each head's weighted sum of the events at the places, [B, H (D + G)] (equations 5 and 6)."""
+        """Each head's weighted sum of the events at the places, [B, H (D + G)] (eq. 5 and 6)."""
         assert batch.age_T is not None
         index_BS = padded(batch.history_T, batch.num_tokens)[place_BS]
         event_BSD = lookup(F.pad(looked.token_UD, (0, 0, 0, 1)), index_BS)
         gap_BSG = lookup(F.pad(self.gap_NG, (0, 0, 0, 1)), log_bucket(padded(batch.age_T, -1)[place_BS]))
-        # q · (W z) = (q W) · z: a matrix of each row instead of a key of each event.
+        # q · (W z) = (q W) · z: one matrix per row instead of one key per event.
         query_BKH = self.query(looked.target_BI).view(len(batch), -1, self._num_heads)
         key_KHX = self.key.weight.view(*query_BKH.shape[1:], -1) * self._head_dim**-0.5
         event_BDH, gap_BGH = torch.einsum("bkh,khx->bxh", query_BKH, key_KHX).split([self.token_dim, GAP_DIM], dim=1)
@@ -141,7 +144,7 @@ class Sim(Ranker):
         return torch.cat([torch.bmm(weight_BHS, event_BSD), torch.bmm(weight_BHS, gap_BSG)], dim=2).flatten(1)
 
     def search_loss(self, looked: Looked, batch: RankBatch) -> Tensor:
-        """Cross-entropy of the labels by what the soft search's own scores weigh, mean over rows (equation 2)."""
+        """The auxiliary task: mean cross-entropy of labels predicted from events weighted by search scores (eq. 2)."""
         length_B = batch.offsets_B1.diff()
         room_B = (length_B - self._num_searched).clamp(min=0)
         first_B1 = (torch.rand(len(batch), 1, device=room_B.device) * (room_B[:, None] + 1)).long()
@@ -165,7 +168,7 @@ class Sim(Ranker):
 
 @torch.no_grad()
 def _begin_alike(query: nn.Linear, key: nn.Linear) -> None:
-    """Gives both the same orthogonal projection of item features, and the key none of what a target lacks."""
+    """Gives both the same orthogonal projection of item features, and the key zeros for all others."""
     nn.init.orthogonal_(query.weight)
     key.weight.zero_()
     key.weight[:, : query.in_features] = query.weight

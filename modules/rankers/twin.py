@@ -1,6 +1,11 @@
-"""TWIN: one target attention, first to search a long history, then to sum what was found (Chang et al., 2302.02352).
+"""TWIN: one target attention both searches a long history and sums the events found (Chang et al., 2302.02352).
 
-Shape suffixes: see rankers/base.py and rankers/search.py; J cross features; P places, T + 1 with padding's.
+Shape suffixes: see rankers/base.py and rankers/search.py; J cross features, N buckets, V = X width of values;
+P = T + 1 places, with padding's.
+
+Two rows, with histories of two and no events::
+
+    history_T   0 1 | (none)        target_B   2 3
 
 >>> from lumrec.modules.rankers.base import RankBatch, RankRow
 >>> from lumrec.modules.tokens import make_tables
@@ -32,9 +37,11 @@ from lumrec.modules.rankers.search import (
 
 
 class Read(NamedTuple):
-    """What search and sum read. query_BX: of each row. key_UX, bias_UH: [U + 1, …], of each token, the bias by its
-    feedback. age_NH, count_NH: [NUM_BUCKETS + 1, H], bias by each bucket. index_P, age_P, count_P: int64, the token at
-    each place and the buckets of its time gap and of its category's count; at padding's place U and NUM_BUCKETS.
+    """The inputs of search and sum.
+
+    query_BX: of each row. key_UX, bias_UH: of each token (the bias of its feedback), then zeros for padding.
+    age_NH, count_NH: the bias of each bucket, then zeros for padding. index_P: int64, the token at each place, U for
+    padding. age_P, count_P: int64, the buckets of its time gap and of its category's count, NUM_BUCKETS for padding.
     """
 
     query_BX: Tensor
@@ -48,20 +55,22 @@ class Read(NamedTuple):
 
 
 class Twin(Ranker):
-    """TWIN: the relevance by which events are searched is the very attention by which they are summed.
+    """TWIN: events are searched by the same attention by which they are summed.
 
-    An event's inherent features (its item's) make its key, which is computed once for all its occurrences in a batch.
-    What depends on the user as well (cross features: feedback given, time gap to the row, how many events of its
-    category the user had had by then) is compressed into one number for each and becomes a bias of each head::
+    An event's key comes from its inherent features (those of its item), and is computed once for all occurrences in a
+    batch. Features that also depend on the user (cross features: feedback, time gap to the row, how many events of the
+    same category the user had before) are each compressed into one number, which becomes a bias of each head::
 
-        logit_h = q_h · k_h / sqrt(K) + sum_j beta_hj c_j            (equation 4)
+        logit_h = q_h · k_h / sqrt(K) + sum_j beta_hj c_j            (eq. 4)
 
-    num_searched: events found at most, those with the largest share of the attention over the whole history, summed
-    over heads (the paper speaks of one head's logit there). num_heads, head_dim: of the attention. The values are
-    projected from inherent and cross features.
+    num_searched: how many events are found at most: those with the largest attention over the whole history, summed
+    over heads (the paper uses the logit of one head). num_heads, head_dim: of the attention. Values are projected from
+    inherent and cross features.
 
-    Where we differ from the paper: the cross features are those that a log has anywhere; keys are computed for each
-    batch, not kept in a cache that is refreshed, so that no search reads old parameters.
+    Differences from the paper: the cross features are those that every log has; keys are computed for each batch
+    instead of cached, so that a search never reads old parameters.
+
+    Raises ValueError if num_searched is less than 1.
     """
 
     reads = ("age_T", "category_count_T")
@@ -80,7 +89,7 @@ class Twin(Ranker):
         self.key = nn.Linear(self.item_dim, width, bias=False)
         self.value = nn.Linear(self.token_dim, width, bias=False)
         self.compress = nn.ModuleList(nn.Linear(dim, 1, bias=False) for dim in self.feedback_dims)
-        # A bucket's embedding times its weight is a number, so that is what is learned.
+        # A bucket's embedding times its weight is one number, so this number is the parameter.
         self.age_N = nn.Parameter(torch.randn(NUM_BUCKETS) * 0.1)
         self.count_N = nn.Parameter(torch.randn(NUM_BUCKETS) * 0.1)
         num_cross = len(self.feedback_dims) + 2
@@ -92,12 +101,12 @@ class Twin(Ranker):
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The attention's output, [B, H K]."""
-        # The search reads what the sum reads, without its gradient.
+        # Search and sum read the same inputs; the search has no gradient.
         read = self.project(looked, batch)
         place_BS = self.search(read, batch)
         weight_BHS = self.attention(read, place_BS).transpose(1, 2)
         value_UV = F.pad(self.value(looked.token_UD), (0, 0, 0, 1))
-        # Each head's sum over all of V, of which its own part is taken: one product, and no weighted value of an event.
+        # One product sums all of V for each head, and the diagonal takes the head's part: no weighted copy of values.
         sum_BHV = torch.bmm(weight_BHS, lookup(value_UV, read.index_P[place_BS]))
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.age_P[place_BS]) @ self.age_value_NV
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.count_P[place_BS]) @ self.count_value_NV
@@ -105,7 +114,7 @@ class Twin(Ranker):
         return Interest(self.output(own_BKH.flatten(1)))
 
     def project(self, looked: Looked, batch: RankBatch) -> Read:
-        """Once for all occurrences in the batch what search and sum read."""
+        """The inputs of search and sum, computed once for all occurrences of a token in the batch."""
         assert batch.age_T is not None and batch.category_count_T is not None
         key_UX = F.pad(self.key(looked.token_UD[:, : self.item_dim]), (0, 0, 0, 1))
         bias_UH = looked.token_UD.new_zeros(len(looked.token_UD), self._num_heads)
@@ -125,7 +134,7 @@ class Twin(Ranker):
         )
 
     def attention(self, read: Read, place_RL: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Weight of each head on the events at the places, [R, L, H]: of all rows, or of `rows`."""
+        """The weight of each head for the events at the places, [R, L, H]. rows: int64; None: all rows."""
         index_RL = read.index_P[place_RL]
         query_RX = read.query_BX if rows is None else read.query_BX[rows]
         logit_RLH = head_logits(query_RX, lookup(read.key_UX, index_RL), self._num_heads)
@@ -135,7 +144,7 @@ class Twin(Ranker):
         return masked_softmax(logit_RLH, place_RL < len(read.index_P) - 1)
 
     def search(self, read: Read, batch: RankBatch) -> Tensor:
-        """Places in the batch's history with the largest share of the attention, [B, S], padded with T."""
+        """Places of the events with the largest attention, int64 [B, S], padded with T."""
         return top_search(
             lambda rows, place_RL: self.attention(read, place_RL, rows).sum(dim=2),
             batch.offsets_B1,

@@ -1,1 +1,1 @@
-"""Retrievers: a vector for each user and each item; the items nearest to a user are the candidates of the rankers."""
+"""Retrievers: vectors of users and items; the items nearest to a user become the candidates of the rankers."""

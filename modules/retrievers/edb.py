@@ -1,10 +1,10 @@
-"""Embedding-based retrieval with two towers (EDB: Huang et al., 2006.11632), without or with a LUM's knowledge.
+"""Embedding-based retrieval with two towers (EDB: Huang et al., 2006.11632), with or without a LUM's knowledge.
 
-Shape suffixes: B users (rows), C candidate items, T history events of all rows behind each other, U unique tokens,
-D width of a token (its item and feedback features), I width of its item features, N conditions asked, W width of the
-LUM, K folds (LUMs), F features given to a tower, V width of the vectors, X rows of anything.
+Shape suffixes: B users (rows), C candidate items, T history events of all rows, concatenated; U unique tokens, D width
+of a token (its item and feedback features), I width of its item features, N conditions, W width of the LUM, K folds
+(LUMs), F features for a tower, V width of the vectors, X any.
 
-Two users with histories of 2 and 1 events, and the catalogue's three items as candidates::
+Two users with histories of 2 and 1 events, and three items of the catalogue as candidates::
 
     bag          0 … 2 items      3 4 rows
     history_T    0 2 | 1          offsets_B1   0 2 3          candidate_C   0 1 2
@@ -31,30 +31,31 @@ from torch.nn import functional as F
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lumrec.modules.kernels.jagged import segment_softmax
+from lumrec.modules.kernels.jagged import row_of_event, segment_softmax
 from lumrec.modules.knowledge import MaskedStandardise, fold_weights, project_by_fold
 from lumrec.modules.large_user_model import SIMILARITIES
-from lumrec.modules.rankers.base import make_mlp, moved
-from lumrec.modules.tokens import feature_order
+from lumrec.modules.layout import moved
+from lumrec.modules.rankers.base import make_mlp
+from lumrec.modules.tokens import check_keys, feature_order, feature_widths
 
 POOLINGS = ("mean", "attention")
 
 
 @dataclass
 class TowerBatch:
-    """B users at a moment, C candidate items, and which of them is right for each user; either may be missing.
+    """B users, C candidate items, and the right candidate of each user; users or candidates may be missing.
 
-    Tokens are looked up as for a ranker (RankBatch): each that occurs in the batch is one bag of the tables, history
-    and candidates are indices into them, and the rows' own features stand behind::
+    Tokens are looked up as for a ranker (RankBatch): history and candidates are indices of tokens, and the bags of the
+    rows' features follow::
 
         bag       0 … U-1                     U … U+B-1
         is        unique token                row
         features  item (+ feedback)           user, context, conditions of the request
 
-    candidate_C, history_T: int64. offsets_B1: int64 [B + 1]. candidate_item_C: int64, catalogue items.
-    positive_B: int64, place of each row's item in candidate_C. log_weight_C, log_positive_weight_B: see info_nce.
-    o_BNW, present_BN, fold_B: a LUM's answers with the history before each row, as in KnowledgeBatch.
-    e_CKW: the candidates as each of the K LUMs sees them. All four are None without knowledge.
+    candidate_C, history_T, offsets_B1: int64. candidate_item_C: int64, the catalogue index of each candidate.
+    positive_B: int64, the index of each row's item in candidate_C. log_weight_C, log_positive_weight_B: see info_nce.
+    o_BNW, present_BN, fold_B: a LUM's answers, as in KnowledgeBatch. e_CKW: the candidates as embedded by each of the K
+    LUMs. All four are None without knowledge.
     """
 
     tokens: KeyedJaggedTensor
@@ -80,7 +81,7 @@ class TowerBatch:
 
 
 class TwoTower(nn.Module):
-    """e_us = MLP(user, context, request; pooled history; answers o),  e_i = MLP(item; e): LUM sections 3 and 4.3. ::
+    """Vectors e_us = MLP(user, context, request; pooled history; o), e_i = MLP(item; e) (LUM sections 3 and 4.3)::
 
         user, context, request ──┐
         history ── pooling ──────┼── MLP ── o_BV ─┐
@@ -88,15 +89,15 @@ class TwoTower(nn.Module):
         item features ───────────┬── MLP ── e_CV ─┘
         LUM: e_CKW ── all folds ─┘
 
-    An item's vector depends on the item alone, so that the catalogue can stand in an index. Both sides come out scaled:
-    their dot product is the similarity, "cosine" (over temperature) or "dot".
+    An item's vector depends only on the item, so the catalogue can be indexed. Both vectors are scaled: their dot
+    product is the similarity, "cosine" (divided by `temperature`) or "dot".
 
-    pooling: "mean", or "attention": weights a(token) + b(distance from the row), softmax over the history, both
-    learned. max_history: the longest history, for b. hidden_dims: of both towers.
-    knowledge: None, or (num_conditions, width of the LUM, num_folds); knowledge_dim: to which answers are projected.
-    knowledge_dropout: share of rows whose answers are withheld while training, as in KnowledgeFusion.
+    pooling: "mean", or "attention": softmax over the history of a(token) + b(distance from the row), both learned.
+    max_history: the longest history, for b. hidden_dims: of both towers.
+    knowledge: None, or (num_conditions, width of the LUM, num_folds). knowledge_dim: the width to which answers are
+    projected. knowledge_dropout: the share of rows whose answers are withheld in training, as in KnowledgeFusion.
 
-    Raises ValueError for an unknown similarity or pooling, and a temperature that is not above 0.
+    Raises ValueError for an unknown similarity or pooling, and a temperature that is not positive.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class TwoTower(nn.Module):
         self.features = feature_order(tables)
         self.token_features, self.row_features = [*item_features, *feedback_features], list(row_features)
         self.similarity, self.temperature, self.pooling = similarity, temperature, pooling
-        width = {f: config.embedding_dim for config in tables.embedding_bag_configs() for f in config.feature_names}
+        width = feature_widths(tables)
         self.item_dim = sum(width[f] for f in item_features)
         token_dim = sum(width[f] for f in self.token_features)
         if pooling == "attention":
@@ -150,14 +151,11 @@ class TwoTower(nn.Module):
         self.item_tower = make_mlp(item_dim, hidden_dims, **shape)
 
     def forward(self, batch: TowerBatch) -> tuple[Tensor, Tensor]:
-        """Vectors of the users, o_BV, and of the candidate items, e_CV, float32; one call of the tables for both.
+        """The vectors of users, o_BV, and of candidate items, e_CV, float32, from one call of the tables.
 
-        Raises ValueError for a batch made for other features, or without the knowledge that the towers read.
+        Raises ValueError for a batch with other features, or without the knowledge that the towers read.
         """
-        if batch.tokens.keys() != self.features:
-            raise ValueError(
-                f"the batch has the keys {batch.tokens.keys()}; these tables are called with {self.features}"
-            )
+        check_keys(batch.tokens, self.features)
         if self.has_knowledge and (batch.o_BNW is None or batch.e_CKW is None):
             raise ValueError("these towers read a LUM's knowledge and the batch has none: give it to the builder")
         embedded = self.tables(batch.tokens).to_dict()
@@ -176,11 +174,10 @@ class TwoTower(nn.Module):
         )
 
     def _pool(self, token_UD: Tensor, batch: TowerBatch) -> Tensor:
-        """Each row's history as one vector, [B, D]; 0 for an empty one."""
+        """Each row's history as one vector, [B, D]; 0 for an empty history."""
         weight_T = None
         if self.pooling == "attention":
-            length_B = batch.offsets_B1.diff()
-            row_T = torch.repeat_interleave(length_B, output_size=len(batch.history_T))
+            row_T = row_of_event(batch.offsets_B1, len(batch.history_T))
             distance_T = batch.offsets_B1[1:][row_T] - 1 - torch.arange(len(row_T), device=row_T.device)
             logit_T = self.attention(token_UD).squeeze(1)[batch.history_T] + self.distance_bias_L[distance_T]
             weight_T = segment_softmax(logit_T, row_T, len(batch))
@@ -198,10 +195,10 @@ class TwoTower(nn.Module):
 
 
 class AnswerProjection(nn.Module):
-    """A LUM's answers to N conditions as features of a user tower: what KnowledgeFusion's direct part makes of o.
+    """Features for a user tower from a LUM's answers to N conditions, as KnowledgeFusion's mode "direct" without e.
 
-    Columns are standardised over the answers that are there and projected, by one matrix for each of the K cross-fitted
-    LUMs. An absent answer is 0 in every column, and a row without any gets zeros; N further columns say what is there.
+    Columns are standardised over the present answers and projected with one matrix for each of the K cross-fitted
+    LUMs. An absent answer is 0 in every column, a row without answers gets zeros, and N columns mark present answers.
     """
 
     def __init__(
@@ -217,7 +214,7 @@ class AnswerProjection(nn.Module):
         self.bias_KF = nn.Parameter(torch.zeros(num_folds, out_dim))
 
     def forward(self, o_BNW: Tensor, present_BN: Tensor, fold_B: Tensor) -> Tensor:
-        """Features [B, N + F], float32 (meaning of the inputs: KnowledgeBatch)."""
+        """Features [B, N + F], float32. Inputs: see KnowledgeBatch."""
         if self.training and self.dropout:
             present_BN = present_BN & (torch.rand(len(present_BN), 1, device=present_BN.device) >= self.dropout)
         x_BX = self.scale(o_BNW.detach().float(), present_BN[:, :, None]).flatten(1)

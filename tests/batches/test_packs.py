@@ -12,6 +12,7 @@ from lumrec.batches.windows import Windows
 from lumrec.data.columns import expand_ranges
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.models.lum import ModelConfig, build_lum
+from lumrec.modules.large_user_model import Pack
 from lumrec.stages.pretrain import training_users
 
 MODEL = ModelConfig(dim=16, num_heads=2, max_events=16, conditions=["feedback", "scenario"])
@@ -231,3 +232,49 @@ def test_settings_that_cannot_work_are_refused(builder, changes, message):
 def test_no_training_events_is_an_error(builder):
     with pytest.raises(ValueError, match="no training events"):
         make_loader(builder, users=np.zeros(builder.data.num_users, dtype=bool))
+
+
+def test_plain_lists_make_the_same_pack(tiny_prepared):
+    """Pack.from_lists of the events of three windows, their conditions as queries, and two candidates."""
+    model, builder = build_lum(MODEL, tiny_prepared)
+    data = builder.data
+    length_W = torch.tensor([5, 0, 3])
+    start_W = torch.from_numpy(data.user_offsets[:3]) + torch.tensor([0, 0, 2])
+    row_T = expand_ranges(start_W, length_W)
+    roles = [(data.item_columns[name], name, builder.item_E[row_T]) for name in builder.item_features]
+    names = dict.fromkeys([*builder.feedback_features, *builder.condition_features])
+    events = lists([*roles, *((data.event_columns[name], name, row_T) for name in names)], len(row_T))
+    conditions = lists([(data.event_columns[name], name, row_T) for name in builder.condition_features], len(row_T))
+    candidates_C = torch.tensor([4, 7])
+    asked = Queries(
+        torch.tensor([0, 0, 2]),
+        torch.tensor([5, 5, 3]),
+        {name: data.event_columns[name].take(row_T[[1, 3, 6]]) for name in builder.condition_features},
+        time_Q=builder.time_E[row_T[[4, 4, 7]]],
+    )
+    expected = builder.pack(Windows(start_W, length_W, torch.arange(3)), queries=asked, candidates_C=candidates_C)
+    made = Pack.from_lists(
+        [events[:5], [], events[5:]],
+        model,
+        queries=[[conditions[1], conditions[3]], [], [conditions[6]]],
+        candidates=lists([(data.item_columns[name], name, candidates_C) for name in builder.item_features], 2),
+        times=[builder.time_E[row_T[:5]].tolist(), [], builder.time_E[row_T[5:]].tolist()],
+    )
+    made.candidate_item_C, made.event_row_T = candidates_C, row_T  # indices of the lists, not of the prepared data
+    assert digest(made) == digest(expected)
+
+
+def lists(columns, num: int) -> list[dict[str, list[int]]]:
+    """The bags of each (column, feature, rows), as one dict for each row."""
+    bags: list[dict[str, list[int]]] = [{} for _ in range(num)]
+    for column, name, rows in columns:
+        values, lengths = column.take(rows)
+        for bag, part in zip(bags, values.split(lengths.tolist()), strict=True):
+            bag[name] = part.tolist()
+    return bags
+
+
+def digest(pack: Pack) -> dict[str, object]:
+    fields = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
+    fields["tokens"] = [pack.tokens.keys(), pack.tokens.values().tolist(), pack.tokens.lengths().tolist()]
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else repr(value) for name, value in fields.items()}

@@ -204,11 +204,11 @@ def test_a_history_is_read_on(model):
         torch.testing.assert_close(vars(some), vars(model.read(pack_for(model, [users[4], users[1]]))[0]))
 
 
-def test_a_history_that_grows_too_long_is_to_be_read_anew(model):
+def test_a_history_that_grows_too_long_is_to_be_read_again(model):
     longest = MAX_TOKENS // TOKENS_PER_EVENT[model.tokens]
     with torch.no_grad():
         known, _ = model.read(pack_for(model, [history(longest, 1)]))
-        with pytest.raises(ValueError, match=r"grows to 4[12] tokens, but .* 40 positions .max_tokens.: .* anew"):
+        with pytest.raises(ValueError, match=r"grows to 4[12] tokens, but .* 40 positions .max_tokens.: .* again"):
             model.read(pack_for(model, [history(1, 2)]), known)
         with pytest.raises(ValueError, match="2 windows for 1 histories"):
             model.read(pack_for(model, [history(0, 2)] * 2), known)
@@ -311,6 +311,11 @@ def test_a_pack_from_lists_equals_one_from_tensors(per_event, tokens):
         ({"users": [[{"item": 1}]], "times": [[]]}, "user 0 has 1 events and 0 times"),
         ({"users": [[{"item": 1}]]}, "give `times`"),
         ({"users": [[{"item": 1}]], "times": [[0]], "positives": [[0]]}, "positives name candidates"),
+        ({"users": [[{"item": 1}] * 21], "times": [[0] * 21]}, "user 0 has 21 events; this model takes at most 20 "),
+        (
+            {"users": [[{"item": 1}] * 20], "times": [[0] * 20], "queries": [[{}]]},
+            "user 0 has 20 events; this model takes at most 19 with queries",
+        ),
     ],
 )
 def test_lists_that_make_no_pack(arguments, said):

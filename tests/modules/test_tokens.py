@@ -61,7 +61,7 @@ def test_without_conditions_the_condition_token_is_a_learned_constant():
 def test_misuse_is_refused(encoder):
     with pytest.raises(ValueError, match="tables that are not declared"):
         make_tables({"item_id": (10, 8)}, {"genres": "genre"})
-    with pytest.raises(ValueError, match="no features of these tables"):
+    with pytest.raises(ValueError, match=r"these tables have no features"):
         make_kjt(["item_id"], {"colour": (torch.tensor([1]), torch.tensor([1]))}, stride=1)
     with pytest.raises(ValueError, match="expected the stride 2"):
         make_kjt(["item_id"], {"item_id": (torch.tensor([1]), torch.tensor([1]))}, stride=2)

@@ -149,7 +149,7 @@ def test_every_mode_is_exported_with_a_batch_of_any_size(mode, has_log_z):
 
 
 def test_models_that_it_does_not_fit_are_refused():
-    with pytest.raises(ValueError, match="has no submodule 'bottom'; .* it has sparse_arch, dense_arch"):
+    with pytest.raises(ValueError, match="has no submodule 'bottom'; .* one of sparse_arch, dense_arch"):
         KnowledgeModel(make_model("DLRM"), make_fusion(), dense_arch="bottom")
     with pytest.raises(ValueError, match="'inter_arch' of DLRM has no nn.Linear"):
         KnowledgeModel(make_model("DLRM"), make_fusion(), dense_arch="inter_arch")

@@ -175,7 +175,9 @@ def _svg(figure: Figure, *, on_page: bool = False) -> str:
         label.set_text(printable(label.get_text()))
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none" if on_page else "path", "svg.hashsalt": "lumrec"}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=on_page)
+        figure.savefig(
+            text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=on_page
+        )
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     if on_page:

@@ -7,8 +7,7 @@
        1. Toy Story 2 (1999)                        4.71 2.31% seen
        ...
 
-The LUM is asked at this moment, not read from the knowledge store: the answers are those of its weights, to whatever
-conditions `query.conditions` names.
+The LUM itself is asked, not the knowledge store, under any conditions that `query.conditions` names.
 
 Shape suffixes: N conditions, D width, I catalogue items, k items shown.
 """
@@ -21,6 +20,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ from lumrec.query.group_query import GroupQuery, serving_windows, user_rows
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count
+from lumrec.run.page import write_page
 from lumrec.run.printable import printable, say
 from lumrec.stages.query import QueryConfig
 
@@ -53,12 +54,19 @@ class ShowUserConfig:
     top: items shown for each condition.
     events: how many of the user's last events are shown.
     leave_out_seen: show only items that the user has no event with; otherwise these are marked.
+    page: HTML file to write with the same; "" = none.
     """
 
     user: str = ""
     top: int = count(10, least=1)
     events: int = count(10)
     leave_out_seen: bool = False
+    page: str = ""
+
+    def check(self, at: str) -> None:
+        """Raises UserError for a page that would be no HTML file (`at`: the section, with a dot)."""
+        if self.page and not self.page.endswith(".html"):
+            raise UserError(f"{at}page: got {self.page!r}, expected the name of a file that ends with .html")
 
 
 class Event(NamedTuple):
@@ -114,6 +122,8 @@ def run(common: Common, settings: ShowUserConfig, asked: QueryConfig) -> dict[st
     query = GroupQuery(dmp, builder, conditions, max_events=model.max_events, max_conditions=asked.max_conditions)
     view = look(query, user, num_top=settings.top, num_events=settings.events, leave_out_seen=settings.leave_out_seen)
     say(f"{lum.run} says of\n{text(view)}")
+    if settings.page:
+        say(f"\npage {show_on_page(Path(settings.page), lum.run, view)}")
     return {"user": view.user, "events": view.num_events, "conditions": len(view.conditions)}
 
 
@@ -135,7 +145,7 @@ def of_pipeline(common: Common) -> Common:
 def look(
     query: GroupQuery, user: int, *, num_top: int = 10, num_events: int = 10, leave_out_seen: bool = False
 ) -> UserView:
-    """The user's last events, and the items that the LUM holds for the best under each of the query's conditions."""
+    """The user's last events, and the items that the LUM ranks first under each of the query's conditions."""
     data = query.data
     start, end = data.user_offsets[user : user + 2].tolist()
     titles = data.item_titles()
@@ -175,15 +185,21 @@ def text(view: UserView) -> str:
     """A view as lines to read."""
     lines = [f"user {printable(view.user)}: {view.num_events:,} events, the last {len(view.events)}"]
     for date, title, features in view.events:
-        told = ", ".join(f"{name} {printable(value)}" for name, value in features.items() if value)
-        lines.append(f"  {date:10}  {_cut(title)}  {told}".rstrip())
+        said = ", ".join(f"{name} {printable(value)}" for name, value in features.items() if value)
+        lines.append(f"  {date:10}  {_cut(title)}  {said}".rstrip())
     for condition, matches in zip(view.conditions, view.matches):
         lines.append(f"{printable(spoken(condition)):{TITLE_WIDTH + 5}} {'similarity':>10} {'share':>8}")
         lines += [
-            f"{place:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
-            for place, match in enumerate(matches, start=1)
+            f"{number:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
+            for number, match in enumerate(matches, start=1)
         ]
     return "\n".join(lines)
+
+
+def show_on_page(path: Path, lum: str, view: UserView) -> Path:
+    """Writes a view as an HTML page; returns its path. lum: the run that answered."""
+    lists = [(spoken(condition), matches) for condition, matches in zip(view.conditions, view.matches)]
+    return write_page(path, "show_user.html.j2", lum=lum, view=view, lists=lists)
 
 
 def _cut(title: str) -> str:

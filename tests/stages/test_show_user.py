@@ -12,7 +12,7 @@ from lumrec.models.lum import ModelConfig, build_lum, load_lum
 from lumrec.query.group_query import GroupQuery
 from lumrec.stages import show_user
 from lumrec.stages.registry import STAGES
-from lumrec.stages.show_user import ShowUserConfig
+from lumrec.stages.show_user import Event, Match, ShowUserConfig, UserView
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +86,10 @@ def test_the_lum_that_has_not_seen_the_user_answers(experiment, trained_runs, ca
     [
         ([], "no user is given; expected show_user.user="),
         (["show_user.user=nobody"], "holds no user 'nobody'; the nearest of its 60 are"),
+        (
+            ["show_user.page=user.pdf"],
+            "show_user.page: got 'user.pdf', expected the name of a file that ends with .html",
+        ),
         (["show_user.user=1", "show_user.top=0"], "show_user.top: got 0, expected at least 1"),
     ],
 )
@@ -99,3 +103,13 @@ def test_a_lum_without_conditions_has_one_list(tiny_prepared):
     view = show_user.look(GroupQuery(model, builder, [{}], max_events=8), 0, num_top=3)
     assert view.conditions == [{}] and [len(matches) for matches in view.matches] == [3]
     assert "\n(no condition) " in show_user.text(view)
+
+
+def test_the_page_shows_the_same_and_only_shows_it(tmp_path):
+    evil = "<script>alert(1)</script>\u202e"
+    view = UserView(
+        "u<1>", 7, [Event("2001-01-02", evil, {"f": evil, "g": ""})], [{"f": evil}], [[Match(evil, 1.5, 0.25, True)]]
+    )
+    page = show_user.show_on_page(tmp_path / "user.html", evil, view).read_text()
+    assert "u&lt;1&gt;" in page and "2001-01-02" in page and "1.500" in page and "25.00%" in page and ">seen<" in page
+    assert "<script>" not in page and "\u202e" not in page and page.count("&lt;script&gt;alert(1)") == 5

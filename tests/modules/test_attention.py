@@ -206,7 +206,7 @@ def test_the_score_budget_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize(
     ("sequence", "prefix", "message"),
-    [([1, 0], [0, 0], "ascending"), ([0, 2], [0, 0], "ascending"), ([0], [4], "sees between 0 and all")],
+    [([1, 0], [0, 0], "ascending"), ([0, 2], [0, 0], "ascending"), ([0], [4], "query_prefix_Q must be between 0")],
 )
 def test_impossible_queries_are_refused(sequence, prefix, message):
     with pytest.raises(ValueError, match=message):

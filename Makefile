@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
 TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
 
-.PHONY: help setup quickstart test fuzz lint format bench docs clean
+.PHONY: help setup quickstart test fuzz lint format bench docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -65,6 +65,11 @@ $(VENV)/installed-docs: $(STAMP) requirements/docs.txt
 
 docs: $(VENV)/installed-docs ## build the site of the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+wheel: $(STAMP) ## the sdist and the wheel, into dist/ (offline)
+	@rm -rf build dist
+	@$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" >/dev/null
+	@ls dist/*
 
 clean: ## remove .venv and tool caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site *.egg-info

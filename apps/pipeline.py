@@ -1,32 +1,28 @@
-"""All steps: prepare, pre-train, query, rank without and with knowledge, report.
+"""Runs all steps: prepare, pretrain, query, rank without and with knowledge, report.
 
-torchx run apps/pipeline.py --config configs/quickstart.yaml run=quickstart
+torchx run apps/pipeline.py --config quickstart run=first
 """
 
 import torchx.specs as specs
 
 
-def pipeline(*words: str, config: str = "configs/quickstart.yaml") -> specs.AppDef:
-    """All steps: prepare, pre-train, query, rank without and with knowledge, report.
+def pipeline(*words: str, config: str = "quickstart") -> specs.AppDef:
+    """Runs all steps: prepare, pretrain, query, rank without and with knowledge, report.
 
-    Each stage runs as a TorchX job of its own under runs/<run>/; finished stages are not run again. Ends with a table
-    on the terminal and an HTML report.
-    Example: torchx run apps/pipeline.py --config configs/quickstart.yaml run=quickstart
+    Each stage is a TorchX job, in a folder under runs/<run>/; finished stages are not run again. Ends with a table on
+    the terminal and an HTML report.
+    Example: torchx run apps/pipeline.py --config quickstart run=first
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
-        config: YAML file with the settings
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file
     """
     from lumrec.launch.torchx import single_app
 
     return single_app("pipeline", words, config=config)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("pipeline", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("pipeline")

@@ -1,6 +1,6 @@
-"""Data: a raw log becomes the prepared folder that every later stage reads.
+"""Prepares a log: from raw events to the folder that every later stage reads.
 
-torchx run apps/prepare.py --config configs/ml-1m.yaml data.split.kind=leave_one_out
+torchx run apps/prepare.py --config ml-1m data.split.kind=leave_one_out
 torchx run apps/prepare.py --check data.log.events=clicks.csv
 """
 
@@ -8,31 +8,27 @@ import torchx.specs as specs
 
 
 def prepare(*words: str, config: str = "", check: bool = False, j: str = "1x1") -> specs.AppDef:
-    """Data: a raw log becomes the prepared folder that every later stage reads.
+    """Prepares a log: from raw events to the folder that every later stage reads.
 
-    Checks and sorts the log (a published data set, Parquet or CSV of your own, or the simulator), splits it, builds
+    Checks and sorts the log (a published data set, your own Parquet or CSV, or the simulator), splits it, builds
     vocabularies from the training part, and writes runs/<name>-prepare with a manifest of checksums. Rows that cannot
-    be used go to quarantine.parquet. --check writes nothing: it tells what is in the log and suggests a config.
-    Example: torchx run apps/prepare.py --config configs/ml-1m.yaml data.split.kind=leave_one_out
-    Example: torchx run apps/prepare.py --check data.log.events=clicks.csv
+    be used go to quarantine.parquet. --check writes nothing: it reports what is in the log and suggests a config.
+    Example: torchx run apps/prepare.py --config ml-1m data.split.kind=leave_one_out
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
-        config: YAML file with the settings; without it configs/ml-1m.yaml, or with --check the defaults of the code
-        check: tell what is in the log and what preparing would do, write nothing
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file; default ml-1m, or with --check the defaults of
+            the code
+        check: report what is in the log and what preparing would do, and write nothing
         j: nodes x processes per node
     """
     from lumrec.launch.torchx import stage_app
 
-    config = config or ("" if check else "configs/ml-1m.yaml")
+    config = config or ("" if check else "ml-1m")
     return stage_app("prepare", words, config=config, j=j, switches=["--check"] if check else [])
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("prepare", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("prepare")

@@ -1,22 +1,22 @@
 """Step 1: pre-trains a Large User Model (LUM) on the prepared log.
 
-torchx run apps/pretrain.py --config configs/ml-1m.yaml model.dim=32 pretrain.train.epochs=4
-torchx run apps/pretrain.py -j 1x2 --config configs/ml-1m.yaml
+torchx run apps/pretrain.py --config ml-1m model.dim=32 pretrain.train.epochs=4
+torchx run apps/pretrain.py -j 1x2 --config ml-1m
 """
 
 import torchx.specs as specs
 
 
-def pretrain(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") -> specs.AppDef:
+def pretrain(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     """Step 1: pre-trains a Large User Model (LUM) on the prepared log.
 
-    Next-condition-item prediction: at each condition token the model tells the item that follows from others. Prepares
-    the data first where that was not done. A killed run continues with the same command.
-    Example: torchx run apps/pretrain.py --config configs/ml-1m.yaml model.dim=32 pretrain.train.epochs=4
+    Next-condition-item prediction: at each condition token the model learns to tell the item that follows from others.
+    Prepares the data first if that was not done. A killed run continues with the same command.
+    Example: torchx run apps/pretrain.py --config ml-1m model.dim=32 pretrain.train.epochs=4
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
-        config: YAML file with the settings
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file
         j: nodes x processes per node
     """
     from lumrec.launch.torchx import stage_app
@@ -24,11 +24,7 @@ def pretrain(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") ->
     return stage_app("pretrain", words, config=config, j=j)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("pretrain", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("pretrain")

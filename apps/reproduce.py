@@ -1,4 +1,4 @@
-"""The paper's tables of rankers on data that one can get, beside the paper's figures.
+"""Reproduces the paper's tables of rankers on public data, beside the paper's figures.
 
 torchx run apps/reproduce.py --table 4 --dataset ml-1m
 torchx run apps/reproduce.py --table 5 --dataset ml-1m --rows utilization
@@ -12,18 +12,18 @@ import torchx.specs as specs
 def reproduce(
     *words: str, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = "docs/results"
 ) -> specs.AppDef:
-    """The paper's tables of rankers on data that one can get, beside the paper's figures.
+    """Reproduces the paper's tables of rankers on public data, beside the paper's figures.
 
-    Writes a table (.md), its figures (.json) and a plot (.svg) into `out`; what is finished is not run again.
+    Writes a table (.md), its figures (.json) and a plot (.svg) into --out; what is finished is not run again.
     Example: torchx run apps/reproduce.py --table 4 --dataset ml-1m
 
     Args:
         words: settings over configs/reproduce/<dataset>*.yaml, key=value each, after all options
-        table: 4 (every ranker), 5 (what of the LUM it is that helps), retrieval (two towers) or hazard (in-sample,
-            cross-fitted, time split)
-        dataset: ml-1m, ml-1m-plain (rankers without statistics), kuairand, beauty or simulator
-        rows: of table 5, some of scratch, utilization, tokenization, with commas (default: these), or warm-up
-        out: folder that the files are written into
+        table: 4 (every ranker; the default), 5 (which part of the LUM helps), retrieval (two towers) or hazard
+            (in-sample, cross-fitted, time split)
+        dataset: ml-1m (the default), ml-1m-plain (rankers without statistics), kuairand, beauty or simulator
+        rows: rows of table 5: scratch, utilization, tokenization, with commas (default: these three), or warm-up
+        out: folder of the files (default docs/results)
     """
     from lumrec.launch.torchx import single_app
 
@@ -31,11 +31,7 @@ def reproduce(
     return single_app("reproduce", words, options=options)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("reproduce", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("reproduce")

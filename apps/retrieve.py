@@ -1,22 +1,22 @@
 """Step 3 for retrieval: trains a two-tower model (EDB), without or with LUM knowledge.
 
-torchx run apps/retrieve.py --config configs/ml-1m-retrieve.yaml
-torchx run apps/retrieve.py -j 1x2 --config configs/ml-1m-retrieve.yaml retrieve.knowledge=direct run=edb-lum
+torchx run apps/retrieve.py --config ml-1m-retrieve retrieve.knowledge=direct run=edb-lum
+torchx run apps/retrieve.py -j 1x2 --config ml-1m-retrieve
 """
 
 import torchx.specs as specs
 
 
-def retrieve(*words: str, config: str = "configs/ml-1m-retrieve.yaml", j: str = "1x1") -> specs.AppDef:
+def retrieve(*words: str, config: str = "ml-1m-retrieve", j: str = "1x1") -> specs.AppDef:
     """Step 3 for retrieval: trains a two-tower model (EDB), without or with LUM knowledge.
 
-    Knowledge is none, or direct: the LUM outputs enter the user tower, its item embeddings the item tower. Ends with
-    HR@k and NDCG@k of the test part over the whole catalogue, exact and by a FAISS index.
-    Example: torchx run apps/retrieve.py --config configs/ml-1m-retrieve.yaml retrieve.knowledge=direct
+    retrieve.knowledge is none or direct: the LUM's answers enter the user tower, its item embeddings the item tower.
+    Ends with HR@k and NDCG@k of the test part over the whole catalogue, exact and by a FAISS index.
+    Example: torchx run apps/retrieve.py --config ml-1m-retrieve retrieve.knowledge=direct run=edb-lum
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
-        config: YAML file with the settings
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file
         j: nodes x processes per node
     """
     from lumrec.launch.torchx import stage_app
@@ -24,11 +24,7 @@ def retrieve(*words: str, config: str = "configs/ml-1m-retrieve.yaml", j: str = 
     return stage_app("retrieve", words, config=config, j=j)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("retrieve", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("retrieve")

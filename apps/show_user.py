@@ -1,21 +1,22 @@
-"""What the LUM knows of one user: the last events and, for each condition, the items that fit best, by title.
+"""Shows one user: the last events and, for each condition, the items that the LUM ranks first, by title.
 
-torchx run apps/show_user.py --config configs/ml-1m.yaml --user 42
-torchx run apps/show_user.py --config configs/ml-1m.yaml --user 42 show_user.top=5 'query.conditions=[{feedback: like}]'
+torchx run apps/show_user.py --config ml-1m --user 42 show_user.top=5
+torchx run apps/show_user.py --config ml-1m --user 42 'query.conditions=[{feedback: like}]'
 """
 
 import torchx.specs as specs
 
 
-def show_user(*words: str, config: str = "configs/ml-1m.yaml", user: str = "") -> specs.AppDef:
-    """What the LUM knows of one user: the last events and, for each condition, the items that fit best, by title.
+def show_user(*words: str, config: str = "ml-1m", user: str = "") -> specs.AppDef:
+    """Shows one user: the last events and, for each condition, the items that the LUM ranks first, by title.
 
-    Asks the LUM of inputs.lums (of cross-fitted ones, the one not trained on the user) what query.conditions says.
-    Example: torchx run apps/show_user.py --config configs/ml-1m.yaml --user 42 show_user.top=5
+    Asks the LUM of inputs.lums under the conditions of query.conditions. Of cross-fitted LUMs, the one that was not
+    trained on the user answers.
+    Example: torchx run apps/show_user.py --config ml-1m --user 42 show_user.top=5
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid
-        config: YAML file with the settings
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file
         user: raw key of the user, the same as show_user.user=
     """
     from lumrec.launch.torchx import single_app
@@ -23,11 +24,7 @@ def show_user(*words: str, config: str = "configs/ml-1m.yaml", user: str = "") -
     return single_app("show_user", [*words, *([f"show_user.user={user}"] if user else [])], config=config)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("show_user", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("show_user")

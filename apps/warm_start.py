@@ -1,21 +1,22 @@
-"""What a model would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
+"""Dry run: lists what a model would take from a production checkpoint, parameter by parameter.
 
-torchx run apps/warm_start.py --config configs/ml-1m.yaml rank.warm_start.source=prod/dcp rank.warm_start.rules=r.yaml
+torchx run apps/warm_start.py --config ml-1m rank.warm_start.source=prod/dcp rank.warm_start.rules=r.yaml
 """
 
 import torchx.specs as specs
 
 
-def warm_start(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") -> specs.AppDef:
-    """What a model would take from a production checkpoint, parameter by parameter; a dry run that changes nothing.
+def warm_start(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
+    """Dry run: lists what a model would take from a production checkpoint, parameter by parameter.
 
-    Reads rank.warm_start.source and rank.warm_start.rules (docs/how-to/warm-start.md); apps/rank.py with the same words
-    then trains from there. For a LUM pretrain.warm_start.source and pretrain.warm_start.rules, and apps/pretrain.py.
-    Example: torchx run apps/warm_start.py rank.warm_start.source=prod/dcp rank.warm_start.rules=rules.yaml
+    Changes nothing. Reads rank.warm_start.source and rank.warm_start.rules (docs/how-to/warm-start.md); apps/rank.py
+    with the same settings then trains from there. For a LUM, give pretrain.warm_start.source and
+    pretrain.warm_start.rules, and train with apps/pretrain.py.
+    Example: torchx run apps/warm_start.py --config ml-1m rank.warm_start.source=prod/dcp rank.warm_start.rules=r.yaml
 
     Args:
-        words: settings over the config, key=value each, after all options; an unknown key names the nearest valid one
-        config: YAML file with the settings
+        words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
+        config: name of a config that comes with lumrec, or a YAML file
         j: nodes x processes per node
     """
     from lumrec.launch.torchx import stage_app
@@ -23,11 +24,7 @@ def warm_start(*words: str, config: str = "configs/ml-1m.yaml", j: str = "1x1") 
     return stage_app("warm_start", words, config=config, j=j)
 
 
-def main() -> None:
-    from lumrec.launch.main import run_stage
-
-    run_stage("warm_start", __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    from lumrec.launch.main import run_command
+
+    run_command("warm_start")

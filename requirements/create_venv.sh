@@ -14,7 +14,7 @@ for candidate in ${asked:-python3 python3.13 python3.12 python3.11 python3.10 py
 done
 if [ -z "$python" ]; then
   found=$(command -v "${asked:-python3}" >/dev/null && "${asked:-python3}" --version 2>&1 | head -n 1 || true)
-  echo "lumrec needs Python 3.10 to 3.14; ${asked:-python3} is: ${found:-not there}." \
+  echo "lumrec needs Python 3.10 to 3.14; ${asked:-python3} is: ${found:-not found}." \
     "Install one, or name it: make setup PYTHON=/path/to/python3" >&2
   exit 1
 fi
@@ -25,7 +25,7 @@ fi
 
 # Both builds of fbgemm unpack into one folder, so one is never installed over the other.
 if [ -e "$folder/device" ] && [ "$(cat "$folder/device")" != "$device" ]; then
-  echo "setup: $folder holds the $(cat "$folder/device") build; making it anew for $device"
+  echo "setup: $folder holds the $(cat "$folder/device") build; replacing it by that for $device"
   rm -rf "$folder"
 fi
 echo "setup: $("$python" --version), $device build, into $folder (some minutes the first time)"

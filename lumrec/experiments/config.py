@@ -49,7 +49,10 @@ class Config(Common):
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file (None: only defaults) with `key=value` overrides; see `config_file.load`."""
+    """The config of a YAML file or of a name such as "ml-1m" (None: only defaults) with `key=value` overrides.
+
+    Raises as `config_file.load`.
+    """
     config = config_file.load(Config, path, overrides)
     if config.name:
         return config

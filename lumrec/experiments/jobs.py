@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumrec.run.errors import UserError
+from lumrec.run.shipped import PACKAGE, shipped
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PACKAGE.parent
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20
 SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
@@ -165,12 +165,10 @@ def torchx_command(stage: str, words: Sequence[str], *, config: Path, processes:
 
 
 def script_of(stage: str) -> str:
-    """The app of a stage that came with this package, whatever the working directory holds: `apps/<stage>.py` in the
-    checkout itself (remote jobs have it at the same place), else its whole path. Raises UserError where there is none.
+    """The app of a stage that comes with this package, whatever the working directory holds: `apps/<stage>.py` when
+    that is the checkout (remote jobs have it at the same place), else its whole path.
     """
-    app = ROOT / "apps" / f"{stage}.py"
-    if not app.is_file():
-        raise UserError(f"{app} is not there: lumrec runs its stages by the apps of its checkout; install from one")
+    app = shipped("apps") / f"{stage}.py"
     return str(app.relative_to(ROOT) if Path.cwd() == ROOT else app)
 
 

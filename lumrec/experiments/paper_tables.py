@@ -29,10 +29,11 @@ from lumrec.experiments.settings import KNOWLEDGE
 from lumrec.run.config_file import with_overrides
 from lumrec.run.errors import UserError
 from lumrec.run.files import read_json, write_atomically
+from lumrec.run.shipped import shipped
 
 OUT = "docs/results"
 EARLIER = "no interval: rows of an earlier call are in the average"
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reproduce"
+CONFIGS = shipped("configs") / "reproduce"
 TITLES = {
     "4": "Table 4 of the LUM paper",
     "5": "Table 5 of the LUM paper",

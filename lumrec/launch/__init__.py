@@ -1,1 +1,1 @@
-"""Entry points: the apps' main, torchrun, TorchX, the check of the environment."""
+"""Entry points: the command `lumrec`, the main of the apps, torchrun, TorchX, the check of the installation."""

@@ -1,4 +1,4 @@
-"""What is wrong with the installed torch, torchrec and fbgemm, in one sentence, before anything imports them for real.
+"""One sentence about what is missing or wrong in the installation, before any stage imports torch, torchrec and fbgemm.
 
 `python -m lumrec.launch.environment` prints the versions, or that sentence with exit code 2. Needs only Python.
 """
@@ -15,16 +15,31 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from lumrec.run.shipped import PACKAGE
+
 PYTHON = (3, 10), (3, 14)
-# Built against each other: another pairing fails at import with an undefined symbol.
+# Built for each other: other versions together fail at import with an undefined symbol.
 SET = {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu-cpu": "1.8", "fbgemm-gpu": "1.8"}
-NEEDED = ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "pyyaml", "safetensors", "tqdm")
-REPAIR = "run `make setup` (CPU) or `make setup DEVICE=cuda`"
-ANEW = "remove .venv, then " + REPAIR
+# What the stages import, by distribution: the extra "stages" in pyproject.toml, and torchrec, which it cannot name.
+NEEDED = {
+    **{name: name for name in ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "safetensors")},
+    **{name: name for name in ("tqdm", "tensorboard", "matplotlib")},
+    "pyyaml": "yaml",
+    "faiss-cpu": "faiss",
+}
+if (PACKAGE.parent / "Makefile").is_file():
+    REPAIR = "run `make setup` (CPU) or `make setup DEVICE=cuda`"
+    ANEW = "remove .venv, then " + REPAIR
+else:
+    REPAIR = (
+        'run `pip install "lumrec[stages]"`, then `pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0` '
+        "(CUDA: fbgemm-gpu==1.8.0)"
+    )
+    ANEW = "make a new virtual environment, then " + REPAIR
 
 
 def installed(name: str) -> str:
-    """Version of a distribution, or "" where it is not installed."""
+    """Version of a distribution, "" if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -32,13 +47,13 @@ def installed(name: str) -> str:
 
 
 def diagnose() -> str:
-    """What is wrong with this installation, in one sentence; "" where nothing is."""
+    """One sentence about what is missing or wrong in this installation, and what repairs it; "" if nothing is."""
     if not PYTHON[0] <= sys.version_info[:2] <= PYTHON[1]:
         low, high = (".".join(map(str, version)) for version in PYTHON)
         return f"this is Python {sys.version.split()[0]}, and lumrec needs {low} to {high}: {REPAIR} with PYTHON=<path>"
-    missing = [name for name in NEEDED if not installed(name)]
+    missing = [name for name, module in NEEDED.items() if find_spec(module) is None]
     if missing:
-        return f"not installed: {', '.join(missing)}; {REPAIR}"
+        return f"the stages need packages that are not installed ({', '.join(missing)}): {REPAIR}"
     return _wrong_fbgemm() or _wrong_versions() or _import_failure()
 
 
@@ -64,7 +79,9 @@ def _wrong_versions() -> str:
     if all(version.startswith(SET[name] + ".") for name, version in found.items()):
         return ""
     got = ", ".join(f"{name} {version}" for name, version in found.items())
-    return f"{got} do not go together; expected torch {SET['torch']} with torchrec and fbgemm {SET['torchrec']}: {ANEW}"
+    return (
+        f"{got} do not fit together; expected torch {SET['torch']} with torchrec and fbgemm {SET['torchrec']}: {ANEW}"
+    )
 
 
 def _import_failure() -> str:
@@ -83,7 +100,7 @@ def _import_failure() -> str:
 
 
 def torch_cuda() -> str:
-    """CUDA version that torch was built for, "" for a CPU build; read from torch's files, without importing it."""
+    """CUDA version that torch was built for, "" for a CPU build; read from torch's files without importing it."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return ""
@@ -92,10 +109,10 @@ def torch_cuda() -> str:
 
 
 def check_environment() -> None:
-    """Returns where the installation is sound; else prints what is wrong in one sentence and exits with code 2.
+    """Returns if the installation works; else prints one sentence about what is wrong and exits with code 2.
 
-    The CPU build of fbgemm beside a CUDA build of torch (what pip's own index has for Linux) is sound, but on the CPU
-    alone: then this process is kept from the GPU, and told so where there is one.
+    The CPU build of fbgemm works with a CUDA build of torch (the one that PyPI has for Linux), but only on the CPU:
+    then the GPU is hidden from this process, with a message if the machine has one.
     """
     problem = diagnose()
     if problem:
@@ -104,7 +121,7 @@ def check_environment() -> None:
     if installed("fbgemm-gpu-cpu") and torch_cuda():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if Path("/proc/driver/nvidia/version").exists():
-            print("lumrec: fbgemm is the CPU build, so the GPU is not used (make setup DEVICE=cuda)", file=sys.stderr)
+            print(f"lumrec: fbgemm is the CPU build, so the GPU is not used; to use it: {REPAIR}", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

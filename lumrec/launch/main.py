@@ -1,108 +1,173 @@
-"""The main of every app: environment check, arguments, logging, the stage, and errors reported in one sentence."""
+"""The command `lumrec`, and the main of each app: arguments, environment check, logging, the stage, its errors."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from lumrec.experiments.jobs import JobFailed
+import lumrec
+from lumrec.experiments.jobs import JobFailed, script_of
+from lumrec.launch import torchrun
+from lumrec.launch.commands import COMMANDS, Description, describe
 from lumrec.launch.environment import check_environment
+from lumrec.run.errors import UserError
 from lumrec.run.failures import is_lost_peer, sentence, tell, terminal
 from lumrec.run.interrupt import Interrupted
 from lumrec.run.logs import rank, start_logging
 from lumrec.run.printable import say
-from lumrec.stages.registry import STAGES, Stage
+from lumrec.run.shipped import shipped_configs
+from lumrec.stages.registry import STAGES
 
-# Experiments run stages: their `run` takes the root config.
-EXPERIMENTS = {
-    "pipeline": "lumrec.experiments.pipeline",
-    "tune": "lumrec.experiments.tune",
-    "reproduce": "lumrec.experiments.paper_tables",
-}
-# Apps that choose among several configs by options of their own, and take words over all of them.
-TABLES = {
-    "reproduce": {
-        "table": "4 or 5 of the paper (default 4), retrieval (towers), or hazard (in-sample, cross-fitted, time split)",
-        "dataset": "ml-1m (default), ml-1m-plain (rankers without statistics), kuairand, beauty or simulator",
-        "rows": "of table 5: some of scratch, utilization, tokenization, with commas; or warm-up",
-        "out": "folder of the files (default docs/results)",
-    }
-}
+USAGE = """\
+usage: lumrec COMMAND [--config NAME] [key=value ...]
+
+The Large User Model (LUM) as a recommender stack on TorchRec.
+
+commands:
+{commands}
+  configs     Lists the configs that --config finds by name.
+
+lumrec COMMAND --help explains a command. A first try, in a minute:
+  lumrec prepare --config simulator data.simulator.num_users=1000
+"""
+KEYS = """\
+keys: {sections}. Later settings win: defaults, the YAML file, key=value.
+An unknown key is an error that names the nearest valid one. What each key means is on the page "Configuration" of the
+documentation (docs/), and in the docstrings: python -m pydoc lumrec.Config
+"""
+EXIT_CODES = """\
+exit codes: 0 finished, or finished before with the same settings; 1 a bug or a failed job; 2 an error in a setting, an
+input or the installation, in one sentence (LUMREC_TRACEBACK=1 adds the trace); 128 + n stopped by signal n."""
 
 
-def run_stage(stage: str, description: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a stage with --config and key=value words. Exits with 2 for an error of the user's or the machine's (one
-    message, no trace; see lumrec/run/failures.py).
-
-    LUMREC_TRACEBACK=1 shows the trace of such an error too.
-    """
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `lumrec`: `lumrec pretrain --config ml-1m model.dim=64` runs a stage or an experiment."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with terminal():
-        _run_stage(stage, description, arguments)
+        if name in COMMANDS:
+            run_command(name, rest, prog=f"lumrec {name}")
+        elif name in ("-h", "--help"):
+            lines = [f"  {each:<12}{describe(each).summary}" for each in COMMANDS]
+            say(USAGE.format(commands="\n".join(lines)))
+        elif name == "--version":
+            say(f"lumrec {lumrec.__version__}")
+        elif name == "configs":
+            say("\n".join(f"{each:<34}{_first_sentence(path)}" for each, path in shipped_configs().items()))
+        else:
+            near = difflib.get_close_matches(name, [*COMMANDS, "configs"], n=1, cutoff=0.0)[0]
+            say(f"lumrec: there is no command {name!r}; the nearest is {near!r} (lumrec --help)", file=sys.stderr)
+            sys.exit(2)
 
 
-def _run_stage(stage: str, description: str, arguments: Sequence[str] | None) -> None:
+def _first_sentence(config: Path) -> str:
+    """What a config is for: the first sentence of the comment at its top, as far as the terminal is wide."""
+    comment = re.match(r"(?:# \S.*\n)*", config.read_text(encoding="utf-8"))
+    text = " ".join(line.removeprefix("# ") for line in comment[0].splitlines()) if comment else ""
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    return textwrap.shorten(sentence, max(40, shutil.get_terminal_size((120, 24)).columns - 34), placeholder=" …")
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None, *, prog: str = "") -> None:
+    """Runs a command with its options and key=value overrides; without `prog` as the main of its app.
+
+    Exits with 2 for an error of the user's or the machine's: one sentence and no trace (lumrec/run/failures.py), unless
+    LUMREC_TRACEBACK=1.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    about = describe(name)
+    given = _parser(name, about, prog or f"apps/{name}.py").parse_args(words)
+    with terminal():
+        check_environment()
+        start_logging()
+        try:
+            nodes, processes = torchrun.nodes_and_processes(getattr(given, "j", "1x1"))
+            if nodes > 1:
+                raise UserError(f"-j {given.j} is several machines: use torchx run apps/{name}.py, or torchrun on each")
+            call = _prepared(name, given, about)
+            if processes > 1 and "RANK" not in os.environ:
+                torchrun_words = ["--standalone", "--nproc-per-node", str(processes), script_of(name), *words]
+                sys.exit(torchrun.main(torchrun_words))
+            result = call()
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            _report(error)
+        if rank() == 0 and COMMANDS[name].headline:
+            say(f"{name} finished: {headline(COMMANDS[name].headline, result)}")
+
+
+def _parser(name: str, about: Description, prog: str) -> argparse.ArgumentParser:
+    command = COMMANDS[name]
+    examples = (
+        re.sub(r"torchx run apps/(\w+)\.py", r"lumrec \1", about.examples) if "lumrec" in prog else about.examples
+    )
+    sections = " and ".join(command.sections) or ("data" if name in STAGES else "all sections")
+    keys = KEYS.format(sections=f"{sections}, and those at the top (run, runs_dir, seed, inputs, data, schema)")
     parser = argparse.ArgumentParser(
-        prog=f"apps/{stage}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=f"{about.summary}\n\n{about.text}",
+        epilog=f"examples:\n{textwrap.indent(examples, '  ')}\n\n{keys}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if stage in TABLES:
-        for option, says in TABLES[stage].items():
-            parser.add_argument(f"--{option}", default=argparse.SUPPRESS, help=says)
-    else:
-        parser.add_argument("--config", metavar="YAML", help="settings; without it the defaults of the code")
-    known = STAGES.get(stage, Stage(stage))
-    if known.check:
-        parser.add_argument("--check", action="store_true", help="report what it would do, write nothing")
-    for option, key in known.options.items():
-        parser.add_argument(f"--{option}", metavar="KEY", help=f"the same as {key}=")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file, such as model.dim=64"
-    )
-    given = parser.parse_args(arguments)
-    checking = getattr(given, "check", False)
-    check_environment()
-    start_logging()
-    try:
-        if stage in TABLES:
-            chosen = {name: getattr(given, name) for name in TABLES[stage] if name in given}
-            result = importlib.import_module(EXPERIMENTS[stage]).run(given.overrides, **chosen)
-        else:
-            options = [(key, getattr(given, option)) for option, key in known.options.items()]
-            overrides = [*given.overrides, *(f"{key}={value}" for key, value in options if value)]
-            config = importlib.import_module("lumrec.experiments.config").load(given.config, overrides)
-            if checking:
-                result = importlib.import_module(known.check).run(config)
-            elif stage in STAGES:
-                result = known.run(config)
-            else:
-                result = importlib.import_module(EXPERIMENTS[stage]).run(config)
-    except Interrupted as stop:
+    for option, says in about.arguments.items():
+        if option == "config":
+            says = "a name (see: lumrec configs) or a YAML file; without it the defaults of the code"
+            parser.add_argument("--config", metavar="NAME", help=says)
+        elif option == "j":
+            parser.add_argument("-j", metavar="1xN", default="1x1", help="1 node x N processes, run by torchrun")
+        elif option == "check":
+            parser.add_argument("--check", action="store_true", help=says)
+        elif option != "words":
+            parser.add_argument(f"--{option}", metavar="VALUE", default=argparse.SUPPRESS, help=says)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.dim=64")
+    return parser
+
+
+def _prepared(name: str, given: argparse.Namespace, about: Description) -> Callable[[], dict[str, Any]]:
+    """The call that runs the command in this process. The config has been read by then, so that a mistake in it is
+    reported before any process is started."""
+    command = COMMANDS[name]
+    options = {option: getattr(given, option) for option in about.arguments if option in given}
+    if "config" not in options:  # chooses its configs by its options
+        return partial(command.module.run, given.overrides, **options)
+    load = importlib.import_module("lumrec.experiments.config").load  # loads torch and Polars: not for --help
+    overrides = [f"{key}={options[option]}" for option, key in command.options.items() if option in options]
+    config = load(given.config, [*given.overrides, *overrides])
+    return partial(importlib.import_module(command.check).run if options.get("check") else command.run, config)
+
+
+def _report(error: BaseException) -> None:
+    """Ends the program: says what went wrong, in one sentence unless it is a bug, and gives the exit code."""
+    if isinstance(error, Interrupted):
         if rank() == 0:
-            say(f"lumrec: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
+            say(f"lumrec: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
-    except JobFailed as failure:  # the failed stage has told its own error
-        say(f"lumrec: {failure}", file=sys.stderr)
+    if isinstance(error, JobFailed):  # the failed stage has given its own error
+        say(f"lumrec: {error}", file=sys.stderr)
         sys.exit(1)
-    except (BrokenPipeError, SystemExit):
-        raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        said = sentence(error)
-        if os.environ.get("LUMREC_TRACEBACK") == "1" or not (said or is_lost_peer(error)):
-            traceback.print_exc()
-        elif said:
-            tell(said)
-        else:
-            time.sleep(5.0)  # the launcher ends this process, and says which one was the first to end
-            tell("another process of this job has ended")
-        sys.exit(2 if said else 1)
-    if rank() == 0 and known.headline:
-        say(f"{stage} finished: {headline(known.headline, result)}")
+    if isinstance(error, (BrokenPipeError, SystemExit)):
+        raise error
+    said = sentence(error)
+    if os.environ.get("LUMREC_TRACEBACK") == "1" or not (said or is_lost_peer(error)):
+        traceback.print_exception(error)
+    elif said:
+        tell(said)
+    else:
+        time.sleep(5.0)  # the launcher ends this process, and reports which one ended first
+        tell("another process of this job has ended")
+    sys.exit(2 if said else 1)
 
 
 def headline(shown: Sequence[str], result: dict[str, float | str]) -> str:
@@ -111,3 +176,7 @@ def headline(shown: Sequence[str], result: dict[str, float | str]) -> str:
     figures = [result[name] for name in names]
     texts = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in figures]
     return ", ".join(f"{name} {text}" for name, text in zip(names, texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
-"""torchrun as the apps use it: threads shared among the processes, and a failed process told in its own words alone.
+"""torchrun as the apps use it: the cores are shared among the processes, and a failure is reported once.
 
     python -m lumrec.launch.torchrun --standalone --nproc-per-node 2 apps/pretrain.py --config configs/ml-1m.yaml
 
-takes torchrun's arguments. It ends with the exit code of the first process that failed; that process has said why.
+takes torchrun's arguments. It ends with the exit code of the process that failed first, which has said why itself.
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from lumrec.run.errors import UserError
+
+
+def nodes_and_processes(j: str) -> tuple[int, int]:
+    """Nodes and processes per node of "1x2". Raises UserError for text of another form."""
+    nodes, _, processes = j.partition("x")
+    if len(j) > 20 or not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
+        raise UserError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
+    return int(nodes), int(processes)
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script under torch.distributed.run; gives the exit code."""
+    """Exit code of a script that torch.distributed.run has run."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     args = run.parse_args(list(arguments))
     if args.nproc_per_node.isdecimal():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node))))
-    # torchrun repeats a failure as a log line and a table; both lead away from the message of the process itself.
+    # torchrun repeats a failure as a log line and a table, which hide the message of the process itself.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
@@ -45,17 +55,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _ended(rank: int, number: int) -> str:
-    """What became of a process that a signal has ended, and what may have sent it."""
+    """One sentence: which signal ended a process, what usually sends it, and what to do."""
     name = signal.Signals(number).name if number in {each.value for each in signal.Signals} else "a signal"
-    why = "which is a fault in native code, of lumrec or of a library, or was sent by somebody"
+    why = "either a fault in native code, of lumrec or a library, or sent by somebody"
     if number == signal.SIGKILL:
         why = (
-            "by the system where memory ran out, as a rule (lower the batch or pack size, or start fewer processes), "
-            "or by somebody"
+            "usually by the system because memory ran out (lower the batch or pack size, or start fewer processes), "
+            "else by somebody"
         )
     elif number == signal.SIGBUS:
-        why = "as a rule because the shared memory (/dev/shm) or the disk of a mapped file is full"
-    return f"rank {rank} was ended by {name} (signal {number}), {why}; the same command goes on from what is saved"
+        why = "usually because the shared memory (/dev/shm) or the disk of a mapped file is full"
+    return f"rank {rank} was ended by {name} (signal {number}), {why}; the same command continues from what is saved"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""TorchX side of the apps: `torchx run apps/pretrain.py` without ":function", and the job that each app describes.
+"""The apps in TorchX: `torchx run apps/pretrain.py` without ":pretrain", and the job that each app describes.
 
 TorchX loads this module whenever its command line starts, so it imports nothing heavy.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,17 @@ from torchx.runner import Runner, config
 from torchx.schedulers.local_scheduler import SignalException
 
 from lumrec.experiments.jobs import SAME_WITHOUT, script_of
+from lumrec.launch.commands import COMMANDS
+from lumrec.launch.torchrun import nodes_and_processes
 from lumrec.run.errors import UserError
 
-logger = logging.getLogger(__name__)
 SWITCHES = ("--check",)  # options that are given without a value
 
 
-class UsageError(UserError):
-    """Arguments of a component that cannot be used; `torchx run` ends with the message and exit code 2."""
-
-
 class CmdRunFile(CmdRun):
-    """`torchx run` that also takes a file alone: apps/pretrain.py means apps/pretrain.py:pretrain.
+    """`torchx run` for which apps/pretrain.py means apps/pretrain.py:pretrain.
 
+    Where the working directory has no such file, it is the app that comes with lumrec.
     Without -s, and without a .torchxconfig that names another scheduler, jobs are processes on this machine.
     """
 
@@ -43,6 +40,8 @@ class CmdRunFile(CmdRun):
         first = 1 if words[:1] == ["--"] else 0
         if len(words) > first and words[first].endswith(".py"):
             file = Path(words[first])
+            if not file.is_file() and file.parent == Path("apps") and file.stem in COMMANDS:
+                file = Path(script_of(file.stem))
             if not file.is_file():
                 print(f"torchx run: there is no file {file} (from {Path.cwd()})", file=sys.stderr)
                 sys.exit(2)
@@ -58,7 +57,7 @@ class CmdRunFile(CmdRun):
             sys.exit(128 + int(stop.sigval))
 
     def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
-        """As in TorchX, but a failed job ends with one line: what went wrong stands in the job's own output above."""
+        """As in TorchX, but a failed job ends with one line: the job's own output above says what went wrong."""
         log_thread = self._start_log_thread(runner, app_handle) if log else None
         status = runner.wait(app_handle, wait_interval=0.2)
         if log_thread:
@@ -85,16 +84,15 @@ def with_values(words: Sequence[str]) -> "list[str]":
 def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches: Sequence[str] = ()) -> specs.AppDef:
     """The job that runs apps/<stage>.py under torchrun, `j` = nodes x processes per node; prints its plain command.
 
-    config: "" gives the app none. switches: options without a value, such as --check.
-
-    Raises UsageError where a word is no key=value or `j` is not of that form.
+    words: key=value overrides. config: "" = no --config. switches: options without a value, such as --check.
+    Raises UserError for a word that is not key=value and for another form of `j`.
     """
     arguments, script = _arguments(stage, words, config, switches)
-    num_nodes, num_processes = _parse_j(j)
+    num_nodes, num_processes = nodes_and_processes(j)
     if num_nodes == 1:
         plain = ["torchrun", "--standalone", "--nproc-per-node", str(num_processes), script, *arguments]
         print(SAME_WITHOUT + shlex.join(plain), file=sys.stderr)
-    # One process writes straight through; several get their rank in front of each line.
+    # The lines of several processes begin with their rank.
     tee = 3 if num_nodes * num_processes > 1 else 0
     app = ddp(*literal(arguments), script=literal([script])[0], name=f"/{stage}", j=j, tee=tee)
     command = app.roles[0].args[1]
@@ -108,7 +106,7 @@ def stage_app(stage: str, words: Sequence[str], *, config: str, j: str, switches
 def single_app(
     stage: str, words: Sequence[str], *, config: str = "", options: Mapping[str, str] | None = None
 ) -> specs.AppDef:
-    """The job that runs apps/<stage>.py as one plain process: for apps that launch jobs of their own.
+    """The job that runs apps/<stage>.py as one plain process; prints its command.
 
     options: of the app, by name without dashes; those with an empty value are left out.
     """
@@ -120,25 +118,18 @@ def single_app(
 
 
 def _arguments(stage: str, words: Sequence[str], config: str, switches: Sequence[str] = ()) -> "tuple[list[str], str]":
-    """Arguments of the app's main, and the script: relative where the working directory has it, as remote jobs need."""
+    """Arguments of the app, and its path."""
     for word in words:
         if "=" not in word:
-            raise UsageError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
+            raise UserError(f"got {word!r}; expected key=value, with --config and -j before the first such word")
     arguments = [*switches, *(["--config", config] if config else []), *words]
     return arguments, script_of(stage)
 
 
 def literal(arguments: Sequence[str]) -> "list[str]":
-    """The arguments for a TorchX role, which puts values of its own in the place of $app_id, and $ in that of $$.
+    """The arguments with each $ doubled: a TorchX role replaces $app_id and the like, and $$ by $.
 
     >>> literal(["show_user.user=$$"])
     ['show_user.user=$$$$']
     """
     return [argument.replace("$", "$$") for argument in arguments]
-
-
-def _parse_j(j: str) -> "tuple[int, int]":
-    nodes, _, processes = j.partition("x")
-    if len(j) > 20 or not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
-        raise UsageError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
-    return int(nodes), int(processes)

@@ -2,8 +2,8 @@
 
     config = load(Config, "configs/ml-1m.yaml", ["model.dim=32", "pretrain.train.epochs=4"])
 
-A YAML file may name others that it builds on, relative to itself, each over the one before it: `base: ml-1m.yaml` or
-`base: [ml-1m.yaml, models/19m.yaml]`.
+A YAML file may name others that it builds on, each over the one before it: `base: ml-1m.yaml` or
+`base: [ml-1m.yaml, models/19m.yaml]`, relative to itself. A name without .yaml is a config that comes with lumrec.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 
 from lumrec.run import limits
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.shipped import shipped_configs
 from lumrec.run.typed_yaml import (
     Text,
     UnknownKey,
@@ -43,7 +44,7 @@ def load(root: type[Root], path: str | Path | None = None, overrides: Sequence[s
     Raises MissingFileError for a missing file, and UserError for broken YAML, a word without "=", an unknown key (it
     names the nearest valid one), a value of the wrong type, and one that cannot work (see lumrec/run/limits.py).
     """
-    layers = [*(_files(Path(path)) if path is not None else []), *_overrides(root, overrides, "the command line")]
+    layers = [*(_files(find(path)) if path is not None else []), *_overrides(root, overrides, "the command line")]
     config = _merged(root, defaults(root), layers, origin=str(path or "the command line"))
     limits.check(config)
     return config
@@ -113,6 +114,24 @@ def as_text(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def find(name: str | Path, folder: Path = Path()) -> Path:
+    """The file of a config: `my.yaml` is that file in `folder`, `ml-1m` the config of that name that comes with lumrec.
+
+    Raises MissingFileError for an unknown name, with the nearest one. Whether a .yaml file exists is not checked here.
+    """
+    path, known = folder / name, shipped_configs()
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(str(name), known, n=3)
+    raise MissingFileError(
+        f"there is no config named {str(name)!r}"
+        + (f"; the nearest is {' or '.join(map(repr, near))}" if near else f"; there are: {', '.join(known)}")
+        + " (a file of yours ends with .yaml)"
+    )
+
+
 def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """(name, content) of a YAML file and of the files it builds on, the deepest first."""
     if path.resolve() in above:
@@ -120,7 +139,13 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     if not path.is_file():
         near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise MissingFileError(
-            f"no config file {path} (from {Path.cwd()})" + (f"; there are: {', '.join(near)}" if near else "")
+            f"no config file {path} (from {Path.cwd()})"
+            + (f"; there are: {', '.join(near)}" if near else "")
+            + (
+                f"; the config that comes with lumrec is: --config {path.stem}"
+                if path.stem in shipped_configs()
+                else ""
+            )
         )
     values = read(path)
     values = {} if values is None else values
@@ -131,7 +156,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: base is {base!r}; expected the name of a YAML file, or a list of names")
-    below = [layer for name in names if name for layer in _files(path.parent / name, (*above, path.resolve()))]
+    below = [layer for name in names if name for layer in _files(find(name, path.parent), (*above, path.resolve()))]
     return [*below, (str(path), values)]
 
 

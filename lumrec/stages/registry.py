@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # so that --help comes without loading Polars and torch
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage is the module lumrec/stages/<name>.py, with `run(common, *sections)`.
+    """A stage is the module lumrec/stages/<name>.py, or the one at `path`, with `run(common, *sections)`.
 
     Where it has them, `check_inputs(common, **sections)`, `check_schema(schema, **sections)` and `check_data(common,
     data, **sections)` find what is wrong with the settings before the stage begins. checked_with: sections that those
@@ -28,11 +28,12 @@ class Stage:
     headline: tuple[str, ...] = ()
     check: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
+    path: str = ""
 
     @property
     def module(self) -> ModuleType:
         """The module, imported when it is first asked for."""
-        return importlib.import_module(f"lumrec.stages.{self.name}")
+        return importlib.import_module(self.path or f"lumrec.stages.{self.name}")
 
     def settings(self, config: Common) -> Common:
         """What the stage's config.yaml holds of a root config."""

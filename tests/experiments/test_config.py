@@ -1,12 +1,17 @@
 """Defaults < YAML < words, and what a wrong key, value or file says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lumrec.experiments.config import Config, load
 from lumrec.models.lum import build_user_encoder
 from lumrec.run.config_file import valid_keys
+from lumrec.run.shipped import shipped_configs
 from lumrec.run.typed_yaml import to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def message(*words, path=None):
@@ -35,6 +40,27 @@ def test_a_file_builds_on_another(tmp_path):
     (tmp_path / "above.yaml").write_text("base: below.yaml\nmodel: {dim: 64}\n")
     config = load(tmp_path / "above.yaml")
     assert (config.seed, config.model.dim, config.model.num_heads, config.name) == (1, 64, 4, "above")
+
+
+def test_a_config_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named, beside = load("reproduce/ml-1m"), load(ROOT / "configs/reproduce/ml-1m.yaml")
+    assert named == beside
+    assert named.name == "ml-1m"
+    (tmp_path / "mine.yaml").write_text("base: [simulator, models/19m]\nseed: 3\n")
+    assert (load("mine.yaml").data.source, load("mine.yaml").seed) == ("simulator", 3)
+    assert (
+        load("mine.yaml").model.dim == load(ROOT / "configs/models/19m.yaml").model.dim != load("simulator").model.dim
+    )
+
+
+def test_an_unknown_name_says_which_is_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message(path="ml1m").startswith("there is no config named 'ml1m'; the nearest is 'ml-1m'")
+    assert "there are: amazon-beauty, " in message(path="@@@")
+    assert message(path="configs/ml-1m.yaml").endswith("; the config that comes with lumrec is: --config ml-1m")
+    (tmp_path / "mine.yaml").write_text("base: simulater\n")
+    assert "the nearest is 'simulator'" in message(path="mine.yaml")
 
 
 def test_files_in_a_circle(tmp_path):
@@ -129,11 +155,11 @@ def test_broken_file(tmp_path, text):
     assert "broken.yaml" in message(path=file)
 
 
-def test_every_config_of_the_repository_loads(pytestconfig):
-    files = sorted((pytestconfig.rootpath / "configs").glob("**/*.yaml"))
-    assert files
-    for file in files:
-        assert load(file).name == file.stem
+def test_every_config_that_comes_with_lumrec_loads_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(shipped_configs()) > 30
+    for name, file in shipped_configs().items():
+        assert load(name).name == file.stem
         assert file.read_text().startswith("# "), f"{file} opens without a comment that says what it is for"
 
 

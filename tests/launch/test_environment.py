@@ -1,13 +1,19 @@
 """Wrong mixes of torch, torchrec and fbgemm, made of package folders in front of the real ones on sys.path."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lumrec.launch.environment import diagnose, versions
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from lumrec.launch.environment import NEEDED, diagnose, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,13 +62,10 @@ def bare(tmp_path):
     """A path with the given versions of all that is needed, and nothing else (run with -S)."""
 
     def build(**given: str) -> Path:
-        found = {
-            **dict.fromkeys("torchx numpy polars pyarrow lmdb pyyaml safetensors tqdm".split(), "9.9.9"),
-            **given,
-        }
-        for name, version in found.items():
+        others = set(NEEDED) - {"torch", "torchrec"}
+        for name, version in (dict.fromkeys(others, "9.9.9") | given).items():
             cuda = "'13.0'" if name == "torch" and "+cpu" not in version else "None"
-            packages = {"torch": ""} if name == "torch" else {}
+            packages = {NEEDED[name]: ""} if name in NEEDED else {}
             distribution(tmp_path, name.replace("_", "-"), version, **packages)
             if name == "torch":
                 (tmp_path / "torch" / "version.py").write_text(f"cuda = {cuda}\n")
@@ -86,11 +89,19 @@ def test_no_fbgemm(bare):
 def test_versions_that_do_not_go_together(bare, torch, torchrec):
     message = complaint(check(bare(torch=torch, torchrec=torchrec, fbgemm_gpu_cpu="1.8.0"), isolated=True))
     assert f"torch {torch}, torchrec {torchrec}" in message
-    assert "do not go together" in message
+    assert "do not fit together" in message
+
+
+def test_what_is_needed_is_the_extra_of_the_stages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == []
+    extra = {re.split("[=<>]", each)[0] for each in project["optional-dependencies"]["stages"]}
+    assert extra | {"torchrec"} == set(NEEDED)
 
 
 def test_missing_package(bare):
-    assert "not installed: torchrec;" in complaint(check(bare(torch="2.13.0"), isolated=True))
+    message = complaint(check(bare(torch="2.13.0"), isolated=True))
+    assert "the stages need packages that are not installed (torchrec): run `make setup`" in message
 
 
 def test_fbgemm_that_does_not_load(tmp_path):

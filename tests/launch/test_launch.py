@@ -20,7 +20,7 @@ if sys.argv[1] == "die":
 if sys.argv[1] == "one":
     import torch
     import lumrec.stages.pretrain
-    from lumrec.launch.main import run_stage
+    from lumrec.launch.main import run_command
 
     def run(*settings):
         torch.distributed.init_process_group("gloo")
@@ -30,7 +30,7 @@ if sys.argv[1] == "one":
         torch.distributed.all_reduce(torch.zeros(3))
 
     lumrec.stages.pretrain.run = run
-    run_stage("pretrain", "", [])
+    run_command("pretrain", [])
 """
 
 

@@ -12,7 +12,9 @@ from torchx.cli.main import get_sub_cmds, run_main
 from torchx.specs import macros
 
 from lumrec.experiments.jobs import torchx_command
-from lumrec.launch.torchx import CmdRunFile, UsageError, single_app, stage_app
+from lumrec.launch.commands import COMMANDS
+from lumrec.launch.torchx import CmdRunFile, single_app, stage_app
+from lumrec.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("prepare", "pretrain", "query", "rank", "retrieve", "warm_start")
@@ -41,20 +43,26 @@ def test_a_file_alone_is_its_component(component, capsys):
     )
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "show_user", "pipeline"])
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_teaches(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         torchx_run(f"apps/{stage}.py", "--help")
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert f"torchx run apps/{stage}.py" in out
-    assert "--config" in out
+    assert ("--config" in out) == (stage != "reproduce")
     assert ("-j" in out) == (stage in STAGES)
 
 
 def test_a_user_to_inspect_is_an_option(capsys):
     torchx_run("apps/show_user.py", "--user", "42", "show_user.top=3")
-    assert "apps/show_user.py --config configs/ml-1m.yaml show_user.top=3 show_user.user=42" in capsys.readouterr().err
+    assert "apps/show_user.py --config ml-1m show_user.top=3 show_user.user=42" in capsys.readouterr().err
+
+
+def test_from_a_folder_without_apps_it_is_the_app_that_comes_with_lumrec(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torchx_run("apps/rank.py", "seed=1")
+    assert f"{ROOT}/apps/rank.py --config ml-1m seed=1" in capsys.readouterr().err
 
 
 def test_builtin_components_stay(capsys):
@@ -139,7 +147,7 @@ def test_two_nodes_meet_at_the_first(capsys):
     assert app.roles[0].num_replicas == 2
     assert "--nnodes 2" in app.roles[0].args[1]
     assert "TORCHX_RANK0_HOST" in app.roles[0].args[1] or "rank0_env" in app.roles[0].args[1]
-    with pytest.raises(UsageError):
+    with pytest.raises(UserError):
         stage_app("pretrain", [], config="c.yaml", j="2")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lumrec.experiments.config import Config, load
-from lumrec.launch.main import run_stage
+from lumrec.launch.main import run_command
 from lumrec.run import limits
 from lumrec.run.config_file import valid_keys
 from lumrec.run.errors import UserError
@@ -140,7 +140,7 @@ def test_every_number_has_limits():
 def test_what_is_refused_says_why_and_nothing_is_written(word, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        run_stage("pretrain", "", [word])
+        run_command("pretrain", [word])
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert says in said and len(said.splitlines()) == 1, said

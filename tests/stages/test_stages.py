@@ -1,6 +1,5 @@
 """The main of the apps: what an error of the user's looks like, and what a fault of ours does."""
 
-import importlib
 import os
 import shlex
 import signal
@@ -14,7 +13,8 @@ import pytest
 import torch
 
 from lumrec.experiments.config import load
-from lumrec.launch.main import EXPERIMENTS, headline, run_stage
+from lumrec.launch.commands import COMMANDS
+from lumrec.launch.main import headline, run_command
 from lumrec.run.errors import UserError
 from lumrec.run.failures import sentence
 from lumrec.run.files import write_atomically
@@ -87,7 +87,7 @@ def test_a_file_or_run_that_is_not_there_is_said_before_any_data_are_read(stage,
         words = [word.replace(f"{{{name}}}", str(file)) for word in words]
     config = load(None, [f"runs_dir={tmp_path / 'runs'}", "name=x", "data.source=simulator", *words])
     with pytest.raises(UserError, match=says):
-        STAGES[stage].run(config) if stage in STAGES else importlib.import_module(EXPERIMENTS[stage]).run(config)
+        COMMANDS[stage].run(config)
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
@@ -176,6 +176,6 @@ def test_a_run_that_a_signal_ended_says_how_to_go_on(monkeypatch, capsys, number
 
     monkeypatch.setattr("lumrec.stages.pretrain.run", stopped)
     with pytest.raises(SystemExit) as ended:
-        run_stage("pretrain", "", [])
+        run_command("pretrain", [])
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err.endswith("lumrec: saved in step-00000012\n")

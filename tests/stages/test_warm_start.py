@@ -10,7 +10,7 @@ import torch
 
 from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import Config, load
-from lumrec.launch.main import run_stage
+from lumrec.launch.main import run_command
 from lumrec.stages import rank
 from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint import best_checkpoint
@@ -61,7 +61,7 @@ def test_a_ranker_goes_on_where_production_stands(words):
 
 
 def test_the_app_prints_the_audit_and_changes_nothing(words, capsys):
-    run_stage("warm_start", "", from_production(words))
+    run_command("warm_start", from_production(words))
     out = capsys.readouterr().out
     assert "dry run, nothing is changed" in out and "tables.embedding_bags.item_id.weight" in out
     assert not (Path(config(words).runs_dir) / "tiny-warm_start").exists()
@@ -70,7 +70,7 @@ def test_the_app_prints_the_audit_and_changes_nothing(words, capsys):
 def test_the_app_says_what_does_not_fit(words, capsys):
     (Path(config(words).runs_dir) / "tables.yaml").write_text(RULES.replace('""', "tables"))
     with pytest.raises(SystemExit, match="2"):
-        run_stage("warm_start", "", from_production(words, "tables.yaml"))
+        run_command("warm_start", from_production(words, "tables.yaml"))
     out, err = capsys.readouterr()
     assert "tables.embedding_bags.item_id.weight" in out
     assert "has no source; the nearest is" in err and "is left over" in err
@@ -136,7 +136,7 @@ def tables_of(run: Path) -> dict[str, torch.Tensor]:
 
 def test_a_lum_begins_from_the_tables_of_an_online_model(words, capsys):
     folder = Path(config(words).runs_dir)
-    run_stage("warm_start", "", for_lum(words))
+    run_command("warm_start", for_lum(words))
     assert "token_encoder.tables.embedding_bags.item_id.weight" in capsys.readouterr().out
     frozen = "pretrain.train.optimizer.table_lrs={item_id: 0.0, query: 0.0}"
     result = STAGES["pretrain"].run(config(for_lum(words), "run=warm-lum", frozen))
@@ -205,16 +205,16 @@ def test_scores_of_production_accept_a_takeover_or_refuse_it(words, tmp_path, ca
     scores, run = said_by_production(words, tmp_path / f"said.{suffix}"), f"run=checked-{suffix}"
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        run_stage("warm_start", "", [*from_production(words, "other.yaml"), scores])
+        run_command("warm_start", [*from_production(words, "other.yaml"), scores])
     assert "scores differ from production's by more than 1e-05" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        run_stage("rank", "", [*from_production(words, "other.yaml"), scores, run])
+        run_command("rank", [*from_production(words, "other.yaml"), scores, run])
     err = capsys.readouterr().err
     assert "scores differ from production's" in err and "the model is filled and must not be used" in err
     left = {path.name for path in (folder / f"checked-{suffix}").rglob("*")}
     assert not left & {"warm_start.json", "warm_start.md", "checkpoints", "result.json", "metrics.jsonl"}, left
 
-    run_stage("warm_start", "", [*from_production(words), scores])
+    run_command("warm_start", [*from_production(words), scores])
     assert "scores equal production's" in capsys.readouterr().out
     STAGES["rank"].run(config(from_production(words), scores, run))  # the corrected command goes on in the same run
     audit = json.loads((folder / f"checked-{suffix}" / "warm_start.json").read_text())

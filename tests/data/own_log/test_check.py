@@ -409,7 +409,7 @@ def test_a_log_that_is_damaged_within_is_one_sentence(tmp_path: Path):
         (["--check", "True", "a=b"], "apps/prepare.py --check a=b"),
         (["--check", "False", "--config", "my.yaml"], "apps/prepare.py --config my.yaml"),
         (["--check"], "apps/prepare.py --check"),
-        ([], "apps/prepare.py --config configs/ml-1m.yaml"),
+        ([], "apps/prepare.py --config ml-1m"),
     ],
 )
 def test_torchx_takes_check_without_a_value(

@@ -6,6 +6,7 @@ What a command does and takes is written once, in its app (apps/<name>.py): the 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from typing import NamedTuple
 
@@ -29,7 +30,13 @@ class Description(NamedTuple):
     examples: str
     arguments: dict[str, str]
 
+    @property
+    def with_lumrec(self) -> str:
+        """The examples as commands of `lumrec`, without TorchX."""
+        return re.sub(r"torchx run apps/(\w+)\.py", r"lumrec \1", self.examples)
 
+
+@functools.cache
 def describe(name: str) -> Description:
     """The description of a command, read from its app without importing it (an app imports TorchX)."""
     with open(script_of(name), encoding="utf-8") as file:

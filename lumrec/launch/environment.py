@@ -23,7 +23,7 @@ SET = {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu-cpu": "1.8", "fbgemm-gpu"
 # What the stages import, by distribution: the extra "stages" in pyproject.toml, and torchrec, which it cannot name.
 NEEDED = {
     **{name: name for name in ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "safetensors")},
-    **{name: name for name in ("tqdm", "tensorboard", "matplotlib")},
+    **{name: name for name in ("tqdm", "tensorboard", "matplotlib", "jinja2")},
     "pyyaml": "yaml",
     "faiss-cpu": "faiss",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -22,7 +21,7 @@ from lumrec.experiments.jobs import JobFailed, script_of
 from lumrec.launch import torchrun
 from lumrec.launch.commands import COMMANDS, Description, describe
 from lumrec.launch.environment import check_environment
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.failures import is_lost_peer, sentence, tell, terminal
 from lumrec.run.interrupt import Interrupted
 from lumrec.run.logs import rank, start_logging
@@ -45,7 +44,7 @@ lumrec COMMAND --help explains a command. A first try, in a minute:
 KEYS = """\
 keys: {sections}. Later settings win: defaults, the YAML file, key=value.
 An unknown key is an error that names the nearest valid one. What each key means is on the page "Configuration" of the
-documentation (docs/), and in the docstrings: python -m pydoc lumrec.Config
+documentation, and in the docstring of its section: python -m pydoc lumrec.stages.rank.RankConfig
 """
 EXIT_CODES = """\
 exit codes: 0 finished, or finished before with the same settings; 1 a bug or a failed job; 2 an error in a setting, an
@@ -66,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif name == "configs":
             say("\n".join(f"{each:<34}{_first_sentence(path)}" for each, path in shipped_configs().items()))
         else:
-            near = difflib.get_close_matches(name, [*COMMANDS, "configs"], n=1, cutoff=0.0)[0]
-            say(f"lumrec: there is no command {name!r}; the nearest is {near!r} (lumrec --help)", file=sys.stderr)
+            near = did_you_mean(name, [*COMMANDS, "configs"])
+            say(f"lumrec: there is no command {name!r}{near}; lumrec --help lists them", file=sys.stderr)
             sys.exit(2)
 
 
@@ -95,7 +94,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, prog: str 
             nodes, processes = torchrun.nodes_and_processes(getattr(given, "j", "1x1"))
             if nodes > 1:
                 raise UserError(f"-j {given.j} is several machines: use torchx run apps/{name}.py, or torchrun on each")
-            call = _prepared(name, given, about)
+            call = _to_run(name, given, about)
             if processes > 1 and "RANK" not in os.environ:
                 torchrun_words = ["--standalone", "--nproc-per-node", str(processes), script_of(name), *words]
                 sys.exit(torchrun.main(torchrun_words))
@@ -108,9 +107,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, prog: str 
 
 def _parser(name: str, about: Description, prog: str) -> argparse.ArgumentParser:
     command = COMMANDS[name]
-    examples = (
-        re.sub(r"torchx run apps/(\w+)\.py", r"lumrec \1", about.examples) if "lumrec" in prog else about.examples
-    )
+    examples = about.with_lumrec if prog.startswith("lumrec") else about.examples
     sections = " and ".join(command.sections) or ("data" if name in STAGES else "all sections")
     keys = KEYS.format(sections=f"{sections}, and those at the top (run, runs_dir, seed, inputs, data, schema)")
     parser = argparse.ArgumentParser(
@@ -133,7 +130,7 @@ def _parser(name: str, about: Description, prog: str) -> argparse.ArgumentParser
     return parser
 
 
-def _prepared(name: str, given: argparse.Namespace, about: Description) -> Callable[[], dict[str, Any]]:
+def _to_run(name: str, given: argparse.Namespace, about: Description) -> Callable[[], dict[str, Any]]:
     """The call that runs the command in this process. The config has been read by then, so that a mistake in it is
     reported before any process is started."""
     command = COMMANDS[name]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 from lumrec.run import limits
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError, did_you_mean
 from lumrec.run.shipped import shipped_configs
 from lumrec.run.typed_yaml import (
     Text,
@@ -117,18 +117,16 @@ def as_text(value: Any) -> str:
 def find(name: str | Path, folder: Path = Path()) -> Path:
     """The file of a config: `my.yaml` is that file in `folder`, `ml-1m` the config of that name that comes with lumrec.
 
-    Raises MissingFileError for an unknown name, with the nearest one. Whether a .yaml file exists is not checked here.
+    Raises MissingFileError for an unknown name. Does not check that a .yaml file exists.
     """
     path, known = folder / name, shipped_configs()
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     if str(name) in known:
         return known[str(name)]
-    near = difflib.get_close_matches(str(name), known, n=3)
     raise MissingFileError(
-        f"there is no config named {str(name)!r}"
-        + (f"; the nearest is {' or '.join(map(repr, near))}" if near else f"; there are: {', '.join(known)}")
-        + " (a file of yours ends with .yaml)"
+        f"no config is named {str(name)!r}{did_you_mean(str(name), known)}: `lumrec configs` lists those that come with"
+        " lumrec, and a file ends with .yaml"
     )
 
 

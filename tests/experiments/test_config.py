@@ -56,11 +56,11 @@ def test_a_config_by_name(tmp_path, monkeypatch):
 
 def test_an_unknown_name_says_which_is_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message(path="ml1m").startswith("there is no config named 'ml1m'; the nearest is 'ml-1m'")
-    assert "there are: amazon-beauty, " in message(path="@@@")
+    assert message(path="ml1m").startswith("no config is named 'ml1m' (did you mean 'ml-1m'?)")
+    assert "`lumrec configs` lists those that come with lumrec" in message(path="@@@")
     assert message(path="configs/ml-1m.yaml").endswith("; the config that comes with lumrec is: --config ml-1m")
     (tmp_path / "mine.yaml").write_text("base: simulater\n")
-    assert "the nearest is 'simulator'" in message(path="mine.yaml")
+    assert "did you mean 'simulator'?" in message(path="mine.yaml")
 
 
 def test_files_in_a_circle(tmp_path):

@@ -38,7 +38,7 @@ def test_help_of_a_command_teaches(name, capsys):
     assert f"  lumrec {name} " in out
     assert "torchx run" not in out
     assert all(section in out for section in COMMANDS[name].sections)
-    assert "python -m pydoc lumrec.Config" in out
+    assert "python -m pydoc lumrec.stages.rank.RankConfig" in out
     for argument in describe(name).arguments:
         assert {"words": "key=value", "j": "-j 1xN"}.get(argument, f"--{argument}") in out
 
@@ -62,9 +62,9 @@ def test_version_and_configs(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["pretrian"], "there is no command 'pretrian'; the nearest is 'pretrain' (lumrec --help)"),
-        (["show-user"], "the nearest is 'show_user'"),
-        (["pretrain", "--config", "ml1m"], "there is no config named 'ml1m'; the nearest is 'ml-1m'"),
+        (["pretrian"], "there is no command 'pretrian' (did you mean 'pretrain'?); lumrec --help lists them"),
+        (["show-user"], "did you mean 'show_user'?"),
+        (["pretrain", "--config", "ml1m"], "no config is named 'ml1m' (did you mean 'ml-1m'?)"),
         (["pretrain", "-j", "1x2", "model.dmi=3"], "the nearest valid key is 'model.dim'"),
         (["pretrain", "-j", "2x2"], "-j 2x2 is several machines: use torchx run apps/pretrain.py"),
         (["pretrain", "-j", "two"], "-j is 'two'; expected nodes x processes"),

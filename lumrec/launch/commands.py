@@ -21,6 +21,11 @@ EXPERIMENTS = {
 }
 COMMANDS = STAGES | {name: Stage(name, path=path) for name, path in EXPERIMENTS.items()}
 
+# Programs with their own arguments: module, and what `lumrec --help` says of it.
+TOOLS = {
+    "report": ("lumrec.experiments.leaderboard", "Ranks all runs of a folder: a leaderboard as a page and as text."),
+}
+
 
 class Description(NamedTuple):
     """What the app of a command says of it: one line, more lines, examples of commands, and each argument's help."""

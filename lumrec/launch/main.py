@@ -19,7 +19,7 @@ from typing import Any
 import lumrec
 from lumrec.experiments.jobs import JobFailed, script_of
 from lumrec.launch import torchrun
-from lumrec.launch.commands import COMMANDS, Description, describe
+from lumrec.launch.commands import COMMANDS, TOOLS, Description, describe
 from lumrec.launch.environment import check_environment
 from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.failures import is_lost_peer, sentence, tell, terminal
@@ -58,14 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in COMMANDS:
             run_command(name, rest, prog=f"lumrec {name}")
         elif name in ("-h", "--help"):
-            lines = [f"  {each:<12}{describe(each).summary}" for each in COMMANDS]
-            say(USAGE.format(commands="\n".join(lines)))
+            summaries = {each: describe(each).summary for each in COMMANDS} | {each: TOOLS[each][1] for each in TOOLS}
+            say(USAGE.format(commands="\n".join(f"  {each:<12}{text}" for each, text in summaries.items())))
+        elif name in TOOLS:
+            check_environment()
+            importlib.import_module(TOOLS[name][0]).main(rest)
         elif name == "--version":
             say(f"lumrec {lumrec.__version__}")
         elif name == "configs":
             say("\n".join(f"{each:<34}{_first_sentence(path)}" for each, path in shipped_configs().items()))
         else:
-            near = did_you_mean(name, [*COMMANDS, "configs"])
+            near = did_you_mean(name, [*COMMANDS, *TOOLS, "configs"])
             say(f"lumrec: there is no command {name!r}{near}; lumrec --help lists them", file=sys.stderr)
             sys.exit(2)
 

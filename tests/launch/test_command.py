@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lumrec
-from lumrec.launch.commands import COMMANDS, describe
+from lumrec.launch.commands import COMMANDS, TOOLS, describe
 from lumrec.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def test_help_lists_the_commands_with_one_line_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     main([])
     assert capsys.readouterr().out.splitlines() == lines
-    for name in [*COMMANDS, "configs"]:
+    for name in [*COMMANDS, *TOOLS, "configs"]:
         assert sum(line.split()[:1] == [name] for line in lines) == 1
     assert max(map(len, lines)) <= 120
 
@@ -57,6 +57,12 @@ def test_version_and_configs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} >= {"ml-1m", "simulator", "models/19m", "reproduce/ml-1m"}
     assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_a_tool_gets_its_own_arguments(tmp_path, capsys):
+    main(["report", str(tmp_path)])
+    assert "no runs" in capsys.readouterr().out
+    assert (tmp_path / "leaderboard.html").is_file()
 
 
 @pytest.mark.parametrize(

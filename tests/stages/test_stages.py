@@ -96,7 +96,7 @@ def test_trace_on_request(tmp_path):
     result = app("query", *words, LUMREC_TRACEBACK="1")
     assert result.returncode == 2
     assert "Traceback" in result.stderr
-    assert "torchx run apps/prepare.py" in result.stderr
+    assert "torchx run apps/pretrain.py" in result.stderr
 
 
 def test_help_needs_no_torch():

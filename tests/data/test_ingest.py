@@ -247,7 +247,7 @@ def test_labels(values: list, config: LabelConfig, expected: list):
 
 def test_a_wish_may_be_a_fact_of_the_items_and_other_conditions_say_what_to_do(tmp_path):
     (tmp_path / "log.csv").write_text(
-        "user_id,item_id,timestamp,label\n" + "".join(f"u,i{n},{1_714_521_600 + n},1\n" for n in range(4))
+        "user_id,item_id,timestamp,label\n" + "".join(f"u,i{n},{1_714_521_600 + n},{n % 2}\n" for n in range(4))
     )
     (tmp_path / "items.csv").write_text("item_id,brand\ni0,010\ni1,NO\ni2,\ni3,010\ni3,again\n")
     files = [f"data.log.{name}={tmp_path / file}.csv" for name, file in (("events", "log"), ("items", "items"))]

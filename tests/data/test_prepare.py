@@ -29,6 +29,7 @@ from lumrec.data.simulator.config import SimulatorConfig
 from lumrec.data.simulator.simulate import DEFAULT_SCHEMAS
 from lumrec.data.sources.raw_log import RawLog
 from lumrec.data.splits import TEST, TRAIN, SplitConfig, user_fold
+from lumrec.experiments.config import load
 from lumrec.run.errors import UserError
 from lumrec.stages.prepare import run
 from lumrec.stages.registry import STAGES
@@ -389,3 +390,24 @@ def test_a_full_disk_is_not_taken_for_a_damaged_log(make_config: Callable, tmp_p
         STAGES["prepare"].run(config)
     finally:
         subprocess.run(["umount", "-l", str(runs)], check=True)
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        ([-1, 1], r"data.label has neither values .* 10 of 20 events have another label; say what is positive"),
+        ([1, 2, 3, 4, 5], "16 of 20 events have another label"),
+        ([1], "every event is positive.*data.log.all_positive=true"),
+        ([0], "no event is positive"),
+    ],
+)
+def test_labels_of_one_class_or_another_kind_are_refused(tmp_path, labels, said):
+    """Else the rows that fit would be the only ones, all positive."""
+    log = tmp_path / "log.csv"
+    rows = [f"u{i % 4},i{i % 5},{1_700_000_000 + 60 * i},{labels[i % len(labels)]}" for i in range(20)]
+    log.write_text("\n".join(["user,item,time,label", *rows]))
+    words = ["data.source=log", f"data.log.events={log}", "data.log.user=user", "data.log.item=item"]
+    config = load(None, [*words, "data.log.timestamp=time", "schema.features={item_id: {role: item}}"])
+    with pytest.raises(UserError, match=said):
+        prepare(config, tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()

@@ -345,7 +345,7 @@ def test_a_split_with_too_few_test_events_is_told_with_one_that_fits(look: Calla
 
 
 def test_what_would_be_quarantined_is_what_prepare_quarantines(look: Callable, tmp_path: Path):
-    log = shop_log(uid=["u"] * 58 + [None, ""], clicked=["1"] * 57 + ["x", "0", "1"])
+    log = shop_log(uid=["u"] * 58 + [None, ""], clicked=["1", "0"] * 28 + ["1", "x", "0", "1"])
     log = {name: [*values, values[0]] for name, values in log.items()}  # and one row twice
     report = look(log)
     told = str(report)

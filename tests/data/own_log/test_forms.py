@@ -159,6 +159,6 @@ def test_label_values_are_the_texts_of_the_file(tmp_path: Path, column: list, va
 
 def test_a_label_under_which_nothing_is_positive_is_refused(tmp_path: Path, prepared: Callable):
     folder = write_log(tmp_path / "log", label=["1", "2", "3"])
-    with pytest.raises(UserError, match="data.label.at_least=9: no event is positive"):
+    with pytest.raises(UserError, match="data.label has at_least=9.* no event is positive"):
         prepared(folder, "data.label.at_least=9")
     assert (LogConfig().exact, LabelConfig().values) == ([], [])

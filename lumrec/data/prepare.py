@@ -39,6 +39,7 @@ from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.data.split_notes import part_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
+from lumrec.run.changes import differing
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import full_disk_told, leftovers, locked, read_json, replace_folder, sha256
@@ -313,7 +314,7 @@ def check_replaceable(path: Path) -> None:
     if NAME not in names:
         raise UserError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
     try:
-        manifest = read_json(path / NAME, again="")
+        manifest = read_json(path / NAME)
         ours = isinstance(manifest.get("request"), dict) and "format_version" in manifest
     except UserError:
         ours = MADE <= names  # the manifest is damaged, and the rest is what we write
@@ -380,17 +381,4 @@ def changed_files(path: Path, data: DataConfig) -> list[str]:
 
 def _differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     """One line for each entry that differs; "" where none does."""
-    old, new = dict(_flat(made)), dict(_flat(wanted))
-    return "\n".join(
-        f"  {key}: {old.get(key, '(absent)')!r} in the folder, {new.get(key, '(absent)')!r} asked for"
-        for key in {**old, **new}
-        if old.get(key, "(absent)") != new.get(key, "(absent)")
-    )
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
+    return "\n".join(f"  {key}: {old!r} in the folder, {new!r} asked for" for key, old, new in differing(made, wanted))

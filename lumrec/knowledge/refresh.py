@@ -28,6 +28,7 @@ from lumrec.knowledge.log_normalizer import log_normalizer
 from lumrec.knowledge.records import bytes_to_records, decode, decode_records, identity_user_dtype
 from lumrec.knowledge.store import MANIFEST, check_files, environment, identity_of, read_items, read_manifest
 from lumrec.knowledge.writer import KnowledgeWriter
+from lumrec.run.changes import differing
 from lumrec.run.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -90,17 +91,12 @@ def find_earlier(path: Path, identity: dict[str, Any], *, required: bool, made_b
         manifest = read_manifest(path)
         if made_by not in (None, manifest["made_by"]):
             return None
-        before = identity_of(manifest)
-        differs = [
-            name
-            for name in sorted({*before, *identity} - {*MAY_DIFFER})
-            if before.get(name, "(absent)") != identity.get(name, "(absent)")
-        ]
-        if differs:
-            name = differs[0]
+        differences = [each for each in differing(identity_of(manifest), identity) if each[0] not in MAY_DIFFER]
+        if differences:
+            name, old, new = differences[0]
             raise UserError(
-                f"the knowledge in {path} was made with other settings or LUMs: {name} is {before.get(name)!r} there, "
-                f"{identity.get(name)!r} here (they differ in: {', '.join(differs)})"
+                f"the knowledge in {path} was made with other settings or LUMs: {name} is {old!r} there, {new!r} here "
+                f"(they differ in: {', '.join(name for name, _, _ in differences)})"
             )
         if "users.npy" not in manifest["files"]:
             raise UserError(f"the knowledge in {path} has no index of its users (users.npy): build it again once")

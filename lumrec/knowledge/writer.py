@@ -28,14 +28,13 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.distributed as dist
 from torch import Tensor
 
 from lumrec.knowledge.digests import USER_INDEX
 from lumrec.knowledge.records import encode, identity_user_dtype, records_to_bytes
 from lumrec.knowledge.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, manifest_hash, read_manifest, version_name
 from lumrec.run import files
-from lumrec.run.distributed import on_rank_zero, rank, world_size
+from lumrec.run.distributed import barrier, on_rank_zero, rank
 from lumrec.run.errors import UserError
 from lumrec.run.files import leftovers, read_json, reserve, sha256, sync_file, sync_tree, write_atomically
 
@@ -233,8 +232,7 @@ class KnowledgeWriter:
         reads on.
         """
         self._close()
-        if world_size() > 1:
-            dist.barrier()
+        barrier()
         return on_rank_zero(lambda: self._publish(facts))
 
     def _close(self) -> None:
@@ -283,7 +281,7 @@ class KnowledgeWriter:
 def _stored_build(control: Path) -> dict[str, Any]:
     """What a build that was not finished wrote down about itself; nothing where it cannot be read."""
     try:
-        return read_json(control / IDENTITY, again="")
+        return read_json(control / IDENTITY)
     except UserError:
         return {}
 

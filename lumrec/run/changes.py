@@ -1,4 +1,4 @@
-"""Which settings of a stored run differ from the present ones."""
+"""Which settings of a stored run differ from the present ones: the one comparison for runs, inputs and checkpoints."""
 
 from __future__ import annotations
 
@@ -38,13 +38,16 @@ def changes(stored: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, An
     """
     return {
         key: (old, new)
-        for key, old, new in _changes(stored, settings)
+        for key, old, new in differing(stored, settings)
         if key.split(".")[0] not in NEUTRAL_KEYS and not key.endswith(NEUTRAL_TRAIN_KEYS)
     }
 
 
-def _changes(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, stored, now) of each value that differs. kind: the type of the value, None where nobody knows it."""
+def differing(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, stored, now) of each value that differs; an empty mapping is as good as none.
+
+    kind: the declared type of the value; None if unknown.
+    """
     section = type(now) if is_dataclass(now) else section_of(kind)
     if is_dataclass(section) and isinstance(stored, Mapping):
         stored = {**dict.fromkeys(field_types(section), "(absent)"), **defaults(section), **stored}
@@ -55,10 +58,11 @@ def _changes(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator
         )
         for name in sorted({*stored, *values}):
             part = f"{key}.{name}" if key else str(name)
-            yield from _changes(stored.get(name, "(absent)"), values.get(name, "(absent)"), types.get(name), part)
+            yield from differing(stored.get(name, "(absent)"), values.get(name, "(absent)"), types.get(name), part)
         return
     if kind is not None:
         with contextlib.suppress(UserError):  # a value of another type differs as it is
             stored = overlaid(kind, None, stored)
-    if stored != plain(now):
-        yield key, stored, plain(now)
+    now, none = plain(now), [{}, "(absent)"]
+    if stored != now and not (stored in none and now in none):
+        yield key, stored, now

@@ -77,3 +77,17 @@ def on_rank_zero(make: Callable[[], Value]) -> Value:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The `value` of each rank, in their order, on every rank. Collective."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits until every rank is here. Collective."""
+    if world_size() > 1:
+        dist.barrier()

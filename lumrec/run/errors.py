@@ -17,10 +17,11 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The nearest of the known names as a question in brackets; "" where none is near.
+    """The nearest of the known names, whatever their case, as a question in brackets; "" if none is near.
 
     >>> did_you_mean("feedbak", ["scenario", "feedback"])
     " (did you mean 'feedback'?)"
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    names = {other.lower().strip(): other for other in known}
+    near = difflib.get_close_matches(name.lower().strip(), names, n=1, cutoff=cutoff)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""

@@ -27,22 +27,26 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
-def read_json(path: Path, *, again: str) -> dict[str, Any]:
-    """The JSON object in a file. again: what to do where it cannot be read, as the end of a sentence.
+def read_json(path: Path, *, again: str = "") -> dict[str, Any]:
+    """The JSON object in a file. again: what to do if it cannot be read, as the end of a sentence.
 
-    Raises MissingFileError for a missing file, UserError for one that is empty, cut, not UTF-8 or no JSON object.
+    Raises MissingFileError for a missing file, UserError for one that is empty, cut, not UTF-8, no JSON object, or that
+    cannot be read.
     """
+    then = f"; {again}" if again else ""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingFileError(f"{path} is missing; {again}") from None
+        raise MissingFileError(f"{path} is missing{then}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}){then}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8; {again}") from None
+        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8{then}") from None
     except (ValueError, RecursionError) as error:
         what = "is empty" if path.stat().st_size == 0 else f"is damaged or cut off: it is not JSON ({error})"
-        raise UserError(f"{path} {what}; {again}") from None
+        raise UserError(f"{path} {what}{then}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, expected a JSON object; {again}")
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, expected a JSON object{then}")
     return content
 
 

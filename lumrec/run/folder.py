@@ -14,11 +14,11 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lumrec.run.changes import _AGAIN, config_differences
+from lumrec.run.changes import _AGAIN, config_differences, differing
 from lumrec.run.distributed import on_rank_zero, rank
 from lumrec.run.errors import UserError
 from lumrec.run.files import finite, locked, read_json, write_atomically
@@ -105,20 +105,24 @@ class RunFolder:
         finished = resumed and (path / "result.json").exists()
         if resumed:
             try:
-                changes = [*config_differences(path, settings).values(), *_input_differences(path, inputs)]
+                made_from = read_json(path / "inputs.json", again=_AGAIN)
+                differences = [
+                    *config_differences(path, settings).values(),
+                    *(f"input {key}: {old!r} → {new!r}" for key, old, new in differing(made_from, inputs)),
+                ]
             except UserError as error:  # a damaged file
                 if not overwrite:
                     raise
-                changes = [str(error)]
+                differences = [str(error)]
             state = "a finished" if finished else "an unfinished"
             begun = has_work(path)
-            if changes and begun and not overwrite:
-                more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
+            if differences and begun and not overwrite:
+                more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
                 raise UserError(
-                    f"{path} holds {state} run of another config: {'; '.join(changes[:8])}{more}. Say overwrite=true "
-                    "to replace it, or run=<name> for a folder of its own"
+                    f"{path} holds {state} run of another config: {'; '.join(differences[:8])}{more}. Say "
+                    "overwrite=true to replace it, or run=<name> for a folder of its own"
                 )
-            if changes or (overwrite and finished):
+            if differences or (overwrite and finished):
                 if begun:
                     logger.warning("overwrite=true: replacing %s run in %s", state, path)
                 clearing = True
@@ -287,13 +291,6 @@ def has_work(path: Path) -> bool:
     """
     left = {name for name in _names(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
     return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in _names(path / "checkpoints"))
-
-
-def _input_differences(path: Path, inputs: Mapping[str, str]) -> Iterator[str]:
-    stored = read_json(path / "inputs.json", again=_AGAIN)
-    for key in sorted({*stored, *inputs}):
-        if stored.get(key) != inputs.get(key):
-            yield f"input {key}: {stored.get(key)!r} → {inputs.get(key)!r}"
 
 
 def _step_of(line: str) -> float:

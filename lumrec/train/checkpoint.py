@@ -19,15 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from lumrec.run.distributed import rank, world_size
+from lumrec.run.distributed import barrier, gathered, rank, world_size
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import full_disk_told, remove_folder, sha256, sync_file, sync_folder, write_atomically
+from lumrec.run.files import full_disk_told, read_json, remove_folder, sha256, sync_file, sync_folder, write_atomically
 from lumrec.train.checkpoint_meta import (
     FORMAT,
     Fingerprint,
@@ -36,7 +35,6 @@ from lumrec.train.checkpoint_meta import (
     check_fingerprint,
     complete_checkpoints,
     read_meta,
-    read_object,
     some,
     step_folder,
     unusable,
@@ -116,7 +114,7 @@ class Checkpointer:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-        _barrier()
+        barrier()
         tensors = {"model": self._model.state_dict(), "optim": self._optimizer.state_tensors()}
         own = temporary / f"rank-{rank()}.json"
         with full_disk_told(self.folder, f"the checkpoint of step {step}", then=ROOM):
@@ -124,7 +122,7 @@ class Checkpointer:
             own.write_text(json.dumps(local), encoding="utf-8")
             sync_file(own)
         mine = [own, *temporary.glob(f"__{rank()}_*.distcp"), *([temporary / ".metadata"] if rank() == 0 else [])]
-        checksums = _gathered({file.name: sha256(file) for file in mine})
+        checksums = gathered({file.name: sha256(file) for file in mine})
         if rank() == 0:
             meta = {
                 "format": FORMAT,
@@ -145,7 +143,7 @@ class Checkpointer:
             os.replace(temporary, path)
             sync_folder(self.folder)
             self._remove_old()
-        _barrier()
+        barrier()
         return path
 
     def load_latest(self) -> Loaded | None:
@@ -162,13 +160,13 @@ class Checkpointer:
             problem = _verify(path)
             if problem is None:
                 return self._load(path)
-            _barrier()
+            barrier()
             if rank() == 0:
                 aside = path.with_name(f"corrupt-{path.name}")
                 logger.warning("checkpoint %s is skipped: %s. It is kept as %s", path, problem, aside.name)
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-            _barrier()
+            barrier()
         return None
 
     def load_model(self, step: int) -> None:
@@ -194,7 +192,7 @@ class Checkpointer:
         own = path / f"rank-{rank() if same_ranks else 0}.json"
         if own.name not in meta["files"]:
             raise UserError(f"{path} is damaged: its meta.json does not list {own.name}")
-        return Loaded(meta["step"], meta["state"], read_object(own), same_ranks)
+        return Loaded(meta["step"], meta["state"], read_json(own), same_ranks)
 
     def _state_that_fits(
         self, path: Path, meta: Mapping[str, Any], stored: Mapping[str, list[int]]
@@ -206,7 +204,7 @@ class Checkpointer:
             for name in tables
             for entry, value in state.get(name, {}).items()
         }
-        ours = {key: size for part in _gathered(of_this_rank) for key, size in part.items()}
+        ours = {key: size for part in gathered(of_this_rank) for key, size in part.items()}
         there, here = meta.get("sharding", {}), _sharding_types(self._model)
         unfit = {}
         for name in tables:
@@ -279,7 +277,7 @@ def verified_meta(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None. Collective: each rank reads its share of the files."""
-    problems = _gathered(_verify_share(path))
+    problems = gathered(_verify_share(path))
     return next((problem for problem in problems if problem), None)
 
 
@@ -348,16 +346,3 @@ def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, A
             has_state = any(f"optim.{name}.{entry}" in stored for entry in part.state.get(parameter, {}))
             if not has_state and name not in optimizer.table_names:
                 part.state.pop(parameter, None)  # type: ignore[attr-defined]
-
-
-def _barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def _gathered(value: Any) -> list[Any]:
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values

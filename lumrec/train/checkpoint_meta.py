@@ -3,7 +3,6 @@
 Nothing of it is taken on trust: its checksum, the kind of every value, and that the run's files agree on the best step.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import sha256
+from lumrec.run.files import read_json, sha256
 from lumrec.train.identity import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def best_checkpoint(run: str | Path) -> Path:
         )
     best = step_folder(newest, read_meta(newest)["best_step"])
     finished = run / "result.json"
-    stated = read_object(finished).get("best_step") if finished.exists() else None
+    stated = read_json(finished).get("best_step") if finished.exists() else None
     if stated is not None and stated != read_meta(newest)["best_step"]:
         raise UserError(
             f"{finished} says that the weights of step {stated} were the best, but the newest checkpoint, {newest}, "
@@ -102,7 +101,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise UserError(f"{error.filename or file} cannot be read ({error.strerror or error})") from None
     if digest != stated:
         raise UserError(f"{file} does not have the checksum that COMPLETE states")
-    meta = read_object(file)
+    meta = read_json(file)
     if meta.get("format") != FORMAT:
         raise UserError(f"{file}: its format is {meta.get('format')!r:.40}, this lumrec reads format {FORMAT}")
     if missing := sorted(_META.keys() - meta.keys()):
@@ -131,19 +130,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < _LARGEST for size in value)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises UserError, which names it, for any other."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): it is cut off or damaged") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected names and values: it is damaged")
-    return content
 
 
 def best_of(path: Path) -> Path | None:

@@ -20,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from lumrec.run.changes import differing
 from lumrec.run.errors import UserError
 
 _LONGEST = 100_000
@@ -47,11 +48,8 @@ class Settings:
     def differences(self, stored: str) -> list[str]:
         """What a stored text of such settings and these do not share, in words. Raises UserError for another text."""
         there = {name: value for name, value in _read(stored).items() if not _is_in(name, self.ignored)}
-        named = [
-            (name, there.get(name, self.defaults.get(name)), self.changed.get(name, self.defaults.get(name)))
-            for name in sorted({*there, *self.changed})
-        ]
-        return [f"{name} is {old!r} there, {now!r} here" for name, old, now in named if old != now]
+        found = differing({**self.defaults, **there}, {**self.defaults, **self.changed})
+        return [f"{name} is {old!r} there, {now!r} here" for name, old, now in found]
 
 
 def _is_in(name: str, sections: Collection[str]) -> bool:

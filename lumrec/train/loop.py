@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lumrec.modules.moments import average_moments
 from lumrec.run import limits
-from lumrec.run.distributed import rank, world_size
+from lumrec.run.distributed import gathered, rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.run.files import write_atomically
 from lumrec.run.folder import RunFolder
@@ -433,10 +433,7 @@ def _check(config: TrainConfig, loader: Loader, evaluate: Callable[[], dict[str,
         raise UserError(f"select={select!r} and patience={config.patience} need an evaluation, and there is none")
     if config.patience and not select:
         raise UserError(f"patience={config.patience} needs a metric to select by")
-    lengths = [len(loader)]
-    if world_size() > 1:
-        lengths = [0] * world_size()
-        dist.all_gather_object(lengths, len(loader))
+    lengths = gathered(len(loader))
     if len(set(lengths)) > 1 or lengths[0] == 0:
         raise UserError(f"batches per epoch on each rank are {lengths}: expected the same number, 1 or more, on all")
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lumrec.run.distributed import rank, world_size
+from lumrec.run.distributed import gathered, rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.check import check_rows, check_scores, read_checks
@@ -134,10 +134,7 @@ def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
                 group_N = group_N[taken_N]
                 sums_GC.index_add_(0, group_N, block_NC[taken_N].double())
                 counts_G.index_add_(0, group_N, torch.ones(len(group_N), dtype=torch.float64))
-    everywhere: list[Any] = [(problems, zeroed)]
-    if world_size() > 1:
-        everywhere = [None] * world_size()
-        dist.all_gather_object(everywhere, (problems, zeroed))
+    everywhere = gathered((problems, zeroed))
     found = {problem for part, _ in everywhere for problem in part} | _too_many_zeroed(plan, [z for _, z in everywhere])
     if found:
         raise UserError(f"{source.path} cannot be taken; nothing was changed: {'; '.join(sorted(found)[:6])}")

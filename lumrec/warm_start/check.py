@@ -6,15 +6,14 @@ Shape suffixes: N rows of a check, C columns of the source.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lumrec.run.distributed import on_rank_zero, world_size
+from lumrec.run.distributed import gathered, on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.warm_start.plan import Plan, flat, shards_of
 from lumrec.warm_start.rules import Rule
@@ -136,10 +135,7 @@ def check_scores(model: nn.Module, check: Callable[[nn.Module], tuple[Tensor, Te
 
 
 def _raise_everywhere(problems: list[str], number: int = 0) -> int:
-    everywhere: list[Any] = [(problems, number)]
-    if world_size() > 1:
-        everywhere = [None] * world_size()
-        dist.all_gather_object(everywhere, (problems, number))
+    everywhere = gathered((problems, number))
     if found := sorted({problem for part, _ in everywhere for problem in part}):
         raise UserError(f"{'; '.join(found[:6])}: {_FILLED}")
     return sum(count for _, count in everywhere)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import torch
-import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.data.common import Common
@@ -28,7 +27,7 @@ from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
 from lumrec.models.lum import ModelConfig, TrainedLum, condition_features, open_lum_run
-from lumrec.run.distributed import on_rank_zero, world_size
+from lumrec.run.distributed import gathered, on_rank_zero
 from lumrec.run.errors import UserError
 from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import Reader
@@ -314,9 +313,7 @@ def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> No
             expected = [earlier.parameters[name][0], *value.size()[1:]]
             if stored.get(key) != expected or value.size()[0] != weights[name].size()[0]:
                 problems.append(f"{key} is {stored.get(key, 'absent')} there, {list(value.size())} here")
-    everywhere: list[list[str]] = [[]] * world_size()
-    dist.all_gather_object(everywhere, problems)
-    if problems := sorted({problem for part in everywhere for problem in part}):
+    if problems := sorted({problem for part in gathered(problems) for problem in part}):
         raise UserError(
             f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
             "table_optimizer and sharding that it was trained with, or start it again: pretrain.table_state=fresh"

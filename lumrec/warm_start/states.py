@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
-from lumrec.run.distributed import world_size
+from lumrec.run.distributed import gathered
 from lumrec.run.errors import UserError
 from lumrec.warm_start.rules import Rules
 from lumrec.warm_start.sources import Source
@@ -255,12 +254,8 @@ def model_states(model: nn.Module, optimizer: Any, parameters: Collection[str]) 
         name: {entry: (tuple(value.size()), value.dtype) for entry, value in entries.items()}
         for name, entries in ours.items()
     }
-    everywhere: list[Any] = [sizes]
-    if world_size() > 1:
-        everywhere = [None] * world_size()
-        dist.all_gather_object(everywhere, sizes)
     merged: dict[str, dict[str, Entry]] = {}
-    for part in everywhere:
+    for part in gathered(sizes):
         for name, known in part.items():
             for entry, (size, dtype) in known.items():
                 merged.setdefault(name, {})[entry] = Entry(entry, size, dtype, ours.get(name, {}).get(entry))

@@ -472,7 +472,7 @@ class TestTheBestCheckpoint:
         with pytest.raises(UserError, match="weights of step 4 were the best, .*names step-00000003"):
             best_checkpoint(run)
         (run / "result.json").write_text('{"best_')
-        with pytest.raises(UserError, match="result.json is not JSON"):
+        with pytest.raises(UserError, match="result.json is damaged or cut off: it is not JSON"):
             best_checkpoint(run)
 
     def test_a_run_without_any(self, tmp_path):

@@ -46,5 +46,5 @@ def test_a_setting_that_is_new_counts_as_its_default():
     assert Settings.of(Later(dim=4, added=0.1)).differences(stored) == ["added is 0.5 there, 0.1 here"]
     assert Settings.of(Later()).differences('{"dim": 4, "gone": 1}') == [
         "dim is 4 there, 8 here",
-        "gone is 1 there, None here",
+        "gone is 1 there, '(absent)' here",
     ]

@@ -7,7 +7,6 @@ log/_SUCCESS, log/.part-0.parquet.crc           job markers and checksums are pa
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import glob
 import logging
@@ -17,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lumrec.data.sources.raw_log import DataSetMissing
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,9 @@ def find_files(patterns: Sequence[str], key: str) -> list[Path]:
         if not files:
             what = "is a folder without a file to read" if path.is_dir() else "leads to no file"
             beside = sorted(str(file) for file in path.parent.iterdir()) if path.parent.is_dir() else []
-            raise DataSetMissing(f"{key}: {pattern!r} {what} (from {Path.cwd()}){nearest(str(path), beside)}")
+            raise DataSetMissing(
+                f"{key}: {pattern!r} {what} (from {Path.cwd()}){did_you_mean(str(path), beside, cutoff=0.5)}"
+            )
         for file in files:
             if not file.is_file():
                 raise UserError(f"{key}: {file} is no file{_leads_to(file)}; remove it, or name the files by a glob")
@@ -122,13 +123,6 @@ def partitions(file: Path) -> dict[str, str | None]:
                 "Rename one of the folders"
             )
     return found
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The nearest of the names, as a question in brackets; "" where none is near."""
-    lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
 
 
 def _is_hidden(path: Path) -> bool:

@@ -22,7 +22,7 @@ from lumrec.data.config import DataConfig
 from lumrec.data.forms import text_of
 from lumrec.data.own_log.calendar import of_calendar, out_of_calendar
 from lumrec.data.own_log.config import LogConfig, as_list
-from lumrec.data.own_log.folders import find_files, nearest
+from lumrec.data.own_log.folders import find_files
 from lumrec.data.own_log.tables import FORMATS, RAW, REASON, ROW, UNDECODABLE, Table, decode, open_table
 from lumrec.data.own_log.times import as_microseconds, choose_unit, time_checks
 from lumrec.data.schema import FeatureConfig, SchemaConfig
@@ -35,7 +35,7 @@ from lumrec.data.sources.raw_log import (
     first_reason,
     positive,
 )
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +370,9 @@ def _check_names(config: LogConfig, tables: Tables) -> None:
     for key in ("lists", "decimal_comma", "exact"):
         for name in as_list(getattr(config, key)):
             if name not in everywhere:
-                raise UserError(f"data.log.{key}: no table has a column {name!r}{nearest(name, everywhere)}")
+                raise UserError(
+                    f"data.log.{key}: no table has a column {name!r}{did_you_mean(name, everywhere, cutoff=0.5)}"
+                )
     for name in as_list(config.known_after):
         tables.events.require(name, "data.log.known_after")
     if config.title:

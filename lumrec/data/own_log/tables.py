@@ -17,7 +17,7 @@ from polars import selectors
 from lumrec.data.own_log.calendar import of_calendar
 from lumrec.data.own_log.config import LogConfig
 from lumrec.data.own_log.csv_files import to_parquet
-from lumrec.data.own_log.folders import find_files, nearest, partitions
+from lumrec.data.own_log.folders import find_files, partitions
 from lumrec.data.own_log.parts import (
     RAW,
     REASON,
@@ -29,7 +29,7 @@ from lumrec.data.own_log.parts import (
     is_number,
     undecodable,
 )
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Table:
         if column in self.schema:
             return
         message = (
-            f"{key}: {self.files[0]} has no column {column!r}{nearest(column, list(self.schema))}; it has: "
+            f"{key}: {self.files[0]} has no column {column!r}{did_you_mean(column, self.schema, cutoff=0.5)}; it has: "
             f"{', '.join(self.schema)}"
         )
         if self.is_text and any(map(is_number, self.schema)):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import MissingFileError, UserError, did_you_mean
 
 # Times outside 1970-01-02 … 2100-01-01 UTC are rejected: many logs write 0 for "none", and milliseconds read as seconds
 # are far beyond 2100.
@@ -145,11 +144,11 @@ def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config:
     absent = [text for text, is_there in zip(config.values, wanted.is_in(counts["value"].implode())) if not is_there]
     if absent:
         there = counts.sort(["len", "value"], descending=[True, False])["value"].cast(pl.String).to_list()
-        near = difflib.get_close_matches(absent[0].lower(), [text.lower().strip() for text in there], n=1)
-        alike = [text for text in there if near and text.lower().strip() == near[0]]
-        hint = f" (did you mean {alike[0]!r}?)" if alike else ""
         holds = ", ".join(map(repr, there[:20])) + (", …" if len(there) > 20 else "")
-        raise UserError(f"data.label.values: {absent[0]!r} is in no row of column {name!r}{hint}; it holds {holds}")
+        raise UserError(
+            f"data.label.values: {absent[0]!r} is in no row of column {name!r}{did_you_mean(absent[0], there)}; it "
+            f"holds {holds}"
+        )
 
 
 def _numbers(values: list[str], kind: pl.DataType) -> pl.Series:

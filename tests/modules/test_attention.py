@@ -130,6 +130,7 @@ def test_a_query_with_a_bias_equals_one_more_token_at_the_end(silu, time):
     (q, k, v), (qq, kq, vq) = qkv(8), qkv(6, seed=50)
     indices = bias_indices(layout, times if time else None)
     out = query_attention(qq, kq, vq, k, v, layout, silu=silu, bias=bias, indices=indices)
+    expected = []
     for i in range(len(sequence)):
         start = int(layout.offsets_B1[sequence[i]])
         rows = slice(start, start + int(prefix[i]))
@@ -141,9 +142,12 @@ def test_a_query_with_a_bias_equals_one_more_token_at_the_end(silu, time):
         alone = make_layout(torch.tensor([int(prefix[i]) + 1]))
         none = torch.zeros(0, dtype=torch.int64)
         single = causal_attention_plain(*joined, alone, silu=silu, bias=bias, times=TokenTimes(asked, seen, none, none))
-        torch.testing.assert_close(out[i], single[-1])
-    out.sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in bias.parameters())
+        expected.append(single[-1])
+    torch.testing.assert_close(out, torch.stack(expected))
+    weight, inputs = draw(*out.shape, seed=9), [k, v, qq, kq, vq, *bias.parameters()]
+    gradients = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, torch.stack(expected))]
+    for got, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, plain)
 
 
 def test_the_last_time_bucket_takes_all_that_is_longer():

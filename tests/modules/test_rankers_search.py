@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lumrec.modules.kernels import jagged
-from lumrec.modules.kernels.jagged import indexed_dot, latest, row_chunks
+from lumrec.modules.kernels.jagged import indexed_dot, latest, lookup, row_chunks
 from lumrec.modules.kernels.recurrence import plain_recurrence, recurrence
 from lumrec.modules.rankers.search import (
     hard_search,
@@ -83,6 +83,19 @@ def test_indexed_dot_equals_the_gathered_product_forward_and_backward(num_events
         results.append([dot_T, *(x.grad for x in inputs)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_lookup_equals_indexing_forward_and_backward():
+    random, index_BS = torch.Generator().manual_seed(0), torch.tensor([[0, 2], [2, 2]])
+    table_UX, weight_BSX = (torch.randn(*shape, generator=random) for shape in ((3, 4), (2, 2, 4)))
+    results = []
+    for function in (lookup, lambda table, index: table[index]):
+        table = table_UX.clone().requires_grad_()
+        rows_BSX = function(table, index_BS)
+        (rows_BSX * weight_BSX).sum().backward()
+        results.append([rows_BSX, table.grad])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def in_words(place_BS: Tensor, num_events: int) -> list[list[int]]:

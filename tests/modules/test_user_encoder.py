@@ -52,7 +52,7 @@ def test_asking_a_cache_equals_one_pass(encoder, time_bias):
 
 @pytest.mark.parametrize("time_bias", [None, True, False])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_extending_a_cache_equals_computing_it_anew(encoder, time_bias):
+def test_extending_a_cache_equals_computing_it_again(encoder, time_bias):
     model, (x_TD, _, times) = make_encoder(encoder, time_bias=time_bias), inputs()
     sequence_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS)
     no_query = [PREFIX[:0]] * 2
@@ -108,7 +108,7 @@ def test_low_precision_stays_near(encoder):
         assert (low[name].double() - exact[name]).norm() < 0.03 * exact[name].norm(), name
 
 
-def test_rotary_scores_depend_on_the_distance_alone():
+def test_rotary_scores_depend_only_on_the_distance():
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
     angle = torch.arange(20)[:, None, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
     rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -137,7 +137,7 @@ def test_a_bias_of_time_needs_times():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler (g++)")
-def test_compiled_blocks_change_results_by_rounding_alone():
+def test_compiled_blocks_change_results_only_by_rounding():
     plain = gradients(make_encoder("llama", num_layers=1))
     compiled = gradients(make_encoder("llama", num_layers=1, compile_blocks=True))
     for name, value in plain.items():

@@ -1,4 +1,4 @@
-"""What LUM knowledge gives a model over its base: the paired interval over users, and a verdict in words."""
+"""The gain of a model with LUM knowledge over its base: the paired interval over users, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lumrec.metrics.bootstrap import METRICS, Comparison, compare_means, compare_user_means
-from lumrec.metrics.compare import LOWER_IS_BETTER, RANKS, SCORES, Ranks, Scores, read_ranks, read_scores
+from lumrec.metrics.bootstrap import METRICS, Comparison, Interval, compare_means, compare_user_means
+from lumrec.metrics.compare import RANKS, SCORES, Ranks, Scores, better, read_ranks, read_scores
 from lumrec.run.files import read_json
 
-LEAST_USERS = LEAST_OF_A_CLASS = 30  # in the test part: with fewer, an interval over users says little
+LEAST_USERS = LEAST_OF_A_CLASS = 30  # of the test part: an interval over fewer users says little
 NO_SCORES = "no interval: not every run keeps its scores; train it again with overwrite=true"
 OTHER_ROWS = "no interval: the two were tested on other rows"
 NO_STEPS = "trained in too few steps to say"
@@ -27,12 +27,12 @@ BETTER, WORSE, NOISE = "better", "worse", "within noise"
 def gains(
     base: Sequence[Path], other: Sequence[Path], metrics: Sequence[str] = METRICS, *, num_seeds: int = 0
 ) -> dict[str, float | str]:
-    """The gain of the finished runs `other` over `base`, in pairs of the same seed, that scored the same test rows.
+    """The gain of finished runs over others of the same seeds, in pairs, on the same test rows.
 
     For each metric: "auc_gain" (mean over the pairs), "auc_gain_low", "auc_gain_high" (95 % over users, paired),
-    "auc_gain_sd" (over several seeds), "auc_verdict"; and "test_rows", "test_users". Only verdicts, which say why,
-    where there can be no interval. metrics: of rankers, or "hr@10", … of two towers. num_seeds: where the pairs are of
-    several models, one after the other, how many each has.
+    "auc_gain_sd" (over several seeds) and "auc_verdict"; and "test_rows" and "test_users". Where there can be no
+    interval, only the verdicts, which name the reason. metrics: those of rankers, or "hr@10", … of two towers.
+    num_seeds: seeds of each model, where the pairs are of several models, one after the other.
     """
     runs, num = [*base, *other], len(base)
     kept, read = (RANKS, read_ranks) if "@" in metrics[0] else (SCORES, read_scores)
@@ -58,7 +58,7 @@ def gains(
             why_not = NO_STEPS
         if not why_not and "auc" in found and found["auc"].a.low <= 0.5:
             why_not = CHANCE
-        result[f"{metric}_verdict"] = why_not or verdict(metric, found[metric], by_seed)
+        result[f"{metric}_verdict"] = why_not or verdict(metric, difference, by_seed)
     return result
 
 
@@ -70,7 +70,7 @@ def _same_rows(one: Scores | Ranks, other: Scores | Ranks) -> bool:
 def _compared(
     scores: Sequence[Any], num: int, metrics: Sequence[str]
 ) -> tuple[dict[str, Comparison], dict[str, list[float]], dict[str, str]]:
-    """The comparisons, the gain of each pair, and by metric why its interval would say little ("" where it does)."""
+    """By metric: the comparison, the gain of each pair, and why an interval would say little, if so."""
     if isinstance(scores[0], Scores):
         label_N, user_N = scores[0].label_N, scores[0].user_N
         logits = [one.logit_N for one in scores]
@@ -91,16 +91,12 @@ def _compared(
     return *compare_user_means(values[:num], values[num:]), too_few
 
 
-def verdict(metric: str, comparison: Comparison, by_seed: Sequence[float]) -> str:
-    """ "better" or "worse" where the interval leaves 0 out and every seed agrees, "within noise" where not."""
-    low, high = comparison.difference.low, comparison.difference.high
-    if not math.isfinite(low):
+def verdict(metric: str, difference: Interval, by_seed: Sequence[float]) -> str:
+    """ "better" or "worse" where the interval leaves 0 out and every seed agrees, else "within noise"."""
+    if not math.isfinite(difference.low):
         return NO_ROWS
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    for word, direction in ((BETTER, sign), (WORSE, -sign)):
-        if min(low * direction, high * direction, *(gain * direction for gain in by_seed)) > 0:
-            return word
-    return NOISE
+    agrees = all(gain * difference.low > 0 for gain in by_seed)
+    return {1: BETTER, -1: WORSE, 0: NOISE}[better(metric, difference) if agrees else 0]
 
 
 def gain_text(result: Mapping[str, float | str], key: str) -> str:
@@ -115,7 +111,7 @@ def gain_text(result: Mapping[str, float | str], key: str) -> str:
 
 
 def measured(result: Mapping[str, float | str]) -> str:
-    """What gains were measured on, in sentences that follow a table's protocol; nothing where it is not known."""
+    """Sentences that follow a table's protocol: the test rows, and what its gains are; "" where that is not known."""
     rows, users = result.get("test_rows"), result.get("test_users")
     if not (isinstance(rows, (int, float)) and isinstance(users, (int, float))):
         return ""
@@ -127,7 +123,7 @@ def measured(result: Mapping[str, float | str]) -> str:
 
 
 def notes_of(result: Mapping[str, Any]) -> list[str]:
-    """What stages noted about themselves ("note/<stage>" of a pipeline's result), each once with the stages' names."""
+    """The notes of stages ("note/<stage>" of a pipeline's result), each once, with the names of its stages."""
     stages: dict[str, list[str]] = {}
     for key, value in result.items():
         if key.startswith("note/"):

@@ -1,4 +1,4 @@
-"""The comparison of rankers without and with LUM knowledge: rows of figures, and the terminal's table of them."""
+"""The comparison of rankers without and with LUM knowledge: rows of figures, verdicts, and the terminal's table."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ ONE_SEED = "One seed: how far another would differ is not measured."
 
 
 class Figure(NamedTuple):
-    """A metric's mean over seeds, its standard deviation (None for one seed), and the difference to the base's mean;
-    of the difference the 95 % interval over users, the standard deviation over the seeds, and a verdict in words."""
+    """A metric's mean over seeds and its standard deviation (None for one seed).
+
+    gain: the difference to the base, None without one; low, high: its 95 % interval over users; gain_sd: its standard
+    deviation over the seeds; verdict: see report_gains.gains.
+    """
 
     value: float
     sd: float | None
@@ -145,7 +148,9 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         )
     popularity_auc, negatives = result.get("prepare/popularity_auc"), config.data.negatives
     if negatives is not None and isinstance(popularity_auc, float):
-        lines.append(f"negatives drawn ({negatives.sampling}): item popularity alone has AUC {popularity_auc:.4f}")
+        lines.append(
+            f"negatives drawn ({negatives.sampling}): item popularity without a model has AUC {popularity_auc:.4f}"
+        )
     return "\n".join(lines)
 
 
@@ -158,7 +163,7 @@ def test_part(result: Mapping[str, float | str]) -> str:
 
 
 def gain_lines(table: Sequence[Row]) -> list[str]:
-    """Each gain over the base, a line for each metric; [] where there are none."""
+    """A line for each metric of each row that has a base to compare with; [] without any."""
     lines, is_one_seed = [], True
     for row in table:
         name = row.name
@@ -175,15 +180,15 @@ def gain_lines(table: Sequence[Row]) -> list[str]:
 
 
 def lum_alone(result: Mapping[str, float | str]) -> list[str]:
-    """What the LUM's answers rank without any ranker, in a sentence; nothing where they were not asked."""
+    """How well the LUM's answers rank without any ranker, in a sentence; [] where the LUM was not asked."""
     auc, gauc = result.get("query/test/lum_auc"), result.get("query/test/lum_gauc")
     if not (isinstance(auc, float) and isinstance(gauc, float)):
         return []
-    return [f"The LUM's answers by themselves, without a ranker: AUC {auc:.4f}, gAUC {gauc:.4f}."]
+    return [f"The LUM's answers without a ranker: AUC {auc:.4f}, gAUC {gauc:.4f}."]
 
 
 def treatment(config: Config) -> list[str]:
-    """What the rows with knowledge have beyond the paper's set-up, in sentences; none where nothing."""
+    """What the rows with knowledge have that the paper's do not, in sentences."""
     said = []
     if config.rank.tables == "lum":
         said.append("Rows with knowledge start from the LUM's tables, the base from fresh ones.")
@@ -200,19 +205,25 @@ def spoken(figure: Figure | None) -> str:
 
 
 def what_next(folder: Path, page: Path, *, is_movielens: bool) -> str:
-    """Where the results are, and what one may run now: on MovieLens-1M, or on a log of one's own."""
-    results = f"report   {page}\nnumbers  {folder / 'result.json'}\ncurves   tensorboard --logdir {folder}"
+    """Where the results are, and commands to try next."""
+    config = "torchx run apps/pipeline.py --config configs/ml-1m"
+    tries = {
+        "both rankers, three seeds": f"{config}.yaml",
+        "split by time": f"{config}-temporal.yaml",
+        "the LUM on its own": "torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml",
+        "other settings": f"{config}.yaml run=mine model.dim=96",
+    }
     if not is_movielens:
-        return f"""{results}
-
-what to run next
-  the other ranker, seeds     the same command with run=more 'pipeline.rankers=[din,dlrm]' 'pipeline.seeds=[0,1,2]'
-  what is in a log of yours   torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""
-    return f"""{results}
-
-what to run next
-  both rankers, three seeds   torchx run apps/pipeline.py --config configs/ml-1m.yaml
-  split by time               torchx run apps/pipeline.py --config configs/ml-1m-temporal.yaml
-  the LUM by itself           torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml
-  settings of your own        torchx run apps/pipeline.py --config configs/ml-1m.yaml run=mine model.dim=96
-  a log of your own           torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"""
+        again = "the same command with run=more 'pipeline.rankers=[din,dlrm]' 'pipeline.seeds=[0,1,2]'"
+        tries = {"the other ranker, seeds": again}
+    tries["your own log"] = "torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"
+    return "\n".join(
+        [
+            f"report   {page}",
+            f"numbers  {folder / 'result.json'}",
+            f"curves   tensorboard --logdir {folder}",
+            "",
+            "what to run next",
+            *(f"  {what:27} {command}" for what, command in tries.items()),
+        ]
+    )

@@ -1,4 +1,4 @@
-"""Two ranking runs over the same test rows: the metrics of both, their difference, and how sure it is.
+"""Two ranking runs over the same test rows: the metrics of both, and their difference with its interval.
 
     python -m lumrec.metrics.compare runs/ml-1m-rank-none runs/ml-1m-rank-both
 
@@ -53,7 +53,7 @@ def write_scores(folder: Path, scores: Scores | Ranks) -> None:
 
 
 def read_scores(folder: Path) -> Scores:
-    """The scores that a finished run keeps. Raises MissingFileError without them, UserError for another table."""
+    """The scores of a finished run. Raises MissingFileError without them, UserError for another table."""
     if not (folder / "result.json").exists() or not (folder / SCORES).exists():
         what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
         raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
@@ -61,7 +61,7 @@ def read_scores(folder: Path) -> Scores:
 
 
 def read_ranks(folder: Path) -> Ranks:
-    """The ranks that a finished run of two towers keeps. Raises UserError for a file that is damaged."""
+    """The ranks of a finished run of two towers. Raises UserError for a file that is damaged."""
     return Ranks(*_columns(folder / RANKS, Ranks._fields))
 
 
@@ -81,17 +81,17 @@ def _columns(path: Path, fields: Sequence[str]) -> list[np.ndarray]:
 def compare_runs(
     a: Path, b: Path, *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[Scores, dict[str, Comparison]]:
-    """The rows of both runs (with the logits of a), and AUC, gAUC and log loss of a, of b and of b - a.
+    """The test rows (with the logits of a), and AUC, gAUC and log loss of a, of b and of b - a.
 
-    Raises MissingFileError where a run keeps no scores, UserError where the two scored other rows.
+    Raises MissingFileError where a run keeps no scores, UserError where the two scored different rows.
     """
     of_a, of_b = read_scores(a), read_scores(b)
     for name in ("row", "label", "user"):
         ours, theirs = (np.asarray(getattr(of, f"{name}_N")) for of in (of_a, of_b))
         if not np.array_equal(ours, theirs):
             raise UserError(
-                f"{a} ({len(ours)} rows) and {b} ({len(theirs)} rows) scored other rows (column {name}); expected two "
-                "rankers tested on the same prepared data"
+                f"{a} ({len(ours)} rows) and {b} ({len(theirs)} rows) were not tested on the same rows (column {name} "
+                "differs); expected two rankers tested on the same prepared data"
             )
     found = compare(
         of_a.label_N, of_a.logit_N, of_b.logit_N, of_a.user_N, num_resamples=num_resamples, level=level, seed=seed
@@ -99,17 +99,17 @@ def compare_runs(
     return of_a, found
 
 
-def verdict(metric: str, difference: Interval) -> str:
-    """What the interval of b - a says: "b is better", "a is better" or "not told apart"."""
-    if not (difference.low > 0 or difference.high < 0):
-        return "not told apart"
-    return "b is better" if (difference.low > 0) != (metric in LOWER_IS_BETTER) else "a is better"
+def better(metric: str, difference: Interval) -> int:
+    """1 where the interval of b - a says that b is better, -1 where a is, 0 where it holds 0 or there is none."""
+    side = int(difference.low > 0) - int(difference.high < 0)
+    return -side if metric in LOWER_IS_BETTER else side
 
 
 def as_table(
     a: Path, b: Path, scores: Scores, found: dict[str, Comparison], *, num_resamples: int, level: float
 ) -> str:
     """The comparison as a table of text."""
+    verdicts = {1: "b is better", -1: "a is better", 0: "no difference shown"}
 
     def cell(interval: Interval, sign: str = "") -> str:
         return f"{interval.value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
@@ -122,8 +122,8 @@ def as_table(
         f"{'':9} {'a':26} {'b':26} {'b - a':29}",
     ]
     for metric, (of_a, of_b, difference) in found.items():
-        row = f"{metric:9} {cell(of_a):26} {cell(of_b):26} {cell(difference, '+'):29} {verdict(metric, difference)}"
-        lines.append(row)
+        cells = f"{metric:9} {cell(of_a):26} {cell(of_b):26} {cell(difference, '+'):29}"
+        lines.append(f"{cells} {verdicts[better(metric, difference)]}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumrec.metrics.bootstrap import Interval, intervals
-from lumrec.metrics.compare import SCORES, Scores, compare_runs, main, read_scores, verdict, write_scores
+from lumrec.metrics.compare import SCORES, Scores, better, compare_runs, main, read_scores, write_scores
 from lumrec.run.errors import UserError
 
 
@@ -46,15 +46,15 @@ def test_the_better_run_is_named(tmp_path, capsys):
     main([str(b), str(a), "--resamples", "200"])
     assert capsys.readouterr().out.count("a is better") == 3
     main([str(a), str(a), "--resamples", "200"])
-    assert capsys.readouterr().out.count("not told apart") == 3
+    assert capsys.readouterr().out.count("no difference shown") == 3
 
 
 @given(st.sampled_from(["auc", "gauc", "log_loss"]), st.floats(-1, 1), st.floats(0, 1))
 def test_verdicts(metric, low, width):
-    got = verdict(metric, Interval(low + width / 2, low, low + width))
-    assert (got == "not told apart") == (low <= 0 <= low + width)
-    if got != "not told apart":
-        assert (got == "b is better") == ((low > 0) != (metric == "log_loss"))
+    got = better(metric, Interval(low + width / 2, low, low + width))
+    assert (got == 0) == (low <= 0 <= low + width)
+    if got:
+        assert (got == 1) == ((low > 0) != (metric == "log_loss"))
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
@@ -69,9 +69,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     ):
         with pytest.raises(FileNotFoundError, match=f"{folder} .*{message}.*overwrite=true"):
             compare_runs(a, folder)
-    with pytest.raises(ValueError, match=r"\(2000 rows\).*\(50 rows\) scored other rows \(column row\)"):
+    with pytest.raises(
+        ValueError, match=r"\(2000 rows\).*\(50 rows\) were not tested on the same rows \(column row differs\)"
+    ):
         compare_runs(a, make_run(tmp_path / "e", noise=1.0, rows=50))
-    with pytest.raises(ValueError, match=r"scored other rows \(column label\)"):
+    with pytest.raises(ValueError, match=r"not tested on the same rows \(column label differs\)"):
         compare_runs(a, make_run(tmp_path / "f", noise=1.0, seed=1))
     with pytest.raises(SystemExit) as stopped:
         main([str(a), str(old)])

@@ -61,4 +61,10 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'lumrec' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    return getattr(importlib.import_module(_MODULES[name]), "load" if name == "load_config" else name)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "lumrec").startswith("lumrec"):
+            raise
+        raise ImportError(f"lumrec.{name} needs {error.name}: pip install 'lumrec[stages]', or make setup") from error
+    return getattr(module, "load" if name == "load_config" else name)

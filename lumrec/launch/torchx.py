@@ -18,7 +18,7 @@ from torchx.schedulers.local_scheduler import SignalException
 from lumrec.experiments.jobs import SAME_WITHOUT, script_of
 from lumrec.launch.commands import COMMANDS
 from lumrec.launch.torchrun import nodes_and_processes
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 
 SWITCHES = ("--check",)  # options that are given without a value
 
@@ -43,7 +43,8 @@ class CmdRunFile(CmdRun):
             if not file.is_file() and file.parent == Path("apps") and file.stem in COMMANDS:
                 file = Path(script_of(file.stem))
             if not file.is_file():
-                print(f"torchx run: there is no file {file} (from {Path.cwd()})", file=sys.stderr)
+                near = did_you_mean(file.stem, COMMANDS)
+                print(f"torchx run: there is no file {file} (from {Path.cwd()}){near}", file=sys.stderr)
                 sys.exit(2)
             words[first] = f"{file}:{file.stem}"
             words[first + 1 :] = with_values(words[first + 1 :])

@@ -73,7 +73,7 @@ def test_builtin_components_stay(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["apps/pretrian.py"], "there is no file apps/pretrian.py"),
+        (["apps/pretrian.py"], f"there is no file apps/pretrian.py (from {ROOT}) (did you mean 'pretrain'?)"),
         (["apps/pretrain.py", "model.dim"], "got 'model.dim'; expected key=value"),
         (["apps/pretrain.py", "-j", "two"], "-j is 'two'; expected nodes x processes"),
         (["apps/rank.py", "-j", "0x1"], "-j is '0x1'"),

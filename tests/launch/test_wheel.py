@@ -95,6 +95,8 @@ def test_modules_need_torch_and_torchrec_only(bin_folder, tmp_path):
     code = "from lumrec.modules import Din, KnowledgeFusion, LargeUserModel; print(LargeUserModel.__name__)"
     done = call(tmp_path, bin_folder / "python", "-c", code)
     assert done.stdout == "LargeUserModel\n", done.stderr
+    done = call(tmp_path, bin_folder / "python", "-c", "import lumrec; lumrec.load_config")
+    assert done.stderr.strip().endswith("lumrec.load_config needs polars: pip install 'lumrec[stages]', or make setup")
     done = call(tmp_path, bin_folder / "lumrec", "prepare", "--config", "simulator")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

@@ -16,6 +16,7 @@ from lumrec.batches.rows import training_rows
 from lumrec.batches.windows import training_windows
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import LATER, TEST, TRAIN, leave_out_later, user_fold
+from lumrec.experiments.config import load
 from lumrec.knowledge.store import Knowledge, KnowledgeStore
 from lumrec.models.lum import load_lum
 from lumrec.query.group_query import GroupQuery
@@ -310,3 +311,57 @@ def test_answers_too_large_for_the_dtype_are_refused(experiment):
     STAGES["pretrain"].run(experiment("run=hot", "model.temperature=1e-12"))
     with pytest.raises(ValueError, match="query.dtype=float32"):
         STAGES["query"].run(experiment("inputs.lums=[hot]"))
+
+
+PAGES_WORDS = [
+    "name=pages",
+    "data.source=log",
+    "data.log.time_unit=s",
+    "data.split={kind: time, times: ['1970-01-05', '1970-01-06']}",
+    "schema.features={item_id: {role: item}, feedback: {role: condition, wish: true}, scene: {role: condition}}",
+    "model.dim=16",
+    "model.max_events=16",
+    "model.similarity=dot",
+    "pretrain.packing.events_per_pack=256",
+    "pretrain.train.max_steps=4",
+    "rank.knowledge=both",
+    "rank.max_history=9",
+]
+
+
+def page_log(path: Path, changed: dict[int, int] | None = None) -> None:
+    """Seven days, a page of three items a day for each of 12 users, all at one second.
+
+    changed: day → how far user 3's items are moved that day, with the label and the scene turned over.
+    """
+    lines = ["user_id,item_id,timestamp,label,scene"]
+    for day in range(7):
+        for user in range(12):
+            for place in range(3):
+                move = (changed or {}).get(day, 0) if user == 3 else 0
+                item, label = (5 * user + 3 * day + place + move) % 20, (user + day + place + bool(move)) % 2
+                lines.append(f"u{user},i{item},{86_400 * day + user},{label},s{(place + move) % 2}")
+    path.write_text("\n".join(lines))
+
+
+def test_the_stores_answers_are_of_what_was_strictly_earlier(tmp_path):
+    """From the log to what a ranker reads: rows of the same second and later ones change nothing, earlier ones do."""
+
+    def answers(name: str, changed: dict[int, int]) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        page_log(log := tmp_path / f"{name}.csv", changed)
+        words = [*PAGES_WORDS, f"runs_dir={tmp_path}", f"data.log.events={log}", f"inputs.prepared={name}"]
+        STAGES["prepare"].run(load(None, [*words, f"run={name}"]))
+        if name == "pages":
+            STAGES["pretrain"].run(load(None, words))
+        STAGES["query"].run(load(None, [*words, f"run={name}-query"]))
+        data = PreparedData.open(tmp_path / name)
+        rows = np.flatnonzero(data.user == data.user_keys().index("u3"))
+        known = Knowledge.open(tmp_path / f"{name}-query", data).for_rows(rows)
+        return data.timestamp[rows] // 86_400, known.o_BND, known.present_BN
+
+    day_B, o_BND, present_BN = answers("pages", {})
+    assert day_B.tolist() == sorted(3 * list(range(7))) and present_BN[3:].all()
+    for name, changed, same in (("later", {5: 7, 6: 4}, day_B <= 5), ("earlier", {4: 7}, day_B <= 4)):
+        _, other_BND, _ = answers(name, changed)
+        assert torch.equal(other_BND[same], o_BND[same])
+        assert not torch.isclose(other_BND[~same], o_BND[~same]).all(dim=2).any()

@@ -1,4 +1,4 @@
-"""What all stages have in common: the run, its seed and inputs, the log and the schema."""
+"""Settings that all stages share: the run, its seed and inputs, the log and the schema."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class DataConfig:
     path: folder of the published files; "" = look in LUMREC_DATA, then in the cache, then download.
     category: category of the Amazon reviews, such as Books or Beauty.
     allow_other_files: accept files whose checksum or counts are not the published ones.
-    min_count: a value that occurs less often in the training part is treated as unknown (row 0 of its table).
+    min_count: a value that occurs less often in the training split is treated as unknown (row 0 of its table).
     vocabulary_from: run name or folder of an earlier prepared log. Its values keep their rows, min_count applies to new
         values only, and a LUM of that log can continue training on this one (pretrain.start_from).
     max_list_length: rows with a longer list go into the quarantine.

@@ -1,10 +1,10 @@
-"""A raw log turned into the files of a prepared folder; the order of work is the order of the functions below."""
+"""Makes the files of a prepared folder from a raw log."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import polars as pl
 
 from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
 from lumrec.data.forms import check_forms
-from lumrec.data.ingest import Intake, count_reasons, of_roles, take_in
+from lumrec.data.ingest import Ingested, count_reasons, ingest
+from lumrec.data.log_columns import of_roles
 from lumrec.data.numbers import number_facts
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
@@ -34,6 +35,32 @@ class Catalogue:
     count_N: np.ndarray
 
 
+@dataclass
+class Encoder:
+    """Vocabularies by table and moments by dense feature; unknown: values without a row or number, by feature."""
+
+    vocabularies: dict[str, pl.DataFrame]
+    moments: dict[str, Moments]
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def encode(
+        self, columns: dict[str, pl.Series], features: dict[str, FeatureConfig], *, rows: pl.Series
+    ) -> list[pl.Series]:
+        """Vocabulary rows or scaled numbers of each feature; counts the unknown values.
+
+        rows: identifies each row in a message. Raises UserError as `scaled` does.
+        """
+        encoded = []
+        for name, feature in features.items():
+            if feature.kind == "dense":
+                values, missing = scaled(columns[name], feature.scale, self.moments[name], feature=name, rows=rows)
+            else:
+                values, missing = encode(columns[name], self.vocabularies[feature.table], feature.kind)
+            self.unknown[name] = self.unknown.get(name, 0) + missing
+            encoded.append(values.alias(name))
+        return encoded
+
+
 def convert(
     raw: RawLog,
     schema: SchemaConfig,
@@ -46,90 +73,91 @@ def convert(
     older: dict[str, pl.DataFrame] | None = None,
     negatives: NegativeRowsConfig | None = None,
 ) -> dict[str, Any]:
-    """Writes every file of the prepared folder but the manifest; gives back its counts, facts and quarantine.
+    """Writes every file of the prepared folder but the manifest; returns its counts, facts and quarantine.
 
     older: vocabularies by table that those of the same tables build on. negatives: rows to draw beside the events.
-    The log goes through memory in blocks of users; in memory as a whole are the items, the users, the vocabularies.
-    Raises UserError where the log lacks a column that the schema names, a feature tells what it must not, no event is
-    left, published files do not hold what they are known to hold, or negatives are asked for and cannot be drawn.
+    The log is read in blocks of users; only the items, the users and the vocabularies are in memory as a whole.
+    Raises UserError as `ingest` does, where published files do not hold what they should, and where negatives are asked
+    for and cannot be drawn.
     """
-    scratch = folder / "intake"
+    scratch = folder / "ingest"
     scratch.mkdir()
-    intake = take_in(raw, schema, max_list_length=max_list_length, drop_duplicates=drop_duplicates, scratch=scratch)
-    by_role = {"item": intake.items, "user": intake.users}
-    numbers = number_facts(schema, intake.blocks, by_role)
+    found = ingest(raw, schema, max_list_length=max_list_length, drop_duplicates=drop_duplicates, scratch=scratch)
+    by_role = {"item": found.items, "user": found.users}
+    numbers = number_facts(schema, found.blocks, by_role)
     if raw.exact is not None:
-        check_forms(schema, intake.blocks, by_role, older or {}, raw.exact)
-    cuts = cut_times(split, intake.blocks, absolute_time=raw.absolute_time)
-    catalogues = part_blocks(intake, split, cuts)
-    vocabularies = count_vocabularies(schema, intake.blocks, catalogues, min_count, older or {})
-    moments = fit_scales(schema, intake.blocks, catalogues)
-
-    unknown: dict[str, int] = {}
-    for role, catalogue in catalogues.items():
-        frame = catalogue.frame
-        kept = frame.select(
-            pl.col(f"{role}_id").cast(pl.String).alias(f"{role}_key"), *(["title"] if "title" in frame.columns else [])
-        )
-        features = of_roles(schema, (role,))
-        columns = {name: frame[feature.column] for name, feature in features.items()}
-        write(
-            kept.with_columns(
-                encode_features(columns, features, vocabularies, moments, unknown, rows=kept[f"{role}_key"])
-            ),
-            folder / f"{role}s.parquet",
-        )
-    features = of_roles(schema, EVENT_ROLES)
-    drawn = negatives and drawer(negatives, intake, catalogues["item"], raw)
-    for part, path in enumerate(intake.blocks):
-        block = pl.read_parquet(path)
-        kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
-        columns = {name: block[name] for name in features}
-        encoded = encode_features(columns, features, vocabularies, moments, unknown, rows=block["order"])
-        write(kept.with_columns(encoded), folder / "events" / f"part-{part:05d}.parquet")
-        if drawn:
-            write(drawn.add(block), folder / "negatives" / f"part-{part:05d}.parquet")
-    for table, vocabulary in vocabularies.items():
-        write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
-    pl.scan_parquet(intake.quarantine).sink_parquet(folder / "quarantine.parquet")
-    left_out = count_reasons(intake.quarantine)
-    counts = count(intake, catalogues, left_out)
-    facts = _facts(folder / "events", len(catalogues["item"].frame))
-    facts["same_moment_share"] = intake.num_with_earlier / intake.num_events
-    facts["no_history_share"] = intake.num_without_history / intake.num_events
+        check_forms(schema, found.blocks, by_role, older or {}, raw.exact)
+    cuts = cut_times(split, found.blocks, absolute_time=raw.absolute_time)
+    catalogues = split_blocks(found, split, cuts)
+    vocabularies = count_vocabularies(schema, found.blocks, catalogues, min_count, older or {})
+    encoder = Encoder(vocabularies, fit_scales(schema, found.blocks, catalogues))
+    drawn = drawer(negatives, found, catalogues["item"], raw) if negatives else None
+    _write_files(folder, schema, found, catalogues, encoder, drawn)
+    left_out = count_reasons(found.quarantine)
+    counts = count(found, catalogues, left_out)
+    facts = _facts(folder / "events", len(found.items))
+    facts["same_moment_share"] = found.num_with_earlier / found.num_events
+    facts["no_history_share"] = found.num_without_history / found.num_events
     if raw.request:
-        counts["events_without_request"] = intake.num_by_themselves
+        counts["events_without_request"] = found.num_by_themselves
     if drawn:
         check_features_of_the_moment(schema, folder / "events")
         counts["negatives"] = drawn.num_rows
         facts |= drawn.facts()
-    content = {
+    shutil.rmtree(scratch)
+    _check_expected(counts, raw)
+    return {
         "counts": counts,
         "facts": facts,
         "table_rows": {table: len(vocabulary) + 1 for table, vocabulary in vocabularies.items()},
-        "scales": {name: one.facts() for name, one in moments.items()},
+        "scales": {name: one.facts() for name, one in encoder.moments.items()},
         "absolute_time": raw.absolute_time,
         "has_clock": raw.has_clock,
-        "unknown_values": unknown,
-        "numbers": {name: dataclasses.asdict(facts) for name, facts in numbers.items()},
+        "unknown_values": encoder.unknown,
+        "numbers": {name: dataclasses.asdict(one) for name, one in numbers.items()},
         "quarantine": left_out,
     }
-    shutil.rmtree(scratch)
-    _check_expected(counts, raw)
-    return content
 
 
-def drawer(config: NegativeRowsConfig, intake: Intake, items: Catalogue, raw: RawLog) -> NegativeRows:
-    """What draws negative rows for the blocks of `intake`, whose column `split` is made (`part_blocks`)."""
-    ids = intake.users["user_id"]
-    return NegativeRows(config, items.count_N, ids, intake.blocks, absolute_time=raw.absolute_time)
+def _write_files(
+    folder: Path,
+    schema: SchemaConfig,
+    found: Ingested,
+    catalogues: dict[str, Catalogue],
+    encoder: Encoder,
+    drawn: NegativeRows | None,
+) -> None:
+    """Writes items, users, events, drawn rows, vocabularies and the quarantine."""
+    for role, catalogue in catalogues.items():
+        frame, key = catalogue.frame, f"{role}_key"
+        kept = frame.select(pl.col(f"{role}_id").cast(pl.String).alias(key), "^title$")
+        features = of_roles(schema, (role,))
+        columns = {name: frame[feature.column] for name, feature in features.items()}
+        write(kept.with_columns(encoder.encode(columns, features, rows=kept[key])), folder / f"{role}s.parquet")
+    features = of_roles(schema, EVENT_ROLES)
+    for index, path in enumerate(found.blocks):
+        block, name = pl.read_parquet(path), f"part-{index:05d}.parquet"
+        kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
+        encoded = encoder.encode({feature: block[feature] for feature in features}, features, rows=block["order"])
+        write(kept.with_columns(encoded), folder / "events" / name)
+        if drawn:
+            write(drawn.add(block), folder / "negatives" / name)
+    for table, vocabulary in encoder.vocabularies.items():
+        write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
+    pl.scan_parquet(found.quarantine).sink_parquet(folder / "quarantine.parquet")
 
 
-def part_blocks(intake: Intake, split: SplitConfig, cuts: np.ndarray | None) -> dict[str, Catalogue]:
+def drawer(config: NegativeRowsConfig, found: Ingested, items: Catalogue, raw: RawLog) -> NegativeRows:
+    """Draws negative rows for the blocks of `found`, after `split_blocks` has added their column `split`."""
+    ids = found.users["user_id"]
+    return NegativeRows(config, items.count_N, ids, found.blocks, absolute_time=raw.absolute_time)
+
+
+def split_blocks(found: Ingested, split: SplitConfig, cuts: np.ndarray | None) -> dict[str, Catalogue]:
     """Adds the column `split` (i8) to each block; the catalogues with their training events."""
-    user_ids = intake.users["user_id"].cast(pl.String)
-    item_N, user_N = np.zeros(len(intake.items), np.int64), np.zeros(len(intake.users), np.int64)
-    for path in intake.blocks:
+    user_ids = found.users["user_id"].cast(pl.String)
+    item_N, user_N = np.zeros(len(found.items), np.int64), np.zeros(len(found.users), np.int64)
+    for path in found.blocks:
         block = pl.read_parquet(path)
         user_E = block["user"].to_numpy()
         first, last = int(user_E[0]), int(user_E[-1]) + 1
@@ -139,7 +167,7 @@ def part_blocks(intake: Intake, split: SplitConfig, cuts: np.ndarray | None) -> 
         user_N[first:last] += np.bincount(user_E[is_train_E] - first, minlength=last - first)
         block = block.with_columns(pl.Series("split", split_E, pl.Int8))
         block.write_parquet(path, compression="lz4", statistics=False)
-    return {"item": Catalogue(intake.items, item_N), "user": Catalogue(intake.users, user_N)}
+    return {"item": Catalogue(found.items, item_N), "user": Catalogue(found.users, user_N)}
 
 
 def count_vocabularies(
@@ -149,7 +177,7 @@ def count_vocabularies(
     min_count: int,
     older: dict[str, pl.DataFrame],
 ) -> dict[str, pl.DataFrame]:
-    """One vocabulary for each table; a value of an item or user counts once for each training event of that one."""
+    """One vocabulary for each table; a value of an item (or user) counts once for each training event of the item."""
     counts: dict[str, list[pl.DataFrame]] = {table: [] for table in schema.tables}
     for feature in schema.features.values():
         if feature.table and feature.role in catalogues:
@@ -162,9 +190,9 @@ def count_vocabularies(
         train = pl.read_parquet(path, columns=[*features, "split"]).filter(pl.col("split") == TRAIN)
         for name, feature in features.items():
             counts[feature.table].append(count_values(train[name]))
-        # summed up after each block, so that as much is held as there are different values
-        counts = {table: [_summed(parts)] for table, parts in counts.items()}
-    return {table: build_vocabulary(_summed(parts), min_count, older.get(table)) for table, parts in counts.items()}
+        # summed after each block, so that memory grows only with the number of different values
+        counts = {table: [_summed(frames)] for table, frames in counts.items()}
+    return {table: build_vocabulary(_summed(frames), min_count, older.get(table)) for table, frames in counts.items()}
 
 
 def _summed(counts: list[pl.DataFrame]) -> pl.DataFrame:
@@ -187,42 +215,18 @@ def fit_scales(schema: SchemaConfig, blocks: list[Path], catalogues: dict[str, C
     return moments
 
 
-def encode_features(
-    columns: dict[str, pl.Series],
-    features: dict[str, FeatureConfig],
-    vocabularies: dict[str, pl.DataFrame],
-    moments: dict[str, Moments],
-    unknown: dict[str, int],
-    *,
-    rows: pl.Series,
-) -> list[pl.Series]:
-    """Vocabulary rows or scaled numbers of each feature; `unknown` grows by the values without a row or number.
-
-    rows: what names each row in a message. Raises UserError as `scaled` does.
-    """
-    encoded = []
-    for name, feature in features.items():
-        if feature.kind == "dense":
-            values, missing = scaled(columns[name], feature.scale, moments[name], feature=name, rows=rows)
-        else:
-            values, missing = encode(columns[name], vocabularies[feature.table], feature.kind)
-        unknown[name] = unknown.get(name, 0) + missing
-        encoded.append(values.alias(name))
-    return encoded
-
-
-def count(intake: Intake, catalogues: dict[str, Catalogue], left_out: dict[str, int]) -> dict[str, int]:
-    """Rows read, kept and left out, users and items, and the events of each part."""
-    blocks = pl.scan_parquet(intake.blocks)
+def count(found: Ingested, catalogues: dict[str, Catalogue], left_out: dict[str, int]) -> dict[str, int]:
+    """Rows read, kept and left out, users and items, and the events and users of each split."""
+    blocks = pl.scan_parquet(found.blocks)
     counted = blocks.group_by("split").agg(events=pl.len(), users=pl.col("user").n_unique()).collect(engine="streaming")
-    of_part = {row["split"]: row for row in counted.iter_rows(named=True)}
+    of_split = {row["split"]: row for row in counted.iter_rows(named=True)}
     users, items = (
         blocks.select(name).unique().select(pl.len()).collect(engine="streaming").item() for name in ("user", "item")
     )
     return {
-        "events_read": intake.num_read,
-        "events": intake.num_events,
-        "events_quarantined": intake.num_read - intake.num_events,
+        "events_read": found.num_read,
+        "events": found.num_events,
+        "events_quarantined": found.num_read - found.num_events,
         "users": len(catalogues["user"].frame),
         "users_without_events": len(catalogues["user"].frame) - users,
         "items": len(catalogues["item"].frame),
@@ -230,9 +234,9 @@ def count(intake: Intake, catalogues: dict[str, Catalogue], left_out: dict[str, 
         "items_in_training": int((catalogues["item"].count_N > 0).sum()),
         "catalogue_rows_quarantined": sum(n for reason, n in left_out.items() if not reason.startswith("events: ")),
         **{
-            f"{part}_{what}": of_part[code][what] if code in of_part else 0
+            f"{name}_{what}": of_split[code][what] if code in of_split else 0
             for what in ("events", "users")
-            for code, part in enumerate(PARTS)
+            for code, name in enumerate(PARTS)
         },
     }
 
@@ -244,22 +248,22 @@ def write(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _facts(events: Path, num_items: int) -> dict[str, float | None]:
-    """Share of positive labels in each part and, of a simulated log, the known AUCs; None where there is no number."""
+    """Share of positive labels in each split and, for a simulated log, the known AUCs; None where undefined."""
     frame = pl.scan_parquet(events / "*.parquet")
     rates = dict(frame.group_by("split").agg(pl.col("label").mean()).collect(engine="streaming").iter_rows())
-    facts: dict[str, float | None] = {f"{part}_positive_rate": rates.get(code) for code, part in enumerate(PARTS)}
+    facts: dict[str, float | None] = {f"{name}_positive_rate": rates.get(code) for code, name in enumerate(PARTS)}
     if "probability" in frame.collect_schema():
         train = frame.filter(pl.col("split") == TRAIN).group_by("item").agg(pl.col("label").sum())
         test = frame.filter(pl.col("split") == TEST).select("item", "label", "probability")
         every = test.select(pl.len()).collect(engine="streaming").item() // FACT_ROWS + 1
-        some = test.with_row_index("place").filter(pl.col("place") % every == 0)  # gather_every holds them all
+        some = test.with_row_index("index").filter(pl.col("index") % every == 0)  # gather_every needs all in memory
         known = click_facts(train.collect(engine="streaming"), some.collect(engine="streaming"), num_items)
         facts |= {name: None if np.isnan(value) else value for name, value in known.items()}
     return facts
 
 
 def _check_expected(counts: dict[str, int], raw: RawLog) -> None:
-    """Raises UserError where unmodified published files do not hold as many users, items, … as is known of them."""
+    """Raises UserError where unmodified published files do not hold the known numbers of events, users, items."""
     expected = raw.extra.get("expected")
     assert expected is None or isinstance(expected, dict)
     for name, number in (expected or {}).items():

@@ -1,13 +1,12 @@
-"""Events whose items are drawn as negatives: of the same part of the log, near in time, about as popular.
+"""The pool of events whose items are drawn as negatives: of the same split, near in time, about as popular.
 
-So that the draw itself tells nothing, a drawn item is as popular, as new and as much of its time as the item of an
-event of that part::
+A drawn item is then as popular and as new as the items of events at that time, so that it cannot be recognised::
 
-    part test, sorted by time   | slice 0             | slice 1            |      about SLICE events each
-    within a slice by counts    | 0 0 0 1 2 5 5 9 9 9 | 0 0 1 1 3 7 7 9 9  |      0: not in the training part
+    test, sorted by time        | slice 0             | slice 1            |      about SLICE events each
+    within a slice by counts    | 0 0 0 1 2 5 5 9 9 9 | 0 0 1 1 3 7 7 9 9  |      0: not in the training split
                                           ▲ the event: drawn from as far around it as `reach` says
 
-Shape suffixes: M events of a part in the pool, S slices, N draws.
+Shape suffixes: M events of a split in the pool, S slices, N draws.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ import polars as pl
 
 from lumrec.data.splits import PARTS, mix
 
-SLICE = 512  # events of a part that count as of one time
-LARGEST = 4_000_000  # events of the pool; of a larger log every second, third, … is in it
+SLICE = 512  # events of a split that are treated as one time
+LARGEST = 4_000_000  # events of the pool; of a larger log it has every second, third, …
 LEAST_REACH = 16  # events to either side
 
 
 class Slices(NamedTuple):
-    """One part's events: start_S, its slices' first seconds; begin_S1, where each begins; item_M in the order of
-    (slice, count); key_M = slice · width + count, ascending."""
+    """The events of one split. start_S: first second of each slice. begin_S1: index where each begins. item_M: in the
+    order of (slice, count). key_M: slice · width + count, ascending.
+    """
 
     start_S: np.ndarray
     begin_S1: np.ndarray
@@ -42,8 +42,8 @@ class Slices(NamedTuple):
         """An item (int64 [N]) for events at `time_N` whose items occur `count_N` times in training.
 
         at_N, shift_N: random, 0 … 1: where among events of that time and count, and how far from there. reach: to
-        either side, as a share of the slice; what reaches over its end is reflected, so that the draw from one item to
-        another is as likely as the reverse.
+        either side, as a share of the slice. Indices beyond its ends are reflected, so that drawing item b for item a
+        is as likely as a for b.
         """
         slice_N = np.maximum(np.searchsorted(self.start_S, time_N, side="right") - 1, 0)
         key_N = slice_N * self.width + count_N
@@ -51,17 +51,17 @@ class Slices(NamedTuple):
         begin_N, end_N = self.begin_S1[slice_N], self.begin_S1[slice_N + 1]
         size_N = end_N - begin_N
         reach_N = np.minimum(np.maximum((size_N * reach).astype(np.int64), LEAST_REACH), size_N)
-        place_N = low_N + (at_N * (high_N - low_N)).astype(np.int64)
-        place_N = np.minimum(place_N, end_N - 1) + np.floor((2 * shift_N - 1) * reach_N).astype(np.int64)
-        place_N = np.where(place_N < begin_N, 2 * begin_N - 1 - place_N, place_N)
-        place_N = np.where(place_N >= end_N, 2 * end_N - 1 - place_N, place_N)
-        return self.item_M[np.clip(place_N, begin_N, end_N - 1)]
+        index_N = low_N + (at_N * (high_N - low_N)).astype(np.int64)
+        index_N = np.minimum(index_N, end_N - 1) + np.floor((2 * shift_N - 1) * reach_N).astype(np.int64)
+        index_N = np.where(index_N < begin_N, 2 * begin_N - 1 - index_N, index_N)
+        index_N = np.where(index_N >= end_N, 2 * end_N - 1 - index_N, index_N)
+        return self.item_M[np.clip(index_N, begin_N, end_N - 1)]
 
 
 def make_pool(blocks: Sequence[Path], count_I: np.ndarray, *, absolute_time: bool) -> dict[int, Slices]:
-    """The slices of each part that has events. blocks: with item, timestamp, order and split.
+    """The slices of each split that has events. blocks: with item, timestamp, order and split.
 
-    Where times of different users cannot be compared, a part is one slice.
+    Where times of different users cannot be compared, a split is one slice.
     """
     num_events = pl.scan_parquet(list(blocks)).select(pl.len()).collect(engine="streaming").item()
     every = np.uint64(-(-num_events // LARGEST)) if num_events else np.uint64(1)
@@ -72,11 +72,11 @@ def make_pool(blocks: Sequence[Path], count_I: np.ndarray, *, absolute_time: boo
         found.append(block.filter(pl.Series(is_in_E)))
     events = pl.concat(found)
     pool = {}
-    for part in range(len(PARTS)):
-        of_part = events.filter(pl.col("split") == part).sort("timestamp", "order")
-        if len(of_part):
-            item_M, time_M = (of_part[name].to_numpy().astype(np.int64) for name in ("item", "timestamp"))
-            pool[part] = _slices(item_M, time_M if absolute_time else np.zeros_like(time_M), count_I)
+    for split in range(len(PARTS)):
+        of_split = events.filter(pl.col("split") == split).sort("timestamp", "order")
+        if len(of_split):
+            item_M, time_M = (of_split[name].to_numpy().astype(np.int64) for name in ("item", "timestamp"))
+            pool[split] = _slices(item_M, time_M if absolute_time else np.zeros_like(time_M), count_I)
     return pool
 
 

@@ -1,20 +1,20 @@
-"""Rows about other items, drawn for a log of positives alone: what a ranker tells the events from.
+"""Negative rows for a log that holds only positive events: rows about other items, drawn for rankers.
 
 ::
 
     events of a user   item 3   item 7   item 1      label 1
     drawn              item 9   item 4   item 6      label 0: the user, the moment and the history of the event above
 
-A drawn row is no event: no history, sequence, count or statistic has it in. It differs from its event in the item
-alone, and in what is known of that item at that moment.
+A drawn row is not an event: no history, sequence, count or statistic contains it. It differs from its event only in the
+item, and in what is known about that item at that moment.
 
-What must not give a drawn row away is the draw: that its item is rarer, older or newer than those of events, or that
-no drawn item is one that the user had before. So "matched" draws the item of another event of the same part, near in
-time and about as popular (negative_pool.py); and beside an event whose item the user had before, another item that the
-user had before. How far each of the three tells events from drawn rows is measured and reported (`facts`).
+A model must not recognise drawn rows by how they were drawn: because their items are rarer, older or newer than those
+of events, or because the user never had them before. So "matched" draws the item of another event of the same split,
+near in time and about as popular (drawn_pool.py); and beside an event whose item the user had before, another item that
+the user had before. `facts` measures how well each of the three separates events from drawn rows.
 
-Source: DIN's protocol for Amazon (arXiv 1706.06978, section 6.1): the next review of a user against one random item;
-that is "uniform".
+Source: "uniform" is DIN's protocol for Amazon (arXiv 1706.06978, section 6.1): the next review of a user against one
+random item.
 
 Shape suffixes: E events, U users, I items, N drawn rows, P pairs of a user and an item of theirs.
 """
@@ -37,9 +37,9 @@ from lumrec.run import limits
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count
 
-CALIBRATED = 200_000  # events by which matched draws find what makes up for the items that are left out
-ROUNDS = 16  # draws until one is not an item to be left out
-TELLING = 0.05  # an AUC this far from .5 says that the draw gives rows away
+CALIBRATED = 200_000  # events that calibrate matched draws
+ROUNDS = 16  # attempts to draw an item that is allowed
+TELLING = 0.05  # an AUC this far from .5 means that drawn rows can be recognised
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class NegativeRowsConfig:
     """How many rows are drawn beside each event of a log of positives, and from which items.
 
     per_positive: rows drawn for each event, independently.
-    sampling: "matched" draws items that are as popular, as new and as often met before as those of the events;
-        "uniform" draws uniformly from the items of the training part, "popularity" by how often they occur there.
-        The last two never draw an item that the user meets anywhere in the log.
+    sampling: "matched" draws items that are as popular, as new and as often had before as those of the events;
+        "uniform" draws uniformly from the items of the training split, "popularity" by how often they occur there.
+        The last two never draw an item that the user has anywhere in the log.
     seed: seed of the draws.
     """
 
@@ -59,10 +59,10 @@ class NegativeRowsConfig:
 
 
 class NegativeRows:
-    """Draws the rows of one block of users after the other, and counts what each part of the log holds.
+    """Draws the rows of one block of users after the other, and counts the items of each split.
 
-    count_I: training events of each item. user_ids: raw ids, to name a user by. blocks: files of all events, which
-    "matched" draws from. absolute_time: whether times of different users can be compared.
+    count_I: training events of each item. user_ids: raw ids, for messages. blocks: files of all events, which "matched"
+    draws from. absolute_time: whether times of different users can be compared.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class NegativeRows:
             self.pool = make_pool(blocks, count_I, absolute_time=absolute_time)
             self.up_P = self._calibrate(pl.read_parquet(blocks[0], n_rows=CALIBRATED))
         self.num_events = self.num_rows = 0
-        # Of each part's events and drawn rows: how often each item; how many are of items that the user had before.
+        # Of each split's events and drawn rows: how often each item; how many are of items that the user had before.
         self.items_PKI = np.zeros((len(PARTS), 2, len(count_I)), np.int64)
         self.repeats_PK = np.zeros((len(PARTS), 2), np.int64)
 
     def add(self, block: pl.DataFrame) -> pl.DataFrame:
         """Drawn rows of the next block of events: `event` (i64, row of the log) and `item`, in the order of the events.
 
-        Raises UserError where the block has a negative of its own, and for a user who has met all there is to draw.
+        Raises UserError where the block has negative events, and for a user who has had every item there is to draw.
         """
         if wrong := int((block["label"] != 1).sum()):
             raise UserError(
@@ -118,9 +118,9 @@ class NegativeRows:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The item of each row, -1 where none was found, and whether it is one that the user had before.
 
-        Each row has two candidates at a time, and takes the more popular one with the probability up_P of its part,
-        else the less popular one. Beside an event whose item the user had before, they are items of the user's earlier
-        events that were not shown at that moment; beside all others items of the pool that the user never meets.
+        Each attempt has two candidates, and takes the more popular one with the probability up_P of its split, else
+        the less popular one. Beside an event whose item the user had before, candidates are items of the user's earlier
+        events that were not shown at that moment; beside all others they are items of the pool that the user never has.
         """
         item_N, is_repeat_N = np.full(len(event_N), -1), np.zeros(len(event_N), bool)
         is_up_N = self._random(events, event_N, number_N, 99) < up_P[events.split_E[event_N]]
@@ -136,8 +136,8 @@ class NegativeRows:
             ]
             item_N[left] = self._choose(two, [~events.is_shown(event, drawn) for drawn in two], is_up_N[left])
         is_repeat_N[events.is_repeat_E[event_N] & (item_N >= 0)] = True
-        for part, slices in self.pool.items():
-            is_in_N = events.split_E[event_N] == part
+        for split, slices in self.pool.items():
+            is_in_N = events.split_E[event_N] == split
             for turn in range(ROUNDS):
                 left = np.flatnonzero((item_N < 0) & is_in_N)
                 event, number = event_N[left], number_N[left]
@@ -149,27 +149,27 @@ class NegativeRows:
         return item_N, is_repeat_N
 
     def _choose(self, two: Sequence[np.ndarray], good: Sequence[np.ndarray], is_up_N: np.ndarray) -> np.ndarray:
-        """Of two candidates that are good the more popular one (is_up_N) or the less popular; -1 where none is good."""
+        """The more (is_up_N) or less popular of two good candidates, or the only good one; -1 where none is good."""
         first_N, second_N = (np.where(of, drawn, -1) for drawn, of in zip(two, good, strict=True))
         is_more_N = self.count_I[first_N] >= self.count_I[second_N]
         both_N = np.where(is_more_N == is_up_N, first_N, second_N)
         return np.where(good[0] & good[1], both_N, np.maximum(first_N, second_N))
 
     def _calibrate(self, block: pl.DataFrame) -> np.ndarray:
-        """Of each part, by bisection, the probability of the more popular one with which popularity tells nothing.
+        """For each split, by bisection, the probability up_P at which popularity has an AUC of .5.
 
-        A user's own items are left out, and those are the popular ones: one half would draw less popular items.
+        The user's own items are left out, and those tend to be popular, so one half would draw less popular items.
         """
         events, event_N = _Events(block, len(self.count_I)), np.arange(len(block))
         low_P, high_P = np.zeros(len(PARTS)), np.ones(len(PARTS))
         for _ in range(8):
             up_P = (low_P + high_P) / 2
             item_N, _ = self._matched(events, event_N, np.zeros(len(block), np.int64), up_P)
-            for part in range(len(PARTS)):
-                is_in = (events.split_E == part) & (item_N >= 0)
+            for split in range(len(PARTS)):
+                is_in = (events.split_E == split) & (item_N >= 0)
                 items = (np.bincount(of[is_in], minlength=len(self.count_I)) for of in (events.item_E, item_N))
                 is_high = (_auc_of_counts(self.count_I, *items) or 0.5) > 0.5
-                low_P[part], high_P[part] = (up_P[part], high_P[part]) if is_high else (low_P[part], up_P[part])
+                (low_P if is_high else high_P)[split] = up_P[split]
         return (low_P + high_P) / 2
 
     def _random(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, stream: int) -> np.ndarray:
@@ -177,22 +177,22 @@ class NegativeRows:
 
     def _count(self, events: _Events, event_N: np.ndarray, item_N: np.ndarray, is_repeat_N: np.ndarray) -> None:
         num_items = len(self.count_I)
-        for part in range(len(PARTS)):
-            is_in_E = events.split_E == part
+        for split in range(len(PARTS)):
+            is_in_E = events.split_E == split
             is_in_N = is_in_E[event_N]
-            self.items_PKI[part] += [
+            self.items_PKI[split] += [
                 np.bincount(items, minlength=num_items) for items in (events.item_E[is_in_E], item_N[is_in_N])
             ]
-            self.repeats_PK[part] += [(events.is_repeat_E & is_in_E).sum(), (is_repeat_N & is_in_N).sum()]
+            self.repeats_PK[split] += [(events.is_repeat_E & is_in_E).sum(), (is_repeat_N & is_in_N).sum()]
 
     def _draw(self, user_E: np.ndarray, item_E: np.ndarray, user_N: np.ndarray, share_N: np.ndarray) -> np.ndarray:
         """The item of each row, int64 [N], at its share (0 … 1) of the weight that the user's own items leave.
 
-        No draw is rejected. Items lie side by side, as wide as their weights; a user's own are cut out, and a place in
-        what is left is moved behind all those own items that begin at or before it::
+        No draw is rejected. Items are laid side by side, each as wide as its weight; the user's own are cut out, and an
+        index into the rest is moved behind all own items that begin at or before it::
 
             items        0 0 1 2 2 2 3 4        own: 0 and 2
-            left             1       3 4        place 1 is item 3: moved by 2 + 3 from place 1 to place 6
+            rest             1       3 4        index 1 is item 3: moved by 2 + 3 from index 1 to index 6
         """
         end_I = np.cumsum(self.weight_I)
         begin_I, total = end_I - self.weight_I, int(end_I[-1])
@@ -205,36 +205,36 @@ class NegativeRows:
         if (left_U[user_N - first] == 0).any():
             user = int(user_N[left_U[user_N - first] == 0][0])
             raise UserError(
-                f"data.negatives: the user {self.user_ids[user]!r} has events of every item of the training part, so "
-                "that there is none to draw; leave this user out of the log"
+                f"data.negatives: the user {self.user_ids[user]!r} has events of every item of the training split, so "
+                "there is none to draw; leave this user out of the log"
             )
         user_N = user_N - first
-        place_N = np.minimum((share_N * left_U[user_N]).astype(np.int64), left_U[user_N] - 1)
+        index_N = np.minimum((share_N * left_U[user_N]).astype(np.int64), left_U[user_N] - 1)
         begin_P = begin_I[item_P] - (own_P1[:-1] - own_P1[first_U1[user_P]])  # in what is left
-        before_N = np.searchsorted(user_P * (total + 1) + begin_P, user_N * (total + 1) + place_N, side="right")
+        before_N = np.searchsorted(user_P * (total + 1) + begin_P, user_N * (total + 1) + index_N, side="right")
         moved_N = own_P1[before_N] - own_P1[first_U1[user_N]]
-        return np.searchsorted(end_I, place_N + moved_N, side="right")
+        return np.searchsorted(end_I, index_N + moved_N, side="right")
 
     def facts(self) -> dict[str, float | None]:
-        """What tells events from drawn rows without any model, for each part; None where the part has no rows.
+        """How well events and drawn rows can be separated without a model, for each split; None where it has no rows.
 
-        "<part>_popularity_auc": AUC of the training events of each item, a tie one half ("popularity_auc" is the test
-        part's). "<part>_unseen_positives", "…_negatives": shares of items that the training part does not have.
-        "<part>_repeated_positives", "…_negatives": shares of items that the user had before.
+        "<split>_popularity_auc": AUC of the training events of each item, a tie one half ("popularity_auc": of test).
+        "<split>_unseen_positives", "…_negatives": shares of items without training events.
+        "<split>_repeated_positives", "…_negatives": shares of items that the user had before.
         """
         found: dict[str, float | None] = {}
-        for part, name in enumerate(PARTS):
-            positives_I, negatives_I = self.items_PKI[part]
+        for split, name in enumerate(PARTS):
+            positives_I, negatives_I = self.items_PKI[split]
             found[f"{name}_popularity_auc"] = _auc_of_counts(self.count_I, positives_I, negatives_I)
             for kind, (what, of_I) in enumerate((("positives", positives_I), ("negatives", negatives_I))):
                 total = int(of_I.sum())
                 found[f"{name}_unseen_{what}"] = int(of_I[self.count_I == 0].sum()) / total if total else None
-                found[f"{name}_repeated_{what}"] = int(self.repeats_PK[part, kind]) / total if total else None
+                found[f"{name}_repeated_{what}"] = int(self.repeats_PK[split, kind]) / total if total else None
         return {"popularity_auc": found["test_popularity_auc"], **found}
 
 
 class _Events:
-    """The columns of one block, sorted by user and time, and what the draws ask of them."""
+    """The columns of one block, sorted by user and time, and lookups in them."""
 
     def __init__(self, block: pl.DataFrame, num_items: int) -> None:
         self.user_E, self.item_E, self.time_E, self.order_E, rows_back_E = (
@@ -250,7 +250,7 @@ class _Events:
         self.shown_P = np.unique(self.moment_E * num_items + self.item_E)
 
     def is_met(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
-        """Whether the user of each event meets the item anywhere in the log (bool [N])."""
+        """Whether the user of each event has the item anywhere in the log (bool [N])."""
         return _is_in(self.pair_P, (self.user_E[event_N] - self.user_E[0]) * self.num_items + item_N)
 
     def is_shown(self, event_N: np.ndarray, item_N: np.ndarray) -> np.ndarray:
@@ -259,43 +259,48 @@ class _Events:
 
 
 def draw_lines(facts: Mapping[str, float | None]) -> list[str]:
-    """What the draws look like, a line for each part that has rows."""
-    return [
-        f"{part:5}  AUC by item popularity {facts[f'{part}_popularity_auc']:.4f}; items not in training: "
-        f"{facts[f'{part}_unseen_positives']:.1%} of the events, {facts[f'{part}_unseen_negatives']:.1%} of the drawn "
-        f"rows; that the user had before: {facts[f'{part}_repeated_positives']:.1%}, "
-        f"{facts[f'{part}_repeated_negatives']:.1%}"
-        for part in PARTS
-        if facts.get(f"{part}_popularity_auc") is not None
-    ]
+    """The facts of the draws, one line for each split that has rows."""
+    lines = []
+    for split in PARTS:
+        auc = facts.get(f"{split}_popularity_auc")
+        if auc is not None:
+            unseen, repeated = (
+                [facts[f"{split}_{what}_{kind}"] for kind in ("positives", "negatives")]
+                for what in ("unseen", "repeated")
+            )
+            lines.append(
+                f"{split:5}  AUC by item popularity {auc:.4f}; items not in training: {unseen[0]:.1%} of the events, "
+                f"{unseen[1]:.1%} of the drawn rows; that the user had before: {repeated[0]:.1%}, {repeated[1]:.1%}"
+            )
+    return lines
 
 
 def draw_warnings(config: NegativeRowsConfig, facts: Mapping[str, float | None]) -> list[str]:
-    """Where a ranker could tell drawn rows from events by how they were drawn, a sentence each."""
+    """Where a ranker could recognise drawn rows by how they were drawn, one sentence each."""
     warnings = []
-    mend = "" if config.sampling == "matched" else "; data.negatives.sampling=matched draws so that it does not"
-    for part in PARTS:
-        auc = facts.get(f"{part}_popularity_auc")
+    advice = "" if config.sampling == "matched" else "; data.negatives.sampling=matched draws so that it does not"
+    for split in PARTS:
+        auc = facts.get(f"{split}_popularity_auc")
         if auc is None:
             continue
         if abs(auc - 0.5) > TELLING:
             warnings.append(
-                f"drawn rows of the {part} part are told by their popularity: AUC {auc:.4f} where .5 says nothing"
-                f"{mend or ' (too few other items to draw from)'}"
+                f"drawn rows of the {split} split can be recognised by popularity: AUC {auc:.4f} where .5 says nothing"
+                f"{advice or ' (too few other items to draw from)'}"
             )
-        for what, says in (("unseen", "are not in the training part"), ("repeated", "the user had before")):
-            positives, negatives = (facts[f"{part}_{what}_{kind}"] or 0.0 for kind in ("positives", "negatives"))
+        for what, says in (("unseen", "are not in the training split"), ("repeated", "the user had before")):
+            positives, negatives = (facts[f"{split}_{what}_{kind}"] or 0.0 for kind in ("positives", "negatives"))
             if abs(positives - negatives) > 2 * TELLING:  # an AUC of .5 + half of the difference
                 warnings.append(
                     f"items that {says} are {positives:.1%} of the events and {negatives:.1%} of the drawn rows of the "
-                    f"{part} part: that tells them apart{mend}"
+                    f"{split} split: that tells them apart{advice}"
                 )
     return warnings
 
 
 def _is_in(sorted_P: np.ndarray, key_N: np.ndarray) -> np.ndarray:
-    place_N = np.minimum(np.searchsorted(sorted_P, key_N), len(sorted_P) - 1)
-    return sorted_P[place_N] == key_N
+    index_N = np.minimum(np.searchsorted(sorted_P, key_N), len(sorted_P) - 1)
+    return sorted_P[index_N] == key_N
 
 
 def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np.ndarray) -> float | None:
@@ -315,10 +320,10 @@ def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray, *, stream: int
 
 
 def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
-    """Raises UserError for a condition or context feature that is the item's: a drawn row has its event's, not its own
-    item's, and a ranker would tell the two apart by whether item and feature agree.
+    """Raises UserError for a condition or context feature that describes the item: a drawn row has the value of its
+    event, so a ranker could recognise it as item and feature do not fit.
 
-    Told by this: it is the same in all events of each item that has several, and not the same throughout.
+    Such a feature is the same in all events of each item that has several, and not the same in the whole log.
     """
     frame = pl.scan_parquet(events / "*.parquet")
     names = [name for name in features_by_role(schema, "condition") if not schema.features[name].wish]
@@ -332,9 +337,9 @@ def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
     for name in names:
         if len(several) and several[name].all() and values[name].item() > 1:
             feature = schema.features[name]
-            mend = "declare it wish: true" if feature.role == "condition" else "declare it role: item"
+            advice = "declare it wish: true" if feature.role == "condition" else "declare it role: item"
             raise UserError(
                 f"schema.features.{name}: with data.negatives a {feature.role} must be of the moment, and column "
-                f"{feature.column!r} is the same in all events of an item: it would tell a drawn item from the real "
-                f"one. If it is the item's, {mend}; else leave it out"
+                f"{feature.column!r} is the same in all events of an item: it would give drawn items away. If it "
+                f"is the item's, {advice}; else leave it out"
             )

@@ -1,7 +1,7 @@
-"""From a raw log to files of usable rows in order of user and time; the log itself is never in memory.
+"""From a raw log to files of usable rows in order of user and time; the whole log is never in memory.
 
-raw log ── checks ──┬── rows that can be used ── catalogue: items, users ──┬── blocks of users, each sorted
-                    └── quarantine                                         └── quarantine (unknown item, duplicate)
+raw log ── checks ──┬── usable rows ── catalogue: items, users ──┬── blocks of users, each sorted
+                    └── quarantine                               └── quarantine (unknown item, duplicate)
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ import polars as pl
 import pyarrow as pa
 
 from lumrec.data.forms import mixed_forms, shown
+from lumrec.data.log_columns import (
+    OPTIONAL,
+    check_features,
+    columns_to_keep,
+    made_of_time,
+    of_roles,
+    of_time,
+    with_derived_columns,
+    with_wishes_of_items,
+)
 from lumrec.data.moments import first_of_moment
 from lumrec.data.numbers import number_checks
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
@@ -22,27 +32,25 @@ from lumrec.data.sources.raw_log import SHOWN_WITH, RawLog, first_reason
 from lumrec.run.errors import UserError
 
 BLOCK_ROWS = 2_000_000  # events of the users that are sorted together: bounds the memory
-PORTION_ROWS = 250_000  # events that are dealt out to the blocks at a time
-# What `with_derived_columns` makes for every source, and what of it is known only after the item was shown.
-TIMES_OF_DAY = ("night", "morning", "afternoon", "evening")
-DERIVED_AFTER = ("feedback",)
-# Columns of the work in hand; no feature and no column of a log has a name with this prefix.
-USER, ITEM, BLOCK, PLACE = "lumrec.user", "lumrec.item", "lumrec.block", "lumrec.place"
-OPTIONAL = ("probability", SHOWN_WITH)  # columns of events that only some sources have
+PORTION_ROWS = 250_000  # events that are written to the blocks at a time
+# Temporary columns; no feature and no column of a log has a name with this prefix.
+USER, ITEM, BLOCK, INDEX = "lumrec.user", "lumrec.item", "lumrec.block", "lumrec.index"
 QUARANTINE = {"table": pl.String, "order": pl.Int64, "reason": pl.String, "raw": pl.String}
 
 
 @dataclass
-class Intake:
-    """What the intake leaves.
+class Ingested:
+    """The result of `ingest`.
 
-    items, users: the catalogues in memory (item_id or user_id, feature columns, title); a row's number is its index,
-    users are in natural order. blocks: Parquet files, each of some users in ascending order: user, item (i32),
-    timestamp (i64, seconds), rows_back (u32, how many rows before each its moment begins; lumrec/data/moments.py),
-    order, label, the raw values of each feature by its name. quarantine: Parquet files of rows left out. num_read:
-    events read; num_events: those in the blocks; num_with_earlier: those of them whose moment begins before them;
-    num_without_history: those whose moment is their user's first; num_by_themselves: those without a value of
-    data.request, where there is one.
+    items, users: the catalogues in memory (item_id or user_id, feature columns, title); rows are addressed by their
+        index, and users are in natural order.
+    blocks: Parquet files, each of some users in ascending order: user, item (i32), timestamp (i64, seconds), rows_back
+        (u32, how many rows before each its moment begins; lumrec/data/moments.py), order, label, the raw values of
+        each feature by its name.
+    quarantine: Parquet files of rows left out.
+    num_read: events read. num_events: those in the blocks; num_with_earlier: those of them whose moment begins before
+        them; num_without_history: those whose moment is their user's first; num_by_themselves: those without a value
+        of data.request, where it is set.
     """
 
     items: pl.DataFrame
@@ -56,16 +64,17 @@ class Intake:
     num_by_themselves: int = 0
 
 
-def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_duplicates: bool, scratch: Path) -> Intake:
-    """Checks, sorts and lays out a raw log in `scratch`.
+def ingest(
+    raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_duplicates: bool, scratch: Path
+) -> Ingested:
+    """Checks and sorts a raw log; all files are written to `scratch`.
 
-    Raises UserError where the log lacks a column that the schema names, a feature tells what is known only after the
+    Raises UserError where the log lacks a column that the schema names, a feature reads what is known only after the
     item was shown, or no event is left.
     """
-    check_known_after(schema, raw.known_after)
-    check_times(schema, raw)
-    events = _with_wishes_of_items(with_derived_columns(raw), raw, schema)
-    columns = _columns_to_keep(raw, schema, events.collect_schema())
+    check_features(schema, raw)
+    events = with_wishes_of_items(with_derived_columns(raw), raw, schema)
+    columns = columns_to_keep(raw, schema, events.collect_schema())
     dense = [feature.column for feature in schema.features.values() if feature.kind == "dense"]
     own = raw.events.collect_schema().names()
     unusable = {name: check for name, check in raw.unusable.get("items", {}).items() if name not in own}  # for wishes
@@ -77,29 +86,29 @@ def take_in(raw: RawLog, schema: SchemaConfig, *, max_list_length: int, drop_dup
     for ids in (items["item_id"], users["user_id"]) if raw.exact is not None else ():
         _check_ids(ids, None, raw.exact or ())
     users = users.sort(*([pl.col("user_id").str.len_chars()] if users["user_id"].dtype == pl.String else []), "user_id")
-    intake = Intake(items, users, num_read=num_read, quarantine=quarantine)
+    found = Ingested(items, users, num_read=num_read, quarantine=quarantine)
     for name, bad in (("bad-items", bad_items), ("bad-users", bad_users)):
-        intake.quarantine.append(_written(bad, scratch / f"{name}.parquet"))
-    of_time = {name: f.column for name, f in of_roles(schema, EVENT_ROLES).items() if f.column in made_of_time(raw)}
-    parted = _part_by_users(pl.scan_parquet(landed), intake, schema, columns, scratch, exact=raw.exact)
+        found.quarantine.append(_written(bad, scratch / f"{name}.parquet"))
+    clock = {name: f.column for name, f in of_roles(schema, EVENT_ROLES).items() if f.column in made_of_time(raw)}
+    unsorted = _blocks_of_users(pl.scan_parquet(landed), found, schema, columns, scratch, exact=raw.exact)
     landed.unlink()
-    for path in parted:
-        # Without a clock, equal rows are told apart by their order: an item that is met again is no duplicate.
-        block, again = sorted_block(_read_part(path), drop_duplicates=drop_duplicates and raw.has_clock)
+    for path in unsorted:
+        # Without times, equal rows differ by their order: an item that is met again is not a duplicate.
+        block, again = sorted_block(_read_block(path), drop_duplicates=drop_duplicates and raw.has_clock)
         if SHOWN_WITH in block.columns:
-            intake.num_by_themselves += block[SHOWN_WITH].null_count()
-        block = with_moments(block, raw, of_time=of_time)
-        intake.num_with_earlier += int((block["rows_back"] > 0).sum())
-        intake.num_without_history += _num_without_history(block)
-        intake.quarantine.append(_written(_quarantined(_with_keys(again, intake)), path.with_suffix(".again.parquet")))
-        intake.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
-        intake.num_events += len(block)
+            found.num_by_themselves += block[SHOWN_WITH].null_count()
+        block = with_moments(block, raw, of_clock=clock)
+        found.num_with_earlier += int((block["rows_back"] > 0).sum())
+        found.num_without_history += _num_without_history(block)
+        found.quarantine.append(_written(_quarantined(_with_keys(again, found)), path.with_suffix(".again.parquet")))
+        found.blocks.append(_written(block, path.with_suffix(".sorted.parquet")))
+        found.num_events += len(block)
         path.unlink()
-    _check_any(intake.blocks, raw, num_read, intake.quarantine)
-    left_out = count_reasons(intake.quarantine)
+    _check_any(found.blocks, raw, num_read, found.quarantine)
+    left_out = count_reasons(found.quarantine)
     lost = sum(count for reason, count in left_out.items() if reason.startswith("events: "))
-    assert intake.num_events + lost == num_read, (intake.num_events, left_out, num_read)
-    return intake
+    assert found.num_events + lost == num_read, (found.num_events, left_out, num_read)
+    return found
 
 
 def _check_ids(ids: pl.Series, known: pl.Series | None, exact: Sequence[str]) -> None:
@@ -114,144 +123,10 @@ def _check_ids(ids: pl.Series, known: pl.Series | None, exact: Sequence[str]) ->
 
 
 def _check_any(files: Path | list[Path], raw: RawLog, num_read: int, quarantine: list[Path]) -> None:
-    """Raises UserError where no event is left, saying why."""
+    """Raises UserError where no event is left, with the reasons."""
     if not files or not pl.scan_parquet(files).select(pl.len()).collect().item():
         left_out = count_reasons(quarantine)
         raise UserError(f"no usable event in {raw.note}: {num_read} read, left out: {left_out or 'none'}")
-
-
-def check_known_after(schema: SchemaConfig, known_after: Sequence[str]) -> None:
-    """Raises UserError for a feature that would tell a model what is known only after the item was shown."""
-    for name, feature in schema.features.items():
-        if feature.role == "feedback" or feature.wish or feature.column not in {*known_after, *DERIVED_AFTER}:
-            continue
-        mend = "wish: true where it is asked for as a wish, or " if feature.role == "condition" else ""
-        raise UserError(
-            f"schema.features.{name}: column {feature.column!r} is known only after the item was shown, so it cannot "
-            f"have role: {feature.role}. Declare it {mend}role: feedback, which is read in histories alone"
-        )
-
-
-def check_times(schema: SchemaConfig, raw: RawLog) -> None:
-    """Raises UserError for a feature that is the request, or one that is made of the time of a log without a clock."""
-    for name, feature in schema.features.items():
-        if raw.request and feature.column == raw.request:
-            raise UserError(
-                f"schema.features.{name}: column {feature.column!r} is data.request, which only tells which rows were "
-                "shown together; leave the feature out, or give another column as data.request"
-            )
-        if not raw.has_clock and feature.column in made_of_time(raw):
-            raise UserError(
-                f"schema.features.{name}: {feature.column} is made of the time, and this log has no times "
-                "(data.log.timestamp is ''); leave the feature out, or name the column of the times"
-            )
-
-
-def of_roles(schema: SchemaConfig, roles: Sequence[str]) -> dict[str, FeatureConfig]:
-    """The features of these roles, dense ones among them."""
-    return {name: feature for name, feature in schema.features.items() if feature.role in roles}
-
-
-def with_derived_columns(raw: RawLog) -> pl.LazyFrame:
-    """The events with feedback (like, dislike), hour, weekday (1 = Monday) and time_of_day in the users' local time.
-
-    A column of that name that the log has of its own stays as it is.
-    """
-    feedback = pl.when(pl.col("label") > 0).then(pl.lit("like")).otherwise(pl.lit("dislike"))
-    derived: dict[str, pl.Expr] = {"feedback": pl.when(pl.col("label").is_not_null()).then(feedback)}
-    derived |= _of_time(pl.col("time_us"), raw.utc_offset_hours)
-    names = raw.events.collect_schema().names()
-    return raw.events.with_columns(**{name: expr for name, expr in derived.items() if name not in names})
-
-
-def _with_wishes_of_items(events: pl.LazyFrame, raw: RawLog, schema: SchemaConfig) -> pl.LazyFrame:
-    """The events with the columns of the items that wishes name: "an item of this category" is about the item."""
-    names = events.collect_schema().names()
-    wishes = {f.column for f in of_roles(schema, ("condition",)).values() if f.wish and f.column not in names}
-    if raw.items is None or not (wishes := wishes & set(raw.items.collect_schema().names())):
-        return events
-    items = raw.items
-    if "reason" in items.collect_schema().names():
-        items = items.filter(pl.col("reason").is_null())
-    items = items.select("item_id", *sorted(wishes)).unique("item_id", keep="first", maintain_order=True)
-    return events.join(items, on="item_id", how="left")
-
-
-def made_of_time(raw: RawLog) -> list[str]:
-    """The columns that `with_derived_columns` makes of the time of this log's events."""
-    names = raw.events.collect_schema().names()
-    return [name for name in _of_time(pl.col("time_us"), 0.0) if name not in names]
-
-
-def _of_time(time_us: pl.Expr, utc_offset_hours: float) -> dict[str, pl.Expr]:
-    local = pl.from_epoch(time_us + int(utc_offset_hours * 3_600_000_000), time_unit="us").dt
-    return {
-        "hour": local.hour().cast(pl.String),
-        "weekday": local.weekday().cast(pl.String),
-        "time_of_day": pl.lit(pl.Series(TIMES_OF_DAY, dtype=pl.String)).gather(local.hour() // 6),
-    }
-
-
-def _columns_to_keep(raw: RawLog, schema: SchemaConfig, names: pl.Schema) -> list[str]:
-    """Columns of the events that are read: the features', and those of items and users that have no file."""
-    wanted = of_roles(schema, EVENT_ROLES)
-    tables = {"events": names.names()}
-    for table, of in (("items", raw.items), ("users", raw.users)):
-        if of is not None:
-            tables[table] = of.collect_schema().names()
-    for role, frame in (("item", raw.items), ("user", raw.users)):
-        features = of_roles(schema, (role,))
-        check_columns(features, "events" if frame is None else f"{role}s", tables, raw.left_out)
-        if frame is None:
-            wanted |= features
-        else:
-            _check_kinds(features, frame.collect_schema())
-    check_columns(of_roles(schema, EVENT_ROLES), "events", tables, raw.left_out)
-    _check_kinds(wanted, names)
-    columns = ["user_id", "item_id", "time_us", "order", "label"]
-    columns += [name for name in OPTIONAL if name in names]
-    return list(dict.fromkeys([*columns, *(feature.column for feature in wanted.values())]))
-
-
-def _check_kinds(features: dict[str, FeatureConfig], names: pl.Schema) -> None:
-    for name, feature in features.items():
-        kind = names[feature.column]
-        is_list = isinstance(kind, pl.List)
-        if (kind.inner if isinstance(kind, pl.List) else kind).base_type() in (pl.List, pl.Array, pl.Struct, pl.Map):
-            raise UserError(
-                f"schema.features.{name}: column {feature.column!r} is of type {kind}; expected text, numbers, dates "
-                "or lists of these"
-            )
-        if is_list != (feature.kind == "multi"):
-            raise UserError(
-                f"schema.features.{name}: column {feature.column!r} holds {'lists' if is_list else 'single values'}, "
-                f"and kind is {feature.kind}; {'expected kind: multi' if is_list else 'kind: multi needs lists'}"
-            )
-
-
-def check_columns(
-    features: dict[str, FeatureConfig], table: str, columns: dict[str, list[str]], left_out: Mapping[str, str]
-) -> None:
-    """Raises UserError where a feature names a column that the table has not. columns: of each table there is.
-
-    left_out: columns that cannot be read, and why.
-    """
-    for name, feature in features.items():
-        if feature.column in columns[table]:
-            continue
-        if feature.column in left_out:
-            raise UserError(f"schema.features.{name}: {left_out[feature.column]}")
-        others = [other for other in columns if other != table and feature.column in columns[other]]
-        mend = {
-            "items": "read it there with role: item, or ask for it as a wish with role: condition and wish: true",
-            "users": "read it there with role: user",
-            "events": "read it there with role: condition, context or feedback, or add it to the file of the " + table,
-        }
-        raise UserError(
-            f"schema.features.{name}: the {table} of this source have no column {feature.column!r}; "
-            + (f"the {others[0]} have it: {mend[others[0]]}" if others else "they have: ")
-            + ("" if others else ", ".join(n for n in columns[table] if n not in ("raw", "reason", "order")))
-        )
 
 
 def _land(
@@ -263,7 +138,7 @@ def _land(
     dense: Sequence[str],
     unusable: Mapping[str, tuple[pl.Expr, str]],
 ) -> tuple[Path, int, list[Path]]:
-    """One file of the rows that pass the checks, the number of rows read, and the files of the others."""
+    """A file of the rows that pass the checks, the number of rows read, and the files of the other rows."""
     schema = events.collect_schema()
     lists = [name for name in columns if isinstance(schema[name], pl.List)]
     checks = [(_missing(name, schema), f"{name} is missing") for name in ("user_id", "item_id")]
@@ -280,7 +155,7 @@ def _land(
     events = events.with_columns(reason.alias("reason"))
     landed, bad = scratch / "landed.parquet", scratch / "bad-events.parquet"
     raw_row = pl.col("raw") if "raw" in schema else pl.struct(columns).struct.json_encode()
-    # Two passes: sinks that share one are fed without back pressure, and the log queues up before the slower of them.
+    # Two passes: with two sinks in one pass there is no back pressure, and rows pile up in front of the slower sink.
     events.filter(pl.col("reason").is_null()).select(columns).sink_parquet(landed, compression="lz4", statistics=False)
     events.filter(pl.col("reason").is_not_null()).select(
         pl.lit("events").alias("table"), pl.col("order").cast(pl.Int64), "reason", raw_row.alias("raw")
@@ -300,11 +175,11 @@ def _catalogue(
     features: dict[str, FeatureConfig],
     unusable: Mapping[str, tuple[pl.Expr, str]],
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Items or users that can be used, in their order, and the quarantine; from the events where there is no file."""
+    """The usable items or users, in their order, and the quarantine; from the events where there is no file."""
     key = f"{entity}_id"
     columns = list(dict.fromkeys([key, *(feature.column for feature in features.values())]))
     if frame is None:
-        # Two passes rather than a sort: the first event of each id, then what stands there.
+        # Two passes rather than a sort: the first event of each id, then its columns.
         events = pl.scan_parquet(landed)
         first = events.group_by(key).agg(pl.col("order").min()).select("order").collect(engine="streaming")
         of_first = events.join(first.lazy(), on="order", how="semi", maintain_order="left").select(*columns, "order")
@@ -331,7 +206,7 @@ def _catalogue(
 
 
 def _check_numbers(rows: pl.DataFrame, name: str, column: str, key: str) -> None:
-    """Raises UserError for a number of a catalogue that no model can read; without its row, its events would go too."""
+    """Raises UserError for a number of a catalogue that no model can read, as leaving its row out loses events."""
     bad = rows.with_columns(first_reason(*number_checks(column, rows.schema[column])).alias("why"))
     bad = bad.filter(pl.col("why").is_not_null())
     if len(bad):
@@ -342,9 +217,9 @@ def _check_numbers(rows: pl.DataFrame, name: str, column: str, key: str) -> None
         )
 
 
-def _part_by_users(
+def _blocks_of_users(
     events: pl.LazyFrame,
-    intake: Intake,
+    found: Ingested,
     schema: SchemaConfig,
     columns: list[str],
     scratch: Path,
@@ -353,8 +228,8 @@ def _part_by_users(
 ) -> list[Path]:
     """Files of about BLOCK_ROWS events, each of consecutive users, in that order; unknown items and users left out."""
     counts = _counts(events, "user_id")
-    users = intake.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(USER))
-    items = intake.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(ITEM))
+    users = found.users.select("user_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(USER))
+    items = found.items.select("item_id", pl.int_range(pl.len(), dtype=pl.Int32).alias(ITEM))
     no_items = _counts(events, "item_id").join(items, on="item_id", how="anti")["item_id"]
     no_users = counts.join(users, on="user_id", how="anti")["user_id"]
     if exact is not None:
@@ -368,7 +243,7 @@ def _part_by_users(
         first_reason((no_item, "unknown item"), (no_user, "unknown user")).alias("reason"),
         pl.struct(columns).struct.json_encode().alias("raw"),
     ).sink_parquet(bad)
-    intake.quarantine.append(bad)
+    found.quarantine.append(bad)
     before = pl.col("events").fill_null(0).cum_sum() - pl.col("events").fill_null(0)
     users = users.join(counts, on="user_id", how="left", maintain_order="left").select(
         "user_id", USER, (before // BLOCK_ROWS).cast(pl.Int32).alias(BLOCK)
@@ -376,27 +251,24 @@ def _part_by_users(
     kept = [pl.col(BLOCK), pl.col(USER).alias("user"), pl.col(ITEM).alias("item"), pl.col("time_us", "order", "label")]
     kept += [pl.col(name) for name in OPTIONAL if name in columns]
     features = [pl.col(feature.column).alias(name) for name, feature in of_roles(schema, EVENT_ROLES).items()]
-    # maintain_order: without it the events that come while the size of the other side is not known yet are held too.
+    # maintain_order: without it, events that arrive before the size of the other side is known stay in memory too.
     for catalogue, key in ((items, "item_id"), (users, "user_id")):
         events = events.join(catalogue.lazy(), on=key, maintain_order="left")
-    # Not a sink with pl.PartitionBy: that holds tens of MB for each file which it has open.
-    numbers = set()
+    # Not a sink with pl.PartitionBy: that holds tens of MB for each open file.
+    paths = set()
     for portion in events.select(*kept, *features).collect_batches(chunk_size=PORTION_ROWS, engine="streaming"):
-        for (number,), part in portion.partition_by(BLOCK, include_key=False, as_dict=True).items():
-            numbers.add(number)
-            with open(_part_path(scratch, number), "ab") as file:
-                part.write_ipc_stream(file, compression="lz4")
-    return [_part_path(scratch, number) for number in sorted(numbers)]
+        for (index,), rows in portion.partition_by(BLOCK, include_key=False, as_dict=True).items():
+            path = scratch / f"block-{index:05d}.arrow"
+            paths.add(path)
+            with open(path, "ab") as file:
+                rows.write_ipc_stream(file, compression="lz4")
+    return sorted(paths)
 
 
-def _part_path(scratch: Path, number: int) -> Path:
-    return scratch / f"block-{number:05d}.arrow"
-
-
-def _read_part(path: Path) -> pl.DataFrame:
-    """The rows of a file of Arrow streams, one behind the other."""
+def _read_block(path: Path) -> pl.DataFrame:
+    """The rows of a file of consecutive Arrow streams."""
     frames: list[pl.DataFrame] = []
-    with pa.OSFile(str(path)) as file:  # pl.read_ipc_stream reads on beyond the end of a stream
+    with pa.OSFile(str(path)) as file:  # pl.read_ipc_stream reads beyond the end of a stream
         while file.tell() < file.size():
             frames.append(pl.DataFrame(pa.ipc.open_stream(file).read_all()))
     return pl.concat(frames)
@@ -408,43 +280,42 @@ def _counts(events: pl.LazyFrame, key: str) -> pl.DataFrame:
 
 
 def sorted_block(block: pl.DataFrame, *, drop_duplicates: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Events in order of user, time, original row; and those left out, all but the first of rows that agree in all.
+    """Events in order of user, time, original row; and the duplicates left out, all but the first of equal rows.
 
-    `block` is used up: it has no column afterwards.
+    `block` is consumed: it has no column afterwards.
     """
     order = block.select(pl.arg_sort_by("user", "time_us", "order")).to_series()
-    # Column by column, each a portion at a time: DataFrame.sort takes three times the memory where there are lists.
+    # Column by column, each a portion at a time: DataFrame.sort needs three times the memory for lists.
     block = pl.DataFrame([_gathered(block.drop_in_place(name), order) for name in block.columns])
-    # A stable order needs a total one: two rows of one number would be sorted by chance.
+    # Two rows with the same order would be sorted at random.
     assert block["order"].n_unique() == len(block), "RawLog.events.order must be unique"
     is_again = pl.repeat(False, len(block), eager=True)
     if drop_duplicates:
-        # Rows that agree stand in one run of (user, time): only the few rows of such runs are compared as a whole.
-        place = pl.int_range(pl.len()).alias(PLACE)
+        # Equal rows have the same user and time: only the few rows of such runs are compared in all columns.
+        index = pl.int_range(pl.len()).alias(INDEX)
         same = (pl.col("user") == pl.col("user").shift()) & (pl.col("time_us") == pl.col("time_us").shift())
-        alike = block.with_columns(place).filter(same | same.shift(-1))
-        is_again = is_again.scatter(
-            alike.filter(~pl.struct(pl.exclude("order", PLACE)).is_first_distinct())[PLACE], True
-        )
+        alike = block.with_columns(index).filter(same | same.shift(-1))
+        repeats = alike.filter(~pl.struct(pl.exclude("order", INDEX)).is_first_distinct())
+        is_again = is_again.scatter(repeats[INDEX], True)
     again = block.filter(is_again).with_columns(pl.lit("duplicate row").alias("reason"))
     return block.filter(~is_again), again
 
 
-def with_moments(block: pl.DataFrame, raw: RawLog, *, of_time: dict[str, str]) -> pl.DataFrame:
-    """A sorted block with `rows_back` and, in place of time_us, `timestamp` in seconds; the requests are used up.
+def with_moments(block: pl.DataFrame, raw: RawLog, *, of_clock: dict[str, str]) -> pl.DataFrame:
+    """A sorted block with `rows_back` and, in place of time_us and the request, `timestamp` in seconds.
 
-    of_time: features and the column made of the time that each reads: a row's is that of its moment. Without a clock
-    every event is a moment of its own, in the order of the log.
+    of_clock: feature → the column made of the time that it reads; a row gets the value of its moment. Without times
+    every event is a separate moment, in the order of the log.
     """
     row_E = before_E = np.arange(len(block))
     if raw.has_clock:
         request_E = block[SHOWN_WITH] if SHOWN_WITH in block.columns else None
         before_E = first_of_moment(block["user"].to_numpy(), block["time_us"].to_numpy(), request_E)
-    made = _of_time(pl.col("time_us").gather(pl.lit(pl.Series(before_E))), raw.utc_offset_hours)
+    made = of_time(pl.col("time_us").gather(pl.lit(pl.Series(before_E))), raw.utc_offset_hours)
     block = block.with_columns(
         (pl.col("time_us") // 1_000_000).alias("timestamp"),
         pl.Series("rows_back", (row_E - before_E).astype(np.uint32)),
-        *(made[column].alias(name) for name, column in of_time.items() if SHOWN_WITH in block.columns),
+        *(made[column].alias(name) for name, column in of_clock.items() if SHOWN_WITH in block.columns),
     )
     return block.drop("time_us", SHOWN_WITH, strict=False)
 
@@ -461,9 +332,9 @@ def _gathered(column: pl.Series, order: pl.Series) -> pl.Series:
     return pl.concat([column.gather(order.slice(first, PORTION_ROWS)) for first in firsts], rechunk=True)
 
 
-def _with_keys(rows: pl.DataFrame, intake: Intake) -> pl.DataFrame:
-    """Rows of a block as they were read, ids in place of indices, as text in `raw`."""
-    keys = [intake.users["user_id"].gather(rows["user"]), intake.items["item_id"].gather(rows["item"])]
+def _with_keys(rows: pl.DataFrame, found: Ingested) -> pl.DataFrame:
+    """Rows of a block with `raw`: the row as text, with ids in place of indices."""
+    keys = [found.users["user_id"].gather(rows["user"]), found.items["item_id"].gather(rows["item"])]
     read = pl.struct(*keys, pl.exclude("user", "item", "order", "reason")).struct.json_encode()
     return rows.with_columns(read.alias("raw"))
 

@@ -7,9 +7,9 @@
     request      -   -   A   -   A        rows 2 and 4 are one page, of which one row was recorded later
     before       0   0   2   2   2        row 4 was shown with row 2, so it does not see row 3 either
 
-A row sees what is strictly earlier than its moment: the rows of its user from the first one up to, and without, the
-row `before`. Row 3 sees rows 0 and 1. Its own page is all that a request hides: row 3 was recorded at 12, and a row at
-15 without a request sees rows 0 to 3.
+A row sees what is strictly earlier than its moment: the rows of its user from the first one up to, but without, the
+row `before`. Row 3 sees rows 0 and 1. A request only hides its own page: a row at 15 without a request sees rows 0
+to 3.
 
 Shape suffixes: E events, in order of user, time and original row.
 """
@@ -19,11 +19,11 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-MUCH = 0.5  # share of rows without any history from which on something is wrong
+MUCH = 0.5  # share of rows without any history above which there is a warning
 
 
 def first_of_moment(user_E: np.ndarray, time_E: np.ndarray, request_E: pl.Series | None = None) -> np.ndarray:
-    """`before`, int64 [E]: the first row of the user with the earliest time at which a row of this one's request is.
+    """`before`, int64 [E]: the user's first row at the time of the row, or at the earliest time of its request.
 
     request_E: of any type that can be compared; null: the row was shown by itself.
 
@@ -43,7 +43,7 @@ def first_of_moment(user_E: np.ndarray, time_E: np.ndarray, request_E: pl.Series
 
 
 def inseparable(before_E: np.ndarray) -> np.ndarray:
-    """First row (int64 [E]) of the stretch of rows around each that no cut may part, lest a moment be parted.
+    """For each row the first row (int64 [E]) of the run around it that a cut must not divide, as that divides a moment.
 
     >>> inseparable(np.array([0, 0, 2, 2, 2, 5])).tolist()
     [0, 0, 2, 2, 2, 5]
@@ -51,12 +51,12 @@ def inseparable(before_E: np.ndarray) -> np.ndarray:
     [0, 1, 1, 1]
     """
     reached_E = np.minimum.accumulate(before_E[::-1])[::-1]  # by this row or a later one
-    place_E = np.arange(len(before_E))
-    return np.maximum.accumulate(np.where(reached_E == place_E, place_E, 0))
+    index_E = np.arange(len(before_E))
+    return np.maximum.accumulate(np.where(reached_E == index_E, index_E, 0))
 
 
 def seen_line(share: float, *, has_clock: bool) -> str:
-    """What rankers see of a log in which `share` of the rows have an earlier row in their moment, in one line."""
+    """One line on what a row sees, if `share` of the rows have an earlier row in their moment."""
     if not has_clock:
         return "the log has no times: every row sees all rows of its user before it, in the order of the log"
     if not share:
@@ -68,11 +68,11 @@ def seen_line(share: float, *, has_clock: bool) -> str:
 
 
 def seen_warnings(no_history_share: float) -> list[str]:
-    """A sentence where more than half of the rows have no history at all."""
+    """A warning if more than half of the rows have no history, else []."""
     if no_history_share <= MUCH:
         return []
     return [
         f"{no_history_share:.0%} of the rows have no earlier row of their user to read, as each user has few events or "
-        "few different times. Where the times are dates or all alike and only the order of the rows is known, "
-        "data.log.timestamp='' goes by that; where data.request names a column, has it one value for each page?"
+        "few different times. Where the times are dates or all equal and only the order of the rows is known, use "
+        "data.log.timestamp=''; where data.request names a column, has it one value for each page?"
     ]

@@ -1,4 +1,4 @@
-"""What the columns of dense features hold: numbers, nothing, text that is no number, numbers that no model can read."""
+"""The values of dense features: numbers, missing values, text that is not a number, numbers that are too large."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import polars as pl
 from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.run.errors import UserError
 
-MAX_NUMBER = 1e30  # the square of a larger one is beyond what moments (64 bits) and models (32 bits) hold
-UNREADABLE = 0.5  # of the values of a column that are no numbers: then it is no column of numbers
-MAX_SPREADS = 1e6  # from where most values lie: with such a value among them, scaling makes all others one number
-MOST = (0.05, 0.95)  # quantiles between which most values lie
-SAMPLED_ROWS = 1_000_000  # that say where
+MAX_NUMBER = 1e30  # squares of larger numbers overflow in moments (64 bits) and models (32 bits)
+UNREADABLE = 0.5  # share of values that are not numbers from which the column is refused
+MAX_SPREADS = 1e6  # a value this far from most others makes them all equal when it is scaled with them
+MOST = (0.05, 0.95)  # quantiles of most values
+SAMPLED_ROWS = 1_000_000  # for these quantiles
 DECIMAL_COMMA = r"^[+-]?[0-9.]*[0-9],[0-9]+$"
 
 
 @dataclass(frozen=True)
 class NumberFacts:
-    """Of one dense feature. rows: events, items or users. missing: without a value. unreadable: text that is no number.
-
-    example: such a text, first one with a decimal comma if there is any.
+    """Counts for one dense feature. rows: events, items or users. missing: without a value. unreadable: text that is
+    not a number. example: such a text, one with a decimal comma if there is any.
     """
 
     rows: int
@@ -34,7 +33,7 @@ class NumberFacts:
 
 
 def number(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
-    """A number (f64) or its text; null where there is none."""
+    """Numbers, or texts of numbers, as f64; null where the value is neither."""
     found = (value.str.strip_chars() if kind == pl.String else value).cast(pl.Float64, strict=False)
     return pl.when(found.is_not_nan()).then(found)
 
@@ -53,8 +52,8 @@ def number_facts(
 ) -> dict[str, NumberFacts]:
     """The facts of each dense feature. blocks: Parquet files of events, features by name. catalogues: by role.
 
-    Raises UserError for a column that mostly holds what is no number, or numbers with a decimal comma, and for a number
-    so far from most others that scaling by the deviation would make these one.
+    Raises UserError for a column of which most values are not numbers, for numbers with a decimal comma, and for a
+    number so far from most others that scaling would make these equal.
     """
     facts = {}
     for name, feature in schema.features.items():
@@ -108,18 +107,18 @@ def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
     low, high = frame.select(value.min().alias("low"), value.max().alias("high")).collect(engine="streaming").row(0)
     most = frame.head(SAMPLED_ROWS).select(*(value.quantile(q).alias(str(q)) for q in MOST)).collect().row(0)
     if low is None or most[0] is None or most[0] == most[1]:
-        return  # nothing, or a flag: most values are one
+        return  # no values, or a flag: most values are equal
     distance, farthest = max((high - most[1], high), (most[0] - low, low))
     if distance > MAX_SPREADS * (most[1] - most[0]):
         raise UserError(
             f"schema.features.{name}: {farthest:g} is too far from the other numbers, most of which are between "
-            f"{most[0]:g} and {most[1]:g}: scaled by their deviation these would all be one; mend it, leave it empty, "
-            "or use scale: log, or buckets as kind: id"
+            f"{most[0]:g} and {most[1]:g}: scaling would make these all equal; correct it, leave it empty, or use "
+            "scale: log, or buckets as kind: id"
         )
 
 
 def number_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the terminal tells of the dense features that do not have a number in each row; facts as in the manifest."""
+    """One line for each dense feature without a number in each row; facts as in the manifest."""
     return [
         f"{name}: {one['missing']:,} of {one['rows']:,} values are missing"
         + (f", {one['unreadable']:,} are no numbers (such as {one['example']!r}) and read as missing")

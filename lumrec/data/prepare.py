@@ -36,7 +36,7 @@ from lumrec.data.own_log.read import damaged_file
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 from lumrec.data.sources.raw_log import DataSetMissing
-from lumrec.data.split_notes import part_line, split_warnings
+from lumrec.data.split_notes import split_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.run.changes import differing
@@ -238,7 +238,7 @@ def summary(note: str, manifest: dict[str, Any], path: Path, wall_s: float) -> s
         f"prepared {note}",
         f"  {counts['events']:,} events of {counts['users']:,} users on {counts['items']:,} items "
         f"({counts['items_in_training']:,} of them in the training part)",
-        f"  split {manifest['split']['kind']}: {part_line(counts)}",
+        f"  split {manifest['split']['kind']}: {split_line(counts)}",
         f"  quarantined: {counts['events_quarantined']:,} of {counts['events_read']:,} events, "
         f"{counts['catalogue_rows_quarantined']:,} item or user rows",
     ]

@@ -1,11 +1,11 @@
-"""Dense features: numbers brought to mean 0 and variance 1 by the moments of the training part.
+"""Dense features scaled to mean 0 and variance 1 over the training split.
 
     x ── log: sign(x) log(1 + |x|) ──┐
     x ── standard: x ────────────────┴── (x - mean) / deviation
     x ── none: x
 
-A missing or non-finite number becomes 0: the training part's mean, where the feature is scaled. One that lies so far
-from the training part that no model could read it is an error.
+A missing or non-finite number becomes 0: the training mean, where the feature is scaled. A number too far from those of
+the training split for a model to read is an error.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import polars as pl
 from lumrec.data.numbers import number
 from lumrec.run.errors import UserError
 
-MAX_SCALED = {"log": 1e6, "standard": 1e6, "none": 1e12}  # beyond, sums of products overflow in 32 bits
+MAX_SCALED = {"log": 1e6, "standard": 1e6, "none": 1e12}  # with larger ones, sums of products overflow in 32 bits
 
 
 @dataclass
 class Moments:
-    """Weight, mean and sum of squared deviations of the numbers added so far; they can be added in parts."""
+    """Weight, mean and sum of squared deviations of the numbers added so far."""
 
     weight: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
     def add(self, values_N: np.ndarray, weight_N: np.ndarray | None = None) -> None:
-        """Takes in float64 values, NaN = missing, each `weight` times (Chan et al. 1983, so that nothing cancels)."""
+        """Adds float64 values, NaN = missing, each `weight` times (Chan et al. 1983, numerically stable)."""
         known_N = np.isfinite(values_N)
         values_N = values_N[known_N]
         weight_N = np.ones(len(values_N)) if weight_N is None else weight_N[known_N].astype(np.float64)
@@ -46,11 +46,11 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation, 0 where there is none."""
+        """Standard deviation; 0 where nothing was added."""
         return float(np.sqrt(self.squares / self.weight)) if self.weight else 0.0
 
     def facts(self) -> dict[str, float]:
-        """What the manifest holds."""
+        """Mean and deviation, for the manifest."""
         return {"mean": self.mean, "deviation": self.deviation}
 
 
@@ -76,12 +76,12 @@ def scaled(
     values_N[missing_N] = 0.0
     far_N = np.flatnonzero(np.abs(values_N) > MAX_SCALED[scale])
     if len(far_N):
-        place = int(far_N[0])
-        row = place if rows is None else rows[place]
-        lies = "" if scale == "none" else f" ({values_N[place]:.3g} deviations from the mean of the training part)"
+        index = int(far_N[0])
+        row = index if rows is None else rows[index]
+        lies = "" if scale == "none" else f" ({values_N[index]:.3g} deviations from the mean of the training split)"
         raise UserError(
-            f"schema.features.{feature or column.name}: {column[place]!r} in row {row}{lies} is too far from the other "
-            f"numbers for a model to read ({len(far_N):,} such rows); mend it, leave it empty, or use "
+            f"schema.features.{feature or column.name}: {column[index]!r} in row {row}{lies} is too far from the other "
+            f"numbers for a model to read ({len(far_N):,} such rows); correct it, leave it empty, or use "
             f"{'scale: standard or log' if scale == 'none' else 'scale: log, or buckets as kind: id'}"
         )
     return pl.Series(column.name, values_N.astype(np.float32)), int(missing_N.sum())

@@ -1,4 +1,4 @@
-"""How many events and users a split gives to each part, and whether the test part is enough to measure by."""
+"""How many events and users are in train, validation and test, and whether the test events suffice to measure by."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import polars as pl
 
 from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, SplitKind, assign_block, check_split, cut_times
 
-FEW_USERS = 30  # in the test part: an interval over fewer users says little
-LEAST = {"test": 0.05, "valid": 0.01}  # shares of the events that a part should have at least, where nothing is asked
+FEW_USERS = 30  # with test events: an interval over fewer users says little
+LEAST = {"test": 0.05, "valid": 0.01}  # least shares of the events, for a suggested split
 
 
-def count_parts(
+def count_splits(
     split: SplitConfig, blocks: Sequence[Path], user_ids: pl.Series, *, absolute_time: bool = True
 ) -> dict[str, int]:
-    """ "train_events", "train_users", … of each part under `split`; the blocks of an intake stay as they are."""
+    """ "train_events", "train_users", … under `split`; the blocks of `ingest` are not changed."""
     cuts = cut_times(split, blocks, absolute_time=absolute_time)
     counts = {f"{part}_{what}": 0 for what in ("events", "users") for part in PARTS}
     for path in blocks:
@@ -29,8 +29,8 @@ def count_parts(
     return counts
 
 
-def part_line(counts: Mapping[str, int]) -> str:
-    """The parts in a line: 8,200 train, 1,036 valid (10.1%), 1,025 test (10.0%) events; 400 users with test events."""
+def split_line(counts: Mapping[str, int]) -> str:
+    """One line: 8,200 train, 1,036 valid (10.1%), 1,025 test (10.0%) events; 400 users with test events."""
     total = max(sum(counts[f"{part}_events"] for part in PARTS), 1)
     held_out = ", ".join(
         f"{counts[f'{part}_events']:,} {part} ({counts[f'{part}_events'] / total:.1%})" for part in ("valid", "test")
@@ -39,16 +39,16 @@ def part_line(counts: Mapping[str, int]) -> str:
 
 
 def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_time: bool) -> list[str]:
-    """What makes figures of these parts misleading, a sentence each; [] where nothing does."""
+    """Why figures with this split would mislead, one sentence each; [] where they would not."""
     fractions, total = check_split(split), max(sum(counts[f"{part}_events"] for part in PARTS), 1)
     others = (
         "data.split.kind=user (whole users) or time (one moment for all)" if absolute_time else "data.split.kind=user"
     )
     warnings = [
-        f"the {part} part has no events ({split.kind} split): {what}"
+        f"the {part} split has no events (kind {split.kind}): {what}"
         for part, what in (
             ("train", "nothing can be trained"),
-            ("valid", "no weights can be chosen by it, and the last ones are taken"),
+            ("valid", "no weights can be chosen by it, so the last ones are used"),
             ("test", "nothing is measured"),
         )
         if not counts[f"{part}_events"]
@@ -57,7 +57,7 @@ def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_ti
         least = next((n for n in range(1, 1000) if n > np.ceil(n * (fractions[0] + fractions[1]) - 1e-9)), 1000)
         warnings.append(
             f"the temporal split leaves {counts['test_events']:,} of {total:,} events "
-            f"({counts['test_events'] / total:.1%}) to the test part: a user needs {least} events to have one there; "
+            f"({counts['test_events'] / total:.1%}) to test: a user needs {least} events to have one there; "
             f"{others} tests on more"
         )
     if 0 < counts["test_users"] < FEW_USERS:
@@ -69,7 +69,7 @@ def split_warnings(split: SplitConfig, counts: Mapping[str, int], *, absolute_ti
 
 
 def fitting_split(counts: Mapping[SplitKind, Mapping[str, int]]) -> SplitKind:
-    """The first kind with large enough parts; where none has, the one with events in all parts and most test users."""
+    """The first kind with enough events in each split; else one with events in all of them and most test users."""
     for kind, of_kind in counts.items():
         total = max(sum(of_kind[f"{part}_events"] for part in PARTS), 1)
         is_large = all(of_kind[f"{part}_events"] >= share * total for part, share in LEAST.items())
@@ -80,7 +80,7 @@ def fitting_split(counts: Mapping[SplitKind, Mapping[str, int]]) -> SplitKind:
 
 
 def candidate_kinds(*, all_positive: bool, absolute_time: bool) -> list[SplitKind]:
-    """Kinds of split that a log may have, the one to prefer first."""
+    """Kinds of split that suit a log, the preferred one first."""
     leave_one_out = {"leave_one_out"} if all_positive else set()
     wanted: list[SplitKind] = ["temporal", "leave_one_out", "user", "time"]
     known = {"temporal", "user", *leave_one_out, *({"time"} if absolute_time else set())}

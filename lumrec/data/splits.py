@@ -1,10 +1,10 @@
-"""Which part of the log each event belongs to, and which fold each user belongs to.
+"""Splits each log into train, valid and test events, and its users into folds.
 
-temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events; no cut
-                                                     parts a moment (lumrec/data/moments.py)
+temporal          user a: t t t t t t t t v s        first 80 %, next 10 %, last 10 % of each user's events; a moment
+                                                     is never divided (lumrec/data/moments.py)
 leave_one_out     user a: t t t t t t t t v s        the last event, the one before it, the rest
 user              user a: t t t t t   user b: s s s  whole users, by a seeded hash of the user's key (DIN's protocol)
-time              t t t t t t t t | v v | s s s      one clock for all users: what begins before a moment trains
+time              t t t t t t t t | v v | s s s      the same two times for all users
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check_split(config: SplitConfig) -> list[float]:
     """The fractions in use: three, or none for leave_one_out.
 
     Raises UserError for an unknown kind, for fractions that are not three numbers >= 0 that sum to 1, and for a
-    rotation of another split than that of users, or outside [0, 1).
+    rotation with another kind than user.
     """
     limits.check_choice("data.split.kind", config.kind, get_args(SplitKind))
     if config.times:
@@ -78,7 +78,7 @@ def check_split(config: SplitConfig) -> list[float]:
         raise UserError(
             f"data.split.rotation: got {config.rotation} with kind {config.kind!r}; it belongs to kind user"
         )
-    fractions = [float(part) for part in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
+    fractions = [float(share) for share in (config.fractions or DEFAULT_FRACTIONS[config.kind])]
     if config.kind == "leave_one_out":
         if config.fractions:
             raise UserError("data.split.fractions has no meaning for leave_one_out; leave it out")
@@ -91,7 +91,7 @@ def check_split(config: SplitConfig) -> list[float]:
 
 
 def _check_times(config: SplitConfig) -> list[int]:
-    """The two times of a time split in seconds. Raises UserError for everything else."""
+    """The two times of a time split in seconds. Raises UserError for anything else."""
     if config.kind != "time" or config.fractions:
         raise UserError(
             f"data.split.times: got {config.times} with kind {config.kind!r} and fractions {config.fractions}; times "
@@ -112,9 +112,9 @@ def _check_times(config: SplitConfig) -> list[int]:
 def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: bool = True) -> np.ndarray | None:
     """Seconds at which validation and test begin (int64 [2]) for the time split; None for the others.
 
-    blocks: Parquet files with the column timestamp. A cut by fractions is the earliest second before which at least
-    that share of all events lies; events of one second are never parted. Raises UserError where the log has no times
-    that can be compared between users.
+    blocks: Parquet files with the column timestamp. A cut by fractions is the earliest second with at least that share
+    of all events before it; events of one second are never divided. Raises UserError where times of different users
+    cannot be compared.
     """
     if config.kind != "time":
         return None
@@ -131,12 +131,12 @@ def cut_times(config: SplitConfig, blocks: Sequence[Path], *, absolute_time: boo
     cuts = []
     for share in (fractions[0], fractions[0] + fractions[1]):
         wanted = math.ceil(before_day[-1] * share - 1e-6)
-        place = max(0, int(np.searchsorted(before_day, wanted)) - 1)  # the day that holds the wanted-th event
-        day = int(days["day"][min(place, len(days) - 1)])
+        index = max(0, int(np.searchsorted(before_day, wanted)) - 1)  # of the day with the wanted-th event
+        day = int(days["day"][min(index, len(days) - 1)])
         inside = time.filter(pl.col("timestamp") // 86_400 == day).group_by("timestamp").len().sort("timestamp")
         seconds = inside.collect(engine="streaming")
-        running = before_day[place] + np.cumsum(seconds["len"].to_numpy().astype(np.int64))
-        # the second after the one with which the share is reached
+        running = before_day[index] + np.cumsum(seconds["len"].to_numpy().astype(np.int64))
+        # one second after the share is reached
         cuts.append(int(seconds["timestamp"][int(np.searchsorted(running, wanted))]) + 1 if wanted > 0 else 0)
     return np.array(cuts, np.int64)
 
@@ -150,17 +150,17 @@ def assign(
     *,
     before_E: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Part of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and, within the user, by time.
+    """The split of each event (int8: 0 train, 1 valid, 2 test), for events sorted by user and time.
 
     user_keys: raw key of each of U users. offsets: [U + 1], events of user u are offsets[u]:offsets[u + 1]. timestamp_E
-    (seconds) and cuts (see `cut_times`) are read by the time split alone: an event at a cut is behind it. before_E:
-    where the moment of each event begins (lumrec/data/moments.py; by default each event is one): temporal and time go
-    by the first event of a moment for all of it. leave_one_out keeps the published protocol, the order of the log.
-    Labels, feedback and items are no input, so that they cannot move an event.
+    (seconds) and cuts (see `cut_times`) are read only by the time split; an event at a cut comes after it. before_E:
+    where the moment of each event begins (lumrec/data/moments.py; by default each event is one): temporal and time
+    place a moment by its first event. leave_one_out follows the published protocol, the order of the log. Labels,
+    feedback and items have no influence.
 
-    Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) train, those up to ceil(0.9 n)
-    validate), so that users with fewer than 5 events train only, and those with fewer than 10 have no test event;
-    leave_one_out lets users with fewer than 3 events train only.
+    Few events: temporal rounds in favour of training (of n events the first ceil(0.8 n) are train, those up to
+    ceil(0.9 n) valid), so that users with fewer than 5 events only have training events, and those with fewer than 10
+    no test event; with leave_one_out, users with fewer than 3 events only have training events.
 
     >>> assign(SplitConfig("leave_one_out"), ["a", "b"], np.array([0, 4, 6]))
     array([0, 0, 1, 2, 0, 0], dtype=int8)
@@ -176,7 +176,7 @@ def assign(
         if config.rotation:
             share_U = (share_U + config.rotation) % 1.0
         bounds = np.cumsum(fractions)[:2]
-        # side "right": a fraction of 0 leaves its part empty; the last bound is open, whatever the rounding of the sum
+        # side "right": a fraction of 0 leaves its split empty; the last bound is open, however the sum was rounded
         return np.repeat(np.searchsorted(bounds, share_U, side="right").astype(np.int8), counts_U)
     if config.kind == "leave_one_out":
         valid_from_U = np.where(counts_U >= 3, counts_U - 2, counts_U)
@@ -185,16 +185,16 @@ def assign(
         # 1e-9: 0.7 * 10 must not become 8 by rounding error
         valid_from_U = np.ceil(counts_U * fractions[0] - 1e-9).astype(np.int64)
         test_from_U = np.ceil(counts_U * (fractions[0] + fractions[1]) - 1e-9).astype(np.int64)
-    place_E = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts_U)
+    index_E = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts_U)
     if config.kind == "temporal":
-        place_E = place_E[first_E]
-    return (place_E >= np.repeat(valid_from_U, counts_U)).astype(np.int8) + (
-        place_E >= np.repeat(test_from_U, counts_U)
+        index_E = index_E[first_E]
+    return (index_E >= np.repeat(valid_from_U, counts_U)).astype(np.int8) + (
+        index_E >= np.repeat(test_from_U, counts_U)
     ).astype(np.int8)
 
 
 def assign_block(config: SplitConfig, block: pl.DataFrame, user_ids: pl.Series, cuts: np.ndarray | None) -> np.ndarray:
-    """`assign` for a block of an intake (user, timestamp, rows_back); user_ids: as text, of all users."""
+    """`assign` for a block of `ingest` (user, timestamp, rows_back); user_ids: as text, of all users."""
     user_E, time_E, back_E = (block[name].to_numpy() for name in ("user", "timestamp", "rows_back"))
     first, last = int(user_E[0]), int(user_E[-1]) + 1
     offsets = np.searchsorted(user_E, np.arange(first, last + 1, dtype=user_E.dtype))
@@ -203,7 +203,7 @@ def assign_block(config: SplitConfig, block: pl.DataFrame, user_ids: pl.Series, 
 
 
 def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> int:
-    """Time (seconds) until which the earliest `share` of the training events are, those of the same second included.
+    """Timestamp (seconds) of the last event among the earliest `share` of the training events.
 
     Raises UserError for a share that is not above 0 and at most 1.
     """
@@ -214,17 +214,17 @@ def moment_of_share(split: np.ndarray, timestamp: np.ndarray, share: float) -> i
 
 
 def leave_out_later(split: np.ndarray, timestamp: np.ndarray, share: float) -> np.ndarray:
-    """The split for a LUM that learns from the earliest `share` of the training events alone: the others are LATER."""
+    """The split for a LUM that only learns from the earliest `share` of the training events: the others are LATER."""
     if share == 1.0:
         return split
     return np.where((split == TRAIN) & (timestamp > moment_of_share(split, timestamp, share)), LATER, split)
 
 
 def user_fold(user_keys: Sequence[str], num_folds: int) -> np.ndarray:
-    """Fold (int8 [U], 0 … num_folds - 1) of each user, from a stable hash of the raw key alone.
+    """Fold (int8 [U], 0 … num_folds - 1) of each user, a stable hash of the raw key.
 
-    The same key has the same fold in every data set, run and version, so that a LUM trained with fold=k/K is known
-    never to have seen the users of fold k. Raises UserError unless 1 <= num_folds <= 127.
+    The same key has the same fold in every data set, run and version, so a LUM trained with fold=k/K has never seen the
+    users of fold k. Raises UserError unless 1 <= num_folds <= 127.
 
     >>> user_fold(["1", "2", "3"], 2)
     array([0, 1, 1], dtype=int8)
@@ -247,14 +247,14 @@ def _hash(keys: Sequence[str], seed: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         start = np.uint64(0xCBF29CE484222325) ^ mix(np.array([seed % 2**64], np.uint64))[0]
         state_U = np.full(len(keys), start, np.uint64)
-        for place in range(bytes_UW.shape[1]):
-            stepped = (state_U ^ bytes_UW[:, place]) * np.uint64(0x100000001B3)
-            state_U = np.where(lengths_U > place, stepped, state_U)
+        for index in range(bytes_UW.shape[1]):
+            stepped = (state_U ^ bytes_UW[:, index]) * np.uint64(0x100000001B3)
+            state_U = np.where(lengths_U > index, stepped, state_U)
         return mix(state_U)
 
 
 def mix(state: np.ndarray) -> np.ndarray:
-    """splitmix64's output function: every bit of a uint64 on every other, elementwise; overflow is part of it."""
+    """splitmix64's output function, elementwise: each bit depends on all others; it relies on overflow."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

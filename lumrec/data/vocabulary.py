@@ -1,9 +1,9 @@
-"""Raw values to rows of embedding tables, counted over the training part alone; row 0 is "unknown".
+"""Raw values to rows of embedding tables, counted over the training split only; row 0 is "unknown".
 
-A vocabulary may build on an older one, for a LUM that goes on learning: tables then only grow.
+A vocabulary may build on an older one, for a LUM that continues training: tables then only grow.
 
-    older    row 1 … n      as they are, whether the value still occurs or not
-    new      row n + 1 …    values that the older one does not have, the most frequent first
+    older    row 1 … n      unchanged, whether the value still occurs or not
+    new      row n + 1 …    values that the older one lacks, the most frequent first
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build_vocabulary(counts: pl.DataFrame, min_count: int, older: pl.DataFrame |
     """key (str), row (i32, from 1), count (i64) of one table, the most frequent first, ties by key.
 
     counts: key, count, summed over every feature that reads the table; a key seen less than `min_count` times stays
-    unknown. older: a vocabulary whose keys keep their rows, whatever their counts; all others stand behind them.
+    unknown. older: a vocabulary whose keys keep their rows, whatever their counts; all others come after them.
     """
     kept = _NOTHING if older is None else older.select("key", "row").join(counts, on="key", how="left")
     kept = kept.with_columns(pl.col("count").fill_null(0)).sort("row")
@@ -59,7 +59,7 @@ def build_vocabulary(counts: pl.DataFrame, min_count: int, older: pl.DataFrame |
 def read_vocabularies(folder: Path) -> tuple[str, dict[str, pl.DataFrame]]:
     """Fingerprint of a prepared folder, and the vocabulary of each of its tables.
 
-    Raises MissingFileError and PreparedDataError as read_manifest does, of the vocabularies' checksums too.
+    Raises MissingFileError and PreparedDataError as read_manifest does, also for a vocabulary's wrong checksum.
     """
     manifest = read_manifest(folder, verify=False)
     vocabularies = {}
@@ -72,7 +72,7 @@ def read_vocabularies(folder: Path) -> tuple[str, dict[str, pl.DataFrame]]:
 
 
 def moved_values(older: pl.DataFrame, vocabulary: pl.DataFrame) -> pl.DataFrame:
-    """key, row, row_now (null where there is none) of the older values that the vocabulary has elsewhere or not."""
+    """key, row, row_now (null where it is gone) of the older values that are not in their row of `vocabulary`."""
     now = vocabulary.select("key", row_now="row")
     return (
         older.select("key", "row")

@@ -246,7 +246,7 @@ def test_a_user_who_has_met_everything():
     columns = {"user": [3, 3], "item": [0, 1], "order": [0, 1], "label": [1.0, 1.0], "split": [TRAIN, TRAIN]}
     columns |= {"timestamp": [1, 2], "rows_back": [0, 0]}
     drawn = NegativeRows(NegativeRowsConfig(), np.array([1, 1, 0]), pl.Series(["a", "b", "c", "d"]))
-    with pytest.raises(ValueError, match="the user 'd' has events of every item of the training part"):
+    with pytest.raises(ValueError, match="the user 'd' has events of every item of the training split"):
         drawn.add(pl.DataFrame(columns))
 
 
@@ -306,7 +306,7 @@ def test_matched_draws_tell_nothing(make, split: str, tmp_path, capsys):
     assert 0.45 < auc(data.rows(rows).label, counts[rows]) < 0.55  # of what is counted before the row
     result, text = told["uniform"]
     assert not 0.45 < result["test_popularity_auc"] < 0.55
-    assert "drawn rows of the test part are told by their popularity" in text and "sampling=matched" in text
+    assert "drawn rows of the test split can be recognised by popularity" in text and "sampling=matched" in text
     assert "the user had before are" in text or make is not sessions
 
 

@@ -1,4 +1,4 @@
-"""The intake: which rows are left out and why, blocks of users, derived columns, what a feature must not tell."""
+"""Ingesting: which rows are left out and why, blocks of users, derived columns, what a feature must not tell."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.data import ingest as intake
-from lumrec.data.ingest import take_in, with_derived_columns
+from lumrec.data import ingest as ingest_module
+from lumrec.data.ingest import Ingested, ingest
+from lumrec.data.log_columns import with_derived_columns
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
@@ -42,10 +43,10 @@ def raw_log(rows: list[tuple], **fields) -> RawLog:
     return RawLog(**{"events": events, "items": None, "users": None, "files": [], "note": "a test's log", **fields})
 
 
-def take(raw: RawLog, scratch: Path, **settings) -> tuple[pl.DataFrame, pl.DataFrame, intake.Intake]:
-    """All blocks, the quarantine, and the intake."""
+def take(raw: RawLog, scratch: Path, **settings) -> tuple[pl.DataFrame, pl.DataFrame, Ingested]:
+    """All blocks, the quarantine, and the result of `ingest`."""
     scratch.mkdir(parents=True, exist_ok=True)
-    taken = take_in(raw, SCHEMA, **{"max_list_length": 3, "drop_duplicates": True, **settings}, scratch=scratch)
+    taken = ingest(raw, SCHEMA, **{"max_list_length": 3, "drop_duplicates": True, **settings}, scratch=scratch)
     return pl.read_parquet(taken.blocks), pl.read_parquet(taken.quarantine), taken
 
 
@@ -133,8 +134,8 @@ def test_blocks_hold_the_same_as_one_block(
     raw = raw_log([(user, item, time * 500_000 + 10**6, label, [], "a") for user, item, time, label in events])
     one, left_out, _ = take(raw, tmp_path_factory.mktemp("one"), drop_duplicates=drop)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(intake, "BLOCK_ROWS", rows)
-        patch.setattr(intake, "PORTION_ROWS", portion)
+        patch.setattr(ingest_module, "BLOCK_ROWS", rows)
+        patch.setattr(ingest_module, "PORTION_ROWS", portion)
         several, left_out_of_several, taken = take(raw, tmp_path_factory.mktemp("several"), drop_duplicates=drop)
     assert several.equals(one)
     assert sorted(left_out["order"]) == sorted(left_out_of_several["order"])
@@ -149,8 +150,8 @@ def test_blocks_hold_the_same_as_one_block(
 
 
 def test_a_log_in_no_order_of_users_comes_out_whole_from_many_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(intake, "BLOCK_ROWS", 20_000)
-    monkeypatch.setattr(intake, "PORTION_ROWS", 7_000)
+    monkeypatch.setattr(ingest_module, "BLOCK_ROWS", 20_000)
+    monkeypatch.setattr(ingest_module, "PORTION_ROWS", 7_000)
     order = pl.int_range(60_000, eager=True)
     raw = raw_log([("u", "i", 5_000_000, 1.0, ["a", "b"], "a")])
     user, time_us = order.hash(1) % 300, (order.hash(2) % 10**6 + 10**6).cast(pl.Int64) * 1_000_000
@@ -199,7 +200,7 @@ def test_what_is_known_afterwards_is_a_wish_or_feedback(tmp_path: Path, feature:
     schema = validate(SchemaConfig(features={"item_id": FeatureConfig("item"), "new": feature}))
 
     def run() -> None:
-        take_in(raw, schema, max_list_length=3, drop_duplicates=True, scratch=tmp_path)
+        ingest(raw, schema, max_list_length=3, drop_duplicates=True, scratch=tmp_path)
 
     if refused:
         with pytest.raises(ValueError, match=f"schema.features.new: column '{feature.column}' is known only after"):
@@ -214,7 +215,7 @@ def test_lists_and_single_values_are_told_apart(tmp_path: Path):
         new = FeatureConfig("context", kind, column=column)
         schema = SchemaConfig(features={"item_id": FeatureConfig("item"), "new": new})
         with pytest.raises(ValueError, match=f"schema.features.new: column '{column}' holds .*kind is {kind}"):
-            take_in(raw, validate(schema), max_list_length=3, drop_duplicates=True, scratch=tmp_path)
+            ingest(raw, validate(schema), max_list_length=3, drop_duplicates=True, scratch=tmp_path)
 
 
 def test_times_in_every_unit_and_none_that_overflows():

@@ -11,20 +11,20 @@ from lumrec.data.own_log.calendar import of_calendar
 from lumrec.data.own_log.times import looks_like_time
 from lumrec.data.sources.raw_log import RawLog
 
-SAMPLE_ROWS = 20_000  # from the top of a table: what is told by examples
-SHARE_ROWS = 1_000_000  # events, about, by which it is told what stays the same for an item or a user
-ONE_VALUE = 0.9  # of the rows: such a column stays the same for most items and users, which says nothing
+SAMPLE_ROWS = 20_000  # from the top of a table, for facts that need examples
+SHARE_ROWS = 1_000_000  # about as many events decide what stays the same for an item or a user
+ONE_VALUE = 0.9  # share of rows with one value, from which it says nothing that a column stays the same for an item
 OWN_COLUMNS = ("user_id", "item_id", "time_us", "order", "label", "reason", "raw", "probability")
 
 
 @dataclass(frozen=True)
 class ColumnFacts:
-    """What is known of one column of events, items or users.
+    """Facts about one column of events, items or users.
 
     missing: share of the rows. distinct: about how many values there are (of a list: in the sample). is_number,
-    is_fraction: nearly all values of the sample are numbers, some with a fraction. is_time: they read as times.
-    of_item, of_user: of a column of events, the share of the events of items (users) with several events for which it
-    stays the same; None where there are none, and where nearly all rows have one value anyway.
+    is_fraction: nearly all values of the sample are numbers, some with a fraction. is_time: they are times.
+    of_item, of_user: for events, the share of the events of items (users) with several events for which the column
+    stays the same; None where there are no such items, and where nearly all rows have one value.
     """
 
     table: str
@@ -46,7 +46,7 @@ class ColumnFacts:
 
 
 def column_facts(raw: RawLog) -> list[ColumnFacts]:
-    """Facts about every column that features may read, in one pass over each table (three over the events)."""
+    """Facts about every column that features may read; reads each table once, the events three times."""
     facts: list[ColumnFacts] = []
     for table, frame in (("events", raw.events), ("items", raw.items), ("users", raw.users)):
         if frame is None:
@@ -101,7 +101,7 @@ def _facts_of(
 
 
 def _constant_shares(events: pl.LazyFrame, names: Sequence[str], num_rows: int) -> dict[tuple[str, str], float]:
-    """(key, column) → see ColumnFacts.of_item, of_user; of a large log, among the events of some items and users."""
+    """(key, column) → ColumnFacts.of_item, of_user; for a large log, of some of the items and users."""
     shares: dict[tuple[str, str], float] = {}
     for key in ("item_id", "user_id") if names else ():
         same = [(pl.col(name).hash().min() == pl.col(name).hash().max()).alias(name) for name in names]

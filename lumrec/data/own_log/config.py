@@ -9,14 +9,12 @@ from lumrec.data.sources.lines import NO_VALUE
 from lumrec.run.errors import UserError
 from lumrec.run.limits import setting
 
-Names = str | list[str]  # one name may stand for a list of one
-
-
-TAB = {"\\t": "\t", "tab": "\t"}  # as it is typed in a shell
+Names = str | list[str]  # a single name is a list of one
+TAB = {"\\t": "\t", "tab": "\t"}  # as typed in a shell
 
 
 def check_encoding(key: str, name: str) -> None:
-    """Raises UserError for a name that is no encoding of text ("zip" is one of bytes)."""
+    """Raises UserError for a name that is no text encoding ("zip" encodes bytes)."""
     try:
         "".encode(name)
     except (LookupError, ValueError):
@@ -94,5 +92,5 @@ class LogConfig:
 
 
 def as_list(names: Names) -> list[str]:
-    """A list of names, of which one alone may be given as text; "" is none."""
+    """A list of names; a single text is a list of one, "" an empty list."""
     return ([names] if names else []) if isinstance(names, str) else list(names)

@@ -1,8 +1,8 @@
-"""CSV as it is found: put into Parquet once, as a stream, so that every row is there with its number, good or bad.
+"""CSV files as Parquet, converted as a stream; every row keeps its index, also rows that cannot be used.
 
-user_id,item_id,click      row 0: 3 fields              reason null
-u1,i1,1                    row 1: too few fields        reason, and the line as it stands
-u1,i2                      row 2: bytes that are no text in the encoding given: reason, the bytes as \ufffd
+user_id,item_id,click
+u1,i1,1                    row 0: REASON null
+u1,i2                      row 1: too few fields: REASON, and RAW with the line
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lumrec.data.own_log.config import TAB, LogConfig
-from lumrec.data.own_log.parts import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, Part, check_unique
+from lumrec.data.own_log.table_file import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, TableFile, check_unique
 from lumrec.run.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 8 << 20  # read and parsed at once: bounds the memory, and the length of a row
-MAX_BREAKS = 100  # in one field: with more, a quote was left open and swallows the rest of the file
-MAX_BAD_ROWS = 200_000  # one after the other: then the separator or the header is wrong
-SEPARATORS = (",", ";", "\t", "|")  # what is tried where the config's does not part the fields
+BLOCK_BYTES = 8 << 20  # read and parsed at a time: limits the memory, and the length of a row
+MAX_BREAKS = 100  # in one field: with more, a quote was left open and the field runs to the end of the file
+MAX_BAD_ROWS = 200_000  # consecutive ones: then the separator or the header is wrong
+SEPARATORS = (",", ";", "\t", "|")  # tried where the config's does not separate the fields
 FIRST_LINES = 5
 EMPTY_LINE, HEADER_AGAIN = "empty line", "the header again"
 LINE_BREAK = "line break within a field (a quote that is not closed?)"
 
 
 class Utf8Stream(io.RawIOBase):
-    """Bytes of a file in any encoding as UTF-8, with UNDECODABLE in place of what is no text.
+    """Bytes of a file in any encoding as UTF-8, with UNDECODABLE in place of what cannot be decoded.
 
-    seen: which of the texts `watch` have gone by.
+    seen: those of the texts `watch` that were read so far.
     """
 
     def __init__(self, source: BinaryIO, encoding: str, watch: Sequence[str] = ()):
@@ -53,12 +53,12 @@ class Utf8Stream(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, fewer at the end alone."""
+        """`size` bytes; fewer only at the end."""
         assert size >= 0
         while len(self._left) < size:
             chunk = self._source.read(size)
             text = self._decoder.decode(chunk, not chunk)
-            self.seen.update(word for word in self._watch if word not in self.seen and word in text)
+            self.seen.update(each for each in self._watch if each not in self.seen and each in text)
             self._left += text.encode()
             if not chunk:
                 break
@@ -66,7 +66,7 @@ class Utf8Stream(io.RawIOBase):
         return out
 
     def readinto(self, buffer: Any) -> int:
-        """As `read`, into a buffer; the number of bytes, 0 at the end."""
+        """Reads into a buffer; returns the number of bytes, 0 at the end."""
         out = self.read(len(buffer))
         buffer[: len(out)] = out
         return len(out)
@@ -77,26 +77,26 @@ class Utf8Stream(io.RawIOBase):
         super().close()
 
 
-def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> list[Part]:
+def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> list[TableFile]:
     """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
 
-    All headers are read first. Raises UserError, which names the file, for one that is empty, cut or no CSV, for a
-    header with a name twice, and for a quote that is never closed.
+    All headers are read first. Raises UserError, which names the file, for one that is empty, cut or not CSV, for a
+    header that names a column twice, and for a quote that is never closed.
     """
     config.check("data.log.")
     separators = [_separator(file, config) for file in files]
     headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
-    parts: list[Part] = []
-    for number, (file, header, separator) in enumerate(zip(files, headers, separators)):
-        first = sum(part.num_rows for part in parts)
-        target = scratch / f"{name}-{number:05d}.parquet"
-        parts.append(_convert(file, header, target, config, separator, first))
-    return parts
+    converted: list[TableFile] = []
+    for index, (file, header, separator) in enumerate(zip(files, headers, separators)):
+        first = sum(each.num_rows for each in converted)
+        target = scratch / f"{name}-{index:05d}.parquet"
+        converted.append(_convert(file, header, target, config, separator, first))
+    return converted
 
 
 def _separator(file: Path, config: LogConfig) -> str:
-    """Between the fields of this file: a tab in a .tsv, else the config's, and where that parts nothing and another one
-    does, in the header and in the rows after it, that one, which is reported.
+    """The separator of this file: a tab in a .tsv, else the config's; where that does not separate the first lines and
+    another one does, the other one, with a warning in the log.
     """
     given = "\t" if ".tsv" in file.suffixes else TAB.get(config.separator, config.separator)
     counts = {one: _counts(file, config, one) for one in dict.fromkeys((given, *SEPARATORS))}
@@ -106,17 +106,12 @@ def _separator(file: Path, config: LogConfig) -> str:
     if not better:
         return given
     found = max(better, key=lambda one: counts[one][0])
-    log.warning(
-        "%s: read with %r between the fields, as data.log.separator %r does not part its first lines",
-        file,
-        found,
-        given,
-    )
+    log.warning("%s: separator %r; data.log.separator %r does not separate its first lines", file, found, given)
     return found
 
 
 def _counts(file: Path, config: LogConfig, separator: str) -> list[int]:
-    """Fields of each of the first lines."""
+    """Number of fields of each of the first lines."""
     try:
         with _text(file, config) as text:
             rows = csv.reader(text, delimiter=separator, **_quoting(config))
@@ -140,18 +135,15 @@ def _open(file: Path, config: LogConfig) -> Utf8Stream:
     packed = file.suffix == ".gz"
     with open(file, "rb") as start:
         magic = start.read(4)
-    for first, what, mend in (
+    for first, what, advice in (
         (b"PAR1", "a Parquet file", "end its name in .parquet"),
         (b"\x1f\x8b", "a gzip file", "end its name in .gz"),
         (b"PK\x03\x04", "a zip file (or a spreadsheet)", "unpack it, or save it as CSV"),
     ):
         if magic.startswith(first) and not (packed and what == "a gzip file"):
-            raise UserError(f"{file} is {what}, not CSV; {mend}")
-    return Utf8Stream(
-        _bytes(file, packed),
-        _encoding(file, packed, config),
-        [UNDECODABLE, *([config.quote] if config.quote else [])],
-    )
+            raise UserError(f"{file} is {what}, not CSV; {advice}")
+    watch = [UNDECODABLE, *([config.quote] if config.quote else [])]
+    return Utf8Stream(_bytes(file, packed), _encoding(file, packed, config), watch)
 
 
 def _bytes(file: Path, packed: bool) -> BinaryIO:
@@ -160,15 +152,15 @@ def _bytes(file: Path, packed: bool) -> BinaryIO:
 
 
 def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
-    """The config's; of a file that begins with a byte order mark, the one which that names."""
+    """The encoding: the config's, unless the file begins with a byte order mark."""
     try:
         with _bytes(file, packed) as source:
             first = source.read(4)
     except OSError as error:
         raise _damaged(file, error) from None
     for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8-sig"),  # the mark is no part of the first name
-        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF8, "utf-8-sig"),  # the mark is not part of the first name
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, as it begins with that mark
         (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
@@ -182,7 +174,7 @@ def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
 
 
 def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
-    """The fields of the first line, as they stand. Raises UserError where there are none, or two of one name."""
+    """The fields of the first line, unchanged. Raises UserError where there are none, or two with one name."""
     try:
         with _text(file, config) as text:
             fields = next(csv.reader(text, delimiter=separator, **_quoting(config)), None)
@@ -200,8 +192,8 @@ def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
 
 
 def _names(header: Sequence[str]) -> list[str]:
-    """Names of the columns: blanks around them removed; one without a name is called by its place."""
-    return [field.strip() or f"column_{place}" for place, field in enumerate(header, 1)]
+    """Names of the columns, without blanks around them; a column without a name is named by its index, from 1."""
+    return [field.strip() or f"column_{index}" for index, field in enumerate(header, 1)]
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
@@ -209,15 +201,15 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 
 class _BadRows:
-    """Rows with another number of fields than the header: what pyarrow's reader hands over while it parses a block."""
+    """Collects the rows whose number of fields is not the header's, while pyarrow parses a block."""
 
     def __init__(self) -> None:
         self.rows: list[pacsv.InvalidRow] = []
-        self.places = np.zeros(0, np.int64)  # of those taken so far: good rows of the file before each of them
+        self.good_before = np.zeros(0, np.int64)  # good rows of the file before each bad row taken so far
         self.too_many = False
 
     def add(self, row: pacsv.InvalidRow) -> str:
-        """Called by pyarrow, where an exception would be lost: what is wrong is told by `take`."""
+        """Called by pyarrow, which would swallow an exception; so `take` raises."""
         self.rows.append(row)
         self.too_many = self.too_many or len(self.rows) > MAX_BAD_ROWS
         return "error" if self.too_many else "skip"
@@ -229,8 +221,8 @@ class _BadRows:
             if row.text.count("\n") > MAX_BREAKS:
                 raise _open_quote(file, row.number)
         numbers = np.array([row.number for row in rows], np.int64) - 2  # pyarrow counts from 1, the header too
-        before = len(self.places) + np.arange(len(rows))
-        self.places = np.concatenate([self.places, numbers - before])
+        before = len(self.good_before) + np.arange(len(rows))
+        self.good_before = np.concatenate([self.good_before, numbers - before])
         return {
             ROW: list(numbers),
             REASON: [f"{row.actual_columns} fields, expected {row.expected_columns}" for row in rows],
@@ -240,7 +232,7 @@ class _BadRows:
     def numbers_of_good(self, first: int, num_rows: int) -> np.ndarray:
         """Row in the file of each of the good rows first … first + num_rows - 1 (int64)."""
         good = np.arange(first, first + num_rows)
-        return good + np.searchsorted(self.places, good, side="right")
+        return good + np.searchsorted(self.good_before, good, side="right")
 
 
 def _open_quote(file: Path, line: int) -> UserError:
@@ -253,8 +245,8 @@ def _open_quote(file: Path, line: int) -> UserError:
 
 def _convert(
     file: Path, header: Sequence[str], target: Path, config: LogConfig, separator: str, first_row: int
-) -> Part:
-    """Writes `target`; every row of the CSV file is in it, numbered from `first_row`."""
+) -> TableFile:
+    """Writes `target` with every row of the CSV file; ROW counts from `first_row`."""
     names, bad_rows, num_good, num_bad = _names(header), _BadRows(), 0, 0
     schema = pa.schema(
         [*((name, pa.string()) for name in names), (ROW, pa.int64()), (REASON, pa.string()), (RAW, pa.string())]
@@ -284,7 +276,7 @@ def _convert(
         if bad_rows.too_many:
             row = bad_rows.rows[0]
             raise UserError(
-                f"{file}: over {MAX_BAD_ROWS:,} rows in a row have another number of fields than the header "
+                f"{file}: over {MAX_BAD_ROWS:,} consecutive rows have another number of fields than the header "
                 f"({row.actual_columns}, expected {row.expected_columns}), the first of them: {row.text[:200]!r}. Is "
                 "data.log.separator right, and does the first line name every column?"
             ) from None
@@ -294,7 +286,7 @@ def _convert(
     except OSError as error:
         raise _damaged(file, error) from None
     kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
-    return Part(file, target, pl.Schema(kinds), num_good + num_bad, separator, UNDECODABLE in stream.seen)
+    return TableFile(file, target, pl.Schema(kinds), num_good + num_bad, separator, UNDECODABLE in stream.seen)
 
 
 def _batches(
@@ -308,7 +300,7 @@ def _batches(
             delimiter=separator,
             quote_char=config.quote or False,
             newlines_in_values=True,
-            ignore_empty_lines=False,  # they count as rows, or numbers would be off
+            ignore_empty_lines=False,  # they count as rows, so that indices are right
             invalid_row_handler=bad_rows.add,
         ),
         convert_options=pacsv.ConvertOptions(check_utf8=False, column_types=dict.fromkeys(header, pa.string())),
@@ -318,9 +310,9 @@ def _batches(
 def _reasons(
     batch: pa.RecordBatch, header: Sequence[str], file: Path, config: LogConfig, seen: set[str], rows: np.ndarray
 ) -> pa.Array:
-    """Why each row cannot be used (text, null where it seems sound). Raises UserError for an open quote.
+    """Why each row cannot be used (text, null where it can). Raises UserError for an open quote.
 
-    rows: numbers of the rows in the file, for that message.
+    rows: indices of the rows in the file, for that message.
     """
     empty = _all_equal(batch, [""] * len(header)) if len(header) > 1 else None
     found: list[tuple[Any, str]] = [(empty, EMPTY_LINE), (_all_equal(batch, header), HEADER_AGAIN)]
@@ -338,7 +330,7 @@ def _reasons(
 
 
 def _all_equal(batch: pa.RecordBatch, fields: Sequence[str]) -> Any:
-    """Mask of the rows that hold just these fields; None where there is none."""
+    """Mask of the rows that hold exactly these fields; None where there are none."""
     mask = pc.equal(batch.column(0), fields[0])
     for column, field in zip(batch.columns[1:], fields[1:]):
         if not pc.any(mask).as_py():

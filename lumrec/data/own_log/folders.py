@@ -1,8 +1,8 @@
-"""The files of a log: which ones names, folders and globs lead to, and what the names of their folders say.
+"""The files of a log: those that names, folders and globs lead to, and the columns in the names of their folders.
 
 log/scene=home/day=2024-05-20/part-0.parquet    columns scene "home" and day "2024-05-20" for every row of the file
-log/today → log/day=2024-05-21                  a link to a folder is followed; to one that is read already, it is not
-log/_SUCCESS, log/.part-0.parquet.crc           job markers and checksums are passed over
+log/today → log/day=2024-05-21                  links to folders are followed, unless that folder is read already
+log/_SUCCESS, log/.part-0.parquet.crc           job markers and checksums are skipped
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what Hive and Spark write for a m
 def find_files(patterns: Sequence[str], key: str) -> list[Path]:
     """The files that names, folders and globs lead to, in order of their names, each once.
 
-    In a folder (and those below it, links to folders too) files and folders whose names begin with _ or . are passed
-    over: job markers and checksums. A folder or file that several names lead to is read once, and that is reported.
-    Raises DataSetMissing where a pattern leads to no file, UserError for a link that leads nowhere and a folder that
-    cannot be read.
+    Folders are read with those below them, links included; files and folders whose names begin with _ or . (job markers
+    and checksums) are skipped. A folder or file that several names lead to is read once, with a warning in the log.
+    Raises DataSetMissing where a pattern leads to no file, UserError for a broken link or an unreadable folder.
     """
     found: dict[Path, Path] = {}  # real path → the path by which it was found
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir() or path.is_file():
             starts, rest = [path], []
-        else:  # glob itself would follow links in a circle behind **
+        else:  # behind **, glob itself would follow links in a circle
             cut = path.parts.index("**") if "**" in path.parts else len(path.parts)
             starts = [Path(name) for name in sorted(glob.glob(str(Path(*path.parts[:cut]))))]
             starts = [start for start in sorted(starts, key=Path.is_symlink) if not _is_hidden(start)]
@@ -64,26 +63,26 @@ def find_files(patterns: Sequence[str], key: str) -> list[Path]:
 
 
 def _walk(folder: Path, key: str, seen: set[Path]) -> Iterator[Path]:
-    """What lies in a folder and in those below it; `seen` grows by the folders that were read."""
+    """The files in a folder and in those below it; adds to `seen` the folders that were read."""
     real = folder.resolve()
     holds_itself = folder.is_symlink() and folder.parent.resolve().is_relative_to(real)
     if real in seen or holds_itself:
         if folder.is_symlink():  # else a glob has led to it a second time
-            why = "lies above it" if holds_itself else "is read already"
-            log.warning("%s: the link %s is passed over; %s, where it leads, %s", key, folder, real, why)
+            why = "contains it" if holds_itself else "is read already"
+            log.warning("%s: the link %s is skipped, as its target %s %s", key, folder, real, why)
         return
     seen.add(real)
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
         raise UserError(
-            f"{key}: {folder} cannot be read ({error.strerror}); mend its rights, or leave it out"
+            f"{key}: {folder} cannot be read ({error.strerror}); correct its permissions, or leave it out"
         ) from None
     for entry in entries:
         path = folder / entry.name
         if _is_hidden(Path(entry.name)):
             if entry.name.lower().endswith((".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")):
-                log.warning("%s: %s is passed over, as its name begins with %s", key, path, entry.name[0])
+                log.warning("%s: %s is skipped, as its name begins with %s", key, path, entry.name[0])
         elif entry.is_dir():
             yield from _walk(path, key, seen)
         else:
@@ -100,9 +99,9 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def partitions(file: Path) -> dict[str, str | None]:
-    """The columns that the names of a file's folders give (key=value, as Hive and Spark write them), as text.
+    """The columns in the names of a file's folders (key=value, as Hive and Spark write them), as text.
 
-    Raises UserError where a column has two values, or a name that is no text.
+    Raises UserError where a column has two values, or a name is not UTF-8.
 
     >>> partitions(Path("log/scene=a%20b/day=__HIVE_DEFAULT_PARTITION__/part-0.parquet"))
     {'scene': 'a b', 'day': None}

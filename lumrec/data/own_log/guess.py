@@ -1,6 +1,6 @@
-"""Guesses about a log of one's own that nobody has described yet: which column is what, by its name and what it holds.
+"""Guesses which column of your log is what, by its name and its values, where the config does not say.
 
-A guess is told to the user with its reason, and stands in the suggested config; nothing else in lumrec guesses.
+The report shows each guess with its reason, and the suggested config contains it; nothing else in lumrec guesses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lumrec.data.own_log.times import looks_like_time
 from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.run.errors import UserError
 
-# Names as they stand in logs, the likeliest first; compared without case, blanks and punctuation.
+# Names as logs use them, the likeliest first; compared without case, blanks and punctuation.
 USER_NAMES = (
     "user_id user uid user_no customer_id customer client_id visitor_id visitor member_id member account_id account "
     "buyer_id viewer_id reader_id reviewer_id user_code user_hash device_id cookie_id cookie session_id"
@@ -48,7 +48,7 @@ DEPTHS = (
     "cart add_to_cart addtocart basket add_to_basket".split(),
     "buy purchase order transaction pay paid checkout conversion convert download subscribe install".split(),
 )
-# What is known only after the item was shown, by parts of the name.
+# Parts of names of what is known only after the item was shown.
 AFTER = re.compile(
     r"dwell|watch|play_?(time|duration|ms)|view_?(time|duration)|duration|stay|scroll|finish|complet|progress|enter|rating|"
     r"stars|review|comment|feedback|outcome|reward|revenue|gmv|paid|quantity|qty|amount|"
@@ -63,13 +63,13 @@ CODE = re.compile(
     r"(^|_)(id|ids|code|zip|zip_code|type|cat|category|brand|bucket|level|flag|class|cluster|hour|weekday)$"
 )
 TRUTH = {"true": "1", "yes": "1", "false": "0", "no": "0"}
-NUMBERS = 0.95  # of the values of a label that are numbers; the others are rows to be quarantined
+NUMBERS = 0.95  # share of numbers from which a label is numeric; rows with other values will be quarantined
 SEPARATORS = ("|", ";", ",")
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One choice: what for, the column (or another value), and why."""
+    """A choice: what for, the column (or another value), and why."""
 
     what: str
     value: str
@@ -77,24 +77,24 @@ class Guess:
 
 
 def squeezed(name: str) -> str:
-    """A name without case, blanks and punctuation: userId, USER_ID and "user id" are one."""
+    """A name without case, blanks and punctuation: userId, USER_ID and "user id" are the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def sample(table: Table) -> pl.DataFrame:
-    """The first rows of a table that nothing is known against, its own columns."""
+    """The first usable rows of a table, with its own columns."""
     good = table.frame.filter(pl.col(REASON).is_null()).select(list(table.schema))
     return good.head(SAMPLE_ROWS).collect(engine="streaming")
 
 
 def guess_data(data: DataConfig, tables: Tables) -> tuple[DataConfig, list[Guess]]:
-    """The config with what it leaves open filled in, and each choice with its reason.
+    """The config with every gap filled in, and each choice with its reason.
 
-    A column that the config names stays. Raises UserError where no column can be taken for the user, the item or the
-    time; the message lists the candidates.
+    Columns that the config names are kept. Raises UserError where no column looks like the user, the item or the time;
+    the message lists the candidates.
     """
     samples = {table.name: sample(table) for table in tables}
-    log, told = _keys(data.log, tables, samples["events"])
+    log, guesses = _keys(data.log, tables, samples["events"])
     for key, name, table in (("item", "items", tables.items), ("user", "users", tables.users)):
         if table is None:
             continue
@@ -102,14 +102,14 @@ def guess_data(data: DataConfig, tables: Tables) -> tuple[DataConfig, list[Guess
         column = given or _find(table, getattr(log, key), ITEM_NAMES if key == "item" else USER_NAMES)
         if not given and column and column != getattr(log, key):
             log = replace(log, **{f"{key}_in_{name}": column})  # type: ignore[arg-type]
-        told.append(Guess(f"{key} in {name}", column or getattr(log, key), "data.log" if given else "by its name"))
+        guesses.append(Guess(f"{key} in {name}", column or getattr(log, key), "data.log" if given else "by its name"))
     if tables.items is not None and not log.title and "title" not in tables.items.schema:
         title = _by_name(tables.items.schema.names(), TITLE_NAMES)
         if title and tables.items.schema[title] == pl.String:
             log = replace(log, title=title)
-            told.append(Guess("title", title, "by its name"))
+            guesses.append(Guess("title", title, "by its name"))
     label, all_positive, guess = _label(data, tables.events, samples["events"], log)
-    told.append(guess)
+    guesses.append(guess)
     log = replace(log, all_positive=all_positive)
     if not as_list(log.decimal_comma):
         found = [
@@ -121,21 +121,22 @@ def guess_data(data: DataConfig, tables: Tables) -> tuple[DataConfig, list[Guess
         ]
         if found:
             log = replace(log, decimal_comma=found)
-            told.append(Guess("decimal_comma", ", ".join(found), "numbers such as 1,5"))
+            guesses.append(Guess("decimal_comma", ", ".join(found), "numbers such as 1,5"))
     if not as_list(log.lists):
         log, guessed = _lists(log, tables, samples)
-        told += guessed
-    return replace(data, log=log, label=label), told
+        guesses += guessed
+    return replace(data, log=log, label=label), guesses
 
 
 def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> tuple[LogConfig, list[Guess]]:
     """User, item and time of the events."""
-    default, told, events = LogConfig(), [], tables.events
+    default, events = LogConfig(), tables.events
+    guesses: list[Guess] = []
     taken: list[str] = []
     for key, names in (("user", USER_NAMES), ("item", ITEM_NAMES), ("timestamp", TIME_NAMES)):
         given = getattr(log, key)
         if key == "timestamp" and not given:
-            told.append(Guess(key, "none", "data.log.timestamp is '': the rows are in the order of events"))
+            guesses.append(Guess(key, "none", "data.log.timestamp is '': the rows are in the order of events"))
             continue
         if given in events.schema or given != getattr(default, key):
             events.require(given, f"data.log.{key}")
@@ -143,16 +144,14 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> tuple[LogConfig
         else:
             column, why = _find(events, given, names, avoid=taken) or "", "by its name"
             if not column and key == "timestamp":
-                column, why = (
-                    _only([n for n in rows.columns if looks_like_time(rows[n])]),
-                    "the only one that holds times",
-                )
+                times = [name for name in rows.columns if looks_like_time(rows[name])]
+                column, why = times[0] if len(times) == 1 else "", "the only one that holds times"
             if not column:
                 raise UserError(_undecided(key, events, rows, taken))
             log = replace(log, **{key: column})  # type: ignore[arg-type]
         taken.append(column)
-        told.append(Guess({"timestamp": "time"}.get(key, key), column, why))
-    return log, told
+        guesses.append(Guess({"timestamp": "time"}.get(key, key), column, why))
+    return log, guesses
 
 
 def _undecided(key: str, events: Table, rows: pl.DataFrame, taken: Sequence[str]) -> str:
@@ -179,42 +178,30 @@ def _by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((plain[squeezed(name)] for name in names if squeezed(name) in plain), None)
 
 
-def _only(found: Sequence[str]) -> str:
-    return found[0] if len(found) == 1 else ""
-
-
 def _label(data: DataConfig, events: Table, rows: pl.DataFrame, log: LogConfig) -> tuple[LabelConfig, bool, Guess]:
     """The label, whether all events are positive, and how that was chosen."""
     label = data.label
+    has_rule = bool(label.values) or label.at_least is not None
     if log.all_positive:
         return label, True, Guess("label", "every event is positive", "data.log.all_positive")
     column = label.column or ("label" if "label" in events.schema else "")
     if column:
         events.require(column, "data.label.column")
-        if label.at_least is not None or label.values:
+        if has_rule:
             return label, False, Guess("label", column, "data.label")
-        made = positive_of(rows[column], column)
-        if made is None:
-            return replace(label, column=column), False, Guess("label", column, "data.label.column, read as 0/1")
-        return made[0], False, Guess("label", column, f"data.label.column; {made[1]}")
+        rule, why = positive_of(rows[column], column) or (replace(label, column=column), "read as 0/1")
+        return rule, False, Guess("label", column, f"data.label.column; {why}")
     free = [name for name in events.schema if name not in (log.user, log.item, log.timestamp)]
     plain = {squeezed(name): name for name in reversed(free)}
-    for name in LABEL_NAMES:
-        column = plain.get(squeezed(name), "")
-        if column and (label.values or label.at_least is not None):
-            return (
-                replace(label, column=column),
-                False,
-                Guess("label", column, "by its name; positive as data.label says"),
-            )
-        made = positive_of(rows[column], column) if column else None
-        if made is not None:
-            return made[0], False, Guess("label", column, f"by its name; {made[1]}")
+    for column in (plain[squeezed(name)] for name in LABEL_NAMES if squeezed(name) in plain):
+        as_given = (replace(label, column=column), "positive as data.label says")
+        if found := as_given if has_rule else positive_of(rows[column], column):
+            return found[0], False, Guess("label", column, f"by its name; {found[1]}")
     return LabelConfig(), True, Guess("label", "every event is positive", "no column looks like a label")
 
 
 def positive_of(values: pl.Series, column: str) -> tuple[LabelConfig, str] | None:
-    """What may count as positive in a column, and in words; None where it holds nothing of the kind."""
+    """A rule for what is positive in a column, and a text that says it; None where the column is no label."""
     if isinstance(values.dtype, (pl.List, pl.Array, pl.Struct)):
         return None
     texts = values.drop_nulls().cast(pl.String).str.strip_chars()
@@ -235,18 +222,16 @@ def positive_of(values: pl.Series, column: str) -> tuple[LabelConfig, str] | Non
     }
     if depths and len(kinds) <= 50:
         shallow = min(depths.values())
-        values_ = sorted(text for text, depth in depths.items() if depth > shallow)
-        if values_:
-            others = sorted(set(kinds) - set(values_))
-            return LabelConfig(column, values=values_), f"positive: {', '.join(values_)}; not: {', '.join(others)}"
+        if deeper := sorted(text for text, depth in depths.items() if depth > shallow):
+            others = sorted(set(kinds) - set(deeper))
+            return LabelConfig(column, values=deeper), f"positive: {', '.join(deeper)}; not: {', '.join(others)}"
     return None
 
 
 def _lists(log: LogConfig, tables: Tables, samples: dict[str, pl.DataFrame]) -> tuple[LogConfig, list[Guess]]:
-    """Text columns that hold several values with a separator between them; one separator for all."""
-    separators = list(dict.fromkeys([log.list_separator, *SEPARATORS]))
-    for separator in separators:
-        found = []
+    """Text columns that hold several values with a separator between them, the same one for all."""
+    for separator in dict.fromkeys([log.list_separator, *SEPARATORS]):
+        found: list[str] = []
         for table in tables:
             if not table.is_text or (separator == log.separator and not log.quote):
                 continue
@@ -255,13 +240,13 @@ def _lists(log: LogConfig, tables: Tables, samples: dict[str, pl.DataFrame]) -> 
             found += [n for n in table.schema if n not in keys and _holds_lists(samples[table.name][n], separator)]
         if found:
             found = list(dict.fromkeys(found))
-            told = [Guess("lists", ", ".join(found), f"several values with {separator!r} between them")]
-            return replace(log, lists=found, list_separator=separator), told
+            guess = Guess("lists", ", ".join(found), f"several values with {separator!r} between them")
+            return replace(log, lists=found, list_separator=separator), [guess]
     return log, []
 
 
 def _has_decimal_comma(values: pl.Series) -> bool:
-    """Whether all texts are numbers, some with a comma in them, behind which are not always three digits."""
+    """Whether all texts are numbers, some with a comma that is not always followed by three digits."""
     texts = values.drop_nulls().str.strip_chars()
     fractions = texts.filter(texts.str.contains(",", literal=True))
     whole = bool(texts.str.contains(r"^[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]+)?$").all())
@@ -269,7 +254,7 @@ def _has_decimal_comma(values: pl.Series) -> bool:
 
 
 def _holds_lists(values: pl.Series, separator: str) -> bool:
-    """Whether many texts have the separator, and the parts occur again and again as words of a vocabulary do."""
+    """Whether many texts have the separator, and the values between them repeat as those of a vocabulary do."""
     texts = values.drop_nulls()
     # "(250,500]" is one value: a range
     texts = texts.filter(~texts.str.contains(r"^[\[(].*[\])]$"))
@@ -277,18 +262,18 @@ def _holds_lists(values: pl.Series, separator: str) -> bool:
         return False
     if float(texts.str.contains(separator, literal=True).mean()) < 0.1:  # type: ignore[arg-type]
         return False
-    parts = texts.str.split(separator).explode(empty_as_null=True).drop_nulls()
-    blanks = float(parts.str.strip_chars().str.contains(" .* ").mean())  # type: ignore[arg-type]
-    return parts.n_unique() <= max(20, 0.5 * len(parts)) and blanks < 0.2
+    each = texts.str.split(separator).explode(empty_as_null=True).drop_nulls()
+    blanks = float(each.str.strip_chars().str.contains(" .* ").mean())  # type: ignore[arg-type]
+    return each.n_unique() <= max(20, 0.5 * len(each)) and blanks < 0.2
 
 
 def is_known_after(name: str) -> bool:
-    """Whether a column sounds like something that is known only after the item was shown."""
+    """Whether a column has the name of something that is known only after the item was shown."""
     return AFTER.search(_snake(name)) is not None
 
 
 def is_condition(name: str) -> bool:
-    """Whether a column sounds like the circumstances in which an item is asked for."""
+    """Whether a column has the name of a condition, such as the scene in which an item is shown."""
     return CONDITION.search(_snake(name)) is not None
 
 
@@ -298,7 +283,7 @@ def is_time(name: str) -> bool:
 
 
 def is_code(name: str) -> bool:
-    """Whether a column of numbers sounds like ids of something rather than quantities."""
+    """Whether a column of numbers has the name of an id or code rather than of a quantity."""
     return CODE.search(_snake(name)) is not None
 
 

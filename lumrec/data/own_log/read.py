@@ -1,18 +1,17 @@
-"""A log of one's own: Parquet or CSV files and a few words about their columns.
+"""Your own log: Parquet or CSV files, and a config that names their columns.
 
     events  user_id,item_id,timestamp,click,scene,tags        one row for each impression, click, purchase, …
     items   item_id,title,brand,price                         optional: one row for each item
     users   user_id,city                                      optional: one row for each user
 
-Every column is handed on by its own name. A column whose name the raw log uses for something else (`order`, say, where
-it holds the number of a customer's order) is handed on as <name>_raw, which is told.
+Every column keeps its name. A column whose name RawLog uses for something else (`order`, say, where it holds the number
+of a customer's order) becomes <name>_raw, which is logged.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from lumrec.data.forms import text_of
 from lumrec.data.own_log.calendar import of_calendar, out_of_calendar
 from lumrec.data.own_log.config import LogConfig, as_list
 from lumrec.data.own_log.folders import find_files
+from lumrec.data.own_log.ids import id_check, id_type
 from lumrec.data.own_log.tables import FORMATS, RAW, REASON, ROW, UNDECODABLE, Table, decode, open_table
 from lumrec.data.own_log.times import as_microseconds, choose_unit, time_checks
 from lumrec.data.schema import FeatureConfig, SchemaConfig
@@ -49,20 +49,17 @@ DEFAULT_SCHEMAS = {
         }
     )
 }
-# What RawLog means by these names; columns of the files that are called so and hold something else are renamed.
+# Columns of RawLog; columns of the files that have these names and hold something else are renamed.
 TAKEN = {
     "events": ("user_id", "item_id", "time_us", "order", "label", "reason", "raw", "probability"),
     "items": ("item_id", "order", "reason", "raw"),
     "users": ("user_id", "order", "reason", "raw"),
 }
-WHOLE = r"^(?:0|-?[1-9][0-9]{0,18})$"  # text that is the one spelling of an integer: no "007", "+7", "-0"
-WHOLE_AS_FLOAT = r"^-?[0-9]+(?:\.0*|(?:\.[0-9]+)?[eE]\+?[0-9]+)$"
-_WHOLE_TYPES = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The files of a log, looked into but not read: events, and items and users where there are such."""
+    """The files of a log, opened but not read: events, and items and users where they are given."""
 
     events: Table
     items: Table | None
@@ -73,11 +70,11 @@ class Tables:
 
 
 def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
-    """The raw log of the files that `data.log` names. Nothing is collected; CSV is put into Parquet in `scratch` first.
+    """The raw log of the files that `data.log` names, as a stream; CSV is written as Parquet to `scratch` first.
 
     Raises DataSetMissing where a name leads to no file; UserError, which names the file and the column, for a file
-    that is cut, empty, or has no header, for a column that is missing, that has another type in another file or cannot
-    be what it is taken for, and for settings that do not fit.
+    that is cut, empty or has no header, for a column that is missing, has different types or cannot be what the config
+    says, and for settings that do not fit.
     """
     return raw_log(data, open_tables(data.log, scratch))
 
@@ -98,7 +95,7 @@ def open_tables(config: LogConfig, scratch: Path) -> Tables:
 
 
 def damaged_file(config: LogConfig) -> Path | None:
-    """The first Parquet file of a log that polars cannot read, whatever is made of it; None where there is none."""
+    """The first Parquet file of a log that polars cannot read to its end; None where it can read all."""
     for name in ("events", "items", "users"):
         patterns = as_list(getattr(config, name))
         for file in find_files(patterns, f"data.log.{name}") if patterns else []:
@@ -111,13 +108,12 @@ def damaged_file(config: LogConfig) -> Path | None:
 
 
 def raw_log(data: DataConfig, tables: Tables) -> RawLog:
-    """The raw log that the tables make with the columns that `data` names. Raises as `read` does for the columns."""
-    config, events = data.log, tables.events
-    items, users = tables.items, tables.users
-    for key, table, name in (("user", events, config.user), ("item", events, config.item)):
-        table.require(name, f"data.log.{key}")
-    if config.timestamp:
-        events.require(config.timestamp, "data.log.timestamp")
+    """The raw log of opened tables. Raises as `read` does for what does not fit them."""
+    config = data.log
+    events, items, users = tables.events, tables.items, tables.users
+    for key in ("user", "item", "timestamp"):
+        if column := getattr(config, key):
+            events.require(column, f"data.log.{key}")
     label = label_column(data, events)
     if data.request:
         events.require(data.request, "data.request")
@@ -131,53 +127,51 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     if label:
         check_label_values(events.frame.filter(pl.col(REASON).is_null()), label, events.schema[label], data.label)
     for table in tables:
-        for name, new in handed_on(table, config, label).items():
+        for name, new in new_names(table, config, label).items():
             if name != new:
-                log.warning("%s: column %r is handed on as %r; lumrec uses its name itself", table.name, name, new)
+                log.warning("%s: column %r is read as %r; lumrec uses its name itself", table.name, name, new)
     user_type = id_type([(events, config.user), *([(users, user_in_users)] if users is not None else [])])
     item_type = id_type([(events, config.item), *([(items, item_in_items)] if items is not None else [])])
-    unit, told = "", "no times: rows are in the order of events"
+    unit, times = "", "no times: rows are in the order of events"
     if config.timestamp:
         unit, read_as = choose_unit(events, config.timestamp, config.time_unit)
-        told = f"{config.timestamp} read as {read_as}"
-    names = handed_on(events, config, label)
+        times = f"{config.timestamp} read as {read_as}"
+    names = new_names(events, config, label)
     exact = {config.user: "user_id", config.item: "item_id"}
     known_after = {names.get(name, name) for name in (*as_list(config.known_after), label) if name} | {"label"}
-    given = list(tables)
     return RawLog(
         events=_events(events, data, label, unit, user_type, item_type),
         items=_catalogue(items, "item_id", item_in_items, item_type, config) if items is not None else None,
         users=_catalogue(users, "user_id", user_in_users, user_type, config) if users is not None else None,
-        files=[file for table in given for file in table.files],
-        note=f"a log of one's own: {', '.join(map(str, given))}; {told}",
+        files=[file for table in tables for file in table.files],
+        note=f"your log: {', '.join(map(str, tables))}; {times}",
         known_after=tuple(sorted(known_after)),
         utc_offset_hours=config.utc_offset_hours,
         absolute_time=bool(config.timestamp),
         has_clock=bool(config.timestamp),
         request=names.get(data.request, data.request),
-        unusable={table.name: _unusable(table, config, label if table is events else "") for table in given},
-        left_out={name: why for table in given for name, why in table.left_out.items()},
+        unusable={table.name: _unusable(table, config, label if table is events else "") for table in tables},
+        left_out={name: why for table in tables for name, why in table.left_out.items()},
         exact=tuple(exact.get(name) or names.get(name, name) for name in as_list(config.exact)),
-        extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in given}},
+        extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in tables}},
     )
 
 
 def label_column(data: DataConfig, events: Table) -> str:
-    """The column that the label is made of, "" where every event is positive. Raises UserError where there is none."""
+    """The column that the label is made of, "" where every event is positive. Raises UserError if it is missing."""
     config: LabelConfig = data.label
     if data.log.all_positive:
         if config.column:
             raise UserError(
-                f"data.log.all_positive says that there is no label, and data.label.column is {config.column!r}; "
+                f"data.log.all_positive means that there is no label, but data.label.column is {config.column!r}; "
                 "give one of the two"
             )
         return ""
-    if config.values and config.at_least is not None:
-        raise UserError("data.label: values and at_least are both given; expected one of the two")
+    config.check("data.label.")
     if not config.column and "label" not in events.schema:
         raise UserError(
             f"data.label.column is not given, and the events have no column 'label'; they have: "
-            f"{', '.join(events.schema)}. Where every event is a positive one (a log of purchases, say), set "
+            f"{', '.join(events.schema)}. Where every event is positive (a log of purchases, say), set "
             "data.log.all_positive=true"
         )
     column = config.column or "label"
@@ -191,61 +185,12 @@ def label_column(data: DataConfig, events: Table) -> str:
     return column
 
 
-def id_type(columns: Sequence[tuple[Table, str]]) -> pl.DataType:
-    """Int64 where every id in these columns is an integer, else String.
-
-    Text of a CSV counts as an integer where it is spelt as one ("007" is not). Raises UserError for ids that are
-    numbers with a fraction, or neither text nor numbers.
-    """
-    whole = [_is_whole(table, name) for table, name in columns]
-    return pl.Int64() if all(whole) else pl.String()
-
-
-def _is_whole(table: Table, name: str) -> bool:
-    kind = table.schema[name]
-    if kind in _WHOLE_TYPES or kind == pl.Null:
-        return True
-    if kind.is_float() or (isinstance(kind, pl.Decimal) and kind.scale):
-        raise UserError(
-            f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text. "
-            "A column of integers becomes one of floats where some are missing (pandas does so), and 12.0 is then not "
-            f"the id 12: write it as integers (df[{name!r}].astype('Int64')) or as text"
-        )
-    if not (kind in (pl.String, pl.UInt64) or isinstance(kind, pl.Decimal)):
-        raise UserError(
-            f"{table.origin[name]}: the ids in column {name!r} are of type {kind}; expected integers or text"
-        )
-    if not table.is_text or kind != pl.String:
-        return False  # text that was declared as such; UInt64 and Decimal may go beyond 64 bits, their text does not
-    text = pl.col(name).filter(pl.col(REASON).is_null()).drop_nulls()
-    text = text.filter(~text.str.contains(UNDECODABLE, literal=True))
-    is_whole = text.str.contains(WHOLE) & text.cast(pl.Int64, strict=False).is_not_null()
-    as_float = text.str.contains(WHOLE_AS_FLOAT)
-    facts = (
-        table.frame.select(
-            num=text.len(),
-            num_whole=is_whole.sum(),
-            num_float=as_float.sum(),
-            example=text.filter(as_float).first(),
-        )
-        .collect(engine="streaming")
-        .row(0, named=True)
-    )
-    if facts["num_float"] and facts["num_whole"] + facts["num_float"] == facts["num"]:
-        raise UserError(
-            f"{table.origin[name]}: the ids in column {name!r} are numbers such as {facts['example']!r}; expected "
-            "integers or text. A column of integers becomes one of floats where some are missing (pandas does so), and "
-            f"{facts['example']} is then not the id {float(facts['example']):.0f}: write them as integers"
-        )
-    return facts["num_whole"] == facts["num"]
-
-
 def _events(
     table: Table, data: DataConfig, label: str, unit: str, user_type: pl.DataType, item_type: pl.DataType
 ) -> pl.LazyFrame:
     config, label_config = data.log, data.label
     keys_read = [name for name in (config.user, config.item, label, data.request) if name in table.undecodable]
-    checks = [_id_check(table, config.user), _id_check(table, config.item)]
+    checks = [id_check(table, config.user), id_check(table, config.item)]
     checks += [_text_check(pl.col(name), table.undecodable[name]) for name in keys_read]
     time = pl.lit(NO_CLOCK_S * 1_000_000, pl.Int64)
     if config.timestamp:
@@ -267,18 +212,16 @@ def _events(
     }
     if data.request:
         keys[SHOWN_WITH] = _request(table, data.request)
-    return table.frame.select(**keys, **_features(table, config, handed_on(table, config, label)))
+    return table.frame.select(**keys, **_features(table, config, new_names(table, config, label)))
 
 
 def _check_request(table: Table, data: DataConfig, label: str) -> None:
     name, kind = data.request, table.schema[data.request]
     if kind.is_nested():
         raise UserError(f"data.request: column {name!r} of {table.origin[name]} is of type {kind}; expected one value")
-    for key in ("user", "item", "timestamp"):
-        if name == getattr(data.log, key):
-            raise UserError(f"data.request: got {name!r}, which is data.log.{key}; expected a column of its own")
-    if name == label:
-        raise UserError(f"data.request: got {name!r}, which is the label; expected a column that tells pages apart")
+    taken = {getattr(data.log, key): f"data.log.{key}" for key in ("user", "item", "timestamp")} | {label: "the label"}
+    if name in taken:
+        raise UserError(f"data.request: got {name!r}, which is {taken[name]}; expected a column that identifies pages")
 
 
 def _request(table: Table, name: str) -> pl.Expr:
@@ -290,7 +233,7 @@ def _request(table: Table, name: str) -> pl.Expr:
 
 
 def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: LogConfig) -> pl.LazyFrame:
-    checks = [_id_check(table, name)]
+    checks = [id_check(table, name)]
     checks += [_text_check(pl.col(name), table.undecodable[name])] if name in table.undecodable else []
     columns = {
         key: pl.col(name).cast(kind, strict=False),
@@ -300,14 +243,14 @@ def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: Log
     }
     if table.name == "items" and config.title:
         columns["title"] = pl.col(config.title).cast(pl.String).str.replace_all(UNDECODABLE, "\ufffd", literal=True)
-    frame = table.frame.select(**columns, **_features(table, config, handed_on(table, config)))
-    # a catalogue is held in memory, and its rows as read need not be
+    frame = table.frame.select(**columns, **_features(table, config, new_names(table, config)))
+    # a catalogue is held in memory; the raw text of its good rows need not be
     is_bad = [pl.col("reason").is_not_null(), *(bad for bad, _ in _unusable(table, config).values())]
     return frame.with_columns(pl.when(pl.any_horizontal(is_bad)).then("raw").alias("raw"))
 
 
-def handed_on(table: Table, config: LogConfig, label: str = "") -> dict[str, str]:
-    """Each column of the table → the name by which features find it, without keys whose names lumrec itself uses."""
+def new_names(table: Table, config: LogConfig, label: str = "") -> dict[str, str]:
+    """Each column of the table → the name by which features find it; without keys whose names lumrec uses itself."""
     keys = {
         "events": (config.user, config.item, label),
         "items": (config.item_in_items or config.item, config.title),
@@ -326,7 +269,7 @@ def handed_on(table: Table, config: LogConfig, label: str = "") -> dict[str, str
 
 
 def _features(table: Table, config: LogConfig, names: dict[str, str]) -> dict[str, pl.Expr]:
-    """Every column of the table under its new name, lists as lists of text; a list of what is no text stays one."""
+    """Every column of the table under its new name; lists become lists of text where their values can be text."""
     features = {}
     for name, new in names.items():
         column, kind = pl.col(name), table.schema[name]
@@ -346,9 +289,9 @@ def _features(table: Table, config: LogConfig, names: dict[str, str]) -> dict[st
 
 
 def _unusable(table: Table, config: LogConfig, label: str = "") -> dict[str, tuple[pl.Expr, str]]:
-    """Columns as they are handed on → when a value cannot be used, and why: see RawLog."""
+    """New name of a column → when a value of it cannot be used, and why: see RawLog."""
     found = {}
-    for name, new in handed_on(table, config, label).items():
+    for name, new in new_names(table, config, label).items():
         kind, column = table.schema[name], pl.col(new)
         beyond = out_of_calendar(column, kind)
         if beyond is not None:
@@ -379,13 +322,6 @@ def _check_names(config: LogConfig, tables: Tables) -> None:
         if tables.items is None:
             raise UserError(f"data.log.title is {config.title!r}, and there are no items; give data.log.items too")
         tables.items.require(config.title, "data.log.title")
-
-
-def _id_check(table: Table, name: str) -> tuple[pl.Expr, str]:
-    missing = pl.col(name).is_null()
-    if table.schema[name] == pl.String:
-        missing = missing | (pl.col(name).str.strip_chars() == "")
-    return missing, f"{name} is missing"
 
 
 def with_decimal_point(column: pl.Expr) -> pl.Expr:

@@ -1,7 +1,8 @@
-"""A schema for a log of one's own, out of what its columns hold, and the YAML that says so."""
+"""A suggested schema for your log, from what its columns hold, and its YAML."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -24,12 +25,12 @@ from lumrec.data.schema import (
 )
 from lumrec.run.typed_yaml import dump, in_quotes
 
-OWN_VALUE = 0.9  # distinct values to rows of a text from which on it says nothing about other rows
-MANY = 100  # distinct whole numbers from which on they are taken as quantities
+OWN_VALUE = 0.9  # distinct values per row from which a text says nothing about other rows
+MANY = 100  # distinct whole numbers from which they are taken for quantities
 LONGEST_NAME = 40  # letters of a feature's name
-FEW_ITEMS = 10_000  # catalogues up to this size are negatives as a whole
-MANY_EVENTS = 1_000_000  # up to which three seeds of a ranker take minutes
-CONSTANT = 0.99  # of the events of entities with several: a column that stays the same for these is the entity's
+FEW_ITEMS = 10_000  # catalogues up to this size: all items are negatives
+MANY_EVENTS = 1_000_000  # up to here three seeds of a ranker take minutes
+CONSTANT = 0.99  # a column that stays the same in this share of the events of each item (user) is the item's (user's)
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
 _STYLE: dict[str, Any] = {"width": 110, "default_flow_style": None}
@@ -40,7 +41,7 @@ DERIVED = ("feedback", "hour", "weekday", "time_of_day")
 class Suggestion:
     """One line of the suggested schema: a feature, or None for a column that is left out; and why.
 
-    name: of the feature, the column's where that can be a feature's name; given by `suggest`.
+    name: of the feature: the column's, changed where a feature cannot have it; set by `suggest`.
     """
 
     column: str
@@ -58,11 +59,11 @@ def suggest(
     made_of_time: Sequence[str],
     with_files: Sequence[str] = (),
 ) -> list[Suggestion]:
-    """The features that a log offers, and the columns that it is better without, each with the reason.
+    """A feature for each useful column, and the columns that are better left out, each with the reason.
 
-    keys: columns that are ids or times. known_after: columns known only after the item was shown, as the config or
-    their names say. made_of_time: hour, weekday, where the times say as much. with_files: roles (item, user) whose
-    features stand in files of their own, and cannot be columns of the events.
+    keys: columns that are ids or times. known_after: columns known only after the item was shown, by the config or by
+    their names. made_of_time: hour, weekday, as far as the times are that exact. with_files: roles (item, user) that
+    have separate files, so that their features cannot be columns of the events.
     """
     suggestions = [
         Suggestion("item_id", FeatureConfig("item"), "the item itself"),
@@ -86,20 +87,18 @@ def suggest(
     if "weekday" in made_of_time:
         suggestions.append(Suggestion("weekday", FeatureConfig("context"), "of the time"))
     seen: dict[str, Suggestion] = {}
-    for suggestion in suggestions:  # a column of two tables is one feature: the item's goes before the user's
+    for suggestion in suggestions:  # a column of two tables is one feature: the first, so the item's before the user's
         seen.setdefault(suggestion.column, suggestion)
     taken: set[str] = set()
     return [replace(suggestion, name=_name(suggestion.column, taken)) for suggestion in seen.values()]
 
 
 def _name(column: str, taken: set[str]) -> str:
-    """A feature's name made of a column's, which may be anything; unlike all in `taken`, to which it is added."""
+    """A valid feature name made from a column's, different from all in `taken`, to which it is added."""
     base = re.sub(r"[^\w-]", "_", column)[:LONGEST_NAME].lstrip("-") or "column"
     base = f"{base}_of_log" if base in RESERVED or is_taken_by_torch(base) else base
-    name, number = base, 1
-    while folded(name) in taken:
-        number += 1
-        name = f"{base}_{number}"
+    candidates = itertools.chain([base], (f"{base}_{count}" for count in itertools.count(2)))
+    name = next(name for name in candidates if folded(name) not in taken)
     taken.add(folded(name))
     return name
 
@@ -121,29 +120,23 @@ def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with
             role, why = "context", f"{why}; a number, which rankers read"
         if role not in DENSE_ROLES:
             return Suggestion(column.name, None, f"{why}; a number cannot be {role}: put it into buckets to use it")
-        why += (
-            ""
-            if column.is_fraction or QUANTITY.search(column.name.lower())
-            else "; kind: id where these numbers are codes"
-        )
-        return Suggestion(column.name, FeatureConfig(role, kind="dense", scale=_scale(column)), why)
+        if not (column.is_fraction or QUANTITY.search(column.name.lower())):
+            why += "; kind: id where these numbers are codes"
+        scale: Scale = "log" if LONG_TAILED.search(column.name.lower()) else "standard"
+        return Suggestion(column.name, FeatureConfig(role, kind="dense", scale=scale), why)
     rows = column.num_rows * (1 - column.missing)
     if column.distinct > OWN_VALUE * rows and column.distinct > 20:
-        return Suggestion(column.name, None, "nearly every row has a value of its own")
+        return Suggestion(column.name, None, "nearly every row has a different value")
     return Suggestion(column.name, FeatureConfig(role), why)
-
-
-def _scale(column: ColumnFacts) -> Scale:
-    return "log" if LONG_TAILED.search(column.name.lower()) else "standard"
 
 
 def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_files: Sequence[str]) -> tuple[Role, str]:
     if column.table != "events":
         return ("item", "of the items") if column.table == "items" else ("user", "of the users")
     if column.name == label:
-        return "feedback", "the label is made of it: read in histories alone"
+        return "feedback", "the label is made of it: read only in histories"
     if column.name in known_after:
-        return "feedback", "known only after the item was shown: read in histories alone"
+        return "feedback", "known only after the item was shown: read only in histories"
     owners: tuple[tuple[Role, float | None], ...] = (("item", column.of_item), ("user", column.of_user))
     for role, share in owners:
         if (share or 0.0) >= CONSTANT:
@@ -157,14 +150,14 @@ def _role(column: ColumnFacts, label: str, known_after: Sequence[str], with_file
 def sounds_known_after(column: ColumnFacts) -> bool:
     """Whether a column of events has the name of something that is known only after the item was shown.
 
-    What stays the same for an item (the duration of a video) is a fact about it, whatever its name.
+    A column that stays the same for an item (the duration of a video) describes the item, whatever its name.
     """
     of_item = (column.of_item or 0.0) >= CONSTANT
     return column.table == "events" and column.distinct > 1 and is_known_after(column.name) and not of_item
 
 
 def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
-    """The suggested features; the table of the items' ids is the wide one."""
+    """The schema of the suggested features; the table of the item ids is wider than the others."""
     features = {}
     for suggestion in suggestions:
         if suggestion.feature is not None:
@@ -174,36 +167,30 @@ def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
 
 
 def as_yaml(data: Any, schema: SchemaConfig, notes: dict[str, str], left_out: dict[str, str]) -> str:
-    """The sections `data` and `schema` of a config, without defaults, as a YAML file has them; the source is named.
+    """The sections `data` and `schema` of a config as YAML, without defaults, but with the source.
 
-    notes: comment behind a feature, by its name. left_out: columns without a feature, and why, as comments.
+    notes: comment after a feature, by its name. left_out: columns without a feature, and why, as comments.
     """
-    lines = [
-        dump({"data": _differing(data, replace(type(data)(), source=""))}, **_STYLE).rstrip(),
-        "schema:",
-    ]
+    lines = [dump({"data": _differing(data, replace(type(data)(), source=""))}, **_STYLE).rstrip(), "schema:"]
     if schema.tables:
         tables = {name: {"width": table.width} for name, table in schema.tables.items()}
         lines += ["  tables:", *(f"    {line}" for line in _flow(tables))]
     features = {
-        name: {
-            "role": feature.role,
-            **{k: v for k, v in _differing(feature, FeatureConfig("item")).items() if k != "role"},
-        }
+        name: {"role": feature.role, **_differing(feature, FeatureConfig("item"))}
         for name, feature in schema.features.items()
     }
     lines.append("  features:")
     for line, name in zip(_flow(features), features):
-        note = notes.get(name, "")
-        lines.append(f"    {line}  # {note}" if note else f"    {line}")
-    lines += [f"    # {_one_line(name)}: left out: {why}" for name, why in left_out.items()]
+        lines.append(f"    {line}" + (f"  # {notes[name]}" if name in notes else ""))
+    for name, why in left_out.items():
+        lines.append(f"    # {name if name.isprintable() else in_quotes(name)}: left out: {why}")
     return "\n".join(lines) + "\n"
 
 
 def training_yaml(num_items: int, num_events: int) -> str:
     """The sections of the stages for a log of this size, as text with comments.
 
-    Batches, epochs and warm-up are those of a large log; min_steps fits them to a small one when a stage begins.
+    Batches, epochs and warm-up suit a large log; for a small one, min_steps adapts them when a stage begins.
     """
     full = num_items <= FEW_ITEMS
     catalogue = f"the whole catalogue of {num_items:,}" if full else f"true is for less than {FEW_ITEMS:,} items"
@@ -243,13 +230,8 @@ def _flow(entries: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _one_line(text: str) -> str:
-    """Text as a comment can hold it."""
-    return text if text.isprintable() else in_quotes(text)
-
-
 def _differing(value: Any, default: Any) -> dict[str, Any]:
-    """The fields that are not as by default, nested ones alike."""
+    """The fields that differ from the default, also of nested sections."""
     found = {}
     for field in fields(value):
         mine, usual = getattr(value, field.name), getattr(default, field.name)

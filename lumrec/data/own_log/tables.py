@@ -1,4 +1,4 @@
-"""The files of a log of one's own as tables: what is there, whether it fits together, each row by its number."""
+"""The files of your log as tables: one frame of all files of a kind, with the number of each row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lumrec.data.own_log.calendar import of_calendar
 from lumrec.data.own_log.config import LogConfig
 from lumrec.data.own_log.csv_files import to_parquet
 from lumrec.data.own_log.folders import find_files, partitions
-from lumrec.data.own_log.parts import (
+from lumrec.data.own_log.table_file import (
     RAW,
     REASON,
     ROW,
     UNDECODABLE,
-    Part,
+    TableFile,
     check_unique,
     decode,
     is_number,
@@ -50,12 +50,12 @@ MAX_ROWS = 2**32 - 2  # polars counts rows in 32 bits
 class Table:
     """All files of one kind (events, items or users) as one frame.
 
-    frame: the columns of the files, text as text and missing values as null, and ROW (i64, number of the row over all
-    files in order of their names, from 0; header lines are no rows), REASON (why the row cannot be used, null where
-    nothing is known against it), RAW (the row as read). schema: names and types of the files' own columns. origin: a
-    file that has the column in that type. lacking: columns that are missing in some files, and the first of those.
-    left_out: columns that cannot be read, and why.
-    undecodable: columns whose values may hold UNDECODABLE, and why such a row cannot be used, where one reads them.
+    frame: the columns of the files (missing values are null), and ROW (i64, index of the row over all files in order of
+        their names; header lines do not count), REASON (why the row cannot be used, null where it can), RAW (the row as
+        read).
+    schema: names and types of the files' own columns. origin: a file that has the column in that type. lacking: columns
+        that are missing in some files, and the first of those files. left_out: columns that cannot be read, and why.
+    undecodable: columns whose values may hold UNDECODABLE, and the reason for leaving such a row out if they are read.
     separator: between the fields of the first CSV file. is_text: the files are CSV or TSV, so that every type is text.
     """
 
@@ -76,7 +76,7 @@ class Table:
         return self.format != "Parquet"
 
     def require(self, column: str, key: str) -> None:
-        """Raises UserError, which names the nearest column, where a file lacks that column; `key` asked for it."""
+        """Raises UserError, with the nearest column, where a file lacks this one. key: the setting that names it."""
         if column in self.left_out:
             raise UserError(f"{key}: {self.left_out[column]}")
         if column in self.lacking:
@@ -97,44 +97,41 @@ class Table:
         raise UserError(message)
 
     def __str__(self) -> str:
-        number = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else str(self.files[0].name)
-        return f"{self.name} {number} ({self.num_rows:,} rows)"
+        files = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else self.files[0].name
+        return f"{self.name} {files} ({self.num_rows:,} rows)"
 
 
 def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: Path) -> Table:
-    """The table of the files that `patterns` lead to; CSV is put into Parquet files in `scratch` first.
+    """The table of the files that `patterns` lead to; CSV is written as Parquet to `scratch` first.
 
     Every header and every Parquet footer is read before anything else. Raises DataSetMissing and UserError, see
     `lumrec.data.own_log.read.read`.
     """
-    files = find_files(patterns, f"data.log.{name}")
-    format = _one_format(files, f"data.log.{name}")
-    if format == "Parquet":
-        parts = [_parquet_part(file) for file in files]
-    else:
-        parts = to_parquet(files, name, config, scratch)
-    parts = [_with_partition(part) for part in parts]
-    for part in parts:
-        if part.num_rows == 0:
-            raise UserError(f"{part.file} holds no row; leave it out of data.log.{name}, or write it again")
-    num_rows = sum(part.num_rows for part in parts)
+    paths = find_files(patterns, f"data.log.{name}")
+    format = _one_format(paths, f"data.log.{name}")
+    files = [_parquet_file(path) for path in paths] if format == "Parquet" else to_parquet(paths, name, config, scratch)
+    files = [_with_partition(file) for file in files]
+    for file in files:
+        if file.num_rows == 0:
+            raise UserError(f"{file.file} holds no row; leave it out of data.log.{name}, or write it again")
+    num_rows = sum(file.num_rows for file in files)
     if num_rows > MAX_ROWS:
         raise UserError(
             f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
         )
-    schema, origin, left_out = _common_schema(parts)
+    schema, origin, left_out = _common_schema(files)
     for why in left_out.values():
         log.warning("%s: %s; it is left out", name, why)
     names = readable(list(schema))
     lacking = {
-        column: part.file
-        for part in reversed(parts)
+        column: file.file
+        for file in reversed(files)
         for column in schema
-        if column not in part.schema and column not in part.partition
+        if column not in file.schema and column not in file.partition
     }
-    for column, file in lacking.items():
-        log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, file)
-    frame = _scan(parts, schema, names)
+    for column, path in lacking.items():
+        log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, path)
+    frame = _scan(files, schema, names)
     schema, origin, lacking = pl.Schema(_renamed(schema, names)), _renamed(origin, names), _renamed(lacking, names)
     for column, new in names.items():
         if new != column:
@@ -143,10 +140,10 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
         as_bytes = {name: undecodable(name, "utf8") for name, kind in schema.items() if _is_bytes(kind)}
         frame, schema = _parquet_columns(frame, schema)
     else:
-        is_bad = any(part.has_undecodable for part in parts)
-        frame, schema = _text_columns(frame, schema, parts[0].separator, config.missing)
+        is_bad = any(file.has_undecodable for file in files)
+        frame, schema = _text_columns(frame, schema, files[0].separator, config.missing)
         as_bytes = {name: undecodable(name, config.encoding) for name in schema} if is_bad else {}
-    return Table(name, format, files, frame, schema, origin, lacking, left_out, as_bytes, num_rows, parts[0].separator)
+    return Table(name, format, paths, frame, schema, origin, lacking, left_out, as_bytes, num_rows, files[0].separator)
 
 
 def _one_format(files: Sequence[Path], key: str) -> str:
@@ -168,7 +165,7 @@ def _one_format(files: Sequence[Path], key: str) -> str:
     return next(iter(first))
 
 
-def _parquet_part(file: Path) -> Part:
+def _parquet_file(file: Path) -> TableFile:
     """Types and rows from the footer. Raises UserError for a file that is cut or damaged, or names a column twice."""
     try:
         metadata = pq.read_metadata(file)
@@ -177,68 +174,68 @@ def _parquet_part(file: Path) -> Part:
         schema = pl.read_parquet_schema(file)
         groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         if groups != metadata.num_rows:
-            raise pa.ArrowInvalid(f"it says that it has {metadata.num_rows:,} rows, and its parts have {groups:,}")
+            raise pa.ArrowInvalid(f"its footer counts {metadata.num_rows:,} rows, and its row groups have {groups:,}")
     except (pa.ArrowInvalid, OSError, pl.exceptions.PolarsError) as error:
         raise UserError(
             f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
             f"({str(error).splitlines()[0]}). Copy or write it again"
         ) from None
-    return Part(file, file, pl.Schema(schema), metadata.num_rows)
+    return TableFile(file, file, pl.Schema(schema), metadata.num_rows)
 
 
-def _with_partition(part: Part) -> Part:
-    """The part with the columns that its folders give. Raises UserError where the file has one of these itself."""
-    partition = partitions(part.file)
+def _with_partition(file: TableFile) -> TableFile:
+    """The file with the columns that its folders give. Raises UserError where it has one of these itself."""
+    partition = partitions(file.file)
     for name, value in partition.items():
-        if name in part.schema:
+        if name in file.schema:
             raise UserError(
-                f"{part.file}: column {name!r} is in the file and in the name of its folder, {name}={value}; expected "
+                f"{file.file}: column {name!r} is in the file and in the name of its folder, {name}={value}; expected "
                 "one of the two. Write the file without that column, or rename the folder"
             )
-    return part._replace(partition=partition)
+    return file._replace(partition=partition)
 
 
-def _common_schema(parts: Sequence[Part]) -> tuple[pl.Schema, dict[str, Path], dict[str, str]]:
-    """Every column of any file, with a type that holds what each file has, and a file that made it that type; and the
-    columns that cannot be read, each with the reason: of different kinds in two files (text and numbers, say), or of
-    decimals that are too long. A column that a file lacks is missing for all its rows.
+def _common_schema(files: Sequence[TableFile]) -> tuple[pl.Schema, dict[str, Path], dict[str, str]]:
+    """(types, origin, left out) of all columns of the files: a type that holds the values of every file, a file that
+    has the column in that type, and why a column cannot be read: two files hold different kinds of values (text and
+    numbers, say), or decimals that are too long. A column that a file lacks is missing for all its rows.
     """
     common: dict[str, pl.DataType] = {}
     origin: dict[str, Path] = {}
     left_out: dict[str, str] = {}
-    for part in parts:
-        for name, kind in part.schema.items():
+    for file in files:
+        for name, kind in file.schema.items():
             if isinstance(kind, pl.Decimal) and (kind.precision or 0) > MAX_DIGITS:
-                left_out[name] = f"column {name!r} of {part.file} has decimals of over {MAX_DIGITS} digits"
+                left_out[name] = f"column {name!r} of {file.file} has decimals of over {MAX_DIGITS} digits"
             if name == ROW or name in left_out:
                 continue
             if name not in common or common[name] == pl.Null:
-                common[name], origin[name] = kind, part.file
+                common[name], origin[name] = kind, file.file
                 continue
             wider = wider_type(common[name], kind)
             if wider is None:
                 left_out[name] = (
-                    f"column {name!r} is {common[name]} in {origin[name]}, and {kind} in {part.file}; expected one "
+                    f"column {name!r} is {common[name]} in {origin[name]}, and {kind} in {file.file}; expected one "
                     "kind of values in all files"
                 )
             elif wider != common[name]:
-                common[name], origin[name] = wider, part.file
+                common[name], origin[name] = wider, file.file
     for name in left_out:
         common.pop(name, None)
         origin.pop(name, None)
-    for part in parts:
-        for name in part.partition:
+    for file in files:
+        for name in file.partition:
             if common.setdefault(name, pl.String()) != pl.String():
                 raise UserError(
-                    f"column {name!r} is {common[name]} in {origin[name]}, and the name of a folder of {part.file}; "
+                    f"column {name!r} is {common[name]} in {origin[name]}, and the name of a folder of {file.file}; "
                     "expected one of the two in all files"
                 )
-            origin.setdefault(name, part.file)
+            origin.setdefault(name, file.file)
     return pl.Schema(common), origin, left_out
 
 
 def wider_type(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
-    """The type that holds the values of both without loss of meaning; None where they are of different kinds."""
+    """The type that holds the values of both without changing them; None where they are of different kinds."""
     if one == other or other == pl.Null:
         return one
     if one == pl.Null:
@@ -268,7 +265,7 @@ def _is_bytes(kind: pl.DataType) -> bool:
 
 
 def _is_json(kind: pl.DataType, *, nested: bool = False) -> bool:
-    """Whether every value can be written as JSON: bytes cannot, nor times in lists, which may be in no calendar."""
+    """Whether every value can be written as JSON: bytes cannot, nor times in lists, whose year may be out of range."""
     if isinstance(kind, (pl.List, pl.Array)):
         return _is_json(kind.inner, nested=True)  # type: ignore[arg-type]
     if isinstance(kind, pl.Struct):
@@ -277,9 +274,9 @@ def _is_json(kind: pl.DataType, *, nested: bool = False) -> bool:
 
 
 def readable(names: Sequence[str]) -> dict[str, str]:
-    """Each name of a column → the name that it is read by.
+    """Each column name → the name by which it is read.
 
-    polars takes "*" and "^…$" for patterns, and no name means the default in a config: these get a _ in front.
+    Polars reads "*" and "^…$" as patterns, and an empty name means the default in a config: these get a _ in front.
     """
     new: dict[str, str] = {}
     for name in names:
@@ -295,20 +292,20 @@ def _renamed(columns: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any
     return {names[name]: value for name, value in columns.items()}
 
 
-def _scan(parts: Sequence[Part], schema: pl.Schema, names: dict[str, str]) -> pl.LazyFrame:
-    """All rows of all files with the common types, and their numbers; files in a row that agree are one scan.
+def _scan(files: Sequence[TableFile], schema: pl.Schema, names: dict[str, str]) -> pl.LazyFrame:
+    """All rows of all files with the common types and ROW; consecutive files with the same types are one scan.
 
-    names: what each column is to be called.
+    names: new name of each column.
     """
     frames, first = [], 0
-    for kinds, group in itertools.groupby(parts, key=lambda part: tuple(part.schema.items())):
+    for kinds, group in itertools.groupby(files, key=lambda file: tuple(file.schema.items())):
         same, own = list(group), dict(kinds)
         numbered = {} if ROW in own else {"row_index_name": ROW, "row_index_offset": first}
-        files = [str(part.parquet) for part in same]
-        in_folders = sorted({name for part in same for name in part.partition})
-        paths = {"include_file_paths": _FILE} if in_folders else {}
-        frame = pl.scan_parquet(files, glob=False, hive_partitioning=False, **numbered, **paths)  # type: ignore[arg-type]
-        first += sum(part.num_rows for part in same)
+        paths = [str(file.parquet) for file in same]
+        in_folders = sorted({name for file in same for name in file.partition})
+        with_path = {"include_file_paths": _FILE} if in_folders else {}
+        frame = pl.scan_parquet(paths, glob=False, hive_partitioning=False, **numbered, **with_path)  # type: ignore[arg-type]
+        first += sum(file.num_rows for file in same)
         columns = [
             (_of_folder(name, same) if name in in_folders else _widened(name, own.get(name), kind)).alias(names[name])
             for name, kind in schema.items()
@@ -317,10 +314,10 @@ def _scan(parts: Sequence[Part], schema: pl.Schema, names: dict[str, str]) -> pl
     return pl.concat(frames) if len(frames) > 1 else frames[0]
 
 
-def _of_folder(name: str, parts: Sequence[Part]) -> pl.Expr:
-    """A column that the folders of these parts give, by the file of each row."""
-    values = [part.partition.get(name) for part in parts]
-    return pl.col(_FILE).replace_strict([str(part.parquet) for part in parts], values, return_dtype=pl.String)
+def _of_folder(name: str, files: Sequence[TableFile]) -> pl.Expr:
+    """A column that the folders of these files give, by the file of each row."""
+    values = [file.partition.get(name) for file in files]
+    return pl.col(_FILE).replace_strict([str(file.parquet) for file in files], values, return_dtype=pl.String)
 
 
 def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr:
@@ -339,7 +336,7 @@ def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr
 def _text_columns(
     frame: pl.LazyFrame, schema: pl.Schema, separator: str, missing: Sequence[str]
 ) -> tuple[pl.LazyFrame, pl.Schema]:
-    """CSV: the row as read, and null for the texts that stand for no value."""
+    """CSV: the row as read, and null for the texts that mean "no value"."""
     own = {name: kind for name, kind in schema.items() if name not in (REASON, RAW)}
     fields = pl.concat_str([pl.col(name) for name in own], separator=separator, ignore_nulls=True)
     as_read = pl.coalesce(RAW, fields).str.replace_all(UNDECODABLE, "\ufffd", literal=True)

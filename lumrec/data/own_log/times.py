@@ -1,4 +1,4 @@
-"""Times of a log of one's own, in whatever form they come, as microseconds UTC."""
+"""The times of your log, in any of the usual forms, as microseconds UTC."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lumrec.run.errors import UserError
 
 UNITS = ("auto", *PER_SECOND, "iso")
 NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", "iso": "ISO 8601"}
-RECENT_S = 100_000_000  # since March 1973: numbers of this size and more tell their unit, as the four ranges are apart
-MIXED = 0.05  # of the rows in another unit: then nobody can say which of the two is meant
+RECENT_S = 100_000_000  # March 1973: from here on the four units have separate ranges, so a number shows its unit
+MIXED = 0.05  # share of rows in a second unit above which the unit is ambiguous
 
 
 def choose_unit(table: Table, name: str, given: str) -> tuple[str, str]:
-    """The unit of a time column ("s", "ms", "us", "ns", "iso", "datetime") and how it was found, in words.
+    """The unit of a time column ("s", "ms", "us", "ns", "iso", "datetime") and a text that says how it was found.
 
-    `given` is what the config says; "auto" reads the whole column, as a stream. Raises UserError where the column
-    cannot hold times, its type does not fit `given`, or its values fit no unit, or two.
+    given: the config's; "auto" reads the whole column, as a stream. Raises UserError where the column cannot hold
+    times, its type does not fit `given`, or its values fit no unit or two.
     """
     if given not in UNITS:
         raise UserError(f"data.log.time_unit: got {given!r}, expected one of {', '.join(UNITS)}")
@@ -58,20 +58,20 @@ def _by_content(table: Table, name: str) -> tuple[str, str]:
     where = f"data.log.timestamp: column {name!r} of {table.origin[name]}"
     if not most:
         raise UserError(
-            f"{where} holds no time that tells its unit (the first value is {shown!r}); expected seconds, "
+            f"{where} holds no time whose unit is clear (the first value is {shown!r}); expected seconds, "
             "milliseconds, microseconds or nanoseconds since 1970, or ISO 8601 text such as 2024-05-01T12:00:00Z. For "
             "small numbers say data.log.time_unit=s (or ms, us); write 20240501 as 2024-05-01"
         )
     if fewer > MIXED * (most + fewer):
         raise UserError(
             f"{where} mixes units: {most:,} values read as {NAMES[unit]}, {fewer:,} as {NAMES[second]}. Say which is "
-            f"meant, data.log.time_unit={unit}, and the others are quarantined; or write them in one unit"
+            f"meant, data.log.time_unit={unit}, and the others are quarantined; or write all in one unit"
         )
     return unit, f"{NAMES[unit]} (data.log.time_unit=auto{'' if unit == 'iso' else ', by the size of the numbers'})"
 
 
 def looks_like_time(values: pl.Series) -> bool:
-    """Whether most of a sample of a column reads as times: such a type, ISO 8601 text, or numbers since 1970."""
+    """Whether most values of a sample are times: by their type, as ISO 8601 text, or as numbers since 1970."""
     kind = values.dtype
     if kind in (pl.Date, pl.Datetime):
         return True
@@ -82,12 +82,12 @@ def looks_like_time(values: pl.Series) -> bool:
     tests = [number.is_between(RECENT_S * per, LAST_POSSIBLE_S * per) for per in PER_SECOND.values()]
     if kind == pl.String:
         tests.append(_iso(column).is_not_null())
-    shares = values.to_frame().select(test.mean().alias(str(place)) for place, test in enumerate(tests)).row(0)
+    shares = values.to_frame().select(test.mean().alias(str(index)) for index, test in enumerate(tests)).row(0)
     return max(share or 0.0 for share in shares) > 1 - MIXED
 
 
 def as_microseconds(column: pl.Expr, kind: pl.DataType, unit: str) -> pl.Expr:
-    """A time column as microseconds UTC (i64), null where it holds no time within 1970-01-02 … 2100-01-01."""
+    """A time column as microseconds UTC (i64), null where it is not a time within 1970-01-02 … 2100-01-01."""
     if unit == "datetime":
         return microseconds(column.cast(pl.Datetime("us")).to_physical(), "us")
     if unit == "iso":
@@ -103,7 +103,7 @@ def as_microseconds(column: pl.Expr, kind: pl.DataType, unit: str) -> pl.Expr:
 
 
 def time_checks(column: pl.Expr, name: str, kind: pl.DataType, unit: str) -> list[tuple[pl.Expr, str]]:
-    """Checks for `first_reason`: no time, something that is no time, a time outside 1970-01-02 … 2100-01-01."""
+    """Checks for `first_reason`: a missing time, one that cannot be read, one outside 1970-01-02 … 2100-01-01."""
     checks = [(column.is_null(), f"{name} is missing")]
     if unit == "iso":
         checks.append((_iso(column).is_null(), f"{name} is no ISO 8601 time"))
@@ -127,7 +127,7 @@ def _of_whole(number: pl.Expr, unit: str) -> pl.Expr:
 
 
 def _of_fraction(number: pl.Expr, unit: str) -> pl.Expr:
-    """Numbers with a fraction, such as 1714521600.25 seconds; not finite ones become null."""
+    """Numbers with a fraction, such as 1714521600.25 seconds; numbers that are not finite become null."""
     return microseconds((number * (1_000_000 / PER_SECOND[unit])).round().cast(pl.Int64, strict=False), "us")
 
 

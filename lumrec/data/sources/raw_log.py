@@ -144,11 +144,8 @@ def check_label_values(rows: pl.LazyFrame, name: str, kind: pl.DataType, config:
     absent = [text for text, is_there in zip(config.values, wanted.is_in(counts["value"].implode())) if not is_there]
     if absent:
         there = counts.sort(["len", "value"], descending=[True, False])["value"].cast(pl.String).to_list()
-        holds = ", ".join(map(repr, there[:20])) + (", …" if len(there) > 20 else "")
-        raise UserError(
-            f"data.label.values: {absent[0]!r} is in no row of column {name!r}{did_you_mean(absent[0], there)}; it "
-            f"holds {holds}"
-        )
+        hint, holds = did_you_mean(absent[0], there), ", ".join(map(repr, there[:20])) + ", …" * (len(there) > 20)
+        raise UserError(f"data.label.values: {absent[0]!r} is in no row of column {name!r}{hint}; it holds {holds}")
 
 
 def _numbers(values: list[str], kind: pl.DataType) -> pl.Series:

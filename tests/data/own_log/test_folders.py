@@ -1,4 +1,4 @@
-"""Every file that a name, a folder or a glob leads to is read once, and what is passed over is reported."""
+"""Every file that a name, a folder or a glob leads to is read once, and what is skipped is reported."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_links_are_followed_and_what_is_read_already_is_passed_over(tmp_path: Pa
     with caplog.at_level(logging.WARNING):
         assert found(tmp_path / "log") == ["a.csv", "linked/deep/b.csv"]
     text = caplog.text
-    assert "0-again.csv is the same file as" in text and "the link" in text and "today is passed over" in text
-    assert "up is passed over" in text and "round is passed over" in text
+    assert "0-again.csv is the same file as" in text and "the link" in text and "today is skipped" in text
+    assert "up is skipped" in text and "round is skipped" in text
     assert found(tmp_path / "log", "*", "a.csv", "**/*.csv") == ["a.csv", "linked/deep/b.csv"]
     (tmp_path / "log" / "gone.csv").symlink_to("nowhere.csv")
     with pytest.raises(UserError, match="gone.csv is no file: it is a link to nowhere.csv, which is not there"):
@@ -65,7 +65,7 @@ def test_folders_of_a_glob_are_read_and_hidden_files_are_told(tmp_path: Path, ca
         csv(tmp_path / name)
     with caplog.at_level(logging.WARNING):
         assert found(tmp_path, "day-*") == ["day-1/a.csv", "day-2/b.csv"]
-    assert ".c.csv is passed over, as its name begins with ." in caplog.text and "_SUCCESS" not in caplog.text
+    assert ".c.csv is skipped, as its name begins with ." in caplog.text and "_SUCCESS" not in caplog.text
     assert found(tmp_path) == ["_day=3/e.csv", "day-1/a.csv", "day-2/b.csv"]
     (tmp_path / "none").mkdir()
     with pytest.raises(DataSetMissing, match="none' is a folder without a file to read"):

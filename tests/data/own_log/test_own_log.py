@@ -161,7 +161,7 @@ def test_times_of_every_kind(write: Callable, scratch: Path, values: list[str], 
 def test_mixed_and_unclear_units_are_refused(write: Callable, scratch: Path):
     with pytest.raises(ValueError, match="mixes units: 1 values read as seconds, 1 as milliseconds|mixes units"):
         read_log(write(HEADER + GOOD + "u,7,1714521600000,1,home\n"), scratch)
-    with pytest.raises(ValueError, match="holds no time that tells its unit .*'12'"):
+    with pytest.raises(ValueError, match="holds no time whose unit is clear .*'12'"):
         read_log(write(HEADER + "u,7,12,1,home\n", "small.csv"), scratch)
 
 
@@ -456,8 +456,8 @@ def test_reading_twice_gives_the_same(write: Callable, scratch: Path, tmp_path: 
         ({"lists": "scnee"}, LabelConfig(), r"data.log.lists: no table has a column 'scnee' \(did you mean 'scene'"),
         ({"known_after": "dwell"}, LabelConfig(), "data.log.known_after: .* has no column 'dwell'"),
         ({"title": "name"}, LabelConfig(), "data.log.title is 'name', and there are no items"),
-        ({"all_positive": True}, LabelConfig("label"), "data.log.all_positive says that there is no label"),
-        ({}, LabelConfig("label", at_least=1, values=["1"]), "values and at_least are both given"),
+        ({"all_positive": True}, LabelConfig("label"), "data.log.all_positive means that there is no label"),
+        ({}, LabelConfig("label", at_least=1, values=["1"]), "values and data.label.at_least are both given"),
         ({}, LabelConfig("lable"), r"data.label.column: .* no column 'lable' \(did you mean 'label'"),
     ],
 )
@@ -471,7 +471,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_more_bad_rows_than_a_log_can_have(write: Callable, scratch: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(log_csv, "MAX_BAD_ROWS", 100)
     with pytest.raises(
-        ValueError, match="over 100 rows in a row have another number of fields than the header .4, exp"
+        ValueError, match="over 100 consecutive rows have another number of fields than the header .4, exp"
     ):
         read_log(write("user_id,item_id,timestamp,label\n".replace(",label", "") + "u,7,1714521600,1\n" * 200), scratch)
 

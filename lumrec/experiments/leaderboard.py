@@ -1,6 +1,6 @@
 """The leaderboard over all runs of a folder: runs/leaderboard.html, and the same tables on the terminal.
 
-    python -m lumrec.experiments.leaderboard runs
+    lumrec report runs
 
 Only runs that were tested on the same prepared data by the same protocol are in one table, the best first. Runs that
 differ only in the seed, or in the fold of users that a LUM leaves out, are one row. A run that is in no table is listed
@@ -228,7 +228,7 @@ def as_text_tables(tables: Sequence[Table], left_out: Sequence[LeftOut]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lumrec.experiments.leaderboard",
+        prog="lumrec report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import sha256
+from lumrec.run.listed_files import file_problem, list_problem, listed, own_hash
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
@@ -29,22 +29,13 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
     The fingerprint changes with any byte of the prepared files, the schema or the split.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths
-    }
+    files = listed(folder, (path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED))
     manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
     identity = {key: manifest[key] for key in ("format_version", "schema", "split", "files")}
     manifest["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    manifest["sha256"] = _hash(manifest)
+    manifest["sha256"] = own_hash(manifest)
     (folder / NAME).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return manifest
-
-
-def _hash(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that a manifest says but the hash itself."""
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -69,7 +60,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         raise PreparedDataError(
             f"{folder / NAME}: format version {version!r}; this lumrec reads version {FORMAT_VERSION}. {again}"
         )
-    if manifest.get("sha256") != _hash(manifest):
+    if manifest.get("sha256") != own_hash(manifest):
         raise PreparedDataError(f"{folder / NAME} was changed or damaged: its own hash does not fit. {again}")
     if problem := _malformed(folder, manifest):
         raise PreparedDataError(f"{folder / NAME} is damaged: {problem}. {again}")
@@ -77,12 +68,8 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise PreparedDataError(f"{path} is missing, though {NAME} lists it. {again}")
-        if (size := path.stat().st_size) != facts["bytes"]:
-            raise PreparedDataError(f"{path} has {size} bytes, {NAME} says {facts['bytes']}: cut or changed. {again}")
-        if verify and (digest := sha256(path)) != facts["sha256"]:
-            raise PreparedDataError(
-                f"{path} was changed or damaged: sha256 {digest[:16]}…, {NAME} says {facts['sha256'][:16]}…. {again}"
-            )
+        if problem := file_problem(path, facts, verify=verify):
+            raise PreparedDataError(f"{problem}. {again}")
     return manifest
 
 
@@ -101,13 +88,4 @@ def _malformed(folder: Path, manifest: dict[str, Any]) -> str:
             return f"it lacks {name}, or has another kind of value there"
     if not all(type(rows) is int and 0 < rows < 2**62 for rows in manifest["table_rows"].values()):
         return "a table has no number of rows"
-    for name, facts in manifest["files"].items():
-        if not isinstance(facts, dict) or not (
-            type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
-        ):
-            return f"of the file {name!r:.80} it does not say the size and checksum"
-        if name.startswith("/") or "\0" in name or {"", ".", ".."} & {*name.split("/")}:
-            return f"it lists {name!r:.80}, which is no file in this folder"
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            return f"{name!r:.80} is a link that leads out of the folder"
-    return ""
+    return list_problem(folder, manifest["files"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from lumrec.knowledge.records import DTYPES
 from lumrec.run.errors import UserError
+from lumrec.run.listed_files import list_problem
 
 MOST = 2**20  # of conditions, numbers of a vector, LUMs
 _FILE = re.compile(r"\w+\.(npy|parquet)|store/data\.mdb", re.ASCII)
@@ -46,25 +47,14 @@ def _is_condition(condition: Any) -> bool:
 
 
 def files_problem(folder: Path, files: Any) -> str:
-    """What a manifest says of its version's files and no writer wrote, in words; "" where there is nothing."""
-    if not isinstance(files, dict):
-        return "it lists no files"
-    for name, facts in files.items():
-        if not _FILE.fullmatch(name):
-            return f"it lists {name!r:.80}, which is no file of a version"
-        if (
-            not isinstance(facts, dict)
-            or type(facts.get("bytes")) is not int
-            or not isinstance(facts.get("sha256"), str)
-        ):
-            return f"of {name} it does not say the size and checksum"
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            return f"{name} is a link that leads out of its folder"
-    return ""
+    """Why a manifest's list of the version's files cannot be right, in words; "" if it can."""
+    if isinstance(files, dict) and (others := [name for name in files if not _FILE.fullmatch(name)]):
+        return f"it lists {others[0]!r:.80}, which is no file of a version"
+    return list_problem(folder, files)
 
 
 def read_array(file: Path, shape: Sequence[int | None], dtype: Any, *, mapped: bool = True) -> np.ndarray:
-    """An array from a .npy file, memory-mapped or not; objects are never read. shape: None stands for any length.
+    """An array from a .npy file, memory-mapped or not; objects are never read. shape: None is any length.
 
     Raises UserError for another shape or dtype, and for a damaged file.
     """

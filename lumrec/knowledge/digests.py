@@ -37,7 +37,7 @@ def key_digests(keys: Sequence[str]) -> np.ndarray:
 def history_digests(data: PreparedData, features: Sequence[str]) -> np.ndarray:
     """uint64 [U]: changes with the number, order, times and moments of a user's events, and with what `features` hold.
 
-    It does not change with other users, or with where an item stands in the catalogue.
+    It does not change with other users, or with an item's place in the catalogue.
     """
     rows_back_E = np.arange(data.num_events) - data.before  # rows of one moment share an answer
     event_E = mix(mix(data.timestamp.astype(np.uint64)) ^ rows_back_E.astype(np.uint64))

@@ -28,6 +28,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ import torch
 from lumrec.data.common import Common
 from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
 from lumrec.data.prepare import prepare
+from lumrec.knowledge.digests import key_digests
 from lumrec.knowledge.records import user_digest
 from lumrec.knowledge.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
 from lumrec.knowledge.store import (
@@ -70,7 +72,7 @@ from lumrec.run.printable import say
 
 logger = logging.getLogger(__name__)
 SEARCHABLE_BYTES = 8
-NOT_SEARCHED = (".npy", ".distcp")  # numbers alone
+NOT_SEARCHED = (".npy", ".distcp")  # only numbers
 BLOCK = 1 << 24
 
 
@@ -106,13 +108,10 @@ def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = Fa
     if not runs_dir.is_dir():
         raise MissingFileError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
     digests = {user_digest(key): key for key in user_keys}
-    lock = RunFolder.locked(runs_dir)
-    try:
+    with closing(RunFolder.locked(runs_dir)):
         before = read_forgotten(runs_dir)
         forgotten = before | set(digests)
         write_atomically(runs_dir / FORGOTTEN, "".join(f"{digest}\n" for digest in sorted(forgotten)))
-    finally:
-        lock.close()
     removed: dict[str, int] = {}
     left: list[str] = []
     held: set[bytes] = set()
@@ -126,7 +125,8 @@ def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = Fa
         except (UserError, OSError) as error:
             left.append(str(error))
     left += _still_named(runs_dir, forgotten, user_keys, prepare_again)
-    if nobody := [key for digest, key in digests.items() if digest not in before and _half(digest) not in held]:
+    new = {digest: key for digest, key in digests.items() if digest not in before}
+    if nobody := [key for key, half in zip(new.values(), halves([*new]).tolist()) if half not in held]:
         logger.warning("no store holds %d of the keys: %s", len(nobody), ", ".join(map(repr, nobody[:100])))
     if left:
         raise Incomplete(
@@ -140,10 +140,11 @@ def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = Fa
 def _folders(root: Path, left: list[str]) -> list[Path]:
     """`root` and every folder under it, links followed, each once; what cannot be read is added to `left`."""
     found, seen = [], set()
-    told = left.append
-    for name, inner, _ in os.walk(
-        root, followlinks=True, onerror=lambda error: told(f"{error.filename} cannot be read ({error.strerror})")
-    ):
+
+    def unreadable(error: OSError) -> None:
+        left.append(f"{error.filename} cannot be read ({error.strerror})")
+
+    for name, inner, _ in os.walk(root, followlinks=True, onerror=unreadable):
         status = os.stat(name)
         if (status.st_dev, status.st_ino) in seen:
             inner.clear()
@@ -177,8 +178,7 @@ def _holds_knowledge(path: Path) -> bool:
 
 def _forget_in(path: Path, forgotten: Sequence[str]) -> np.ndarray:
     """Digests (S16) of the users whom the version published in `path` held; it is written again without them."""
-    run = RunFolder.locked(path)
-    try:
+    with closing(RunFolder.locked(path)):
         published = in_force(path)
         if (path / BUILDING).exists():
             logger.info("%s: dropping an unfinished build", path)
@@ -189,8 +189,6 @@ def _forget_in(path: Path, forgotten: Sequence[str]) -> np.ndarray:
         check_files(published, manifest["files"], checksums=True)
         with full_disk_told(path):
             return _rewrite_without(path, manifest, forgotten)
-    finally:
-        run.close()
 
 
 def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[str]) -> np.ndarray:
@@ -248,10 +246,6 @@ def halves(digests: Sequence[str]) -> np.ndarray:
     return np.array([bytes.fromhex(digest)[:16] for digest in digests], "S16")
 
 
-def _half(digest: str) -> bytes:
-    return halves([digest]).tolist()[0]
-
-
 def _still_named(
     runs_dir: Path, forgotten: Collection[str], user_keys: Sequence[str], prepare_again: bool
 ) -> list[str]:
@@ -295,8 +289,7 @@ def _in_users_file(path: Path, forgotten: Collection[str]) -> list[str]:
         return [f"{path}: {', '.join(found)}: {again}"] if found else []
     count, wanted = 0, halves(sorted(forgotten))
     for batch in pq.ParquetFile(path / "users.parquet").iter_batches(columns=["user_key"]):
-        keys = [user_digest(key) for key in batch["user_key"].to_pylist() if key is not None]
-        count += int(np.isin(halves(keys), wanted).sum())
+        count += int(np.isin(key_digests(batch["user_key"].drop_null().to_pylist()), wanted).sum())
     return [f"{path / 'users.parquet'} ({count}): export it again, or remove it"] if count else []
 
 

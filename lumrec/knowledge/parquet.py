@@ -3,12 +3,12 @@
     python -m lumrec.knowledge.parquet export runs/ml-1m-query warehouse/     users.parquet and items.parquet
     python -m lumrec.knowledge.parquet import warehouse/ runs/from-warehouse  a published store that servers read
 
-    users.parquet   user_key (null for one of more than 256 bytes, which the store has by its SHA-256 alone),
+    users.parquet   user_key (null for one of more than 256 bytes, which the store has only by its SHA-256),
                     key_sha256 (of those), asked_at, last_event_at, num_events, num_seen, fold;
                     o_0, o_1, …: one fixed-size list of float32 for each condition; log_z_0, …: unless switched off
     items.parquet   item_key; e_0, e_1, …: one fixed-size list of float32 for each LUM (fold)
 
-What the columns stand for, conditions among it, is in both files' metadata under "lumrec", as JSON; an import takes the
+What the columns mean, and the conditions, is in both files' metadata under "lumrec", as JSON; an import takes the
 version's identity from there. Numbers are what readers of the store see, so an import gives the same answers, to the
 bit, in the dtype of the store that was exported. Rows to train rankers on are not exported: they belong to the events
 of prepared data, and the query stage makes them.
@@ -21,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
     if forgotten:
         identity["forgotten"] = sorted({*identity.get("forgotten", []), *forgotten})
     _check_replaceable(path)
-    run = RunFolder.locked(path)
-    try:
+    with closing(RunFolder.locked(path)):
         if (path / MANIFEST).exists():
             manifest = read_manifest(path)
             if version_name(identity_of(manifest)) == version_name(identity):
@@ -126,8 +126,6 @@ def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
                 return manifest
         with full_disk_told(path):
             return _import(users, items, identity, path)
-    finally:
-        run.close()
 
 
 def _check_replaceable(path: Path) -> None:

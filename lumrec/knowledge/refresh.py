@@ -3,9 +3,9 @@
     earlier    a: 3 events    b: 2 events    c: 5 events
     data now   a: 3 events    c: 6 events    d: 1 event      a is taken over, c and d are asked, b is removed
 
-Whether a history has changed shows in its digest, over all that the LUM reads of it (lumrec/knowledge/digests.py): late
+A history has changed if its digest has: a digest of all that the LUM reads of it (lumrec/knowledge/digests.py), so late
 and corrected events count, not only more of them. All else that decides an answer has to be the same. log Σ over the
-catalogue is taken over where the items are, to the bit, what they were; else it is summed anew over the stored answers.
+catalogue is taken over if the items are the same to the bit; else it is summed again over the stored answers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Earlier:
         return read_row_column(self.folder, self.manifest, name) if file in self.manifest["files"] else None
 
     def places(self, key_U: np.ndarray) -> np.ndarray:
-        """Where each user (digest of the key, S16) stands in it, int64 [U]; -1 where nowhere."""
+        """Where each user (digest of the key, S16) is in it, int64 [U]; -1 = nowhere."""
         if len(self.index_U) == 0:
             return np.full(len(key_U), -1)
         order = np.argsort(self.index_U["key"], kind="stable")
@@ -176,7 +176,7 @@ def _log_z(o_BND: np.ndarray, e_ID: Tensor) -> Tensor:
 
 
 def digests_of_stored(keys: list[bytes]) -> np.ndarray:
-    """The digests (S16, see history.py) of users by their LMDB keys, see `user_key_bytes`."""
+    """The digests (S16, see digests.py) of users by their LMDB keys, see `user_key_bytes`."""
     return np.array([key[1:17] if key[:1] == b"h" else sha256(key[1:]).digest()[:16] for key in keys], "S16")
 
 

@@ -3,7 +3,7 @@
     <run>/manifest.json               names the version in force and holds its own hash; replaced by one atomic rename
     <run>/knowledge-<identity>-<id>/  one version, never changed after it was published
         rows_o.npy        [E, N, D]   answer to each condition, asked with the history before event row e
-        rows_scale.npy    [E, N]      float32, with dtype int8 alone (lumrec/knowledge/records.py)
+        rows_scale.npy    [E, N]      float32, only with dtype int8 (lumrec/knowledge/records.py)
         rows_log_z.npy    [E, N]      log Σ over the catalogue of exp(o · e), float32 (unless switched off)
         rows_present.npy  [E]         bool; False where nothing was asked, and the answer is zeros
         items_e.npy       [K, I, D]   every catalogue item, once for each LUM; with int8, items_scale.npy [K, I]
@@ -28,7 +28,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,7 +54,8 @@ from lumrec.knowledge.records import (
 )
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import read_json, sha256
+from lumrec.run.files import read_json
+from lumrec.run.listed_files import file_problem, own_hash
 
 logger = logging.getLogger(__name__)
 Reader = TypeVar("Reader")
@@ -92,14 +93,8 @@ class UserKnowledge(NamedTuple):
 
 
 def version_name(identity: dict[str, Any]) -> str:
-    """How the folders of versions that `identity` describes begin; each build puts an id of its own behind it."""
+    """How the folders of versions that `identity` describes begin; each build adds its own id."""
     return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-def manifest_hash(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that a manifest says but the hash itself."""
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} has the format {manifest['format']!r}; this version of lumrec reads format {FORMAT}: {AGAIN}"
         )
-    if manifest.get("sha256") != manifest_hash(manifest):
+    if manifest.get("sha256") != own_hash(manifest):
         raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
     if not re.fullmatch(re.escape(version_name(identity_of(manifest))) + r"-[0-9a-f]+", str(manifest["folder"])):
         raise UserError(
@@ -184,15 +179,8 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bo
         file = folder / name
         if not file.exists():
             raise MissingFileError(f"the knowledge lacks {file}; {AGAIN}")
-        if file.stat().st_size != facts["bytes"]:
-            raise UserError(
-                f"{file} has {file.stat().st_size} bytes; expected {facts['bytes']}: it was cut off or replaced; "
-                f"{AGAIN}"
-            )
-        if checksums and sha256(file) != facts["sha256"]:
-            raise UserError(
-                f"{file} has changed since it was published (its SHA-256 differs from the manifest's); {AGAIN}"
-            )
+        if problem := file_problem(file, facts, verify=checksums):
+            raise UserError(f"{problem}; {AGAIN}")
 
 
 def _open_version(
@@ -335,7 +323,7 @@ class KnowledgeStore:
 
     def __reduce__(self) -> tuple:
         if self.absent_because:
-            return _absent, (self.path, self.manifest, self.absent_because)
+            return partial(type(self), absent_because=self.absent_because), (self.path, self.manifest)
         return _reopen, (type(self), self.path, self.manifest)
 
     @classmethod
@@ -418,7 +406,3 @@ def _batch(answers: RowKnowledge | UserKnowledge, e_KID: Tensor, item_B: Tensor)
     """The answers with the embedding of each item by the LUM that answered; index -1 is an unknown item."""
     present_BN = answers.present_BN & (item_B >= 0)[:, None]
     return KnowledgeBatch(answers.o_BND, e_KID[answers.fold_B, item_B], answers.log_z_BN, present_BN, answers.fold_B)
-
-
-def _absent(path: Path, manifest: dict[str, Any], because: str) -> KnowledgeStore:
-    return KnowledgeStore(path, manifest, absent_because=because)

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from lumrec.knowledge.digests import USER_INDEX
 from lumrec.knowledge.records import encode, identity_user_dtype, records_to_bytes
-from lumrec.knowledge.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, manifest_hash, read_manifest, version_name
+from lumrec.knowledge.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, read_manifest, version_name
 from lumrec.run import files
 from lumrec.run.distributed import barrier, on_rank_zero, rank
 from lumrec.run.errors import UserError
-from lumrec.run.files import leftovers, read_json, reserve, sha256, sync_file, sync_tree, write_atomically
+from lumrec.run.files import leftovers, read_json, reserve, sync_file, sync_tree, write_atomically
+from lumrec.run.listed_files import listed, own_hash
 
 logger = logging.getLogger(__name__)
 BUILDING = "building"
@@ -248,19 +249,16 @@ class KnowledgeWriter:
         if self.identity["users"]:
             self._compact_lmdb()
         sync_tree(self.folder)
-        published = sorted(file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
+        published = (file for file in self.folder.rglob("*") if file.is_file() and file.suffix in PUBLISHED)
         manifest = {
             "format": FORMAT,
             "folder": self.folder.name,
             **self.identity,
             **facts,
             "made_by": self._made_by,
-            "files": {
-                str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in published
-            },
+            "files": listed(self.folder, published),
         }
-        manifest["sha256"] = manifest_hash(manifest)
+        manifest["sha256"] = own_hash(manifest)
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         remove_others(self.path, self.folder)
         return manifest

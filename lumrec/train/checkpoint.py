@@ -77,7 +77,7 @@ class Checkpointer:
     one is refused. The newest `keep` checkpoints stay, and beside them the best of each.
 
     `optimizer_state` says what becomes of a table's optimizer state that does not fit this run: "keep" refuses to load,
-    "drop" begins that state anew. That is so for row-wise Adagrad to and from column_wise (one sum per row and shard,
+    "drop" starts that state again. That is so for row-wise Adagrad to and from column_wise (one sum per row and shard,
     for as many shards as there are) and for another table optimizer; all other state fits every sharding.
     """
 
@@ -219,10 +219,10 @@ class Checkpointer:
             raise UserError(
                 f"{path} holds optimizer state that this run cannot go on with: {some(list(unfit.values()))}. Use the "
                 "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
-                "begin that state anew"
+                "start that state again"
             )
         if unfit and rank() == 0:
-            logger.warning("%s: optimizer state begins anew, as asked: %s", path, some(list(unfit.values())))
+            logger.warning("%s: optimizer state starts again, as asked: %s", path, some(list(unfit.values())))
         return {name: entries for name, entries in state.items() if name not in unfit}
 
     def _remove_old(self) -> None:

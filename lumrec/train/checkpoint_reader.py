@@ -134,13 +134,8 @@ def metadata_of(folder: Path) -> Metadata:
     try:
         return _metadata(_parse(path.read_bytes()), folder)
     except (ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{path} was not written by lumrec or by DCP of this version: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, (IndexError, KeyError)):
-        return "it is damaged"
-    return str(error)[:300]
+        reason = str(error)[:300] if isinstance(error, ValueError) else "it is damaged"
+        raise UserError(f"{path} was not written by lumrec or by DCP of this version: {reason}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +187,6 @@ _NAMES = {
 _WITH_VALUE = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _NEW = {"EMPTY_DICT": _Pairs, "EMPTY_LIST": list}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _parse(pickled: bytes) -> Any:
@@ -225,7 +219,7 @@ def _parse(pickled: bytes) -> Any:
             case "TUPLE":
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                number = _TUPLES[opcode.name]
+                number = int(opcode.name[-1])
                 stack[-number:] = [tuple(stack[-number:])]
             case "APPEND" | "APPENDS":
                 items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lumrec.run.distributed import world_size
 
-# torch.utils.flop_counter knows these on CUDA alone.
+# torch.utils.flop_counter knows these only on CUDA.
 _ATEN = torch.ops.aten
 _CPU_ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,

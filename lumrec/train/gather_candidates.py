@@ -1,4 +1,4 @@
-"""Negatives across ranks: the candidates of all ranks, with gradients, stand against the positions of each.
+"""Negatives across ranks: the candidates of all ranks, with gradients, are scored at the positions of each.
 
 Shape suffixes: T positions, M the most candidates of a rank, N candidates of all ranks as they come, C the same with
 each item once, D width.

@@ -94,7 +94,7 @@ class StepOutput:
     """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
 
     loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
-    tokens: how many the model read, where it reads tokens; for the log's tokens_per_s alone.
+    tokens: how many the model read, where it reads tokens; only for the log's tokens_per_s.
     """
 
     loss_sum: Tensor
@@ -108,8 +108,8 @@ class Loader(Protocol):
 
     `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
     says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes
-    it too and deals out what is left of the epoch. It is called and iterated in a thread of its own, so it draws from
-    generators of its own only. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
+    it too and deals out what is left of the epoch. It is called and iterated in a separate thread, so it draws only
+    from its own random generators. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
     """
 
     def __len__(self) -> int: ...
@@ -151,29 +151,30 @@ def fit(
     return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint, dtype).run()
 
 
+@dataclass(eq=False)
 class _Fit:
-    def __init__(
-        self,
-        model: DistributedModelParallel,
-        loader: Loader,
-        step: Callable[[nn.Module, Any], StepOutput],
-        config: TrainConfig,
-        run: RunFolder,
-        evaluate: Callable[[], dict[str, float]] | None,
-        select: str,
-        progress: str,
-        fingerprint: Fingerprint | None,
-        dtype: torch.dtype,
-    ) -> None:
-        _check(config, loader, evaluate, select)
-        self.model, self.loader, self.step, self.config, self.run_folder = model, loader, step, config, run
-        self.evaluate, self.select, self.name = evaluate, select, progress
+    """One call of `fit`, with its arguments."""
+
+    model: DistributedModelParallel
+    loader: Loader
+    step: Callable[[nn.Module, Any], StepOutput]
+    config: TrainConfig
+    run_folder: RunFolder
+    evaluate: Callable[[], dict[str, float]] | None
+    select: str
+    name: str
+    fingerprint: Fingerprint | None
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        model, config = self.model, self.config
+        _check(config, self.loader, self.evaluate, self.select)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.checkpointer = Checkpointer(
-            run.path / "checkpoints",
+            self.run_folder.path / "checkpoints",
             model=model,
             optimizer=self.optimizer,
-            fingerprint=fingerprint,
+            fingerprint=self.fingerprint,
             keep=config.keep_checkpoints,
             optimizer_state=config.optimizer_state,
         )
@@ -182,7 +183,7 @@ class _Fit:
         self.grad_norm: float | None = None  # of the last step
         self.interrupts = Interrupts()
         self.ended_by: signal.Signals | None = None
-        self.utilization = Utilization(model.device, dtype)
+        self.utilization = Utilization(model.device, self.dtype)
 
     def run(self) -> dict[str, float]:
         with self.interrupts:

@@ -164,7 +164,7 @@ def make_plan(
         planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(model, allowed, world_size))
         plan = planner.plan(model, [sharder])  # type: ignore[list-item]
     modules = dict(model.named_modules())
-    # Tables that two parents share stand in the plan once for each; DMP shards a module as the first path says.
+    # Tables that two parents share are in the plan once for each; DMP shards a module as the first path says.
     plan.plan = {path: shardings for path, shardings in plan.plan.items() if path in modules}
     for path, shardings in plan.plan.items():
         parameters = sharder.shardable_parameters(modules[path])
@@ -197,9 +197,7 @@ def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
         if isinstance(module, EmbeddingBagCollection):
             for table in module.embedding_bag_configs():
                 if table.name in tables:
-                    raise UserError(
-                        f"two tables are called {table.name!r}: give each table of the model a name of its own"
-                    )
+                    raise UserError(f"two tables are called {table.name!r}: give each table of the model its own name")
                 tables[table.name] = table
     return tables
 

@@ -1,4 +1,4 @@
-"""What the training loop remembers from step to step, and where in the learning rate's schedule it stands."""
+"""What the training loop remembers from step to step, and its position in the learning rate's schedule."""
 
 import math
 from collections.abc import Mapping

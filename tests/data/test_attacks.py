@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lumrec.data.manifest import _hash, sha256
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import load
 from lumrec.run.errors import UserError
+from lumrec.run.files import sha256
+from lumrec.run.listed_files import own_hash
 from lumrec.warm_start.rules import read_rules
 
 LOG = {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [1, 2, 3], "label": [1, 0, 1]}
@@ -271,7 +272,7 @@ def seal(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest
     for name, facts in manifest["files"].items():
         facts |= {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": _hash(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_hash(manifest)}))
 
 
 MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {

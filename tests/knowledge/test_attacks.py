@@ -16,9 +16,10 @@ from small_store import publish
 
 from lumrec.knowledge.parquet import export_parquet, import_parquet
 from lumrec.knowledge.refresh import Earlier
-from lumrec.knowledge.store import KnowledgeStore, identity_of, manifest_hash, read_manifest, version_name
+from lumrec.knowledge.store import KnowledgeStore, identity_of, read_manifest, version_name
 from lumrec.run.errors import UserError
 from lumrec.run.files import sha256
+from lumrec.run.listed_files import own_hash
 
 
 class Runs:
@@ -50,7 +51,7 @@ def seal(store: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest:
     if manifest["folder"] == folder.name:
         manifest["folder"] = f"{version_name(identity_of(manifest))}-{folder.name.rpartition('-')[2]}"
         folder.rename(store / manifest["folder"])
-    (store / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest_hash(manifest)}))
+    (store / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_hash(manifest)}))
 
 
 def refused(store: Path, said: str) -> None:
@@ -160,7 +161,7 @@ def test_links_that_lead_out_of_the_store(store, tmp_path):
         file, outside = version(store) / name, tmp_path / Path(name).name
         file.rename(outside)
         file.symlink_to(outside)
-        refused(store, "is a link that leads out of its folder")
+        refused(store, "is a link that leads out of the folder")
         file.unlink()
         outside.rename(file)
     assert len(KnowledgeStore.open(store)) > 0

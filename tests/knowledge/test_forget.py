@@ -124,7 +124,9 @@ def test_an_unknown_folder_is_shop(tmp_path):
 def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
     """Prepared data, their quarantine, LMDB, links and leftovers of kills among them: by their bytes."""
     key, runs, log = "a-user-who-wants-to-be-forgotten", tmp_path / "runs", tmp_path / "log.csv"
-    rows = "".join(f"{user},{item},{1_700_000_000 + 9 * item},1\n" for user in ("7", "8", key) for item in range(20))
+    rows = "".join(
+        f"{user},{item},{1_700_000_000 + 9 * item},{item % 2}\n" for user in ("7", "8", key) for item in range(20)
+    )
     log.write_text(f"user_id,item_id,timestamp,clicked\n{rows}{key},4,0,1\n{key},4\n7,5,0,1\n")
     (tmp_path / "elsewhere").mkdir()
     runs.mkdir()

@@ -14,10 +14,11 @@ from lumrec.data.columns import Column
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.knowledge.digests import user_index
 from lumrec.knowledge.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
-from lumrec.knowledge.store import Knowledge, KnowledgeStore, manifest_hash, read_manifest
+from lumrec.knowledge.store import Knowledge, KnowledgeStore, read_manifest
 from lumrec.knowledge.writer import KnowledgeWriter
 from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.run.errors import UserError
+from lumrec.run.listed_files import own_hash
 from lumrec.stages.pretrain import training_users
 
 N, D = 2, 8
@@ -194,7 +195,7 @@ def test_the_folder_of_a_version_is_named_after_what_decides_it(build):
     path, *_ = build()
     manifest = read_manifest(path)
     manifest["folder"] = "knowledge-0123456789abcdef-1"
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = own_hash(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="names the folder 'knowledge-0123456789abcdef-1'; expected knowledge-"):
         KnowledgeStore.open(path)

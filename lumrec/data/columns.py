@@ -9,7 +9,7 @@ from torch import Tensor
 class Column(NamedTuple):
     """Vocabulary rows of one feature.
 
-    values: int64; one for each entry when `offsets` is None, else all lists behind each other.
+    values: int64; one for each entry when `offsets` is None, else all lists one after the other.
     offsets: int64 [entries + 1], or None where each entry has exactly one row.
     """
 

@@ -213,7 +213,7 @@ def _check_numbers(rows: pl.DataFrame, name: str, column: str, key: str) -> None
         row = f"row {bad['order'][0]}, " if "order" in bad.columns else ""
         raise UserError(
             f"schema.features.{name}: {bad['why'][0]} ({row}{key} {bad[key][0]!r}: {bad[column][0]!r}; "
-            f"{len(bad):,} such rows); mend it, or leave it empty where there is no number"
+            f"{len(bad):,} such rows); correct it, or leave it empty where there is no number"
         )
 
 

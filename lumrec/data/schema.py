@@ -146,7 +146,7 @@ def check_name(key: str, name: str, hint: str = "") -> None:
 
 
 def check_tables(names: Sequence[str]) -> None:
-    """Raises UserError for names that tables cannot have, alone or beside one another."""
+    """Raises UserError for names that tables cannot have, each or together."""
     twins: dict[str, str] = {}
     for name in names:
         check_name("the table of a feature", name)

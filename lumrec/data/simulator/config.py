@@ -41,7 +41,7 @@ class SimulatorConfig:
     repeat: weight of a click that the user gave the item before; minus half of it where the user only saw the item.
     """
 
-    # The upper ends are what the numbers in the drafts and in the sort by user and item hold.
+    # The upper limits keep the numbers in the drafts and in the sort by user and item within their types.
     num_users: int = count(2000, least=1, most=2**31)
     num_items: int = count(1000, least=1, most=2**24)
     events_per_user: int = count(100, least=1)

@@ -1,4 +1,4 @@
-"""Counters as an online model reads them: impressions and clicks that were known before the event.
+"""Counters for an online model: impressions and clicks that were known before the event.
 
     user        exact: every earlier event of the user
     user × item exact: every earlier event of the user on this item
@@ -23,26 +23,26 @@ CHUNK_CELLS = 1 << 22  # cells of the day-by-day counts that are summed up at a 
 class Runs(NamedTuple):
     """Events grouped by (user, item), in the order of time within each pair.
 
-    event_E: the events in that order. first_E: for each place in it, the place where the pair begins.
+    event_E: the events in that order. first_E: for each index in it, the index where the pair begins.
     """
 
     event_E: np.ndarray
     first_E: np.ndarray
 
     def before(self, counted_E: np.ndarray) -> np.ndarray:
-        """How much of `counted_E` (ints, in the order of the runs) stands before each place in its run."""
+        """Sum of `counted_E` (ints, in the order of the runs) before each event in its run."""
         total_E = np.cumsum(counted_E, dtype=np.int64) - counted_E
         return total_E - total_E.take(self.first_E)
 
     def at_events(self, values_E: np.ndarray) -> np.ndarray:
-        """Values in the order of the runs, brought into that of the events."""
+        """Values in the order of the runs, reordered to that of the events."""
         result = np.empty_like(values_E)
         result[self.event_E] = values_E
         return result
 
 
 def pair_runs(user_E: np.ndarray, item_E: np.ndarray, num_items: int) -> Runs:
-    """The runs of events that are numbered in the order of time; user_E counts from 0 within the block."""
+    """The runs of events that are in order of time; user_E counts from 0 within the block."""
     bits = max(len(user_E) - 1, 1).bit_length()
     last_pair = (int(user_E.max(initial=0)) + 1) * num_items
     assert last_pair < 1 << (63 - bits), (last_pair, bits)  # user, item and event fit one number: one plain sort
@@ -71,10 +71,10 @@ def user_counters(count_U: np.ndarray, click_E: np.ndarray) -> tuple[np.ndarray,
 
 
 class ItemCounters:
-    """Impressions and clicks of each item, day by day: filled block by block in any order, then summed up, then read.
+    """Impressions and clicks of each item by day: add all blocks in any order, then sum up, then read.
 
-    The counts are files (two times 4 bytes for each item and day) mapped into memory, so that the memory that must be
-    there does not grow with items and days. `add` may be called by several threads.
+    The counts are memory-mapped files (two times 4 bytes for each item and day), so memory does not grow with items and
+    days. `add` may be called by several threads.
     """
 
     def __init__(self, num_items: int, num_days: int, folder: Path) -> None:
@@ -98,7 +98,7 @@ class ItemCounters:
                 counts_ID.reshape(-1)[cell_N] += count_N.astype(np.uint32)
 
     def sum_up(self) -> None:
-        """Turns the counts of each day into those of all days before it; once, after the last block."""
+        """Replaces the counts of each day by those of all days before it; call once, after the last block."""
         assert not self._summed_up
         self._summed_up = True
         step = max(1, CHUNK_CELLS // self.shape_ID[1])

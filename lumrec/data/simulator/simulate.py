@@ -1,25 +1,24 @@
 """A simulated interaction log whose click probabilities are known, so that the best possible AUC is known too.
 
-Users have interests (favourite categories and a latent taste) that differ by scenario and drift; they come in sessions
-with a focus of their own; in the search scenario they type queries of several words; some of what they are shown they
-saw before. Items have one to three categories, a log-normal price and Zipf popularity, and some are launched while the
-log runs. Beside ids the log has what an online model reads: counters of what was known before the event, and crosses.
-`simulator_users` has the click logit. The probability knows the hidden state (latent taste, focus), so its AUC is a
-bound that no model passes but by luck.
+Users have interests (favourite categories and a latent taste) that differ by scenario and drift; each session has a
+focus; in the search scenario users type queries of several words; some impressions repeat earlier ones. Items have one
+to three categories, a log-normal price and Zipf popularity, and some are launched while the log runs. Beside ids the
+log has what an online model reads: counters of what was known before the event, and crosses. The click logit is in
+users.py. The probability uses the hidden state (latent taste, focus), so a model can only exceed its AUC by chance.
 
     world (items, launches)
       └─ block of users ─▶ draft of numbers ─▶ item counts by day     first pass: blocks in any order, in threads
-           └─ draft + item counts of earlier days + texts ─▶ part of the log     second pass
+           └─ draft + item counts of earlier days + texts ─▶ events of the log   second pass
 
-Memory holds a few blocks at a time, whatever the number of users. The log depends on the config and the seed alone.
+Only a few blocks are in memory at a time, whatever the number of users. The log depends only on config and seed.
 """
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -42,7 +41,7 @@ from lumrec.data.sources.raw_log import RawLog
 from lumrec.metrics.ranking import auc
 from lumrec.run import limits
 
-EVENTS_PER_BLOCK = 1 << 18  # about as many are simulated together: bounds the memory, and is part of what a seed means
+EVENTS_PER_BLOCK = 1 << 18  # about as many are simulated together; another number gives another log for a seed
 MOST_THREADS = 8  # each holds a block, about 100 MB
 
 DEFAULT_SCHEMAS = {
@@ -74,10 +73,11 @@ DEFAULT_SCHEMAS = {
 }
 
 
-class Block(NamedTuple):
-    """One block of users: its number, its first user, how many users, and where its draft and its parts lie."""
+@dataclass(frozen=True)
+class Block:
+    """One block of users, and the files of its draft, events and users."""
 
-    number: int
+    index: int
     first_user: int
     num_users: int
     draft: Path
@@ -94,7 +94,7 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
     """The simulated log, as Parquet files in `scratch`; the same for the same config and seed.
 
     threads: blocks that are simulated at a time; 0 = one for each core this process may use, at most MOST_THREADS.
-    Raises UserError for sizes, shares and weights that make no log.
+    Raises UserError for settings outside their limits.
     """
     limits.check(config, "data.simulator")
     world = make_world(config, np.random.default_rng([seed, 0]))
@@ -102,7 +102,7 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
     counters = ItemCounters(config.num_items, config.days, scratch)
 
     def first_pass(block: Block) -> int:
-        draft = simulate_users(config, world, block.num_users, np.random.default_rng([seed, 1, block.number]))
+        draft = simulate_users(config, world, block.num_users, np.random.default_rng([seed, 1, block.index]))
         counters.add(draft["item"].to_numpy(), draft["second"].to_numpy() // DAY_S, draft["click"].to_numpy())
         draft.write_ipc(block.draft, compression="uncompressed")
         return len(draft)
@@ -110,10 +110,9 @@ def simulate(config: SimulatorConfig, *, seed: int, scratch: Path, threads: int 
     def second_pass(block: Block, first_order: int) -> None:
         draft = pl.read_ipc(block.draft)
         _write(finished(config, world, counters, draft, block.first_user, first_order), block.events)
-        of_user = draft.filter(pl.col("user_impressions") == 0)  # one row for each
-        _write(
-            of_user.select(pl.col("user").cast(pl.Int64).alias("user_id") + block.first_user, "segment"), block.users
-        )
+        users = draft.filter(pl.col("user_impressions") == 0)  # the first event of each
+        users = users.select(pl.col("user").cast(pl.Int64).alias("user_id") + block.first_user, "segment")
+        _write(users, block.users)
         block.draft.unlink()
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,7 +138,7 @@ def finished(
     first_user: int,
     first_order: int,
 ) -> pl.DataFrame:
-    """The draft of `simulate_users` as the log has it: keys, texts, counters of items, crosses."""
+    """The events of the log from the draft of `simulate_users`: keys, texts, counters of items, crosses."""
     item_E, second_E = draft["item"].to_numpy(), draft["second"].to_numpy()
     scenario_E, segment_E = draft["scenario"].to_numpy(), draft["segment"].to_numpy()
     impressions_E, clicks_E = counters.before(item_E, second_E // DAY_S)
@@ -183,21 +182,17 @@ def click_facts(train: pl.DataFrame, test: pl.DataFrame, num_items: int) -> dict
 
 
 def _blocks(config: SimulatorConfig, scratch: Path) -> list[Block]:
-    """Blocks of equally many users, the last perhaps of fewer, with places for their files."""
+    """Blocks of the same number of users (the last may have fewer), with the paths of their files."""
     for folder in ("drafts", "events", "users"):
         (scratch / folder).mkdir()
     size = max(1, EVENTS_PER_BLOCK // config.events_per_user)
-    return [
-        Block(
-            number,
-            first,
-            min(size, config.num_users - first),
-            scratch / "drafts" / f"part-{number:06d}.arrow",
-            scratch / "events" / f"part-{number:06d}.parquet",
-            scratch / "users" / f"part-{number:06d}.parquet",
-        )
-        for number, first in enumerate(range(0, config.num_users, size))
-    ]
+    blocks = []
+    for index, first in enumerate(range(0, config.num_users, size)):
+        name = f"part-{index:06d}"
+        events, users = (scratch / folder / f"{name}.parquet" for folder in ("events", "users"))
+        num_users = min(size, config.num_users - first)
+        blocks.append(Block(index, first, num_users, scratch / "drafts" / f"{name}.arrow", events, users))
+    return blocks
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:
@@ -205,16 +200,16 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _names(column: str, code_E: np.ndarray, names: list[str]) -> pl.Series:
-    """A column of names, by their numbers; as Enum, which costs a tenth of strings."""
+    """A column of names, by their indices; as Enum, which needs a tenth of the memory of strings."""
     return pl.Series(column, code_E.astype(np.uint32)).cat.to(pl.Enum(names))
 
 
 def _query_lists(query_E: np.ndarray, num_categories: int) -> pl.Series:
-    """The words of each query (list of str), none where no query was typed."""
+    """The words of each query (list of str), an empty list where no query was typed."""
     own = [f"word-{word}" for word in range(num_categories * WORDS_PER_CATEGORY)]
     common = [f"common-{word}" for word in range(COMMON_WORDS, 0, -1)]  # numbered -1, -2, … from the end
     word_W, length_E = query_words(query_E)
     words = pl.Series([*own, *common]).gather(np.where(word_W < 0, word_W + len(own) + len(common), word_W))
     offsets = np.concatenate([[0], np.cumsum(length_E)])
-    values = words.to_arrow(compat_level=pl.CompatLevel.newest())  # as views, which no one copies
+    values = words.to_arrow(compat_level=pl.CompatLevel.newest())  # as views, which are not copied
     return pl.Series("query", pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values))

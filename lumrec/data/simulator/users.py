@@ -1,4 +1,4 @@
-"""A block of simulated users: who they are, when they come, what they are shown, and what they click.
+"""A block of simulated users: their tastes, sessions, impressions and clicks.
 
     session (scenario, focus) ── queries ── impressions (item) ── click ~ Bernoulli(p)
 
@@ -7,7 +7,7 @@
               + freshness of the item + whether the user saw or clicked it before
 
 Shapes: U users, E events, Z sessions, Q queries, R repeated impressions, M draws, I items, C categories, S scenarios,
-P = 2 phases of an interest (the one that a user has at first, the one towards which it drifts), J slots of favourite
+P = 2 phases of an interest (at first, and that towards which it drifts), J slots of favourite
 categories, K latent width. Events are in order of (user, time) everywhere.
 """
 
@@ -27,8 +27,8 @@ SEARCH = "search"
 SCENARIOS = ("home", SEARCH, "related", "feed", "cart", "offers")
 NUM_SEGMENTS = 4
 WORDS_PER_CATEGORY, COMMON_WORDS, LONGEST_QUERY = 6, 8, 4
-MOST_EVENTS_A_DAY = 2000  # of one user, on average: events are 20 s apart, so a day has room for twice as many
-# An interest is a few favourite categories with fixed shares, in slots: those of all scenarios, those of one.
+MOST_EVENTS_A_DAY = 2000  # of one user, on average: events are 20 s apart, so twice as many fit into a day
+# An interest is a few favourite categories with fixed shares, in slots: common to all scenarios, or of one scenario.
 COMMON_SHARES, OWN_SHARES, SHARE_OF_OWN = (0.42, 0.24, 0.14, 0.09, 0.07, 0.04), (0.65, 0.35), 0.3
 FRESH_DAYS = 10.0
 SEEN_WITHOUT_CLICK = -0.5  # of the weight of a repeat, where the user saw the item before and never clicked it
@@ -62,10 +62,10 @@ def scenario_names(num_scenarios: int) -> list[str]:
 
 
 def simulate_users(config: SimulatorConfig, world: World, num_users: int, rng: np.random.Generator) -> pl.DataFrame:
-    """The events of one block of users, numbers alone (see `simulator.finished` for what the log holds).
+    """The events of one block of users, as numbers (`simulate.finished` makes the log of them).
 
-    user: number within the block. second: since the log began. query: see `query_words`, -1 where none was typed. The
-    counters are those that a block can know: of the user, and of the user on the item.
+    user: index within the block. second: since the log began. query: see `query_words`, -1 where none was typed. The
+    counters need only this block: of the user, and of the user on the item.
     """
     users = _users(config, world, num_users, rng)
     user_E = np.repeat(np.arange(num_users, dtype=np.int32), users.count_U)
@@ -98,22 +98,22 @@ def simulate_users(config: SimulatorConfig, world: World, num_users: int, rng: n
 
 
 def query_words(query_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the words of each query, one after the other, and how many each has (0 where query is -1).
+    """Indices of the words of all queries, one after the other, and how many each query has (0 where query is -1).
 
-    A query is a number of one category, its first word, the count of its own words (1 … 3), and a common word or none;
-    words are numbered by category, WORDS_PER_CATEGORY each, and the common ones are -1, -2, …
+    A query encodes its category, its first word, the count of its own words (1 … 3), and a common word or none; words
+    are counted by category, WORDS_PER_CATEGORY each, and the common ones are -1, -2, …
     """
     typed_Q = np.flatnonzero(query_E >= 0)
     rest_Q, common_Q = np.divmod(query_E[typed_Q], COMMON_WORDS + 1)
     rest_Q, own_Q = np.divmod(rest_Q, LONGEST_QUERY - 1)
     category_Q, first_Q = np.divmod(rest_Q, WORDS_PER_CATEGORY)
-    place_4 = np.arange(LONGEST_QUERY)
-    word_Q4 = category_Q[:, None] * WORDS_PER_CATEGORY + (first_Q[:, None] + place_4) % WORDS_PER_CATEGORY
-    word_Q4 = np.where(place_4 <= own_Q[:, None], word_Q4, -common_Q[:, None])
+    index_4 = np.arange(LONGEST_QUERY)
+    word_Q4 = category_Q[:, None] * WORDS_PER_CATEGORY + (first_Q[:, None] + index_4) % WORDS_PER_CATEGORY
+    word_Q4 = np.where(index_4 <= own_Q[:, None], word_Q4, -common_Q[:, None])
     length_Q = own_Q + 1 + (common_Q > 0)
     length_E = np.zeros(len(query_E), np.int64)
     length_E[typed_Q] = length_Q
-    return word_Q4[place_4 < length_Q[:, None]], length_E
+    return word_Q4[index_4 < length_Q[:, None]], length_E
 
 
 def _users(config: SimulatorConfig, world: World, num_users: int, rng: np.random.Generator) -> Users:
@@ -148,7 +148,7 @@ def _slot_shares(num_scenarios: int) -> np.ndarray:
 def _interests(
     users: Users, user_M: np.ndarray, scenario_M: np.ndarray, drift_M: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """A category of each user's interests in that scenario; with probability `drift_M` of the later interests."""
+    """A category of each user's interests in that scenario; with the probability `drift_M`, of the later interests."""
     num_slots = users.favourite_UPJ.shape[2]
     running_SJ = np.cumsum(_slot_shares(users.taste_USPK.shape[1]), axis=1)
     # shares in steps of 1/256, so that a draw is one look-up
@@ -173,10 +173,12 @@ def _sessions(config: SimulatorConfig, users: Users, user_E: np.ndarray, rng: np
     inside_E = np.cumsum(1 + (20 * rng.standard_exponential(num_events, dtype=np.float32)).astype(np.int64))
     inside_E -= np.repeat(inside_E[first_U], users.count_U)
     gap_Z = DAY_S * rng.standard_exponential(len(user_Z))
-    gap_Z[first_session_U] = rng.random(len(first_U)) * (2 / 3 * DAY_S * config.days)  # users come one after the other
+    gap_Z[first_session_U] = rng.random(len(first_U)) * (
+        2 / 3 * DAY_S * config.days
+    )  # users arrive one after the other
     apart_Z = np.cumsum(gap_Z)
     apart_Z -= (apart_Z - gap_Z)[first_session_U][user_Z]
-    # who has more sessions than days comes more often: all of it ends with the log
+    # users with more sessions than days have shorter gaps, so that all sessions end with the log
     last_U = first_U + users.count_U - 1
     room_U = DAY_S * config.days - 1 - inside_E[last_U]
     scale_U = np.minimum(1, room_U / np.maximum(apart_Z[session_E[last_U]], 1))
@@ -226,9 +228,9 @@ def _impressions(
     wanted_E: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Item shown at each event, launched by then: of the query's category, of the user's interests, or just popular.
+    """The item shown at each event, launched by then: of the query's category, of the user's interests, or popular.
 
-    Some impressions repeat an earlier one of the same user, a recent one rather than an old one.
+    Some impressions repeat an earlier one of the same user, more often a recent one.
     """
     num_events = len(user_E)
     day_E = sessions.second_E // DAY_S
@@ -239,7 +241,7 @@ def _impressions(
     item_E = np.full(num_events, -1, np.int32)
     rows = np.flatnonzero(~is_popular_E)
     item_E[rows] = world.by_category.draw(chosen_E[rows], day_E[rows], point_E[rows])
-    rows = np.flatnonzero(item_E < 0)  # popular, or a category of which nothing is there yet
+    rows = np.flatnonzero(item_E < 0)  # popular, or a category without a launched item
     item_E[rows] = world.all_items.draw(np.zeros(len(rows), np.int64), day_E[rows], point_E[rows])
 
     before_E = np.arange(num_events) - np.repeat(np.cumsum(users.count_U) - users.count_U, users.count_U)
@@ -262,7 +264,7 @@ def _logits(
     item_E: np.ndarray,
     wanted_E: np.ndarray,
 ) -> np.ndarray:
-    """The click logit (float32) but for what it owes to earlier impressions of the same item."""
+    """The click logit (float32) without the effect of earlier impressions of the same item."""
     items, session_E = world.items, sessions.session_E
     early_ZK, late_ZK = (users.taste_USPK[sessions.user_Z, sessions.scenario_Z, phase] for phase in (0, 1))
     taste_ZK = early_ZK + sessions.drift_Z[:, None] * (late_ZK - early_ZK)
@@ -290,9 +292,9 @@ def _clicks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clicks (bool) and their probabilities (float32), all in the order of runs of (user, item); see `Runs.before`.
 
-    Within a run each click changes the odds of what follows, and still no loop is needed: up to the first click the
-    odds are those of an item without one, so the first click is where luck is below those, and behind it all have the
-    odds of a clicked item.
+    Within a run each click changes the odds of later events, but no loop is needed: up to the first click the odds are
+    those of an item that was not clicked, so the first click is the first event with luck below them; all later events
+    have the odds of a clicked item.
     """
     seen_E = before(np.ones(len(logit_E), np.int64)) > 0
     plain_E = _sigmoid(logit_E + np.float32(SEEN_WITHOUT_CLICK * repeat) * seen_E)

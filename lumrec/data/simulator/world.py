@@ -1,6 +1,6 @@
-"""What the simulated users meet: the catalogue, when each item is launched, and how items are drawn by popularity.
+"""The world of the simulated users: the catalogue, when each item is launched, and draws of items by popularity.
 
-Shapes: I items, C categories, K latent width, D days of the log, G groups of a shelf, N places on it, M draws.
+Shapes: I items, C categories, K latent width, D days of the log, G groups of a shelf, N indices on it, M draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ START_S = 1_704_067_200  # 2024-01-01 UTC, when the log begins
 DAY_S = 86_400
 NUM_PRICES = 5
 MEDIAN_PRICE, PRICE_SPREAD = 20.0, 0.8
-OLD_DAYS = 180.0  # mean age, at the start of the log, of an item that is there from the start
+OLD_DAYS = 180.0  # mean age, at the start of the log, of items launched before it
 
 
 class Items(NamedTuple):
@@ -38,10 +38,10 @@ class Items(NamedTuple):
 
 
 class Shelf(NamedTuple):
-    """Items in groups and, within a group, in order of launch, so that what is launched by a day is one run of places.
+    """Items in groups and, within a group, in order of launch, so that the items launched by a day are one range.
 
-    item_N: item at each place. before_N1: weight of all places before it. start_G: first place of a group. end_GD:
-    place behind the last item of the group that is launched by the day.
+    item_N: the items. before_N1: weight of all items before each. start_G: first index of a group. end_GD: index after
+    the last item of the group that is launched by the day.
 
         group 0 |a b c . .|  group 1 |d e . .|      . = launched later; draws are from [start, end) by weight
     """
@@ -56,9 +56,9 @@ class Shelf(NamedTuple):
         start_M = self.start_G.take(group_M)
         end_M = self.end_GD.reshape(-1).take(group_M * self.end_GD.shape[1] + day_M)
         low_M, high_M = self.before_N1.take(start_M), self.before_N1.take(end_M)
-        place_M = np.searchsorted(self.before_N1, low_M + point_M * (high_M - low_M), side="right") - 1
-        # rounding must not lead to a neighbour that is of another group or not launched yet
-        item_M = self.item_N.take(np.clip(place_M, start_M, np.maximum(end_M - 1, start_M)), mode="clip")
+        index_M = np.searchsorted(self.before_N1, low_M + point_M * (high_M - low_M), side="right") - 1
+        # rounding must not lead to a neighbour of another group, or one that is not launched yet
+        item_M = self.item_N.take(np.clip(index_M, start_M, np.maximum(end_M - 1, start_M)), mode="clip")
         return np.where(end_M > start_M, item_M, np.int32(-1))
 
 
@@ -80,8 +80,8 @@ def make_world(config: SimulatorConfig, rng: np.random.Generator) -> World:
     running_C = np.cumsum(share_C) / share_C.sum()
     category_I3 = _categories(num_items, running_C, rng)
     latent_IK = np.zeros((num_items, width), np.float32)
-    for place in range(category_I3.shape[1]):
-        latent_IK += np.where(category_I3[:, place, None] >= 0, centre_CK[category_I3[:, place]], 0)
+    for category_I in category_I3.T:
+        latent_IK += np.where(category_I[:, None] >= 0, centre_CK[category_I], 0)
     latent_IK += 0.8 / np.sqrt(width) * rng.standard_normal((num_items, width), dtype=np.float32)
     weight_I = 1.0 / (rng.permutation(num_items) + 1.0) ** config.zipf
     log_weight_I = np.log(weight_I)
@@ -96,13 +96,13 @@ def make_world(config: SimulatorConfig, rng: np.random.Generator) -> World:
         launch_I=_launches(config, weight_I, rng),
         latent_IK=_unit(latent_IK),
     )
-    item_N, place_N = np.nonzero(category_I3 >= 0)
+    item_N, index_N = np.nonzero(category_I3 >= 0)
     return World(
         items=items,
         centre_CK=centre_CK,
         running_C=running_C,
         all_items=_shelf(np.zeros(num_items, np.int64), np.arange(num_items), weight_I, items.launch_I, config.days),
-        by_category=_shelf(category_I3[item_N, place_N], item_N, weight_I, items.launch_I, config.days, num_categories),
+        by_category=_shelf(category_I3[item_N, index_N], item_N, weight_I, items.launch_I, config.days, num_categories),
     )
 
 
@@ -137,10 +137,10 @@ def _categories(num_items: int, running_C: np.ndarray, rng: np.random.Generator)
     count_I = np.searchsorted(np.cumsum([0.5, 0.35]), rng.random(num_items), side="right") + 1
     category_I3 = draw_share(running_C, rng.random((num_items, 3)))
     category_I3[np.arange(3) >= count_I[:, None]] = -1
-    for place in (1, 2):
-        again_I = (category_I3[:, :place] == category_I3[:, place, None]).any(1)
-        category_I3[again_I, place] = -1
-    # a gap in the middle closes up
+    for index in (1, 2):
+        again_I = (category_I3[:, :index] == category_I3[:, index, None]).any(1)
+        category_I3[again_I, index] = -1
+    # closes a gap in the middle
     return np.take_along_axis(category_I3, np.argsort(category_I3 < 0, axis=1, kind="stable"), axis=1)
 
 
@@ -150,12 +150,12 @@ def draw_share(running_C: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 
 def _launches(config: SimulatorConfig, weight_I: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Day of each launch (int32): `late_items` of them on a day of the log after its first, the others before it."""
+    """Day of each launch (int32): a share `late_items` after the first day of the log, the others before it."""
     num_items = len(weight_I)
     old_I = -1 - (rng.standard_exponential(num_items) * OLD_DAYS).astype(np.int32)
     late_I = 1 + (rng.random(num_items) * (config.days - 1)).astype(np.int32)
     is_late_I = (rng.random(num_items) < config.late_items) & (config.days > 1)
-    is_late_I[np.argmax(weight_I)] = False  # something must be there to be shown on the first day
+    is_late_I[np.argmax(weight_I)] = False  # one item must exist on the first day
     return np.where(is_late_I, late_I, old_I).astype(np.int32)
 
 

@@ -10,7 +10,7 @@ Three rows with histories of 2, 0 and 1 of 4 tokens::
 
 >>> tokens, history, offsets = torch.randn(4, 5), torch.tensor([3, 0, 3]), torch.tensor([0, 2, 2, 3])
 >>> unit = torch.randn(3, 5), torch.randn(3, 6), torch.randn(6, 5), torch.randn(6, 5), torch.randn(6)
->>> activation_unit(tokens, *unit, torch.zeros(1), torch.full((1,), 0.25), history, offsets)[1]
+>>> ActivationUnit.apply(tokens, *unit, torch.zeros(1), torch.full((1,), 0.25), history, offsets)[1]
 tensor([0., 0., 0., 0., 0.])
 """
 
@@ -23,32 +23,15 @@ from torch.nn import functional as F
 from lumrec.modules.kernels.jagged import row_chunks
 
 
-def activation_unit(
-    token_UD: Tensor,
-    target_BI: Tensor,
-    bias_BH: Tensor,
-    token_HD: Tensor,
-    product_HI: Tensor,
-    output_H: Tensor,
-    bias: Tensor,
-    slope: Tensor,
-    history_T: Tensor,
-    offsets_B1: Tensor,
-) -> Tensor:
+class ActivationUnit(torch.autograd.Function):
     """The weighted sum of each row's history, [B, D], 0 for an empty one: sum over events of weight · token, where::
 
         weight = output · prelu((token_HD + product_HI · diag(target)) token + bias_BH) + bias
 
-    bias_BH: what the target adds to the hidden units. slope: [1], of the PReLU; 0 is ReLU. The other inputs: RankBatch.
-    """
-    return _ActivationUnit.apply(
-        token_UD, target_BI, bias_BH, token_HD, product_HI, output_H, bias, slope, history_T, offsets_B1
-    )
+    bias_BH: what the target adds to the hidden units. bias, slope: [1]; the slope is that of PReLU, 0 for ReLU. The
+    other inputs: see RankBatch.
 
-
-class _ActivationUnit(torch.autograd.Function):
-    """Works in chunks of rows of similar length that fit the cache; the backward pass computes again what is not kept.
-
+    Rows of similar length are computed in chunks that fit the cache; the backward pass computes again what is not kept.
     Within a chunk the histories are padded, [R, L, D], so that a row's target is not copied for each of its events.
     Padding reads a token of zeros after the last one: it adds 0 to the sum and to every gradient, so no mask is needed.
     """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumrec.modules.kernels.activation_unit import activation_unit
+from lumrec.modules.kernels.activation_unit import ActivationUnit
 from lumrec.modules.kernels.jagged import row_of_event, segment_softmax
 from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, make_activation
 
@@ -87,18 +87,8 @@ class LocalActivation(nn.Module):
         if self.softmax or not isinstance(self.activation, (nn.PReLU, nn.ReLU)):
             return self.plain(token_UD, target_BI, history_T, offsets_B1)
         slope = self.activation.weight if isinstance(self.activation, nn.PReLU) else token_UD.new_zeros(1)
-        return activation_unit(
-            token_UD,
-            target_BI,
-            self.target(target_BI),
-            self.token_HD,
-            self.product_HI,
-            self.output_H,
-            self.bias,
-            slope,
-            history_T,
-            offsets_B1,
-        )
+        unit = self.target(target_BI), self.token_HD, self.product_HI, self.output_H, self.bias, slope
+        return ActivationUnit.apply(token_UD, target_BI, *unit, history_T, offsets_B1)
 
     def plain(self, token_UD: Tensor, target_BI: Tensor, history_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """The same as `forward`, without chunks: the reference in tests."""

@@ -114,7 +114,7 @@ def _charts(stages: Sequence[PlannedStage], table: Sequence[Row]) -> list[dict[s
         ("pretrain", "loss", "LUM: training loss", "loss of a batch (nats)"),
         ("pretrain", "valid/ndcg@10", "LUM: NDCG@10 of the next item on the validation part", "NDCG@10"),
     ):
-        lines = [line for line in _series(stages, app, metric) if line.steps]
+        lines = [line for line in _series(stages, app, metric) if len(line.steps) > 1]
         if lines:
             charts.append({"title": title, "svg": curves(lines, ylabel=ylabel)})
     return charts

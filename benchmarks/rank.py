@@ -37,7 +37,8 @@ from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import load
 from lumrec.features.statistics import Statistics, dense_inputs
 from lumrec.knowledge.store import Knowledge
-from lumrec.models.ranker import MODELS, build_ranker, build_rows, row_features
+from lumrec.models.ranker import build_ranker, build_rows, row_features
+from lumrec.models.ranker_config import RANKERS
 from lumrec.run.distributed import init_distributed
 from lumrec.stages.rank import RankConfig, step
 from lumrec.train.optimizers import build_optimizer
@@ -86,7 +87,7 @@ class PaddedTwin(nn.Module):
         self.tables = nn.ModuleDict({name: nn.Embedding(n, width) for name, n in data.table_rows.items()})
         token, item = width * (len(ITEM) + len(FEEDBACK)), width * len(ITEM)
         self.unit = nn.Sequential(
-            nn.Linear(4 * token, config.activation_dim), nn.PReLU(), nn.Linear(config.activation_dim, 1)
+            nn.Linear(4 * token, config.din.activation_dim), nn.PReLU(), nn.Linear(config.din.activation_dim, 1)
         )
         in_dim = width * len(self.row_features) + item + token + item + (model == "dlrm") + self.dense.shape[1]
         layers: list[nn.Module] = []
@@ -249,7 +250,7 @@ def scoring(args: argparse.Namespace, data: PreparedData, width: int, knowledge:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(RANKERS))
     parser.add_argument("--candidates", type=int, default=0, help="score so many rows of one user instead of training")
     parser.add_argument("--widths", default="16,32")
     parser.add_argument("--history", type=int, default=50)

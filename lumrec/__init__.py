@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lumrec.experiments.steps import build_knowledge, fit_lum, fit_ranker, prepare_data
     from lumrec.knowledge.store import Knowledge, KnowledgeStore
     from lumrec.models.lum import load_lum
+    from lumrec.models.ranker import load_ranker
     from lumrec.query.group_query import GroupQuery
     from lumrec.run.errors import MissingFileError, UserError
 
@@ -39,6 +40,7 @@ __all__ = [
     "fit_ranker",
     "load_config",
     "load_lum",
+    "load_ranker",
     "prepare_data",
 ]
 _MODULES = {
@@ -54,6 +56,7 @@ _MODULES = {
     "fit_ranker": "lumrec.experiments.steps",
     "load_config": "lumrec.experiments.config",
     "load_lum": "lumrec.models.lum",
+    "load_ranker": "lumrec.models.ranker",
     "prepare_data": "lumrec.experiments.steps",
 }
 

@@ -326,8 +326,8 @@ def _categories(data: PreparedData, name: str) -> np.ndarray:
     multi = [feature for feature, column in data.item_columns.items() if column.offsets is not None]
     if not (name or multi) or (name and name not in data.item_columns):
         raise UserError(
-            f"rank.category is {name!r}; expected an item feature (a multi-valued one is found by itself): "
-            f"{', '.join(data.item_columns)}"
+            f"the category is {name!r} (rank.<ranker>.category); expected an item feature (a multi-valued one is found "
+            f"by itself): {', '.join(data.item_columns)}"
         )
     column = data.item_columns[name or multi[0]]
     if column.offsets is None:

@@ -24,7 +24,7 @@ from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import Config
 from lumrec.experiments.jobs import Job, run_jobs, torchx_command
-from lumrec.experiments.plan import PlannedStage, plan, read_result, stage_words
+from lumrec.experiments.plan import PlannedStage, check_read_by_some, plan, read_result, stage_words
 from lumrec.experiments.report_gains import gains
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
@@ -145,6 +145,7 @@ def discard(stage: PlannedStage) -> None:
 def check(config: Config) -> None:
     """Raises UserError for pipeline settings that cannot work."""
     limits.check(config)
+    check_read_by_some(config)
     if config.fold:
         raise UserError(f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself")
 

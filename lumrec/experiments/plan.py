@@ -9,7 +9,9 @@ from typing import Any
 
 from lumrec.experiments.config import Config
 from lumrec.run.config_file import as_text, leaves, with_overrides
+from lumrec.run.errors import UserError
 from lumrec.run.files import read_json
+from lumrec.run.unread import as_read, without_effect
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ def plan(config: Config) -> list[PlannedStage]:
         for kind in settings.knowledge:
             for seed in settings.seeds:
                 name = f"rank-{ranker}-{kind}-s{seed}"
-                decided: dict[str, Any] = {"model": ranker, "knowledge": "none" if kind == "tables" else kind}
-                decided["tables"] = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
-                changes: dict[str, Any] = {"rank": dataclasses.replace(config.rank, **decided)}
+                tables = {"none": "fresh", "tables": "lum"}.get(kind, config.rank.tables)
+                decided: dict[str, Any] = {"tables": tables, **choice(ranker, kind)}
+                changes: dict[str, Any] = {"rank": as_read(dataclasses.replace(config.rank, **decided))}
                 needs: tuple[str, ...] = ("prepare",)
                 if kind == "tables":
                     changes["inputs"], needs = inputs, tuple(lums.values())
@@ -71,12 +73,38 @@ def plan(config: Config) -> list[PlannedStage]:
     return stages
 
 
-def with_tuned(config: Config, ranker: str, kind: str) -> Config:
-    """The config of a ranker's stage with what `pipeline.tuned` has for it."""
+def choice(ranker: str, kind: str) -> dict[str, Any]:
+    """The settings of rank that decide which of the others are read."""
+    return {"model": ranker, "knowledge": "none" if kind == "tables" else kind}
 
+
+def check_read_by_some(config: Config) -> None:
+    """Raises UserError for a setting of rank that none of the pipeline's rankers reads."""
+    settings, rank = config.pipeline, config.rank
+    lost = [
+        without_effect(dataclasses.replace(rank, **choice(ranker, kind)))
+        for ranker in settings.rankers
+        for kind in settings.knowledge
+    ]
+    for key, field in lost[0].items():
+        if all(key in of_stage for of_stage in lost):
+            decides = {"model": "rankers"}.get(field, field)
+            raise UserError(
+                f"rank.{key}={as_text(leaves(rank)[key])} has no effect with pipeline.{decides}="
+                f"{as_text(getattr(settings, decides))}: leave out the one or change the other"
+            )
+
+
+def with_tuned(config: Config, ranker: str, kind: str) -> Config:
+    """The config of a ranker's stage with what `pipeline.tuned` has for it.
+
+    Settings of knowledge that a ranker has for all its rows are not those of its base.
+    """
     for name in (ranker, f"{ranker}/{kind}"):
         if words := config.pipeline.tuned.get(name):
             config = with_overrides(config, words, origin=f"pipeline.tuned.{name}")
+        if name == ranker:
+            config = dataclasses.replace(config, rank=as_read(config.rank, because_of="knowledge"))
     return config
 
 

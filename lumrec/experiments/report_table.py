@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lumrec.experiments.config import Config
 from lumrec.experiments.report_gains import BETTER, NOISE, WORSE, notes_of
+from lumrec.models.ranker_config import RANKERS
 
 METRICS = {"auc": "AUC", "gauc": "gAUC", "log_loss": "log loss"}
 LABELS = {
@@ -24,7 +25,7 @@ GIVEN = {
     "matching": "interest matching with the LUM",
     "both": "the LUM (direct features and interest matching)",
 }
-RANKER_NAMES = {"din": "DIN", "dlrm": "DLRM", "dien": "DIEN", "sim": "SIM", "twin": "TWIN"}
+RANKER_NAMES = {name: name.upper() for name in RANKERS}
 ONE_SEED = "One seed: how far another would differ is not measured."
 
 

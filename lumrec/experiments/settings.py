@@ -9,18 +9,14 @@ from typing import Literal, get_args
 import numpy as np
 
 from lumrec.data.splits import MOST_FOLDS
+from lumrec.models.ranker_config import RANKERS, RankerName
 from lumrec.run import limits
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count, setting
 
 # none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
 Knowledge = Literal["none", "tables", "direct", "matching", "both"]
-
-
-Ranker = Literal["din", "dlrm", "dien", "sim", "twin"]
-
-
-KNOWLEDGE, RANKERS = get_args(Knowledge), get_args(Ranker)
+KNOWLEDGE = get_args(Knowledge)
 
 
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
@@ -44,7 +40,7 @@ class PipelineConfig:
 
     dataset: Literal["", "auto"] = ""
     folds: int = count(2, least=1, most=MOST_FOLDS)
-    rankers: list[Ranker] = field(default_factory=lambda: ["din"])
+    rankers: list[RankerName] = field(default_factory=lambda: ["din"])
     knowledge: list[Knowledge] = field(default_factory=lambda: ["none", "direct", "matching", "both"])
     seeds: list[int] = setting(lambda: [0], least=0, most=limits.MOST_SEED)
     tuned: dict[str, list[str]] = field(default_factory=dict)

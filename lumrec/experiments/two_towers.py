@@ -14,6 +14,7 @@ from typing import Any
 from lumrec.experiments import pipeline
 from lumrec.experiments.config import Config
 from lumrec.experiments.plan import PlannedStage
+from lumrec.run.unread import as_read
 
 
 def run(config: Config, measured: Sequence[str]) -> dict[str, float | str]:
@@ -43,10 +44,9 @@ def plan(config: Config) -> list[PlannedStage]:
     stages: list[PlannedStage] = []
     for stage in pipeline.plan(config):
         if stage.app == "rank":
-            _, _, kind, seed = stage.name.split("-")
-            name = f"retrieve-{kind}-{seed}"
-            decided: dict[str, Any] = {"knowledge": kind}
-            settings = dataclasses.replace(stage.config.retrieve, **decided)
+            name = f"retrieve-{stage.knowledge}-s{stage.seed}"
+            decided: dict[str, Any] = {"knowledge": stage.knowledge}
+            settings = as_read(dataclasses.replace(stage.config.retrieve, **decided))
             towers = dataclasses.replace(stage.config, run=f"{config.run}/{name}", retrieve=settings)
             stage = dataclasses.replace(stage, name=name, app="retrieve", config=towers)
         stages.append(stage)

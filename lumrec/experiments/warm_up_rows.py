@@ -38,6 +38,7 @@ from lumrec.models.ranker import build_ranker
 from lumrec.run.config_file import with_overrides
 from lumrec.run.errors import UserError
 from lumrec.run.files import write_atomically
+from lumrec.run.unread import as_read
 
 ROWS = ("scratch", "feature", "param", "param_feature")
 FIRST_LAYER = "over_arch.0.weight"
@@ -82,7 +83,7 @@ def plan(config: Config) -> list[PlannedStage]:
                 dataclasses.replace(stage.config, run=f"{config.run}/online"), words, origin="warm_up"
             )
             inputs = dataclasses.replace(online.inputs, knowledge="", lums=[])
-            online = dataclasses.replace(online, seed=config.seed, inputs=inputs)
+            online = dataclasses.replace(online, seed=config.seed, inputs=inputs, rank=as_read(online.rank))
             stages.insert(1, PlannedStage("online", "rank", online, ("prepare",)))
         for row in ROWS:
             name = f"rank-{stage.ranker}-{stage.knowledge}-{row}-s{stage.seed}"
@@ -122,7 +123,7 @@ class Layout:
 
 def _layout(config: Config, data: PreparedData) -> Layout:
 
-    settings = dataclasses.replace(config.rank, knowledge="none")
+    settings = as_read(dataclasses.replace(config.rank, knowledge="none"))
     data = data.without(settings.leave_out)
     statistics = dense_inputs(data, kind=settings.statistics).names
     ranker = build_ranker(settings, data, num_statistics=len(statistics), device="meta")

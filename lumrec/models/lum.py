@@ -84,6 +84,11 @@ class ModelConfig:
             )
         if self.encoder == "hstu" and self.ffn_dim:
             raise UserError(f"{at}ffn_dim: got {self.ffn_dim}, and an hstu block has no FFN; leave it at 0")
+        if self.similarity == "dot" and self.temperature != ModelConfig.temperature:
+            raise UserError(
+                f"{at}temperature={self.temperature} has no effect with {at}similarity=dot: leave out the one or "
+                "change the other"
+            )
         parameters = self.num_layers * self.dim * (4 * self.dim + 2 * (self.ffn_dim or 4 * self.dim))
         parameters += TOKENS_PER_EVENT[self.tokens] * self.max_events * self.dim
         if parameters > MOST_PARAMETERS:
@@ -199,6 +204,12 @@ class _TimeShare:
     time_share: float = 1.0
 
 
+def beside(folder: Path, common: Common, stage: str) -> Common:
+    """The settings of the run of `stage` in `folder`, with the folder of all runs where it is now."""
+    runs_dir = folder.absolute().parents[len(Path(common.run_name(stage)).parts) - 1]
+    return dataclasses.replace(common, runs_dir=str(runs_dir))
+
+
 class TrainedLum(NamedTuple):
     """A finished LUM run: its best checkpoint, that checkpoint's meta.json, and the settings it was trained with.
 
@@ -215,8 +226,7 @@ class TrainedLum(NamedTuple):
     @property
     def prepared(self) -> Path:
         """The folder of the prepared data that it was trained on, beside its own."""
-        runs_dir = self.folder.absolute().parents[len(Path(self.common.run_name("pretrain")).parts) - 1]
-        return dataclasses.replace(self.common, runs_dir=str(runs_dir)).prepared
+        return beside(self.folder, self.common, "pretrain").prepared
 
     @property
     def fingerprint(self) -> str:

@@ -1,101 +1,35 @@
-"""A ranker from its settings and the prepared data."""
+"""A ranker from its settings and the prepared data, and a trained one from its run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from lumrec.batches.rows import RowBuilder
+from lumrec.data.common import Common
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
-from lumrec.features.statistics import Statistics
+from lumrec.features.statistics import Statistics, dense_inputs
 from lumrec.knowledge.store import Knowledge
-from lumrec.models.lum import MOST_WIDTH, data_tables
+from lumrec.models.lum import beside, data_tables
+from lumrec.models.ranker_config import RANKERS, RankerConfig
 from lumrec.modules.knowledge import KnowledgeFusion
 from lumrec.modules.rankers.base import Ranker
-from lumrec.modules.rankers.dien import Dien
-from lumrec.modules.rankers.din import Din
-from lumrec.modules.rankers.dlrm import Dlrm
-from lumrec.modules.rankers.sim import Sim
-from lumrec.modules.rankers.twin import Twin
 from lumrec.run import limits
-from lumrec.run.errors import UserError
-from lumrec.run.limits import count, setting, share
-
-# Name → class, and the settings of RankerConfig that it takes beside those of all rankers.
-MODELS: dict[str, tuple[type[Ranker], tuple[str, ...]]] = {
-    "din": (Din, ("activation_dim", "softmax")),
-    "dlrm": (Dlrm, ("cross_dim",)),
-    "dien": (Dien, ("auxiliary_weight",)),
-    "sim": (Sim, ("search", "num_searched", "num_heads", "head_dim", "num_recent", "auxiliary_weight")),
-    "twin": (Twin, ("num_searched", "num_heads", "head_dim")),
-}
-
-
-MOST_LAYERS = 64
-
-
-def check_depth(key: str, hidden_dims: Sequence[int]) -> None:
-    """Raises UserError for more layers than any over-arch has."""
-    if len(hidden_dims) > MOST_LAYERS:
-        raise UserError(f"{key}: got {len(hidden_dims)} layers; expected at most {MOST_LAYERS}")
-
-
-@dataclass(frozen=True)
-class RankerConfig:
-    """A ranker, without how it is trained.
-
-    model: "din", "dlrm" (Embedding + MLP with pooled history), "dien", "sim" or "twin"; see lumrec/modules/rankers.
-    knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
-    knowledge_attention: the answers pooled by their match with the target join the features of any of these modes.
-    knowledge_dim: width to which answers are projected. knowledge_dropout: share of rows that train without.
-    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/features/statistics.py. The
-    schema's dense features are read beside them.
-    leave_out: features of the schema that the ranker does not read.
-    max_history: events before the row; SIM and TWIN are made for long histories, such as 1024.
-    hidden_dims, dropout: of the over-arch. activation: "prelu", "relu" or "dice", there and in DIN's activation unit.
-    token_l2: DIN's mini-batch aware regularisation, for any ranker; 0 = none.
-    activation_dim, softmax: DIN's activation unit; see lumrec/modules/rankers/din.py.
-    cross_dim: DLRM's cross features, dot products of its fields at this width; 0 = none.
-    auxiliary_weight: of DIEN's auxiliary loss and of the task that trains SIM's soft search.
-    search: SIM's, "soft" or "hard".
-    category: the item feature that SIM's hard search compares and whose earlier events TWIN counts (its first value);
-        "" = the first multi-valued item feature.
-    num_searched, num_heads, head_dim: SIM's and TWIN's attention. num_recent: events of SIM's short-term interest.
-    """
-
-    model: Literal["din", "dlrm", "dien", "sim", "twin"] = "din"
-    knowledge: Literal["none", "direct", "matching", "both"] = "none"
-    knowledge_attention: bool = False
-    knowledge_dim: int = count(32, least=1, most=MOST_WIDTH)
-    knowledge_dropout: float = share(0.0)
-    statistics: Literal["all", "user", "none"] = "all"
-    leave_out: list[str] = field(default_factory=list)
-    max_history: int = count(50, most=2**20)
-    hidden_dims: list[int] = count(lambda: [200, 80], least=1, most=MOST_WIDTH)
-    dropout: float = share(0.1)
-    activation: Literal["relu", "prelu", "dice"] = "prelu"
-    activation_dim: int = count(36, least=1, most=MOST_WIDTH)
-    softmax: bool = False
-    token_l2: float = setting(0.0, least=0, most=1e6)
-    cross_dim: int = count(0, most=MOST_WIDTH)
-    auxiliary_weight: float = setting(1.0, least=0, most=1e6)
-    search: Literal["soft", "hard"] = "soft"
-    category: str = ""
-    num_searched: int = count(50, least=1, most=2**20)
-    num_heads: int = count(4, least=1, most=1024)
-    head_dim: int = count(16, least=1, most=1024)
-    num_recent: int = count(16, most=2**20)
-
-    def check(self, at: str) -> None:
-        """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
-        if self.model == "sim" and self.search == "soft" and not self.auxiliary_weight:
-            raise UserError(f"{at}auxiliary_weight: got 0, and without it SIM's soft search learns nothing; raise it")
-        check_depth(f"{at}hidden_dims", self.hidden_dims)
+from lumrec.run.config_file import stored
+from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import read_json
+from lumrec.run.unread import as_read, check_read
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint_meta import best_checkpoint
+from lumrec.train.identity import Settings
+from lumrec.train.parallel import shard
 
 
 def row_features(data: PreparedData) -> list[str]:
@@ -119,9 +53,11 @@ def build_ranker(
     """A ranker with fresh weights for the features of the data's schema.
 
     tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
-    Raises UserError for an unknown model or knowledge mode, and for a mode without knowledge or the reverse.
+    Raises UserError for an unknown model or knowledge mode, for a mode without knowledge or the reverse, and for
+    settings that the model does not read.
     """
     limits.check(config, "rank")
+    check_read(config, "rank")
     if (knowledge is None) != (config.knowledge == "none"):
         raise UserError(f"rank.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given")
     fusion = knowledge and KnowledgeFusion(
@@ -148,9 +84,8 @@ def build_ranker(
         "knowledge": fusion,
         "token_l2": config.token_l2,
     }
-    ranker, options = MODELS[config.model]
-    arguments |= {name: getattr(config, name) for name in options}
-    return ranker(tables, **arguments)
+    arguments |= {name: value for name, value in vars(config.own).items() if name != "category"}  # RowBuilder's
+    return RANKERS[config.model](tables, **arguments)
 
 
 def build_rows(
@@ -169,3 +104,73 @@ def build_rows(
         reads=ranker.reads,
         category=config.category,
     )
+
+
+def make_ranker(
+    config: RankerConfig,
+    data: PreparedData,
+    knowledge: Knowledge | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[Ranker, RowBuilder]:
+    """A ranker with fresh weights, without the features that it leaves out, and the builder of its batches."""
+    data = data.without(config.leave_out)
+    statistics = dense_inputs(data, kind=config.statistics)
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge, device=device)
+    return ranker, build_rows(ranker, data, config, statistics, knowledge)
+
+
+class TrainedRanker(NamedTuple):
+    """A finished ranker run: its best checkpoint, and the settings it was trained with."""
+
+    folder: Path
+    checkpoint: Path
+    common: Common
+    config: RankerConfig
+
+
+def open_ranker_run(folder: Path) -> TrainedRanker:
+    """The ranker of a run folder, by its config.yaml; no weights are read.
+
+    Raises MissingFileError where there is no finished run, UserError where it is no ranker's or its checkpoint is
+    damaged.
+    """
+    made_by = folder / "versions.json"
+    stage = read_json(made_by, again="make the run again").get("stage", "rank") if made_by.is_file() else "rank"
+    if stage != "rank":
+        raise UserError(f"{folder} is a run of {stage}, expected one of rank: give the run folder of a ranker")
+    if not (folder / "result.json").exists():
+        raise MissingFileError(
+            f"there is no finished ranker in {folder}; make it with: torchx run apps/rank.py --config <yours> "
+            f"{shlex.quote(f'run={folder.name}')}"
+        )
+    path = folder / "config.yaml"
+    common = beside(folder, stored(path, Common), "rank")
+    config = as_read(stored(path, RankerConfig, "rank", partly=True))
+    return TrainedRanker(folder, best_checkpoint(folder), common, config)
+
+
+def load_ranker(
+    folder: str | Path, data: PreparedData | None = None, *, device: torch.device | str | None = None
+) -> tuple[DistributedModelParallel, RowBuilder, TrainedRanker]:
+    """The trained ranker of a run folder in eval mode, the builder of its batches, and what it was trained with.
+
+    It reads the prepared data and the LUM's knowledge that the run names, beside its folder; `data` are the same data
+    where they were moved. `ranker(builder.batch(rows))` gives the logits of rows of the data, float32 [B]. device: None
+    takes CUDA where torch has it. Collective. Raises MissingFileError where there is no finished run or an input is
+    gone, UserError where the folder is none of a ranker or an input is another one than it was trained with.
+    """
+    trained = open_ranker_run(Path(folder))
+    device = init_distributed(device)
+    common, config = trained.common, trained.config
+    if data is None:
+        data = PreparedData.open(common.prepared)
+    fingerprint: dict[str, str | Settings] = {"data": data.fingerprint, "model": Settings.of(config, partly=True)}
+    knowledge = None
+    if config.knowledge != "none":
+        knowledge = Knowledge.open(common.knowledge, data)
+        fingerprint["knowledge"] = knowledge.path.name
+    ranker, builder = make_ranker(config, data, knowledge)
+    dmp = shard(ranker, device=device)
+    load_weights(trained.checkpoint, dmp, fingerprint=fingerprint)
+    return dmp.eval(), builder, trained

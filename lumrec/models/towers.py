@@ -12,11 +12,12 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import MOST_WIDTH, data_tables
-from lumrec.models.ranker import check_depth
+from lumrec.models.ranker_config import check_depth
 from lumrec.modules.retrievers.edb import TwoTower
 from lumrec.run import limits
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count, setting, share
+from lumrec.run.unread import check_read
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class TowersConfig:
     dropout: float = share(0.1)
     activation: Literal["relu", "prelu", "dice"] = "relu"
 
+    def unread(self) -> dict[str, str]:
+        """Fields that these towers do not read → the field whose value decides that."""
+        unread = dict.fromkeys(("knowledge_dim", "knowledge_dropout"), "knowledge") if self.knowledge == "none" else {}
+        return unread | ({"temperature": "similarity"} if self.similarity == "dot" else {})
+
     def check(self, at: str) -> None:
         """Raises UserError for settings that no tower can have (`at`: the section, with a dot)."""
         check_depth(f"{at}hidden_dims", self.hidden_dims)
@@ -81,6 +87,7 @@ def build_towers(
     Raises UserError for an unknown setting, and for knowledge that the config does not want, or the reverse.
     """
     limits.check(config, "retrieve")
+    check_read(config, "retrieve")
     if (knowledge is None) != (config.knowledge == "none"):
         raise UserError(
             f"retrieve.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"

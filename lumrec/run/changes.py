@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lumrec.run.errors import UserError
-from lumrec.run.typed_yaml import defaults, field_types, overlaid, plain, read, section_of
+from lumrec.run.typed_yaml import defaults, field_types, overlaid, plain, read, section_of, todays_section
 
 # Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
@@ -50,6 +50,7 @@ def differing(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterato
     """
     section = type(now) if is_dataclass(now) else section_of(kind)
     if is_dataclass(section) and isinstance(stored, Mapping):
+        stored = todays_section(section, stored)
         stored = {**dict.fromkeys(field_types(section), "(absent)"), **defaults(section), **stored}
     if isinstance(stored, Mapping) and (isinstance(now, Mapping) or is_dataclass(now)):
         values = vars(now) if is_dataclass(now) else now

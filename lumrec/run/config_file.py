@@ -31,6 +31,7 @@ from lumrec.run.typed_yaml import (
     parse,
     read,
     section_of,
+    todays_section,
 )
 
 Root = TypeVar("Root")
@@ -73,6 +74,8 @@ def stored(path: Path, kind: type[Root], section: str = "", *, partly: bool = Fa
             raise UserError(f"{path} is damaged: it holds no settings; make the run again with overwrite=true")
         raise MissingFileError(f"there is no {path}: expected the config.yaml of a run")
     given = values.get(section, {}) if section else values
+    if isinstance(given, Mapping):
+        given = todays_section(kind, given)
     if (partly or not section) and isinstance(given, Mapping):
         given = {name: given[name] for name in field_types(kind) if name in given}
     return _merged(kind, defaults(kind), [(str(path), given)], origin=str(path), at=section)

@@ -246,6 +246,20 @@ def defaults(kind: Any) -> dict[str, Any]:
     return found
 
 
+def todays_section(kind: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as a run of an earlier version stored it, with the keys of this one.
+
+    A dataclass that has moved keys into sections has a method `earlier_keys(stored)`: key → "section.key", or None
+    where the value had no effect.
+    """
+    moved = kind.earlier_keys(stored) if hasattr(kind, "earlier_keys") else {}
+    found = {key: value for key, value in stored.items() if key not in moved}
+    for key in [key for key in stored if moved.get(key)]:
+        section, _, name = moved[key].partition(".")
+        found[section] = {**found.get(section, {}), name: stored[key]}
+    return found
+
+
 def plain(value: Any) -> Any:
     """A value with its dataclasses as dictionaries, its tuples as lists, and its paths as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -21,15 +21,16 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.evaluation.ranking import evaluate, score
-from lumrec.features.statistics import dense_inputs
 from lumrec.knowledge.store import Knowledge, read_manifest
 from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
-from lumrec.models.ranker import MODELS, RankerConfig, build_ranker, build_rows
+from lumrec.models.ranker import make_ranker
+from lumrec.models.ranker_config import RankerConfig
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, count, setting
+from lumrec.run.unread import check_read
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.identity import Settings
@@ -98,14 +99,17 @@ def check_inputs(common: Common, *, rank: RankConfig) -> None:
 
 
 def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
-    """Raises UserError for features and tables that the settings name and the schema does not have."""
+    """Raises UserError for features and tables that the settings name and the schema does not have, and for settings
+    that the chosen ranker does not read.
+    """
+    check_read(rank, "rank")
     check_names("rank.leave_out", list(rank.leave_out), list(schema.features), "features of the schema")
     declared = features_by_role(schema, "item")
     items = [name for name in declared if name not in rank.leave_out]
     if not items:
         raise UserError(f"rank.leave_out leaves no item feature for the ranker to read; keep one of {declared}")
     category = [rank.category] if rank.category else []
-    check_names("rank.category", category, items, "item features that the ranker reads")
+    check_names(f"rank.{rank.model}.category", category, items, "item features that the ranker reads")
     check_table_lrs("rank", rank.train, schema)
 
 
@@ -150,6 +154,7 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
+    check_read(settings, "rank")
     recorded = common.settings(rank=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, rank=settings)
@@ -173,11 +178,12 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     if run_folder.finished:
         return run_folder.result()
     dmp, builder = sharded_ranker(settings, data, knowledge, seed=common.seed, device=device)
-    if "num_searched" in MODELS[settings.model][1] and settings.max_history <= settings.num_searched:
+    num_searched = getattr(settings.own, "num_searched", None)
+    if num_searched is not None and settings.max_history <= num_searched:
         logger.warning(
             "rank: %s searches %d events in histories of %d, which leaves nothing out; it is made for long ones: "
             "rank.max_history=1024, say",
-            settings.model, settings.num_searched, settings.max_history,
+            settings.model, num_searched, settings.max_history,
         )  # fmt: skip
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
     if knowledge is not None:
@@ -203,11 +209,8 @@ def sharded_ranker(
 ) -> tuple[DistributedModelParallel, RowBuilder]:
     """The ranker with fresh weights under DMP, and the builder of its batches. Collective."""
     train = settings.train
-    data = data.without(settings.leave_out)
-    statistics = dense_inputs(data, kind=settings.statistics)
     torch.manual_seed(seed)
-    ranker = build_ranker(settings, data, num_statistics=len(statistics.names), knowledge=knowledge)
-    builder = build_rows(ranker, data, settings, statistics, knowledge)
+    ranker, builder = make_ranker(settings, data, knowledge)
     dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     return dmp, builder
 

@@ -39,6 +39,7 @@ from lumrec.modules.retrievers.edb import TowerBatch
 from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, count, share
+from lumrec.run.unread import check_read
 from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, tell_length, too_short
@@ -202,7 +203,10 @@ def check_inputs(common: Common, *, retrieve: RetrieveConfig) -> None:
 
 
 def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for conditions and tables that the settings name and the schema does not have."""
+    """Raises UserError for conditions and tables that the settings name and the schema does not have, and for settings
+    that these towers do not read.
+    """
+    check_read(retrieve, "retrieve")
     conditions = features_by_role(schema, "condition")
     check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
     check_table_lrs("retrieve", retrieve.train, schema)
@@ -223,6 +227,7 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     lumrec/experiments/report_gains.py. Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
+    check_read(settings, "retrieve")
     recorded = common.settings(retrieve=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, retrieve=settings)

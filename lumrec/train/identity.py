@@ -28,26 +28,38 @@ _LONGEST = 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """changed: setting (dotted) → value, of those that differ from the default. defaults: of all settings."""
+    """changed: setting (dotted) → value, of those that differ from the default. defaults: of all settings.
+
+    kind: the config's dataclass, which may know keys of earlier versions (see `todays_section`). partly: a stored text
+    may have other settings too, which are not compared.
+    """
 
     changed: dict[str, Any]
     defaults: dict[str, Any]
     ignored: tuple[str, ...] = ()
+    kind: Any = None
+    partly: bool = False
 
     @classmethod
-    def of(cls, config: Any, *, ignored: Collection[str] = ()) -> "Settings":
+    def of(cls, config: Any, *, ignored: Collection[str] = (), partly: bool = False) -> "Settings":
         """Of a config (a dataclass whose fields have defaults). ignored: settings and sections that do not decide."""
         values, defaults = _flat(config), _flat(type(config)())
         kept = {name for name in {**values, **defaults} if not _is_in(name, ignored)}
         changed = {name: values[name] for name in sorted(kept & {*values}) if values[name] != defaults.get(name)}
-        return cls(changed, {name: value for name, value in defaults.items() if name in kept}, tuple(ignored))
+        defaults = {name: value for name, value in defaults.items() if name in kept}
+        return cls(changed, defaults, tuple(ignored), type(config), partly)
 
     def __str__(self) -> str:
         return json.dumps(self.changed, sort_keys=True)
 
     def differences(self, stored: str) -> list[str]:
         """What a stored text of such settings and these do not share, in words. Raises UserError for another text."""
-        there = {name: value for name, value in _read(stored).items() if not _is_in(name, self.ignored)}
+        there = _read(stored)
+        moved = self.kind.earlier_keys(there) if hasattr(self.kind, "earlier_keys") else {}
+        there = {new: value for name, value in there.items() if (new := moved.get(name, name)) is not None}
+        there = {name: value for name, value in there.items() if not _is_in(name, self.ignored)}
+        if self.partly:
+            there = {name: value for name, value in there.items() if name in self.defaults}
         found = differing({**self.defaults, **there}, {**self.defaults, **self.changed})
         return [f"{name} is {old!r} there, {now!r} here" for name, old, now in found]
 

@@ -22,11 +22,11 @@ from lumrec.data.splits import DEFAULT_FRACTIONS, TRAIN
 from lumrec.experiments.config import load
 from lumrec.features.statistics import Statistics, raw_statistics
 from lumrec.models.lum import ModelConfig, build_lum
-from lumrec.models.ranker import MODELS
+from lumrec.models.ranker_config import RANKERS
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.query.group_query import GroupQuery
 
-READS = sorted({name for ranker, _ in MODELS.values() for name in ranker.reads} | {"item_U", "category_U"})
+READS = sorted({name for ranker in RANKERS.values() for name in ranker.reads} | {"item_U", "category_U"})
 FEATURES = {"features": ["item_id", "tags", "clicked"], "item_features": ["item_id", "tags"], "row_features": []}
 
 

@@ -34,6 +34,7 @@ from lumrec.metrics.compare import Scores, read_scores, write_scores
 from lumrec.run.config_file import with_overrides
 from lumrec.run.errors import UserError
 from lumrec.run.typed_yaml import to_yaml
+from lumrec.run.unread import without_effect
 from lumrec.stages.registry import STAGES
 
 SHOP = Path(__file__).parents[2] / "examples" / "shop"
@@ -75,6 +76,22 @@ def test_words_of_a_stage_give_its_config(config, tmp_path):
     base.write_text(to_yaml(config))
     for stage in plan(config):
         assert load(base, stage_words(stage, config)) == stage.config
+
+
+def test_a_stage_has_the_settings_of_its_ranker_and_no_others(config):
+    words = ["pipeline.rankers=[din, sim]", "rank.sim.search=hard", "rank.knowledge_dim=8"]
+    words += ["pipeline.tuned={din: [rank.knowledge_dropout=0.5, rank.din.softmax=true]}"]
+    config = with_overrides(config, words, origin="test")
+    check(config)
+    for stage in plan(config):
+        if stage.app == "rank":
+            rank, is_base = stage.config.rank, stage.knowledge == "none"
+            assert rank.sim.search == ("hard" if stage.ranker == "sim" else "soft")
+            assert rank.knowledge_dim == (32 if is_base or stage.knowledge == "matching" else 8)
+            assert (rank.knowledge_dropout, rank.din.softmax) == (
+                (0.0 if is_base else 0.5, True) if stage.ranker == "din" else (0.0, False)
+            )
+            assert without_effect(rank) == {}
 
 
 def test_without_knowledge_no_lum_is_trained(config):
@@ -239,7 +256,11 @@ def test_settings_that_cannot_work(word, says):
         ("pretrain.evaluate.condition={mood: sad}", "pretrain.evaluate.condition: got 'mood'"),
         ("pretrain.train.optimizer.table_lrs={itm: 0.1}", "table_lrs: got 'itm'"),
         ("rank.leave_out=[mood]", "rank.leave_out: got 'mood'"),
-        ("rank.category=mood", "rank.category: got 'mood'"),
+        ("pipeline.rankers=[twin] rank.twin.category=mood", "rank.twin.category: got 'mood'"),
+        ("rank.sim.search=hard", "rank.sim.search=hard has no effect with pipeline.rankers=[din, dlrm]: leave out"),
+        ("pipeline.knowledge=[none,tables] rank.knowledge_dim=9", "no effect with pipeline.knowledge=[none, tables]"),
+        ("pipeline.tuned={din: [rank.sim.search=hard]}", "rank.sim.search=hard has no effect with rank.model=din"),
+        ("pipeline.tuned={din/none: [rank.knowledge_dim=9]}", "rank.knowledge_dim=9 has no effect with rank.knowledge"),
         ("query.stride=32", "query.stride: got 32, expected less than the LUM's model.max_events=32"),
         ("pipeline.tuned={din: [rank.droput=0]}", "unknown key 'rank.droput'"),
         ("pipeline.tuned={din: [rank.dropout=2]}", "rank.dropout: got 2.0"),
@@ -247,7 +268,7 @@ def test_settings_that_cannot_work(word, says):
 )
 def test_what_a_later_stage_cannot_do_is_found_before_the_first(config, word, says):
     with pytest.raises(UserError) as error:
-        run(with_overrides(config, [word], origin="test"))
+        run(with_overrides(config, re.split(r" (?=[a-z]+\.\w+=)", word), origin="test"))
     assert says in str(error.value)
     assert list(Path(config.runs_dir).iterdir()) == []
 

@@ -17,16 +17,15 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
 from lumrec.evaluation.ranking import evaluate, score
 from lumrec.experiments.config import Config, load
-from lumrec.experiments.report_table import RANKER_NAMES
-from lumrec.experiments.settings import RANKERS
 from lumrec.features.statistics import dense_inputs
 from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.bootstrap import intervals
 from lumrec.metrics.compare import compare_runs
 from lumrec.models.lum import load_lum
-from lumrec.models.ranker import MODELS, build_ranker, build_rows, row_features
+from lumrec.models.ranker import build_ranker, build_rows, row_features
 from lumrec.modules.rankers.base import Ranker
 from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import UserError
 from lumrec.stages.rank import RankConfig, load_lum_tables, lum_of_tables
 from lumrec.stages.registry import STAGES
 from lumrec.train.checkpoint import best_checkpoint, load_weights
@@ -58,10 +57,6 @@ def config_of(words: list[str], *more: str) -> Config:
 
 def folder_of(config: Config) -> Path:
     return Path(config.runs_dir) / config.run
-
-
-def test_the_pipeline_offers_every_ranker():
-    assert set(RANKERS) == set(MODELS) == set(RANKER_NAMES)
 
 
 def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
@@ -226,10 +221,22 @@ def test_one_class_only_is_stated(words, tmp_path):
     ("word", "error", "message"),
     [
         ("rank.model=dim", ValueError, "rank.model: got 'dim' .*expected one of din, dlrm, dien, sim, twin"),
-        ("rank.model=twin rank.category=taste", ValueError, "rank.category: got 'taste'; the item features"),
+        ("rank.model=twin rank.twin.category=taste", ValueError, "rank.twin.category: got 'taste'; the item features"),
         ("rank.leave_out=[item_id,categories,price_bucket]", ValueError, "leaves no item feature for the ranker"),
-        ("rank.leave_out=[categories] rank.category=categories", ValueError, "that the ranker reads: 'item_id'"),
-        ("rank.model=sim rank.search=quick", ValueError, "rank.search: got 'quick', expected one of soft, hard"),
+        (
+            "rank.model=sim rank.sim.search=hard rank.leave_out=[categories] rank.sim.category=categories",
+            ValueError,
+            "that the ranker reads: 'item_id'",
+        ),
+        (
+            "rank.model=sim rank.sim.search=quick",
+            ValueError,
+            "rank.sim.search: got 'quick', expected one of",
+        ),
+        ("rank.model=din rank.sim.search=hard", UserError, "^rank.sim.search=hard has no effect with rank.model=din: "),
+        ("rank.knowledge_dim=8", UserError, "rank.knowledge_dim=8 has no effect with rank.knowledge=none: leave out"),
+        ("rank.model=sim rank.sim.category=categories", UserError, "no effect with rank.sim.search=soft"),
+        ("rank.search=hard", UserError, "unknown key 'rank.search'; the nearest valid key is 'rank.sim.search'"),
         ("rank.knowledge=some", ValueError, "rank.knowledge: got 'some', expected one of none, direct"),
         ("rank.tables=warm", ValueError, "rank.tables: got 'warm', expected one of fresh, lum"),
         ("rank.statistics=few", ValueError, "'few', expected one of all, user, none"),

@@ -5,6 +5,8 @@
     config = lumrec.load_config("my.yaml", ["model.dim=64"])
     lum, builder, trained = lumrec.fit_lum(config)    # or lumrec.load_lum("runs/my-pretrain")
     query = lumrec.GroupQuery(lum, builder, [{"feedback": "like"}], max_events=trained.model.max_events)
+    ranker, rows, run = lumrec.load_ranker("runs/my-rank")
+    logits = ranker(rows.batch(numpy.array([0, 5])))
 
 What is listed here is the public Python API; each name is imported when it is first used. `lumrec.modules` has the
 nn.Modules.

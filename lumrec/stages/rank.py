@@ -93,16 +93,16 @@ def step(model: nn.Module, batch: RankBatch) -> StepOutput:
 
 
 def check_inputs(common: Common, *, rank: RankConfig) -> None:
-    """Raises UserError for files that the settings name and that are not there, or cannot be; reads no data."""
+    """Raises UserError for files that the settings name and that are not there, or cannot be, and for settings that the
+    chosen ranker does not read; reads no data.
+    """
+    check_read(rank, "rank")
     read_plan(rank.train.sharding, world_size=world_size())
     rank.warm_start.check_inputs("rank.warm_start.")
 
 
 def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
-    """Raises UserError for features and tables that the settings name and the schema does not have, and for settings
-    that the chosen ranker does not read.
-    """
-    check_read(rank, "rank")
+    """Raises UserError for features and tables that the settings name and the schema does not have."""
     check_names("rank.leave_out", list(rank.leave_out), list(schema.features), "features of the schema")
     declared = features_by_role(schema, "item")
     items = [name for name in declared if name not in rank.leave_out]
@@ -154,7 +154,6 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
-    check_read(settings, "rank")
     recorded = common.settings(rank=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, rank=settings)

@@ -198,15 +198,15 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
 
 
 def check_inputs(common: Common, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for a sharding plan that is not there, or cannot be; reads no data."""
+    """Raises UserError for a sharding plan that is not there, or cannot be, and for settings that these towers do not
+    read; reads no data.
+    """
+    check_read(retrieve, "retrieve")
     read_plan(retrieve.train.sharding, world_size=world_size())
 
 
 def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for conditions and tables that the settings name and the schema does not have, and for settings
-    that these towers do not read.
-    """
-    check_read(retrieve, "retrieve")
+    """Raises UserError for conditions and tables that the settings name and the schema does not have."""
     conditions = features_by_role(schema, "condition")
     check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
     check_table_lrs("retrieve", retrieve.train, schema)
@@ -227,7 +227,6 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     lumrec/experiments/report_gains.py. Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
-    check_read(settings, "retrieve")
     recorded = common.settings(retrieve=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, retrieve=settings)

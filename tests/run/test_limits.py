@@ -113,6 +113,7 @@ def test_every_number_has_limits():
         ("rank.select=log_loss", "rank.select: got 'log_loss' (did you mean '-log_loss'?)"),
         ("pretrain.select=foo", "pretrain.select: got 'foo', expected one of hr@10, hr@50, ndcg@10, ndcg@50"),
         ("pretrain={select: '', train: {patience: 2}}", "pretrain.train.patience=2 needs a metric to go by"),
+        ("model={similarity: dot, temperature: 0.1}", "model.temperature=0.1 has no effect with model.similarity=dot"),
         ("rank={model: sim, sim: {auxiliary_weight: 0}}", "rank.sim.auxiliary_weight: got 0"),
         ("rank.time_window=[0.5, 0.5]", "rank.time_window: got [0.5, 0.5], expected two shares"),
         ("retrieve.ann.links=0", "retrieve.ann.links: got 0, expected at least 2"),

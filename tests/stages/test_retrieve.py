@@ -232,6 +232,7 @@ def test_two_ranks_train_as_one(words, forks, negatives):
         ("retrieve.positives=some", "retrieve.positives: got 'some', expected one of label, all"),
         ("retrieve.conditions=[genre]", "retrieve.conditions: got 'genre'"),
         ("retrieve.label_smoothing=1", "expected at least 0 and less than 1"),
+        ("retrieve.knowledge_dim=9", "retrieve.knowledge_dim=9 has no effect with retrieve.knowledge=none"),
     ],
 )
 def test_a_wrong_setting_is_refused(words, word, message):

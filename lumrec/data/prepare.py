@@ -43,6 +43,7 @@ from lumrec.run.changes import differing
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import full_disk_told, leftovers, locked, read_json, replace_folder, sha256
+from lumrec.run.folder import names_in
 from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
@@ -296,21 +297,18 @@ def _claimed(path: Path) -> Iterator[Path]:
 
 def _checked_place(path: Path) -> Path:
     """The folder `path`, or what it is a link to. Raises UserError where a folder cannot be renamed to it."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: make it, or remove the link")
+    names_in(path)  # raises for a file and a broken link
     if path.is_mount():
         raise UserError(
             f"{path} is a mount: prepared data are built beside their folder and renamed to it. Mount {path.parent} "
             "instead, or choose another run=<name>"
         )
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; expected a folder: choose another run=<name>")
     return path.resolve() if path.is_symlink() else path
 
 
 def check_replaceable(path: Path) -> None:
     """Raises UserError for a folder that the prepare stage did not make, or that holds anything else besides."""
-    names = {entry.name for entry in path.iterdir()}
+    names = names_in(path)
     if NAME not in names:
         raise UserError(f"{path} exists and holds no prepared data; remove it or choose another run=<name>")
     try:

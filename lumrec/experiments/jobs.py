@@ -1,4 +1,4 @@
-"""Runs commands that wait for one another, several at a time, each with a log file, and tells how they get on."""
+"""Runs commands that wait for one another, several at a time, each with a log file, and reports their progress."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_jobs(
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, seconds = list(jobs), list[_Running](), dict[str, float]()
-    start = told = time.monotonic()
+    start = reported = time.monotonic()
     with _ended_with_us(running):
         while waiting or running:
             while job := _next(waiting, running, set(seconds), parallel):
@@ -74,7 +74,7 @@ def run_jobs(
                 threads = cores if job.exclusive else max(1, cores // parallel)
                 running.append(_start(job, logs / f"{job.name}.log", threads))
                 say(f"{_clock(start)} {job.name}: started")
-                told = time.monotonic()
+                reported = time.monotonic()
             if not running:
                 raise AssertionError(f"jobs that wait for one another: {[job.name for job in waiting]}")
             time.sleep(0.2)
@@ -93,11 +93,11 @@ def run_jobs(
                 )
                 if one.job.then is not None:
                     one.job.then()
-                told = time.monotonic()
-            if time.monotonic() - told > HEARTBEAT_S:
+                reported = time.monotonic()
+            if time.monotonic() - reported > HEARTBEAT_S:
                 for one in running:
                     say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150] or 'no word yet'}")
-                told = time.monotonic()
+                reported = time.monotonic()
     return seconds
 
 

@@ -1,7 +1,7 @@
-"""The one way to tell an error of the user's from a bug.
+"""Errors of the user, as opposed to bugs, and the hint that names what they may have meant.
 
-A `UserError` is told in one sentence (what was given, what was expected, how to mend it) and ends an app with exit code
-2. Every other exception is a bug of ours or an event of the machine's: an app shows its traceback.
+An app reports a `UserError` in one sentence (what was given, what was expected, how to fix it) and ends with exit code
+2. Every other exception is a bug of ours or a fault of the machine: an app shows its traceback.
 """
 
 import difflib

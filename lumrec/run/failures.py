@@ -1,7 +1,7 @@
 """What an app says of an exception in one sentence; a bug has none, and shows its traceback.
 
 the user's       a UserError: its message is the sentence
-the machine's    a full or read-only disk, no permission, too many open files, no memory: told with the file
+the machine's    a full or read-only disk, no permission, too many open files, no memory: reported with the file
 another rank's   the connection to a process that has ended: that one has said why, or the launcher does
 """
 

@@ -58,15 +58,15 @@ class RunFolder:
         settings: Any,
         *,
         inputs: Mapping[str, str] | None = None,
-        told: bool = True,
+        quiet: bool = False,
         keep: Sequence[str] = (),
     ) -> "RunFolder":
         """The folder `path` of a run of `stage`, made by rank 0 where it is new.
 
-        `settings` is a dataclass of all that decides what the run makes; its `overwrite`, where it has one, says that
-        a run may be replaced. `inputs` are fingerprints of what the run reads (name → text); other inputs count as
-        another config. told: log that a finished run is kept. keep: patterns of what stays where the run is made again,
-        for the stage to replace. An existing folder:
+        settings: a dataclass of everything that decides what the run makes; its `overwrite`, if it has one, allows
+        to replace a run. inputs: fingerprints of what the run reads (name → text); other inputs count as another
+        config. quiet: do not log that a finished run is kept. keep: patterns of files that stay when the run is made
+        again, for the stage to replace. An existing folder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
         - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made again.
@@ -79,7 +79,7 @@ class RunFolder:
         """
         run = cls(path)
         run.finished, run.resumed = on_rank_zero(
-            lambda: run._open(settings, stage, dict(inputs or {}), told=told, keep=keep)
+            lambda: run._open(settings, stage, dict(inputs or {}), quiet=quiet, keep=keep)
         )
         return run
 
@@ -91,12 +91,12 @@ class RunFolder:
         return run
 
     def _open(
-        self, settings: Any, stage: str, inputs: dict[str, str], *, told: bool, keep: Sequence[str]
+        self, settings: Any, stage: str, inputs: dict[str, str], *, quiet: bool, keep: Sequence[str]
     ) -> tuple[bool, bool]:
         """Makes or checks the folder; whether it is finished and whether it is resumed."""
         path, config_path = self.path, self.path / "config.yaml"
         overwrite = getattr(settings, "overwrite", False)
-        others = _names(path) - _FIRST_FILES
+        others = names_in(path) - _FIRST_FILES
         clearing = _CLEARING in others
         if others and not clearing:
             check_made_by(path, stage)
@@ -120,7 +120,7 @@ class RunFolder:
                 more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
                 raise UserError(
                     f"{path} holds {state} run of another config: {'; '.join(differences[:8])}{more}. Say "
-                    "overwrite=true to replace it, or run=<name> for a folder of its own"
+                    "overwrite=true to replace it, or run=<name> for another folder"
                 )
             if differences or (overwrite and finished):
                 if begun:
@@ -128,7 +128,7 @@ class RunFolder:
                 clearing = True
                 resumed = finished = False
         if finished:
-            if told:
+            if not quiet:
                 logger.info("%s is finished with this config: its result is kept (overwrite=true replaces it)", path)
         elif resumed:
             logger.info("%s: continuing the unfinished run", path)
@@ -226,23 +226,20 @@ class RunFolder:
 
 def check_made_by(path: Path, stage: str) -> None:
     """Raises UserError unless the folder `path` is a run folder that `stage` made."""
-    names = _names(path)
-    if "versions.json" not in names or "config.yaml" not in names:
-        lacks = "versions.json" if "config.yaml" in names else "config.yaml"
-        raise UserError(
-            f"{path} is not a run folder of {stage} (no {lacks}), and is never replaced: choose another run=<name>, or "
-            "remove it yourself"
-        )
-    versions = read_json(path / "versions.json", again="remove the folder, or choose another run=<name>")
+    names = names_in(path)
+    lacks = [name for name in ("config.yaml", "versions.json") if name not in names]
+    again = "remove the folder, or choose another run=<name>"
+    versions = {} if lacks else read_json(path / "versions.json", again=again)
     made_by = versions.get("stage")
-    if made_by is None and not {"commit", "platform"} <= versions.keys():  # runs of earlier versions have no stage
-        raise UserError(
-            f"{path} is not a run folder of {stage} (its versions.json was not written by lumrec), and is never "
-            "replaced: choose another run=<name>, or remove it yourself"
-        )
     if made_by not in (None, stage):
         raise UserError(
             f"{path} is a run of {made_by}, and is never replaced by one of {stage}: choose another run=<name> or "
+            "remove it yourself"
+        )
+    if made_by is None and not {"commit", "platform"} <= versions.keys():  # runs of earlier versions have no stage
+        why = f"no {lacks[0]}" if lacks else "its versions.json was not written by lumrec"
+        raise UserError(
+            f"{path} is not a run folder of {stage} ({why}), and is never replaced: choose another run=<name>, or "
             "remove it yourself"
         )
 
@@ -270,8 +267,8 @@ def clear(path: Path, *, keep: Sequence[str] = ()) -> None:
             entry.unlink()
 
 
-def _names(path: Path) -> set[str]:
-    """Names of what a folder holds; none where it does not exist. Raises UserError for a file."""
+def names_in(path: Path) -> set[str]:
+    """Names of what a folder holds; none if it does not exist. Raises UserError for a file, and for a broken link."""
     try:
         return {entry.name for entry in path.iterdir()}
     except FileNotFoundError:
@@ -289,8 +286,8 @@ def has_work(path: Path) -> bool:
     made. What a run leaves that failed before its first checkpoint (settings, plan, the lines of its log) is nothing:
     it would begin from the start anyway, so a corrected command simply takes its place.
     """
-    left = {name for name in _names(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
-    return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in _names(path / "checkpoints"))
+    left = {name for name in names_in(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
+    return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in names_in(path / "checkpoints"))
 
 
 def _step_of(line: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 
 from lumrec.run.distributed import world_size
+from lumrec.run.errors import UserError
+from lumrec.run.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,8 @@ def versions() -> dict[str, Any]:
 
 def warn_of_other_versions(path: Path) -> None:
     try:
-        before = json.loads((path / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    if not isinstance(before, dict):
+        before = read_json(path / "versions.json")
+    except UserError:
         return
     now = versions()
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "threads"):

@@ -93,7 +93,7 @@ def run(common: Common, settings: QueryConfig) -> dict[str, float | str]:
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
     identity = _identity(common, settings, data, lums)
-    run_folder = RunFolder.create(common.folder("query"), "query", recorded, told=False, keep=SERVED)
+    run_folder = RunFolder.create(common.folder("query"), "query", recorded, quiet=True, keep=SERVED)
     run_id = on_rank_zero(lambda: run_folder.id)
     manifest = on_rank_zero(lambda: _published(run_folder, identity, run_id))
     if manifest and run_folder.finished and run_folder.result().get("version") == manifest["folder"]:

@@ -106,7 +106,7 @@ class NegativeRows:
             item_N, is_repeat_N = self._matched(events, event_N, number_N, self.up_P)
         left = np.flatnonzero(item_N < 0)
         if len(left):
-            share_N = _random(self.config.seed, events.order_E[event_N[left]], number_N[left])
+            share_N = self._random(events, event_N[left], number_N[left], 0)
             item_N[left] = self._draw(events.user_E, events.item_E, events.user_E[event_N[left]], share_N)
         self._count(events, event_N, item_N, is_repeat_N)
         drawn = pl.DataFrame({"event": event_N + self.num_events, "item": item_N.astype(np.int32)})
@@ -173,7 +173,12 @@ class NegativeRows:
         return (low_P + high_P) / 2
 
     def _random(self, events: _Events, event_N: np.ndarray, number_N: np.ndarray, stream: int) -> np.ndarray:
-        return _random(self.config.seed, events.order_E[event_N], number_N, stream=stream)
+        """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's row, the draw's index, the stream."""
+        order_N = events.order_E[event_N].astype(np.uint64)
+        with np.errstate(over="ignore"):
+            start = mix(np.array([self.config.seed % 2**64], np.uint64))
+            state_N = mix(mix(order_N ^ start) + number_N.astype(np.uint64) + np.uint64(stream << 32))
+        return (state_N >> np.uint64(11)).astype(np.float64) / 2.0**53
 
     def _count(self, events: _Events, event_N: np.ndarray, item_N: np.ndarray, is_repeat_N: np.ndarray) -> None:
         num_items = len(self.count_I)
@@ -309,14 +314,6 @@ def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np
     pairs = positives_S.sum() * negatives_S.sum()
     below_S = np.cumsum(negatives_S) - negatives_S / 2
     return float((positives_S * below_S).sum() / pairs) if pairs else None
-
-
-def _random(seed: int, order_N: np.ndarray, number_N: np.ndarray, *, stream: int = 0) -> np.ndarray:
-    """Uniform in [0, 1), float64 [N]: a hash of the seed, the event's row of the log, the draw's number, the stream."""
-    with np.errstate(over="ignore"):
-        start = mix(np.array([seed % 2**64], np.uint64))
-        state_N = mix(mix(order_N.astype(np.uint64) ^ start) + number_N.astype(np.uint64) + np.uint64(stream << 32))
-    return (state_N >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:

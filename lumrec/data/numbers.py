@@ -80,10 +80,7 @@ def _facts(frame: pl.LazyFrame, column: str) -> NumberFacts:
     bad = value.filter(~is_missing & ~is_number).cast(pl.String)
     with_comma = bad.filter(bad.str.contains(DECIMAL_COMMA)).first()
     found = frame.select(
-        rows=pl.len(),
-        missing=is_missing.sum(),
-        unreadable=bad.len(),
-        example=pl.coalesce(with_comma, bad.first()),
+        rows=pl.len(), missing=is_missing.sum(), unreadable=bad.len(), example=pl.coalesce(with_comma, bad.first())
     )
     return NumberFacts(**found.collect(engine="streaming").row(0, named=True))
 

@@ -34,14 +34,7 @@ from lumrec.run.errors import UserError, did_you_mean
 log = logging.getLogger(__name__)
 
 _FILE = "lumrec.file"
-FORMATS = {
-    ".parquet": "Parquet",
-    ".pq": "Parquet",
-    ".csv": "CSV",
-    ".csv.gz": "CSV",
-    ".tsv": "TSV",
-    ".tsv.gz": "TSV",
-}
+FORMATS = {".parquet": "Parquet", ".pq": "Parquet", ".csv": "CSV", ".csv.gz": "CSV", ".tsv": "TSV", ".tsv.gz": "TSV"}
 MAX_DIGITS = 38  # of a decimal, in polars
 MAX_ROWS = 2**32 - 2  # polars counts rows in 32 bits
 

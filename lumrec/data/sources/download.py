@@ -22,9 +22,10 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -187,7 +188,10 @@ def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) ->
     shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
     work.mkdir()
     try:
-        (_unpack_zip if archive.url.endswith(".zip") else _unpack_tar)(part, archive.folder, files, work)
+        wanted = {f"{archive.folder}/{name}": work / name for name in files}
+        for name, source in _members(part, wanted, is_zip=archive.url.endswith(".zip")):
+            with source, open(wanted[name], "wb") as sink:
+                shutil.copyfileobj(source, sink, CHUNK)
         if missing := [name for name in files if not (work / name).is_file()]:
             raise UserError(f"{archive.url} does not hold {', '.join(missing)} in {archive.folder}/; nothing was kept")
         os.rename(work, target)
@@ -197,24 +201,18 @@ def _unpack(archive: Archive, part: Path, target: Path, files: Sequence[str]) ->
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _unpack_zip(path: Path, folder: str, files: Sequence[str], into: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        inside = set(archive.namelist())
-        for name in files:
-            if f"{folder}/{name}" in inside:
-                with archive.open(f"{folder}/{name}") as source, open(into / name, "wb") as sink:
-                    shutil.copyfileobj(source, sink, CHUNK)
-
-
-def _unpack_tar(path: Path, folder: str, files: Sequence[str], into: Path) -> None:
-    wanted = {f"{folder}/{name}": name for name in files}
-    with tarfile.open(path, "r|gz") as archive:
-        for member in archive:
-            name = wanted.get(posixpath.normpath(member.name))
-            source = archive.extractfile(member) if name and member.isfile() else None
-            if name and source:
-                with source, open(into / name, "wb") as sink:
-                    shutil.copyfileobj(source, sink, CHUNK)
+def _members(path: Path, wanted: Collection[str], *, is_zip: bool) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and contents of the `wanted` files in an archive."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            for name in set(wanted) & set(archive.namelist()):
+                yield name, archive.open(name)
+    else:
+        with tarfile.open(path, "r|gz") as stream:
+            for member in stream:
+                name = posixpath.normpath(member.name)
+                if name in wanted and member.isfile() and (source := stream.extractfile(member)):
+                    yield name, source
 
 
 def _size(part: Path) -> int:

@@ -50,18 +50,14 @@ def line_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[pl.Serie
             while block := file.read(block_bytes):
                 whole, newline, tail = block.rpartition(b"\n")
                 if newline:
-                    yield _split(rest + whole + newline)
+                    yield scan_lines(rest + whole + newline).select("raw").collect().to_series()
                     rest, blocks = tail, blocks + 1
                 else:
                     rest += block
     except (EOFError, BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is cut or broken: {error}; get it again") from error
     if rest or not blocks:
-        yield _split(rest)
-
-
-def _split(text: bytes) -> pl.Series:
-    return scan_lines(text).select("raw").collect().to_series()
+        yield scan_lines(rest).select("raw").collect().to_series()
 
 
 def decode_json(lines: pl.Series, fields: Fields) -> pl.DataFrame:

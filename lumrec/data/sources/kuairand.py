@@ -30,13 +30,7 @@ import polars as pl
 from lumrec.data.config import DataConfig
 from lumrec.data.schema import FeatureConfig, SchemaConfig, TableConfig
 from lumrec.data.sources.download import Archive
-from lumrec.data.sources.lines import (
-    check_header,
-    number_checks,
-    raw_of_bad_rows,
-    scan_fields,
-    wrong_number_of_fields,
-)
+from lumrec.data.sources.lines import check_header, number_checks, raw_of_bad_rows, scan_fields, wrong_number_of_fields
 from lumrec.data.sources.published import COUNTED, Place, label_in_use, resolve
 from lumrec.data.sources.raw_log import LabelConfig, RawLog, first_reason, microseconds, positive
 from lumrec.run.errors import UserError

@@ -125,8 +125,7 @@ _OF_TIME = {"hour": FeatureConfig("context"), "weekday": FeatureConfig("context"
 _TABLES = {"item_id": TableConfig(32), "genres": TableConfig(16)}
 DEFAULT_SCHEMAS = {
     name: SchemaConfig(
-        tables=_TABLES,
-        features={**_OF_ITEMS_AND_EVENTS, **(_OF_USERS if release.layout != "csv" else {}), **_OF_TIME},
+        tables=_TABLES, features={**_OF_ITEMS_AND_EVENTS, **(_OF_USERS if release.layout != "csv" else {}), **_OF_TIME}
     )
     for name, release in RELEASES.items()
 }

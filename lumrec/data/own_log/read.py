@@ -86,12 +86,9 @@ def open_tables(config: LogConfig, scratch: Path) -> Tables:
             "data.log.events is not given; expected the files of the log, such as data.log.events=clicks.parquet, a "
             "folder of them, or a glob"
         )
-    opened = [
-        open_table(name, as_list(getattr(config, name)), config, scratch) if as_list(getattr(config, name)) else None
-        for name in ("events", "items", "users")
-    ]
-    assert opened[0] is not None
-    return Tables(opened[0], opened[1], opened[2])
+    given = {name: as_list(getattr(config, name)) for name in ("events", "items", "users")}
+    opened = {name: open_table(name, patterns, config, scratch) for name, patterns in given.items() if patterns}
+    return Tables(opened["events"], opened.get("items"), opened.get("users"))
 
 
 def damaged_file(config: LogConfig) -> Path | None:
@@ -111,9 +108,8 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     """The raw log of opened tables. Raises as `read` does for what does not fit them."""
     config = data.log
     events, items, users = tables.events, tables.items, tables.users
-    for key in ("user", "item", "timestamp"):
-        if column := getattr(config, key):
-            events.require(column, f"data.log.{key}")
+    for key in ("user", "item", *(["timestamp"] if config.timestamp else [])):
+        events.require(getattr(config, key), f"data.log.{key}")
     label = label_column(data, events)
     if data.request:
         events.require(data.request, "data.request")

@@ -8,8 +8,9 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lumrec.run import files
-from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import full_disk_told, leftovers, read_json, remove_folder, replace_folder
+from lumrec.run.changes import differing
+from lumrec.run.errors import MissingFileError, UserError, did_you_mean
+from lumrec.run.files import full_disk_told, leftovers, locked, read_json, remove_folder, replace_folder
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -72,3 +73,38 @@ def test_a_library_that_does_not_say_why_it_failed_on_a_full_disk(tmp_path):
                 raise RuntimeError("unexpected pos 64 vs 0")
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_lock_is_held_by_one_and_goes_with_its_holder(tmp_path, folder):
+    path = tmp_path / "x"
+    with locked(path, folder=folder):
+        with pytest.raises(BlockingIOError), locked(path, folder=folder):
+            pass
+        child = os.fork()
+        if child == 0:  # it ends with the lock's descriptor open
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(BlockingIOError), locked(path, folder=folder):
+            pass
+    with locked(path, folder=folder):
+        assert path.is_dir() == folder
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with locked(tmp_path / "x"):
+        assert "no locks on this file system" in caplog.text
+
+
+def test_what_differs_is_named_by_its_dotted_key():
+    stored, now = {"a": {"b": 1, "c": {}}, "d": [1]}, {"a": {"b": 2}, "d": [1], "e": "x"}
+    assert list(differing(stored, now)) == [("a.b", 1, 2), ("e", "(absent)", "x")]
+
+
+def test_the_nearest_name_is_found_whatever_its_case():
+    assert did_you_mean("LABEL ", ["Label", "item"]) == " (did you mean 'Label'?)"
+    assert did_you_mean("zzz", ["Label", "item"]) == ""

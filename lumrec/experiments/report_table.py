@@ -134,13 +134,8 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
     width = 31 if len(seeds) > 1 else 22
     lines = ["; ".join(head), f"{'':28}" + "".join(f"{label:<{width}}" for label in METRICS.values())]
     for row in rows(config, result):
-        name = RANKER_NAMES.get(row.ranker, row.ranker) if row.knowledge == "none" else "  "
-        if row.knowledge != "none" and "none" not in config.pipeline.knowledge:
-            name = RANKER_NAMES.get(row.ranker, row.ranker)
-        label = f"{name} {LABELS[row.knowledge]}"
-        lines.append(
-            f"{label:28}" + "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS).rstrip()
-        )
+        cells = "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS)
+        lines.append(f"{row.name:28}{cells}".rstrip())
     lines += ["", *gain_lines(rows(config, result))] + [f"! {note}" for note in notes_of(result)]
     lines += lum_alone(result) + treatment(config)
     if "prepare/best_auc" in result:

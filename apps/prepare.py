@@ -17,8 +17,8 @@ def prepare(*words: str, config: str = "", check: bool = False, j: str = "1x1") 
 
     Args:
         words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
-        config: name of a config that comes with lumrec, or a YAML file; default ml-1m, or with --check the defaults of
-            the code
+        config: name of a config that comes with lumrec, or a YAML file; default ml-1m; with --check only the
+            built-in defaults
         check: report what is in the log and what preparing would do, and write nothing
         j: nodes x processes per node
     """

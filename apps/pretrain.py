@@ -10,8 +10,8 @@ import torchx.specs as specs
 def pretrain(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     """Step 1: pre-trains a Large User Model (LUM) on the prepared log.
 
-    Next-condition-item prediction: at each condition token the model learns to tell the item that follows from others.
-    Prepares the data first if that was not done. A killed run continues with the same command.
+    Next-condition-item prediction: at each condition token the model learns to distinguish the next item from others.
+    Prepares the data first if that was not done. To continue a killed run, run the same command again.
     Example: torchx run apps/pretrain.py --config ml-1m model.dim=32 pretrain.train.epochs=4
 
     Args:

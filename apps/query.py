@@ -3,7 +3,7 @@
 torchx run apps/query.py --config ml-1m inputs.lums=[ml-1m-pretrain]
 torchx run apps/query.py -j 1x2 --config ml-1m
 python -m lumrec.knowledge.forget RUNS_DIR KEY ...            removes users for good (right to be forgotten)
-python -m lumrec.knowledge.parquet export RUN_FOLDER FOLDER   users and items as Parquet; import makes a store of it
+python -m lumrec.knowledge.parquet export RUN_FOLDER FOLDER   exports users and items; import makes a store of them
 """
 
 import torchx.specs as specs

@@ -11,7 +11,7 @@ def retrieve(*words: str, config: str = "ml-1m-retrieve", j: str = "1x1") -> spe
     """Step 3 for retrieval: trains a two-tower model (EDB), without or with LUM knowledge.
 
     retrieve.knowledge is none or direct: the LUM's answers enter the user tower, its item embeddings the item tower.
-    Ends with HR@k and NDCG@k of the test part over the whole catalogue, exact and by a FAISS index.
+    Ends with HR@k and NDCG@k of the test part over the whole catalogue, by exact search and by FAISS.
     Example: torchx run apps/retrieve.py --config ml-1m-retrieve retrieve.knowledge=direct run=edb-lum
 
     Args:

@@ -10,8 +10,8 @@ import torchx.specs as specs
 def show_user(*words: str, config: str = "ml-1m", user: str = "") -> specs.AppDef:
     """Shows one user: the last events and, for each condition, the items that the LUM ranks first, by title.
 
-    Asks the LUM of inputs.lums under the conditions of query.conditions. Of cross-fitted LUMs, the one that was not
-    trained on the user answers.
+    Asks the LUM of inputs.lums under the conditions of query.conditions. If the LUMs are cross-fitted, the
+    one that was not trained on this user answers.
     Example: torchx run apps/show_user.py --config ml-1m --user 42 show_user.top=5
 
     Args:

@@ -9,8 +9,9 @@ import torchx.specs as specs
 def tune(*words: str, config: str = "ml-1m") -> specs.AppDef:
     """Tunes the settings of rankers, with the same number of trials without and with LUM knowledge.
 
-    Each trial trains one seed. The validation part chooses; the test part is not touched. Ends with a table of the
-    trials and with the winners as a config's pipeline.tuned section (tuned.yaml). Finished trials are not run again.
+    Each trial trains one seed. The best trial is chosen on the validation part; the test part is not used. Ends with a
+    table of the trials and with tuned.yaml, which holds the best settings as a config's pipeline.tuned section.
+    Finished trials are not run again.
     Example: torchx run apps/tune.py --config ml-1m 'pipeline.rankers=[din]' tune.trials=8
 
     Args:

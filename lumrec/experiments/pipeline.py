@@ -109,10 +109,11 @@ def make(
 
 def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
     """Raises UserError for what the settings of any stage name and the schema has not."""
-    schema = schema_in_use(config.data, config.schema)
+    schema, made = schema_in_use(config.data, config.schema), {stage.path for stage in stages}
     for stage in stages:
         limits.check(stage.config)
-        STAGES[stage.app].check_inputs(stage.config)
+        if Path(stage.config.rank.warm_start.source) not in made:  # else an earlier stage makes it, and its rules
+            STAGES[stage.app].check_inputs(stage.config)
         STAGES[stage.app].check_schema(stage.config, schema)
 
 

@@ -27,11 +27,11 @@ def start_logging() -> None:
     # What TorchRec 1.8 says at every use under torch 2.13, whatever the caller does.
     for message in (".*broadcast_buffers", "Please use DTensor", "HeuristicalStorageReservation"):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_news)
-    logging.getLogger().addFilter(_is_news)
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(is_news)
+    logging.getLogger().addFilter(is_news)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def is_news(record: logging.LogRecord) -> bool:
     """False for what torch and TorchRec log at every use; "already …": for tables that two models share in one DMP,
     TorchRec logs as an error what it then does right.
     """

@@ -16,6 +16,7 @@ from lumrec.data.splits import TRAIN
 from lumrec.experiments.config import Config, load
 from lumrec.features.statistics import Statistics
 from lumrec.models.lum import build_lum, data_tables
+from lumrec.models.ranker import build_ranker, build_rows
 from lumrec.modules.large_user_model import Pack
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.run.distributed import init_distributed, rank
@@ -37,7 +38,7 @@ class LumAndRanker(nn.Module):
         super().__init__()
         tables = data_tables(data)
         self.lum, self.packs = build_lum(config.model, data, tables=tables)
-        self.ranker = ranking.build_ranker(config.rank, data, num_statistics=0, tables=tables)
+        self.ranker = build_ranker(config.rank, data, num_statistics=0, tables=tables)
         self.lum_step = make_step(config.pretrain)
 
     def forward(self, pack: Pack, batch: RankBatch, weights: tuple[float, float]) -> Tensor:
@@ -63,7 +64,7 @@ def batch_of(config: Config, data: PreparedData, model: LumAndRanker, of_rank: i
         world_size=2,
     )
     none = Statistics(np.zeros((data.num_rows, 0), np.float32), [])
-    rows = ranking.build_rows(model.ranker, data, config.rank, none)
+    rows = build_rows(model.ranker, data, config.rank, none)
     return next(iter(loader)), rows.batch(np.flatnonzero(data.split == TRAIN)[of_rank * 64 : of_rank * 64 + 64])
 
 

@@ -107,7 +107,7 @@ def test_damaged_items_are_noticed(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="items_e.npy has changed"):
+    with pytest.raises(ValueError, match="items_e.npy was changed or damaged"):
         KnowledgeStore.open(path)
 
 

@@ -137,9 +137,9 @@ def test_state_that_does_not_fit_is_refused_unless_it_may_be_dropped(forks, whol
     assert "train.optimizer_state=drop" in message
     assert len(lines(tmp_path)) == 5
     dropped = forks.run(f"{THIS}:train", world_size=2, optimizer_state="drop", **arguments)
-    assert "optimizer state begins anew, as asked" in dropped.text()
+    assert "optimizer state starts again, as asked" in dropped.text()
     kept, anew = ([row["loss"] for row in lines(folder)] for folder in (whole["rowwise_adagrad"], tmp_path))
-    # column_wise trains a little differently (up to 0.2% by here); sums that begin anew do so by more.
+    # column_wise trains a little differently (up to 0.2% by here); sums that start again do so by more.
     assert anew[:5] == pytest.approx(kept[:5], rel=3e-3) and len(anew) == 16
     assert max(abs(a / b - 1) for a, b in zip(anew[5:], kept[5:])) > 5e-3
 

@@ -37,7 +37,7 @@ class Common:
     run: folder of this run under runs_dir; "" = "<name>-<stage>".
     name: name of the experiment; "" = the name of the YAML file.
     runs_dir: folder that holds all runs.
-    seed: seed of every random draw that has no seed of its own.
+    seed: seed of every random draw that has no other seed.
     fold: "k/K" leaves the users of fold k out of pre-training (cross-fitting); "" = all users train.
     threads: CPU threads of each process; 0 = torch's choice.
     overwrite: replace a finished run in the same folder, or one that was made with another config.

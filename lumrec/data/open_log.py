@@ -49,7 +49,7 @@ def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> dict[str, A
     decides: dict[str, Any] = dataclasses.asdict(data)
     for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
         del decides[name]
-    if data.vocabulary_from:  # what it holds is told apart by its fingerprint, beside the files
+    if data.vocabulary_from:  # its fingerprint identifies it, beside the files
         decides["vocabulary_from"] = Path(data.vocabulary_from).name
     else:
         del decides["vocabulary_from"]
@@ -57,7 +57,7 @@ def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> dict[str, A
         del decides["negatives"]
     decides["split"] = plain_split(data.split)
     wanted: dict[str, Any] = {"data": decides, "schema": dataclasses.asdict(schema_in_use(data, schema))}
-    if data.source == "log":  # the files themselves are told apart by their checksums
+    if data.source == "log":  # their checksums identify the files
         for name in ("events", "items", "users"):
             del decides["log"][name]
         for name in ("decimal_comma", "exact"):  # data prepared before there were these keep their request

@@ -94,8 +94,8 @@ def prepare(common: Common, path: Path) -> dict[str, Any]:
     data = common.data
     path = _checked_place(path)
     forgotten = read_forgotten(common.runs)
-    told = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
-    with _claimed(path) as work, told:
+    full_disk = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
+    with _claimed(path) as work, full_disk:
         (scratch := work / "source").mkdir()
         with read_to_its_end(data):
             older_fingerprint, older = _older_vocabularies(common, path)
@@ -250,11 +250,11 @@ def summary(note: str, manifest: dict[str, Any], path: Path, wall_s: float) -> s
     lines += [f"  {line}" for line in number_lines(manifest["numbers"])]
     if "vocabulary_from" in manifest:
         tables = manifest["vocabulary_from"]["tables"].items()
-        told = "; ".join(
+        growth = "; ".join(
             f"{table} {rows['taken']:,} taken ({rows['found']:,} of them found here), {rows['new']:,} new"
             for table, rows in tables
         )
-        lines.append(f"  vocabularies build on {manifest['vocabulary_from']['fingerprint']}: {told}")
+        lines.append(f"  vocabularies build on {manifest['vocabulary_from']['fingerprint']}: {growth}")
     if facts.get("best_auc") is not None:
         lines.append(
             f"  best possible AUC on the test part {facts['best_auc']:.4f} (the true click probabilities); "
@@ -344,7 +344,7 @@ def _standing_result(
     if differences:
         raise UserError(
             f"{path} was prepared with another config or from other files:\n{differences}\n"
-            "Say overwrite=true to replace it, or run=<name> for a folder of its own."
+            "Say overwrite=true to replace it, or run=<name> for another folder."
         )
     if found := files_with(path, forgotten):
         raise UserError(
@@ -354,11 +354,11 @@ def _standing_result(
 
 
 def changed_files(path: Path, data: DataConfig) -> list[str]:
-    """The files of a log of one's own that are not those `path` was prepared from, "file <name>: changed" (or new, or
+    """The files of your log that are not those `path` was prepared from, "file <name>: changed" (or new, or
     gone) each; one line too where `path` is damaged.
 
     [] for every other source, whose published files are checked where they are read, and, saying so, where the log is
-    not there any more: what was prepared from it stands.
+    not there any more: what was prepared from it is kept.
     """
     if data.source != "log":
         return []
@@ -369,7 +369,7 @@ def changed_files(path: Path, data: DataConfig) -> list[str]:
     except PreparedDataError as error:
         return [str(error)]
     except DataSetMissing as error:
-        say(f"{path} stands as it was prepared; whether the log has changed cannot be told: {error}")
+        say(f"{path} is used as it was prepared; whether the log has changed is not known: {error}")
         return []
     now = {name: sha256(file) for name, file in named_files(files).items()}
     names = sorted({*made, *now} - {VOCABULARY})

@@ -56,7 +56,7 @@ class PreparedData:
     dense: name of each dense feature to its scaled numbers, f32, indexed by item, user or event after its role.
     absolute_time: False where times of different users cannot be compared.
     table_rows: rows of each embedding table, row 0 ("unknown") included. item_counts: i64 [I], training events.
-    negative_event, negative_item: i64, the event beside which each drawn row stands, and its item.
+    negative_event, negative_item: i64, the event beside which each row was drawn, and its item.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:

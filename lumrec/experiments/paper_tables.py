@@ -7,7 +7,7 @@
               warm-up (by itself, as its log is split by time): see lumrec/experiments/warm_up_rows.py
 
 A table is rows of pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*: what is finished
-with the same settings is not run again, and what other settings touch is made anew.
+with the same settings is not run again, and what other settings affect is run again.
 """
 
 from __future__ import annotations
@@ -190,12 +190,12 @@ def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[st
     """What an earlier call's file has of other rankers. Raises UserError where that is by another protocol."""
     if not path.exists():
         return {}
-    found = read_json(path, again="remove it, or give --out for a folder of its own")
+    found = read_json(path, again="remove it, or give another folder as --out")
     kept = {key: value for key, value in found.items() if key.partition("/")[0] in set(RANKER_NAMES) - set(rankers)}
     if kept and found["protocol"] != protocol:
         raise UserError(
             f"{path} has rows of {', '.join(models_of(kept))} by another protocol ({found['protocol']}) than is asked "
-            f"for now ({protocol}): give --out for a folder of its own, or remove it"
+            f"for now ({protocol}): give another folder as --out, or remove it"
         )
     return kept
 
@@ -243,7 +243,7 @@ def table_config(table: str, dataset: str, rows: str, words: Sequence[str]) -> C
 
 
 def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:
-    """The config of a pipeline of the table, in a run folder of its own. Raises UserError where there is none."""
+    """The config of a pipeline of the table, in its own run folder. Raises UserError where there is none."""
     path = CONFIGS / f"{dataset}{variant}.yaml"
     if not path.is_file():
         known = sorted({file.stem for file in CONFIGS.glob("*.yaml") if "-no-" not in file.stem})

@@ -2,7 +2,7 @@
 
     runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/ rank-din-none-s0/ …  logs/  config.yaml result.json report.html
 
-Each stage is a TorchX job of its own. Stages that are finished with the same settings are not run again.
+Each stage is a separate TorchX job. Stages that are finished with the same settings are not run again.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def pending(stages: list[PlannedStage], *, overwrite: bool) -> dict[str, bool]:
         if changes and not overwrite:
             raise UserError(
                 f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Say overwrite=true to "
-                "make again what they touch, or run=<name> for a folder of its own"
+                "make again what they touch, or run=<name> for another folder"
             )
         upstream = any(need in again for need in stage.needs)
         replace = bool(changes) or (overwrite and upstream)

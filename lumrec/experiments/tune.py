@@ -81,7 +81,7 @@ def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
         numbers = f"{figures[0]:8.4f}{figures[1]:8.4f}{figures[2]:10.4f}"
         mark = "best " if tuned[trial["name"]] == trial["words"] else ""
         settings = " ".join(word.removeprefix("rank.").removeprefix("train.") for word in trial["words"])
-        lines.append(f"{trial['name']:18}{trial['trial']:4}{numbers}  {mark}{settings or 'the config as it stands'}")
+        lines.append(f"{trial['name']:18}{trial['trial']:4}{numbers}  {mark}{settings or 'the config unchanged'}")
     return "\n".join(lines)
 
 

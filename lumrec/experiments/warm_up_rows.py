@@ -46,7 +46,7 @@ FIRST_LAYER = "over_arch.0.weight"
 
 def run(config: Config) -> dict[str, float | str]:
     """Runs what is not finished yet, and gives "rank/<ranker>/<knowledge>/<row>/<metric>" (means over the seeds, with
-    "…/auc_sd" beside), "online/<metric>" (the online model as it stands, on the test part) and "dataset".
+    "…/auc_sd" beside), "online/<metric>" (the online model itself, on the test part) and "dataset".
 
     Raises UserError for settings that cannot work, and as the pipeline does.
     """

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Literal, NamedTuple, Optional  # noqa: UP035 (as in all configs)
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -59,7 +59,7 @@ class ModelConfig:
     num_layers: int = count(2, least=1, most=1024)
     num_heads: int = count(2, least=1, most=MOST_WIDTH)
     ffn_dim: int = count(0, most=16 * MOST_WIDTH)
-    time_bias: Optional[bool] = None  # noqa: UP045
+    time_bias: bool | None = None
     tokens: Literal["interleaved", "merged"] = "interleaved"
     checkpoint_activations: bool = False
     compile: bool = False
@@ -67,7 +67,7 @@ class ModelConfig:
     dropout: float = share(0.1)
     similarity: Literal["cosine", "dot"] = "cosine"
     temperature: float = setting(0.05, least=1e-12, most=1e12)
-    conditions: Optional[List[str]] = None  # noqa: UP006, UP045
+    conditions: list[str] | None = None
 
     def check(self, at: str) -> None:
         """Raises UserError for settings that no user encoder has together (`at`: the section, with a dot)."""
@@ -146,7 +146,7 @@ def build_lum(
         condition_features=conditions,
         dim=config.dim,
     )
-    # A query of serving stands behind max_events - 1 events at the most, where training has seen its position.
+    # A query at serving comes after at most max_events - 1 events: training has seen that position.
     user_encoder = build_user_encoder(config)
     model = LargeUserModel(
         token_encoder,

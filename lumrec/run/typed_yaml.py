@@ -26,7 +26,7 @@ import yaml
 
 from lumrec.run.errors import UserError, did_you_mean
 
-MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can stand for billions
+MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can mean billions
 NULLS = ("null", "Null", "NULL", "~", "")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -50,7 +50,7 @@ class UnknownKey(UserError):
 
 
 class Text(str):
-    """A scalar as it is written. is_plain: it stands without quotes, so that `null` may mean no value."""
+    """A scalar as it is written. is_plain: it is written without quotes, so that `null` may mean no value."""
 
     is_plain: bool
 
@@ -96,7 +96,7 @@ class _Composed:
         if isinstance(node, yaml.ScalarNode):
             return Text(node.value, is_plain=node.style is None)
         if id(node) in self.open:
-            raise _problem("an alias stands within what it stands for", node)
+            raise _problem("an alias is within its own value", node)
         self.open.add(id(node))
         value = self._mapping(node) if isinstance(node, yaml.MappingNode) else [self.value_of(n) for n in node.value]
         self.open.remove(id(node))
@@ -294,7 +294,7 @@ def dump(value: Any, **style: Any) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """The names that lead to a value as one key; a name with a dot in it, say, stands in quotes."""
+    """The names that lead to a value as one key; a name with a dot in it, say, is in quotes."""
     text = ""
     for name in path:
         if re.fullmatch(r"\[\d+\]", name):

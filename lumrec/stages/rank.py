@@ -125,7 +125,7 @@ def lum_of_tables(common: Common) -> TrainedLum:
 
 
 def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
-    """Fills the tables that the LUM in `folder` has too with its weights; their names. The optimizer starts anew.
+    """Fills the tables that the LUM in `folder` has too with its weights; gives their names. Optimizer state restarts.
 
     Raises UserError where the LUM was trained on other data.
     """

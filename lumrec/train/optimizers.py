@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args  # noqa: UP035 (the spelling of all dataclasses of the config)
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn

@@ -131,7 +131,7 @@ def test_the_core_schema_of_yaml_1_2_by_the_type_of_the_field(text, expected):
         ("text: !!python/object/apply:os.system ['touch x']", "the tag 'tag:yaml.org,2002:python/.*not supported"),
         ("text: !!int 3", "is not supported"),
         ("? [a]\n: 1", "a key is a list or a mapping"),
-        ("texts: &x [*x]", "an alias stands within what it stands for"),
+        ("texts: &x [*x]", "an alias is within its own value"),
         ("texts: " + "[" * 3000, "nested too deeply|not valid YAML"),
         (BOMB, "over 200,000 values"),
         (b"text: \xff\xfe\xfa", "a.yaml is not valid YAML"),

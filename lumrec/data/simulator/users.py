@@ -100,7 +100,7 @@ def simulate_users(config: SimulatorConfig, world: World, num_users: int, rng: n
 def query_words(query_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the words of all queries, one after the other, and how many each query has (0 where query is -1).
 
-    A query encodes its category, its first word, the count of its own words (1 … 3), and a common word or none; words
+    A query encodes its category, its first word, the count of its words (1 … 3), and a common word or none; words
     are counted by category, WORDS_PER_CATEGORY each, and the common ones are -1, -2, …
     """
     typed_Q = np.flatnonzero(query_E >= 0)

@@ -1,5 +1,6 @@
 """Downloads against a server on this machine that cuts connections, changes its file, and knows Range or does not."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -71,8 +72,8 @@ def tarred(files: dict[str, bytes], folder: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Publisher]:
+@contextlib.contextmanager
+def serving() -> Iterator[Publisher]:
     publisher = Publisher("")
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -115,12 +116,17 @@ def server() -> Iterator[Publisher]:
         running.shutdown()
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Publisher]:
+    with serving() as publisher:
+        yield publisher
+
+
 @pytest.fixture
-def publisher(server: Publisher) -> Publisher:
-    """The server, behaving well again."""
-    fresh = Publisher(server.url)
-    server.__dict__.update(fresh.__dict__)
-    return server
+def publisher() -> Iterator[Publisher]:
+    """A server of this test only: a request that another test's killed process has sent may be served late."""
+    with serving() as publisher:
+        yield publisher
 
 
 def fetch(archive: Archive, target: Path, names: list[str] = NAMES) -> dict[str, bytes]:

@@ -159,7 +159,7 @@ def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_s
     text = Path(events).read_text()
     Path(events).unlink()
     assert pending(stages, overwrite=False) == {}
-    assert "whether the log has changed cannot be told" in capsys.readouterr().out
+    assert "whether the log has changed is not known" in capsys.readouterr().out
     Path(events).write_text(text.replace("product,", "thing,", 1))
     with pytest.raises(ValueError, match=r"all/prepare was made with other settings or files \(file clicks.csv: chang"):
         pending(stages, overwrite=False)

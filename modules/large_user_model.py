@@ -25,7 +25,7 @@ TOKENS_PER_EVENT = {"interleaved": 2, "merged": 1}
 # are answered in portions. Small portions are also faster on a CPU: with 4 queries at each of 2,000 events, 2**23 takes
 # 0.8 of the time of 2**26.
 QUERY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 26}
-# The time of the learned start, which stands for what was seen before the first event: none.
+# The time of the learned start, used where nothing was seen before the first event.
 NEVER = torch.iinfo(torch.int64).min
 
 

@@ -373,7 +373,7 @@ def markdown(
     if f"average/gain/{main}" in result and len(models_of(case for case in cases if case.key.endswith("/lum"))) > 1:
         lines.append(gain("average Imp.", "average/lum"))
     if f"online/{main}" in result:
-        lines.append(line("the online model as it stands", *(_spoken(result, "online", metric) for metric in metrics)))
+        lines.append(line("the online model itself", *(_spoken(result, "online", metric) for metric in metrics)))
     return "\n".join([*lines, "", f"![]({title}.svg)", ""])
 
 

@@ -37,6 +37,7 @@ from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 from lumrec.stages.query import SERVED
 from lumrec.stages.registry import STAGES
+from lumrec.warm_start.config import WarmStartConfig
 
 MEASURED = ("auc", "gauc", "log_loss")
 
@@ -112,8 +113,10 @@ def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
     schema, made = schema_in_use(config.data, config.schema), {stage.path for stage in stages}
     for stage in stages:
         limits.check(stage.config)
-        if Path(stage.config.rank.warm_start.source) not in made:  # else an earlier stage makes it, and its rules
-            STAGES[stage.app].check_inputs(stage.config)
+        named, rank = stage.config, stage.config.rank
+        if Path(rank.warm_start.source) in made:  # an earlier stage makes it, and its rules
+            named = dataclasses.replace(named, rank=dataclasses.replace(rank, warm_start=WarmStartConfig()))
+        STAGES[stage.app].check_inputs(named)
         STAGES[stage.app].check_schema(stage.config, schema)
 
 

@@ -29,13 +29,13 @@ NEEDED = {
 }
 if (PACKAGE.parent / "Makefile").is_file():
     REPAIR = "run `make setup` (CPU) or `make setup DEVICE=cuda`"
-    ANEW = "remove .venv, then " + REPAIR
+    RENEW = "remove .venv, then " + REPAIR
 else:
     REPAIR = (
         'run `pip install "lumrec[stages]"`, then `pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0` '
         "(CUDA: fbgemm-gpu==1.8.0)"
     )
-    ANEW = "make a new virtual environment, then " + REPAIR
+    RENEW = "make a new virtual environment, then " + REPAIR
 
 
 def installed(name: str) -> str:
@@ -62,14 +62,14 @@ def _wrong_fbgemm() -> str:
     if cpu and cuda:
         return (
             f"both builds of fbgemm are installed (fbgemm-gpu-cpu {cpu} and fbgemm-gpu {cuda}), and they overwrite "
-            f"each other's files: {ANEW}"
+            f"each other's files: {RENEW}"
         )
     if not cpu and not cuda:
         return f"fbgemm is not installed (fbgemm-gpu-cpu for CPU, fbgemm-gpu for CUDA): {REPAIR}"
     if cuda and not torch_cuda():
         return (
             f"fbgemm-gpu {cuda} is the CUDA build, but torch {installed('torch')} is a CPU build "
-            f"(a bare `pip install torchrec` mixes them): {ANEW}"
+            f"(a bare `pip install torchrec` mixes them): {RENEW}"
         )
     return ""
 
@@ -80,7 +80,7 @@ def _wrong_versions() -> str:
         return ""
     got = ", ".join(f"{name} {version}" for name, version in found.items())
     return (
-        f"{got} do not fit together; expected torch {SET['torch']} with torchrec and fbgemm {SET['torchrec']}: {ANEW}"
+        f"{got} do not fit together; expected torch {SET['torch']} with torchrec and fbgemm {SET['torchrec']}: {RENEW}"
     )
 
 
@@ -95,7 +95,7 @@ def _import_failure() -> str:
                 return (
                     f"{name} is a CUDA build, and this machine has no NVIDIA driver ({reason}): make setup DEVICE=cpu"
                 )
-            return f"{name} is installed but does not load ({type(error).__name__}: {reason}): {ANEW}"
+            return f"{name} is installed but does not load ({type(error).__name__}: {reason}): {RENEW}"
     return ""
 
 

@@ -303,7 +303,7 @@ def test_the_warm_up_rows_stand_beside_the_papers_and_the_online_model():
     assert f"| Imp. over DLRM (scratch) | +0.0300, {report_gains.NO_SCORES} |" in text
     assert (
         "| DLRM (scratch) | 0.5000 | – | – | 0.7338 |" in text
-        and "| the online model as it stands | 0.7000 | – | – |  |" in text
+        and "| the online model itself | 0.7000 | – | – |  |" in text
     )
     assert "the earliest 80% of the training events" in text and "segment_category" in text
 

@@ -37,6 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
+    for path in ("examples/shop.py", "examples/ask_a_lum.ipynb"):  # the home page links to them
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 

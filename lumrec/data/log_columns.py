@@ -58,6 +58,13 @@ def of_time(time_us: pl.Expr, utc_offset_hours: float) -> dict[str, pl.Expr]:
     }
 
 
+def check_read_columns(schema: SchemaConfig, raw: RawLog) -> None:
+    """Raises UserError for a feature that the log cannot give; reads no row."""
+    check_features(schema, raw)
+    events = with_wishes_of_items(with_derived_columns(raw), raw, schema)
+    columns_to_keep(raw, schema, events.collect_schema())
+
+
 def check_features(schema: SchemaConfig, raw: RawLog) -> None:
     """Raises UserError for a feature that reads what is known only after the item was shown, the request, or the time
     of a log without times.

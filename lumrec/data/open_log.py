@@ -27,7 +27,8 @@ def read_source(data: DataConfig, schema: SchemaConfig, *, seed: int, scratch: P
         raise UserError(
             f"data.request: got {data.request!r} with data.source={data.source}; it names a column of source log only"
         )
-    return SOURCES[data.source].read(data, seed=seed, scratch=scratch), in_use
+    early = {"schema": in_use} if data.source == "log" else {}  # checked before its CSV files are converted
+    return SOURCES[data.source].read(data, seed=seed, scratch=scratch, **early), in_use
 
 
 def schema_in_use(data: DataConfig, schema: SchemaConfig) -> SchemaConfig:

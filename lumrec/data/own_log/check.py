@@ -33,10 +33,10 @@ from lumrec.data.ingest import Ingested, count_reasons, ingest
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_facts, number_lines
 from lumrec.data.open_log import read_source
-from lumrec.data.own_log.column_facts import ColumnFacts, column_facts, whole_days
+from lumrec.data.own_log.column_facts import SAMPLE_ROWS, ColumnFacts, column_facts, whole_days
 from lumrec.data.own_log.config import as_list
 from lumrec.data.own_log.guess import guess_data
-from lumrec.data.own_log.read import label_column, open_tables, raw_log
+from lumrec.data.own_log.read import check_columns, find_tables, label_column, open_tables, raw_log
 from lumrec.data.own_log.suggest import as_schema, as_yaml, sounds_known_after, suggest, training_yaml
 from lumrec.data.prepare import read_to_its_end
 from lumrec.data.schema import SchemaConfig, validate
@@ -140,7 +140,9 @@ def check(common: Common, scratch: Path, report: Report) -> None:
 
 def _check_log(common: Common, report: Report, scratch: Path) -> None:
     """`check` for your own log."""
-    tables = open_tables(common.data.log, scratch / "source")
+    columns = find_tables(common.data.log)
+    check_columns(common.data, columns, guessing=True)
+    tables = open_tables(columns, common.data.log, scratch / "source")
     report.section("files", [str(table) for table in tables])
     for table in tables:
         report.warnings += [
@@ -325,7 +327,7 @@ def _column_lines(facts: Sequence[ColumnFacts]) -> list[str]:
         return []
     rows = [("table", "column", "type", "missing", "distinct", "such as")]
     for c in facts:
-        distinct = f"{'~' if c.distinct > 100 else ''}{c.distinct:,}"
+        distinct = f"{'~' if c.num_rows > SAMPLE_ROWS else ''}{c.distinct:,}"
         rows.append((c.table, c.name, _type(c), f"{c.missing:.1%}", distinct, _examples(c)))
     widths = [max(map(len, column)) for column in zip(*rows)][:5]
     return ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[5]]).rstrip() for row in rows]

@@ -21,10 +21,11 @@ OWN_COLUMNS = ("user_id", "item_id", "time_us", "order", "label", "reason", "raw
 class ColumnFacts:
     """Facts about one column of events, items or users.
 
-    missing: share of the rows. distinct: about how many values there are (of a list: in the sample). is_number,
-    is_fraction: nearly all values of the sample are numbers, some with a fraction. is_time: they are times.
-    of_item, of_user: for events, the share of the events of items (users) with several events for which the column
-    stays the same; None where there are no such items, and where nearly all rows have one value.
+    missing: share of the rows. distinct: number of values; in a table of more than SAMPLE_ROWS rows about that number
+    (of a list: in the sample). is_number, is_fraction: nearly all values of the sample are numbers, some with a
+    fraction. is_time: they are times. of_item, of_user: for events, the share of the events of items (users) with
+    several events for which the column stays the same; None where there are no such items, and where nearly all rows
+    have one value.
     """
 
     table: str
@@ -82,6 +83,8 @@ def _facts_of(
     elif kind.is_numeric() or kind == pl.String:
         number = (values.str.strip_chars() if kind == pl.String else values).cast(pl.Float64, strict=False).drop_nulls()
     distinct = counts.get(f"distinct {name}")
+    if distinct is None or counts["rows"] <= SAMPLE_ROWS:  # the sample is all there is, or all that can be counted
+        distinct = 0 if kind == pl.Object else values.n_unique()
     top = rows.value_counts(sort=True)["count"][0] / len(rows) if len(rows) and not kind.is_nested() else 0.0
     examples = values.unique(maintain_order=True).head(3)
     return ColumnFacts(
@@ -90,7 +93,7 @@ def _facts_of(
         kind=kind,
         num_rows=counts["rows"],
         missing=counts[f"missing {name}"] / counts["rows"] if counts["rows"] else 1.0,
-        distinct=distinct if distinct is not None else (0 if kind == pl.Object else values.n_unique()),
+        distinct=distinct,
         examples=tuple(str(value) for value in examples.to_list()),
         is_number=len(values) > 0 and len(number) >= 0.99 * len(values),
         is_fraction=bool((number != number.floor()).any()),

@@ -77,20 +77,27 @@ class Utf8Stream(io.RawIOBase):
         super().close()
 
 
-def to_parquet(files: Sequence[Path], name: str, config: LogConfig, scratch: Path) -> list[TableFile]:
-    """One Parquet file in `scratch` for each CSV file: its columns as text, ROW, and REASON and RAW of bad rows.
+def csv_file(file: Path, config: LogConfig) -> TableFile:
+    """A CSV file of which only the header was read.
 
-    All headers are read first. Raises UserError, which names the file, for one that is empty, cut or not CSV, for a
-    header that names a column twice, and for a quote that is never closed.
+    Raises UserError, which names the file, for one that is empty, cut or not CSV, and for a header that names a column
+    twice.
     """
-    config.check("data.log.")
-    separators = [_separator(file, config) for file in files]
-    headers = [_header(file, config, separator) for file, separator in zip(files, separators)]
+    separator = _separator(file, config)
+    names = _names(_header(file, config, separator))
+    kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
+    return TableFile(file, file, pl.Schema(kinds), 0, separator)
+
+
+def to_parquet(files: Sequence[TableFile], name: str, config: LogConfig, scratch: Path) -> list[TableFile]:
+    """The files of `csv_file` as Parquet in `scratch`: their columns as text, ROW, and REASON and RAW of bad rows.
+
+    Raises UserError, which names the file, for one that is cut, and for a quote that is never closed.
+    """
     converted: list[TableFile] = []
-    for index, (file, header, separator) in enumerate(zip(files, headers, separators)):
+    for index, file in enumerate(files):
         first = sum(each.num_rows for each in converted)
-        target = scratch / f"{name}-{index:05d}.parquet"
-        converted.append(_convert(file, header, target, config, separator, first))
+        converted.append(_convert(file, scratch / f"{name}-{index:05d}.parquet", config, first))
     return converted
 
 
@@ -178,6 +185,7 @@ def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
     try:
         with _text(file, config) as text:
             fields = next(csv.reader(text, delimiter=separator, **_quoting(config)), None)
+            has_rows = text.read(1) != ""
     except (OSError, csv.Error) as error:
         raise _damaged(file, error) from None
     if not fields:
@@ -188,6 +196,8 @@ def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
             "data.log.encoding=latin-1 (or cp1252, gbk, …)"
         )
     check_unique(_names(fields), file)
+    if not has_rows:
+        raise UserError(f"{file} holds no row; leave it out, or write it again")
     return fields
 
 
@@ -243,10 +253,9 @@ def _open_quote(file: Path, line: int) -> UserError:
     )
 
 
-def _convert(
-    file: Path, header: Sequence[str], target: Path, config: LogConfig, separator: str, first_row: int
-) -> TableFile:
+def _convert(given: TableFile, target: Path, config: LogConfig, first_row: int) -> TableFile:
     """Writes `target` with every row of the CSV file; ROW counts from `first_row`."""
+    file, header, separator = given.file, _header(given.file, config, given.separator), given.separator
     names, bad_rows, num_good, num_bad = _names(header), _BadRows(), 0, 0
     schema = pa.schema(
         [*((name, pa.string()) for name in names), (ROW, pa.int64()), (REASON, pa.string()), (RAW, pa.string())]
@@ -285,8 +294,7 @@ def _convert(
         raise _damaged(file, error) from None
     except OSError as error:
         raise _damaged(file, error) from None
-    kinds = {**dict.fromkeys(names, pl.String()), ROW: pl.Int64(), REASON: pl.String(), RAW: pl.String()}
-    return TableFile(file, target, pl.Schema(kinds), num_good + num_bad, separator, UNDECODABLE in stream.seen)
+    return given._replace(parquet=target, num_rows=num_good + num_bad, has_undecodable=UNDECODABLE in stream.seen)
 
 
 def _batches(

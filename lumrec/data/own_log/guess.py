@@ -160,7 +160,7 @@ def _undecided(key: str, events: Table, rows: pl.DataFrame, taken: Sequence[str]
         f"{name} (such as {rows[name].drop_nulls().head(1).to_list()})" for name in rows.columns if name not in taken
     ]
     return (
-        f"data.log.{key}: no column of {events.files[0]} has the name of {what}. Say which it is, "
+        f"data.log.{key}: no column of {events.files[0].file} has the name of {what}. Say which it is, "
         f"data.log.{key}=<column>, out of: {', '.join(open_ones)}"
         + ("; or data.log.timestamp='' where there is none and the rows are in order" if key == "timestamp" else "")
     )

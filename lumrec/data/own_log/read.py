@@ -12,18 +12,32 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import polars as pl
 
 from lumrec.data.config import DataConfig
 from lumrec.data.forms import text_of
+from lumrec.data.log_columns import check_read_columns
 from lumrec.data.own_log.calendar import of_calendar, out_of_calendar
 from lumrec.data.own_log.config import LogConfig, as_list
 from lumrec.data.own_log.folders import find_files
 from lumrec.data.own_log.ids import id_check, id_type
-from lumrec.data.own_log.tables import FORMATS, RAW, REASON, ROW, UNDECODABLE, Table, decode, open_table
+from lumrec.data.own_log.tables import (
+    FORMATS,
+    RAW,
+    REASON,
+    ROW,
+    UNDECODABLE,
+    Columns,
+    Table,
+    decode,
+    find_columns,
+    open_table,
+)
 from lumrec.data.own_log.times import as_microseconds, choose_unit, time_checks
 from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import (
@@ -57,37 +71,52 @@ TAKEN = {
 }
 
 
+C = TypeVar("C", bound=Columns)
+
+
 @dataclass(frozen=True)
-class Tables:
-    """The files of a log, opened but not read: events, and items and users where they are given."""
+class Tables(Generic[C]):
+    """The files of a log: events, and items and users where they are given. Of type Columns: looked at, not read."""
 
-    events: Table
-    items: Table | None
-    users: Table | None
+    events: C
+    items: C | None
+    users: C | None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[C]:
         return iter([table for table in (self.events, self.items, self.users) if table is not None])
 
 
-def read(data: DataConfig, *, seed: int, scratch: Path) -> RawLog:
+def read(data: DataConfig, *, seed: int, scratch: Path, schema: SchemaConfig | None = None) -> RawLog:
     """The raw log of the files that `data.log` names, as a stream; CSV is written as Parquet to `scratch` first.
 
+    schema: its features are looked for in the headers of all files, before any CSV file is converted.
     Raises DataSetMissing where a name leads to no file; UserError, which names the file and the column, for a file
     that is cut, empty or has no header, for a column that is missing, has different types or cannot be what the config
     says, and for settings that do not fit.
     """
-    return raw_log(data, open_tables(data.log, scratch))
+    found = find_tables(data.log)
+    label = check_columns(data, found)
+    if schema is not None:
+        check_read_columns(schema, without_rows(data, found, label))
+    return raw_log(data, open_tables(found, data.log, scratch))
 
 
-def open_tables(config: LogConfig, scratch: Path) -> Tables:
-    """The tables of a log. Raises as `read` does for the files."""
+def find_tables(config: LogConfig) -> Tables[Columns]:
+    """The columns of a log's files, of which only headers and footers are read. Raises as `read` does for the files."""
+    config.check("data.log.")
     if not as_list(config.events):
         raise UserError(
             "data.log.events is not given; expected the files of the log, such as data.log.events=clicks.parquet, a "
             "folder of them, or a glob"
         )
     given = {name: as_list(getattr(config, name)) for name in ("events", "items", "users")}
-    opened = {name: open_table(name, patterns, config, scratch) for name, patterns in given.items() if patterns}
+    found = {name: find_columns(name, patterns, config) for name, patterns in given.items() if patterns}
+    return Tables(found["events"], found.get("items"), found.get("users"))
+
+
+def open_tables(found: Tables[Columns], config: LogConfig, scratch: Path) -> Tables[Table]:
+    """The tables of a log. Raises as `read` does for what its files hold."""
+    opened = {columns.name: open_table(columns, config, scratch) for columns in found}
     return Tables(opened["events"], opened.get("items"), opened.get("users"))
 
 
@@ -104,22 +133,36 @@ def damaged_file(config: LogConfig) -> Path | None:
     return None
 
 
-def raw_log(data: DataConfig, tables: Tables) -> RawLog:
-    """The raw log of opened tables. Raises as `read` does for what does not fit them."""
-    config = data.log
+def check_columns(data: DataConfig, tables: Tables, *, guessing: bool = False) -> str:
+    """The column that the label is made of, "" where every event is positive or it is to be guessed.
+
+    Raises UserError where the files lack a column that the config names, or it is of a type that cannot be what it is
+    named for. guessing: columns that the config leaves at their defaults may be missing.
+    """
+    config, default, label = data.log, LogConfig(), ""
     events, items, users = tables.events, tables.items, tables.users
-    for key in ("user", "item", *(["timestamp"] if config.timestamp else [])):
-        events.require(getattr(config, key), f"data.log.{key}")
-    label = label_column(data, events)
+    is_given = {name: getattr(config, name) != getattr(default, name) for name in ("user", "item", "timestamp")}
+    for name in is_given:
+        if getattr(config, name) and (is_given[name] or not guessing):
+            events.require(getattr(config, name), f"data.log.{name}")
+    if data.label.column or not guessing:
+        label = label_column(data, events)
     if data.request:
         events.require(data.request, "data.request")
         _check_request(events, data, label)
-    item_in_items, user_in_users = config.item_in_items or config.item, config.user_in_users or config.user
-    if items is not None:
-        items.require(item_in_items, "data.log.item_in_items" if config.item_in_items else "data.log.item")
-    if users is not None:
-        users.require(user_in_users, "data.log.user_in_users" if config.user_in_users else "data.log.user")
+    for name, table, in_table in (("item", items, config.item_in_items), ("user", users, config.user_in_users)):
+        if table is not None and (in_table or not guessing):
+            key = f"{name}_in_{table.name}" if in_table else name
+            table.require(in_table or getattr(config, name), f"data.log.{key}")
     _check_names(config, tables)
+    return label
+
+
+def raw_log(data: DataConfig, tables: Tables[Table]) -> RawLog:
+    """The raw log of opened tables. Raises as `read` does for what does not fit them."""
+    config, label = data.log, check_columns(data, tables)
+    events, items, users = tables.events, tables.items, tables.users
+    item_in_items, user_in_users = config.item_in_items or config.item, config.user_in_users or config.user
     if label:
         check_label_values(events.frame.filter(pl.col(REASON).is_null()), label, events.schema[label], data.label)
     for table in tables:
@@ -132,28 +175,49 @@ def raw_log(data: DataConfig, tables: Tables) -> RawLog:
     if config.timestamp:
         unit, read_as = choose_unit(events, config.timestamp, config.time_unit)
         times = f"{config.timestamp} read as {read_as}"
-    names = new_names(events, config, label)
-    exact = {config.user: "user_id", config.item: "item_id"}
-    known_after = {names.get(name, name) for name in (*as_list(config.known_after), label) if name} | {"label"}
-    return RawLog(
+    return replace(
+        without_rows(data, tables, label),
         events=_events(events, data, label, unit, user_type, item_type),
         items=_catalogue(items, "item_id", item_in_items, item_type, config) if items is not None else None,
         users=_catalogue(users, "user_id", user_in_users, user_type, config) if users is not None else None,
-        files=[file for table in tables for file in table.files],
+        files=[file.file for table in tables for file in table.files],
         note=f"your log: {', '.join(map(str, tables))}; {times}",
+        unusable={table.name: _unusable(table, config, label if table is events else "") for table in tables},
+        extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in tables}},
+    )
+
+
+def without_rows(data: DataConfig, tables: Tables, label: str) -> RawLog:
+    """The raw log of tables, but without a row, and ids as text; label: see `check_columns`."""
+    config, names = data.log, new_names(tables.events, data.log, label)
+    exact = {config.user: "user_id", config.item: "item_id"}
+    known_after = {names.get(name, name) for name in (*as_list(config.known_after), label) if name} | {"label"}
+    keys = {name: pl.lit(None, pl.String) for name in ("user_id", "item_id", "reason", "raw")}
+    keys |= {"time_us": pl.lit(None, pl.Int64), "order": pl.lit(None, pl.Int64), "label": pl.lit(None, pl.Float32)}
+    frames = {
+        table.name: pl.LazyFrame(schema=table.schema).select(
+            **{name: keys[name] for name in TAKEN[table.name] if name in keys},
+            **_features(table, config, new_names(table, config, label if table is tables.events else "")),
+        )
+        for table in tables
+    }
+    return RawLog(
+        events=frames["events"],
+        items=frames.get("items"),
+        users=frames.get("users"),
+        files=[],
+        note="",
         known_after=tuple(sorted(known_after)),
         utc_offset_hours=config.utc_offset_hours,
         absolute_time=bool(config.timestamp),
         has_clock=bool(config.timestamp),
         request=names.get(data.request, data.request),
-        unusable={table.name: _unusable(table, config, label if table is events else "") for table in tables},
         left_out={name: why for table in tables for name, why in table.left_out.items()},
         exact=tuple(exact.get(name) or names.get(name, name) for name in as_list(config.exact)),
-        extra={"time_unit": unit, "rows": {table.name: table.num_rows for table in tables}},
     )
 
 
-def label_column(data: DataConfig, events: Table) -> str:
+def label_column(data: DataConfig, events: Columns) -> str:
     """The column that the label is made of, "" where every event is positive. Raises UserError if it is missing."""
     config: LabelConfig = data.label
     if data.log.all_positive:
@@ -211,7 +275,7 @@ def _events(
     return table.frame.select(**keys, **_features(table, config, new_names(table, config, label)))
 
 
-def _check_request(table: Table, data: DataConfig, label: str) -> None:
+def _check_request(table: Columns, data: DataConfig, label: str) -> None:
     name, kind = data.request, table.schema[data.request]
     if kind.is_nested():
         raise UserError(f"data.request: column {name!r} of {table.origin[name]} is of type {kind}; expected one value")
@@ -245,7 +309,7 @@ def _catalogue(table: Table, key: str, name: str, kind: pl.DataType, config: Log
     return frame.with_columns(pl.when(pl.any_horizontal(is_bad)).then("raw").alias("raw"))
 
 
-def new_names(table: Table, config: LogConfig, label: str = "") -> dict[str, str]:
+def new_names(table: Columns, config: LogConfig, label: str = "") -> dict[str, str]:
     """Each column of the table → the name by which features find it; without keys whose names lumrec uses itself."""
     keys = {
         "events": (config.user, config.item, label),
@@ -264,7 +328,7 @@ def new_names(table: Table, config: LogConfig, label: str = "") -> dict[str, str
     return names
 
 
-def _features(table: Table, config: LogConfig, names: dict[str, str]) -> dict[str, pl.Expr]:
+def _features(table: Columns, config: LogConfig, names: dict[str, str]) -> dict[str, pl.Expr]:
     """Every column of the table under its new name; lists become lists of text where their values can be text."""
     features = {}
     for name, new in names.items():

@@ -21,11 +21,11 @@ codecs.register_error(MARK_ERRORS, lambda error: (UNDECODABLE, error.end))  # ty
 
 
 class TableFile(NamedTuple):
-    """One file of a table, ready to be scanned.
+    """One file of a table.
 
-    file: as the user named it. parquet: the file that is read (a CSV file is converted first). schema: types of its
-    columns. separator: of a CSV file. has_undecodable: whether a CSV file holds bytes that cannot be decoded.
-    partition: columns given by the names of its folders.
+    file: as the user named it. parquet: the file that is scanned; a CSV file itself until it is converted. schema:
+    types of its columns. num_rows: 0 until a CSV file is converted. separator: of a CSV file. has_undecodable: whether
+    a converted CSV file holds bytes that cannot be decoded. partition: columns given by the names of its folders.
     """
 
     file: Path

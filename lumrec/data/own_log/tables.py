@@ -16,7 +16,7 @@ from polars import selectors
 
 from lumrec.data.own_log.calendar import of_calendar
 from lumrec.data.own_log.config import LogConfig
-from lumrec.data.own_log.csv_files import to_parquet
+from lumrec.data.own_log.csv_files import csv_file, to_parquet
 from lumrec.data.own_log.folders import find_files, partitions
 from lumrec.data.own_log.table_file import (
     RAW,
@@ -40,33 +40,32 @@ MAX_ROWS = 2**32 - 2  # polars counts rows in 32 bits
 
 
 @dataclass(frozen=True)
-class Table:
-    """All files of one kind (events, items or users) as one frame.
+class Columns:
+    """The columns of all files of one kind (events, items or users), of which only headers and footers were read.
 
-    frame: the columns of the files (missing values are null), and ROW (i64, index of the row over all files in order of
-        their names; header lines do not count), REASON (why the row cannot be used, null where it can), RAW (the row as
-        read).
-    schema: names and types of the files' own columns. origin: a file that has the column in that type. lacking: columns
-        that are missing in some files, and the first of those files. left_out: columns that cannot be read, and why.
-    undecodable: columns whose values may hold UNDECODABLE, and the reason for leaving such a row out if they are read.
-    separator: between the fields of the first CSV file. is_text: the files are CSV or TSV, so that every type is text.
+    schema: names and types, under the names by which lumrec reads them. origin: a file that has the column in that
+        type. lacking: columns that are missing in some files, and the first of those files. left_out: columns that
+        cannot be read, and why.
+    in_files: names and types in the files. is_text: the files are CSV or TSV, so that every type is text.
     """
 
     name: str
     format: str
-    files: list[Path]
-    frame: pl.LazyFrame
+    files: list[TableFile]
+    in_files: pl.Schema
     schema: pl.Schema
     origin: dict[str, Path]
     lacking: dict[str, Path]
     left_out: dict[str, str]
-    undecodable: dict[str, str]
-    num_rows: int
-    separator: str = ""
 
     @property
     def is_text(self) -> bool:
         return self.format != "Parquet"
+
+    @property
+    def separator(self) -> str:
+        """Between the fields of the first CSV file."""
+        return self.files[0].separator
 
     def require(self, column: str, key: str) -> None:
         """Raises UserError, with the nearest column, where a file lacks this one. key: the setting that names it."""
@@ -80,8 +79,8 @@ class Table:
         if column in self.schema:
             return
         message = (
-            f"{key}: {self.files[0]} has no column {column!r}{did_you_mean(column, self.schema, cutoff=0.5)}; it has: "
-            f"{', '.join(self.schema)}"
+            f"{key}: {self.files[0].file} has no column {column!r}{did_you_mean(column, self.schema, cutoff=0.5)}; it "
+            f"has: {', '.join(self.schema)}"
         )
         if self.is_text and any(map(is_number, self.schema)):
             message += ". That looks like data: the first line of each file must name the columns"
@@ -89,29 +88,35 @@ class Table:
             message += f". That is a single column: is data.log.separator right for {next(iter(self.schema))!r}?"
         raise UserError(message)
 
+
+@dataclass(frozen=True)
+class Table(Columns):
+    """All files of one kind as one frame.
+
+    frame: the columns of the files (missing values are null), and ROW (i64, index of the row over all files in order of
+        their names; header lines do not count), REASON (why the row cannot be used, null where it can), RAW (the row as
+        read).
+    undecodable: columns whose values may hold UNDECODABLE, and the reason for leaving such a row out if they are read.
+    """
+
+    frame: pl.LazyFrame
+    undecodable: dict[str, str]
+    num_rows: int
+
     def __str__(self) -> str:
-        files = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else self.files[0].name
+        files = f"{len(self.files)} {self.format} files" if len(self.files) > 1 else self.files[0].file.name
         return f"{self.name} {files} ({self.num_rows:,} rows)"
 
 
-def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: Path) -> Table:
-    """The table of the files that `patterns` lead to; CSV is written as Parquet to `scratch` first.
+def find_columns(name: str, patterns: Sequence[str], config: LogConfig) -> Columns:
+    """The columns of the files that `patterns` lead to; only headers of CSV and footers of Parquet files are read.
 
-    Every header and every Parquet footer is read before anything else. Raises DataSetMissing and UserError, see
-    `lumrec.data.own_log.read.read`.
+    Raises DataSetMissing and UserError, see `lumrec.data.own_log.read.read`.
     """
     paths = find_files(patterns, f"data.log.{name}")
     format = _one_format(paths, f"data.log.{name}")
-    files = [_parquet_file(path) for path in paths] if format == "Parquet" else to_parquet(paths, name, config, scratch)
+    files = [_parquet_file(path) if format == "Parquet" else csv_file(path, config) for path in paths]
     files = [_with_partition(file) for file in files]
-    for file in files:
-        if file.num_rows == 0:
-            raise UserError(f"{file.file} holds no row; leave it out of data.log.{name}, or write it again")
-    num_rows = sum(file.num_rows for file in files)
-    if num_rows > MAX_ROWS:
-        raise UserError(
-            f"data.log.{name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
-        )
     schema, origin, left_out = _common_schema(files)
     for why in left_out.values():
         log.warning("%s: %s; it is left out", name, why)
@@ -124,19 +129,39 @@ def open_table(name: str, patterns: Sequence[str], config: LogConfig, scratch: P
     }
     for column, path in lacking.items():
         log.warning("%s: column %r is missing in some files (%s, …), and taken as empty there", name, column, path)
-    frame = _scan(files, schema, names)
-    schema, origin, lacking = pl.Schema(_renamed(schema, names)), _renamed(origin, names), _renamed(lacking, names)
     for column, new in names.items():
         if new != column:
             log.warning("%s: column %r is read as %r", name, column, new)
-    if format == "Parquet":
-        as_bytes = {name: undecodable(name, "utf8") for name, kind in schema.items() if _is_bytes(kind)}
-        frame, schema = _parquet_columns(frame, schema)
-    else:
+    own = {
+        names[column]: pl.String() if _is_text(kind) else kind
+        for column, kind in schema.items()
+        if column not in (REASON, RAW)
+    }
+    origin, lacking = _renamed(origin, names), _renamed(lacking, names)
+    return Columns(name, format, files, schema, pl.Schema(own), origin, lacking, left_out)
+
+
+def open_table(columns: Columns, config: LogConfig, scratch: Path) -> Table:
+    """The table with these columns; CSV is written as Parquet to `scratch` first.
+
+    Raises UserError, see `lumrec.data.own_log.read.read`.
+    """
+    files = to_parquet(columns.files, columns.name, config, scratch) if columns.is_text else columns.files
+    num_rows = sum(file.num_rows for file in files)
+    if num_rows > MAX_ROWS:
+        raise UserError(
+            f"data.log.{columns.name}: {num_rows:,} rows, and at most {MAX_ROWS:,} can be numbered; take fewer files"
+        )
+    names = readable(list(columns.in_files))
+    frame, schema = _scan(files, columns.in_files, names), _renamed(columns.in_files, names)
+    if columns.is_text:
         is_bad = any(file.has_undecodable for file in files)
-        frame, schema = _text_columns(frame, schema, files[0].separator, config.missing)
-        as_bytes = {name: undecodable(name, config.encoding) for name in schema} if is_bad else {}
-    return Table(name, format, paths, frame, schema, origin, lacking, left_out, as_bytes, num_rows, files[0].separator)
+        frame = _text_columns(frame, list(columns.schema), columns.separator, config.missing)
+        as_bytes = {name: undecodable(name, config.encoding) for name in columns.schema} if is_bad else {}
+    else:
+        as_bytes = {name: undecodable(name, "utf8") for name, kind in schema.items() if _is_bytes(kind)}
+        frame = _parquet_columns(frame, schema, columns.schema)
+    return Table(**{**vars(columns), "files": files}, frame=frame, undecodable=as_bytes, num_rows=num_rows)
 
 
 def _one_format(files: Sequence[Path], key: str) -> str:
@@ -159,7 +184,10 @@ def _one_format(files: Sequence[Path], key: str) -> str:
 
 
 def _parquet_file(file: Path) -> TableFile:
-    """Types and rows from the footer. Raises UserError for a file that is cut or damaged, or names a column twice."""
+    """Types and rows from the footer.
+
+    Raises UserError for a file that is cut or damaged, names a column twice, or holds no row.
+    """
     try:
         metadata = pq.read_metadata(file)
         names = metadata.schema.to_arrow_schema().names
@@ -173,6 +201,8 @@ def _parquet_file(file: Path) -> TableFile:
             f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
             f"({str(error).splitlines()[0]}). Copy or write it again"
         ) from None
+    if metadata.num_rows == 0:
+        raise UserError(f"{file} holds no row; leave it out, or write it again")
     return TableFile(file, file, pl.Schema(schema), metadata.num_rows)
 
 
@@ -326,21 +356,17 @@ def _widened(name: str, own: pl.DataType | None, common: pl.DataType) -> pl.Expr
     return column if own == common else column.cast(common)
 
 
-def _text_columns(
-    frame: pl.LazyFrame, schema: pl.Schema, separator: str, missing: Sequence[str]
-) -> tuple[pl.LazyFrame, pl.Schema]:
+def _text_columns(frame: pl.LazyFrame, names: Sequence[str], separator: str, missing: Sequence[str]) -> pl.LazyFrame:
     """CSV: the row as read, and null for the texts that mean "no value"."""
-    own = {name: kind for name, kind in schema.items() if name not in (REASON, RAW)}
-    fields = pl.concat_str([pl.col(name) for name in own], separator=separator, ignore_nulls=True)
+    fields = pl.concat_str([pl.col(name) for name in names], separator=separator, ignore_nulls=True)
     as_read = pl.coalesce(RAW, fields).str.replace_all(UNDECODABLE, "\ufffd", literal=True)
-    values = [pl.when(~pl.col(name).str.strip_chars().is_in(missing)).then(name).alias(name) for name in own]
-    return frame.with_columns(as_read.alias(RAW), *values), pl.Schema(own)
+    values = [pl.when(~pl.col(name).str.strip_chars().is_in(missing)).then(name).alias(name) for name in names]
+    return frame.with_columns(as_read.alias(RAW), *values)
 
 
-def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> tuple[pl.LazyFrame, pl.Schema]:
-    """Parquet: bytes and categories as text, empty text as null, the row as JSON."""
+def _parquet_columns(frame: pl.LazyFrame, schema: Mapping[str, pl.DataType], own: pl.Schema) -> pl.LazyFrame:
+    """Parquet: bytes and categories as text (`schema` → `own`), empty text as null, the row as JSON."""
     as_bytes = [name for name, kind in schema.items() if kind == pl.Binary]
-    own = pl.Schema({name: pl.String() if _is_text(kind) else kind for name, kind in schema.items()})
     texts = [name for name, kind in own.items() if kind == pl.String]
     frame = frame.with_columns(
         decode(pl.col(name)) if name in as_bytes else pl.col(name).cast(pl.String) for name in texts
@@ -349,4 +375,4 @@ def _parquet_columns(frame: pl.LazyFrame, schema: pl.Schema) -> tuple[pl.LazyFra
     row = row.struct.json_encode()
     as_read = row.str.replace_all(UNDECODABLE, "\ufffd", literal=True)
     values = [pl.when(pl.col(name) != "").then(name).alias(name) for name in texts]
-    return frame.with_columns(pl.lit(None, pl.String).alias(REASON), as_read.alias(RAW), *values), own
+    return frame.with_columns(pl.lit(None, pl.String).alias(REASON), as_read.alias(RAW), *values)

@@ -211,6 +211,12 @@ def test_names_that_tell_when_a_column_is_known():
     assert not is_condition("table_id")
 
 
+def test_values_of_a_small_log_are_counted_exactly(look: Callable):
+    report = look(shop_log(uid=[f"u{k % 27}" for k in range(60)], price=[k / 7 for k in range(60)]))
+    lines = {line.split()[1]: line.split() for line in report.lines if line.startswith("  events ")}
+    assert (lines["uid"][4], lines["sku"][5], lines["price"][4]) == ("27", "5", "60")
+
+
 def test_what_is_known_afterwards_is_no_feature_of_the_item_in_question(look: Callable):
     """A stay that is nearly always 0 is the same for nearly every item, yet no fact about it; a duration is one."""
     n = range(600)

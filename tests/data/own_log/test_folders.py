@@ -12,7 +12,7 @@ import pytest
 from lumrec.data.own_log.check import Report, check
 from lumrec.data.own_log.config import LogConfig
 from lumrec.data.own_log.folders import find_files, partitions
-from lumrec.data.own_log.read import open_tables
+from lumrec.data.own_log.read import find_tables, open_tables
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import load
 from lumrec.run.errors import UserError
@@ -89,7 +89,8 @@ def test_folders_named_key_value_are_columns_of_text(tmp_path: Path, form: str):
         write(tmp_path / f"scene={value}" / "day=2024-05-20" / f"part-0.{form}")
     write(tmp_path / f"whole.{form}")
     (tmp_path / "scratch").mkdir()
-    table = open_tables(LogConfig(events=[f"{tmp_path}/scene*", f"{tmp_path}/*.{form}"]), tmp_path / "scratch").events
+    config = LogConfig(events=[f"{tmp_path}/scene*", f"{tmp_path}/*.{form}"])
+    table = open_tables(find_tables(config), config, tmp_path / "scratch").events
     frame = table.frame.sort("lumrec.row").select("scene", "day", "user_id", "lumrec.row").collect()
     assert frame["scene"].to_list() == ["010", "NO", None, "a b/c", "home", "x=y", None]
     assert frame["day"].to_list() == ["2024-05-20"] * 6 + [None]
@@ -106,13 +107,13 @@ def test_a_single_file_in_such_a_folder_has_the_column_and_check_knows_it(tmp_pa
     check(load(None, [f"data.log.events={tmp_path / 'hive'}"]), tmp_path / "scratch", report)
     assert "scene: {role: condition}" in report.yaml
     one = tmp_path / "hive" / "scene=home" / "part-0.parquet"
-    assert "scene" in open_tables(LogConfig(events=str(one)), tmp_path).events.schema
+    assert "scene" in find_tables(LogConfig(events=str(one))).events.schema
 
 
 def test_a_column_that_is_in_the_file_too_is_refused(tmp_path: Path):
     parquet(tmp_path / "scene=home" / "a.parquet", scene=["home"])
     with pytest.raises(UserError, match="column 'scene' is in the file and in the name of its folder, scene=home"):
-        open_tables(LogConfig(events=str(tmp_path / "scene=home")), tmp_path)
+        find_tables(LogConfig(events=str(tmp_path / "scene=home")))
     parquet(tmp_path / "b.parquet", item_id=[1])
     parquet(tmp_path / "item_id=2" / "c.parquet").unlink()
     pl.DataFrame({"user_id": ["u"], "timestamp": [1_714_521_600], "label": [1]}).write_parquet(
@@ -120,7 +121,7 @@ def test_a_column_that_is_in_the_file_too_is_refused(tmp_path: Path):
     )
     names = [str(tmp_path / "b.parquet"), str(tmp_path / "item_id=2")]
     with pytest.raises(UserError, match="'item_id' is Int64 in .*b.parquet, and the name of a folder of .*c.parquet"):
-        open_tables(LogConfig(events=names), tmp_path)
+        find_tables(LogConfig(events=names))
 
 
 def test_partitions_by_hand():
@@ -139,5 +140,5 @@ def test_partitions_by_hand():
 def test_partitions_that_say_two_things_or_nothing_are_refused(tmp_path: Path, folders: str, says: str):
     csv(tmp_path / folders / "a.csv")
     with pytest.raises(UserError, match=says):
-        open_tables(LogConfig(events=str(tmp_path)), tmp_path)
+        find_tables(LogConfig(events=str(tmp_path)))
     assert partitions(Path("scene=a/x/scene=a/a.csv")) == {"scene": "a"}

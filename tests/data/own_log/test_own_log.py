@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumrec.data.config import DataConfig
+from lumrec.data.open_log import read_source
 from lumrec.data.own_log import csv_files as log_csv
 from lumrec.data.own_log.config import LogConfig
 from lumrec.data.own_log.read import read
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.experiments.config import load
+from lumrec.run.errors import UserError
 
 SHOP = Path(__file__).parents[3] / "examples" / "shop"
 HEADER = "user_id,item_id,timestamp,label,scene\n"
@@ -473,7 +476,38 @@ def test_more_bad_rows_than_a_log_can_have(write: Callable, scratch: Path, monke
     with pytest.raises(
         ValueError, match="over 100 consecutive rows have another number of fields than the header .4, exp"
     ):
-        read_log(write("user_id,item_id,timestamp,label\n".replace(",label", "") + "u,7,1714521600,1\n" * 200), scratch)
+        read_log(write("user_id,item_id,timestamp\n" + "u,7,1714521600,1\n" * 200), scratch, all_positive=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"items": "nowhere.csv"}, "data.log.items: 'nowhere.csv' leads to no file"),
+        ({"items": "items.csv"}, r"data.log.item: .*items.csv has no column 'item_id'; it has: id, price"),
+        (
+            {"items": "items.csv", "item_in_items": "idd"},
+            "data.log.item_in_items: .* no column 'idd'.*'id'",
+        ),
+        ({"items": "items.csv", "item_in_items": "id"}, "schema.features.prize: the items .* have no column 'prize'"),
+        ({"users": ["users.csv", "items.parquet"]}, "data.log.users: files of several formats"),
+        ({"users": "empty.csv"}, "empty.csv holds no row"),
+        ({"users": "users.csv", "known_after": "dwell"}, "data.log.known_after: .* no column 'dwell'"),
+        ({"separator": "::"}, "data.log.separator: got '::', expected one ASCII character"),
+    ],
+)
+def test_all_files_are_looked_at_before_any_is_converted(
+    write: Callable, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    write("id,price\n7,1.5\n", "items.csv")
+    write("user_id,city\nu,Rome\n", "users.csv")
+    write("user_id,city\n", "empty.csv")
+    parquet_log(tmp_path, "items.parquet")
+    schema = SchemaConfig(features={"item_id": FeatureConfig("item"), "prize": FeatureConfig("item", kind="dense")})
+    data = DataConfig(source="log", log=LogConfig(events=str(write(HEADER + GOOD)), **fields))
+    with pytest.raises(UserError, match=message):
+        read_source(data, schema, seed=0, scratch=scratch)
+    assert list(scratch.iterdir()) == []
 
 
 def test_the_template_is_a_config_that_prepares(monkeypatch: pytest.MonkeyPatch, write: Callable, tmp_path: Path):

@@ -32,7 +32,6 @@ from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
@@ -56,6 +55,7 @@ from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json
 from lumrec.run.listed_files import file_problem, own_hash
+from lumrec.run.shared_lmdb import read_only
 
 logger = logging.getLogger(__name__)
 Reader = TypeVar("Reader")
@@ -67,7 +67,6 @@ ITEM_FILES = (ITEMS_FILE, "items_e.npy", "items_scale.npy")
 # Of a manifest, what is not its version's identity.
 FACTS = ("format", "folder", "counts", "built_at", "made_by", "answers_per_s", "files", "sha256")
 AGAIN = "run the query stage again with overwrite=true (or import it again)"
-_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
 class RowKnowledge(NamedTuple):
@@ -160,17 +159,8 @@ def _item_keys_file(folder: Path) -> pq.ParquetFile:
 
 
 def environment(folder: Path) -> lmdb.Environment:
-    """The LMDB of the version in `folder`, read-only. Closed with the last reference to it.
-
-    LMDB must not be opened twice in one process, so that readers of a process share it. There is no lock file: a
-    published version never changes, so readers need not know of each other.
-    """
-    name = f"{folder.resolve()} {(folder / USERS_FILE).stat().st_ino}"  # a copy may have taken the place of a file
-    env = _OPEN.get(name)
-    if env is None:
-        # Users are read in no order: what the system would read ahead of a page is not what comes next.
-        env = _OPEN[name] = lmdb.open(str(folder / "store"), readonly=True, lock=False, readahead=False)
-    return env
+    """The LMDB of the version in `folder`, read-only, shared by the readers of a process."""
+    return read_only((folder / USERS_FILE).parent)
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -97,7 +98,7 @@ class Keys:
         """The index of each raw item key, int64 [N]; -1 where it is unknown."""
         return self._look_up(self._items, keys, UNKNOWN_ITEM, self.num_items)
 
-    def _look_up(self, database: object, keys: Sequence[str], unknown: int, limit: int) -> np.ndarray:
+    def _look_up(self, database: Any, keys: Sequence[str], unknown: int, limit: int) -> np.ndarray:
         default = unknown.to_bytes(4, "little", signed=True)
         with self._env.begin(database) as transaction:
             found = b"".join(map(transaction.get, map(key_bytes, keys), repeat(default)))

@@ -1,0 +1,320 @@
+"""Key-value stores that many processes read and change: LMDB (a folder) and Redis (a URL), behind one interface.
+
+    runs/shop-user_state/state-1f03              a folder: LMDB, no server, for processes of one machine
+    redis://cache.internal:6379/0#shop           Redis; what is behind # begins the name of each of its keys
+    unix:///run/redis.sock#shop                  the same through a socket
+
+One `update` reads some values, and changes them together with counters and marks, in one transaction: a process that is
+killed at any point has changed all of it or nothing. LMDB lets one writer in at a time. In Redis the values that were
+read are watched, and the change is computed again if another process has changed one of them.
+
+A mark is a note that a key has to be looked at (its user has new events). `unmark` removes it unless it was set again.
+
+Durability: LMDB has each update on the disk when it returns. Redis has it as the server is configured: with its
+appendonly file, or not at all after a crash of the server.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import importlib
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
+
+import lmdb
+import numpy as np
+
+from lumrec.run.errors import MissingFileError, UserError
+
+SCHEMES = ("redis", "rediss", "unix")
+BLOCK = 4096
+# Address space, not space on the disk: LMDB cannot grow beyond it while processes have it open.
+MAP_SIZE = 1 << 40
+NUM_TABLES, MAX_READERS = 3, 1024
+DATA_FILE = "data.mdb"
+MOST_CONFLICTS = 1000
+_COUNTER = struct.Struct("<qd")
+_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
+# Removes the marks that have not been set again since they were read.
+_UNMARK = """
+for i = 1, #ARGV, 2 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HDEL', KEYS[1], ARGV[i]) end
+end
+"""
+
+
+class Unavailable(OSError):
+    """A key-value store that cannot be reached, does not answer in time, or is damaged."""
+
+
+class Changes(NamedTuple):
+    """What an update writes. put: new values. delete: keys that lose their value. add: what each counter grows by,
+    (number, sum). mark: keys to be looked at, each with a value that is another one each time."""
+
+    put: Mapping[bytes, bytes] = {}
+    delete: Sequence[bytes] = ()
+    add: Mapping[bytes, tuple[int, float]] = {}
+    mark: Mapping[bytes, bytes] = {}
+
+
+Change = Callable[[list[bytes | None]], Changes]
+
+
+class KeyValue(abc.ABC):
+    """See the top of the file. Keys have 1 to 511 bytes. Every method raises Unavailable."""
+
+    @abc.abstractmethod
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The value of each key, None where it has none."""
+
+    @abc.abstractmethod
+    def counters(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Number (int64) and sum (float64) of each counter; 0 where nothing was added."""
+
+    @abc.abstractmethod
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        """Writes what `change` makes of the values of `keys`, in one transaction. It may be called several times."""
+
+    @abc.abstractmethod
+    def put(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Writes values; another process may see some of them before the others."""
+
+    @abc.abstractmethod
+    def scan(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """All keys with their values, in blocks, in no order; a key that is changed meanwhile has either value."""
+
+    @abc.abstractmethod
+    def marked(self, most: int) -> dict[bytes, bytes]:
+        """Marks, at most so many."""
+
+    @abc.abstractmethod
+    def unmark(self, seen: Mapping[bytes, bytes]) -> None:
+        """Removes these marks, but not those that have another value by now."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of keys that have a value."""
+
+
+class LmdbKeyValue(KeyValue):
+    """In the folder `path`. Raises MissingFileError where it holds none and `create` is False."""
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self.path = path
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        elif not (path / DATA_FILE).exists():
+            raise MissingFileError(f"there is no {path / DATA_FILE}")
+        with self._errors():
+            self._env = _environment(path)
+            self._values, self._counters, self._marks = map(self._env.open_db, (b"values", b"counters", b"marks"))
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        with self._errors(), self._env.begin(db=self._values) as transaction:
+            return [transaction.get(key) for key in keys]
+
+    def counters(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        with self._errors(), self._env.begin(db=self._counters) as transaction:
+            pairs = np.array([_COUNTER.unpack(transaction.get(key, bytes(16))) for key in keys]).reshape(-1, 2)
+        return pairs[:, 0].astype(np.int64), pairs[:, 1]
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        with self._errors(), self._env.begin(write=True, db=self._values) as transaction:
+            changes = change([transaction.get(key) for key in keys])
+            for key, value in changes.put.items():
+                transaction.put(key, value)
+            for key in changes.delete:
+                transaction.delete(key)
+            for key, (number, total) in changes.add.items():
+                before = _COUNTER.unpack(transaction.get(key, bytes(16), db=self._counters))
+                transaction.put(key, _COUNTER.pack(before[0] + number, before[1] + total), db=self._counters)
+            for key, value in changes.mark.items():
+                transaction.put(key, value, db=self._marks)
+
+    def put(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        with self._errors(), self._env.begin(write=True, db=self._values) as transaction:
+            transaction.cursor().putmulti(list(pairs))
+
+    def scan(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        last, more = b"", True
+        while more:  # a transaction for each block: one that lasts keeps every page that is replaced meanwhile
+            with self._errors(), self._env.begin(db=self._values) as transaction, transaction.cursor() as cursor:
+                more = cursor.set_range(last + b"\0") if last else cursor.first()
+                block = list(islice(cursor.iternext(), BLOCK)) if more else []
+            if block:
+                last = block[-1][0]
+                yield block
+
+    def marked(self, most: int) -> dict[bytes, bytes]:
+        with self._errors(), self._env.begin(db=self._marks) as transaction, transaction.cursor() as cursor:
+            return dict(islice(cursor, most))
+
+    def unmark(self, seen: Mapping[bytes, bytes]) -> None:
+        with self._errors(), self._env.begin(write=True, db=self._marks) as transaction:
+            for key, value in seen.items():
+                if transaction.get(key) == value:
+                    transaction.delete(key)
+
+    def __len__(self) -> int:
+        with self._errors(), self._env.begin(db=self._values) as transaction:
+            return transaction.stat(self._values)["entries"]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.Error as error:
+            raise Unavailable(f"{self.path} cannot be read or written ({error})") from error
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    """The LMDB in a folder, made where there is none. A process must not open it twice: its readers share it."""
+    if (path / DATA_FILE).exists() and (env := _OPEN.get(_name(path))):
+        return env
+    env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=NUM_TABLES, max_readers=MAX_READERS, readahead=False)
+    return _OPEN.setdefault(_name(path), env)
+
+
+def _name(path: Path) -> str:
+    return f"{path.resolve()} {(path / DATA_FILE).stat().st_ino}"  # another file may have taken its place
+
+
+class RedisKeyValue(KeyValue):
+    """In Redis, all keys of it beginning with the name of the place; see `redis_place`."""
+
+    def __init__(self, place: str, *, timeout_s: float = 5.0, prefix: str = "") -> None:
+        """timeout_s: of each command. prefix: put behind the name, for several stores of one name."""
+        self.place = place
+        self.client, name = redis_place(place, timeout_s=timeout_s)
+        self._redis = importlib.import_module("redis")
+        self.prefix = f"{name}:{prefix}".encode()
+        self._counts, self._sums, self._marks = (self.prefix + each for each in (b"counts", b"sums", b"marks"))
+
+    def _key(self, key: bytes) -> bytes:
+        return self.prefix + b"=" + key
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if not keys:
+            return []
+        with self.errors():
+            return self.client.mget([self._key(key) for key in keys])
+
+    def counters(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if not keys:
+            return np.zeros(0, np.int64), np.zeros(0)
+        with self.errors():
+            numbers, sums = (self.client.hmget(table, list(keys)) for table in (self._counts, self._sums))
+        return np.array([int(n or 0) for n in numbers]), np.array([float(x or 0) for x in sums])
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        with self.errors():
+            for _ in range(MOST_CONFLICTS):
+                with self.client.pipeline(transaction=True) as pipe, contextlib.suppress(self._redis.WatchError):
+                    if keys:
+                        pipe.watch(*map(self._key, keys))
+                    values = pipe.mget([self._key(key) for key in keys]) if keys else []
+                    self._queue(pipe, change(values))
+                    pipe.execute()
+                    return
+        raise Unavailable(f"{self.place}: other processes changed the same keys {MOST_CONFLICTS} times in a row")
+
+    def _queue(self, pipe: Any, changes: Changes) -> None:
+        pipe.multi()
+        if changes.put:
+            pipe.mset({self._key(key): value for key, value in changes.put.items()})
+        if changes.delete:
+            pipe.delete(*map(self._key, changes.delete))
+        for key, (number, total) in changes.add.items():
+            pipe.hincrby(self._counts, key, number)
+            pipe.hincrbyfloat(self._sums, key, total)
+        if changes.mark:
+            pipe.hset(self._marks, mapping=dict(changes.mark))
+
+    def put(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        with self.errors():
+            for first in range(0, len(pairs), BLOCK):
+                self.client.mset({self._key(key): value for key, value in pairs[first : first + BLOCK]})
+
+    def scan(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        start = len(self._key(b""))
+        for keys in self._keys(self._key(b"")):
+            with self.errors():
+                values = self.client.mget(keys)
+            yield [(key[start:], value) for key, value in zip(keys, values) if value is not None]
+
+    def _keys(self, beginning: bytes) -> Iterator[list[bytes]]:
+        """All keys that begin so, in blocks; each once."""
+        with self.errors():
+            pattern = re.sub(rb"([\\*?\[\]^])", rb"\\\1", beginning) + b"*"
+            found = iter(set(self.client.scan_iter(match=pattern, count=BLOCK)))
+        while block := list(islice(found, BLOCK)):
+            yield block
+
+    def marked(self, most: int) -> dict[bytes, bytes]:
+        with self.errors():
+            _, found = self.client.hscan(self._marks, count=most)
+        return dict(islice(found.items(), most))
+
+    def unmark(self, seen: Mapping[bytes, bytes]) -> None:
+        with self.errors():
+            self.client.eval(_UNMARK, 1, self._marks, *(word for pair in seen.items() for word in pair))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._keys(self._key(b""))))
+
+    def remove(self) -> None:
+        """Removes everything that begins with this store's prefix."""
+        for keys in self._keys(self.prefix):
+            with self.errors():
+                self.client.unlink(*keys)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._redis.RedisError, OSError) as error:
+            if isinstance(error, Unavailable):
+                raise
+            raise Unavailable(f"{without_password(self.place)} does not answer ({error})") from error
+
+
+def is_redis(place: str | Path) -> bool:
+    """Whether a place is the URL of a Redis; else it is a folder."""
+    return isinstance(place, str) and urlsplit(place).scheme in SCHEMES
+
+
+def redis_place(place: str, *, timeout_s: float) -> tuple[Any, str]:
+    """A Redis client for the URL `place`, and the name behind its #. No connection is made yet.
+
+    Raises UserError for a URL without a name, or that the client does not understand, and where the client is missing.
+    """
+    try:
+        redis = importlib.import_module("redis")
+    except ModuleNotFoundError:
+        raise UserError(f"{without_password(place)}: install the client: pip install 'lumrec[redis]'") from None
+    url, _, name = place.partition("#")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(
+            f"{without_password(place)} names no store in that Redis; expected one behind #, of letters, digits, '.', "
+            "'_' and '-', such as redis://localhost:6379/0#shop"
+        )
+    # No retries by the client: a transaction that did reach the server would be repeated blindly.
+    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+    try:
+        client = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=retry)
+    except ValueError as error:
+        raise UserError(f"{without_password(place)} is no URL of a Redis: {error}") from None
+    return client, name
+
+
+def without_password(place: str) -> str:
+    """A URL as it may be shown: with *** for the password."""
+    password = urlsplit(place).password
+    return place.replace(f":{password}@", ":***@") if password else place

@@ -1,0 +1,50 @@
+"""A real redis-server for tests, on a socket of its own; they skip where this machine has none."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+class RedisServer:
+    """Started when made. place: URL for a name. `kill` is kill -9; `start` begins again, empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "redis.sock"
+        self.start()
+
+    def start(self) -> None:
+        """Returns once the server takes connections."""
+        words = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self.socket.parent)]
+        self.process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 20
+        while not self.socket.exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """As a crash: nothing is saved."""
+        self.process.kill()
+        self.process.wait()
+        self.socket.unlink(missing_ok=True)
+
+    def place(self, name: str) -> str:
+        return f"unix://{self.socket}#{name}"
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    """Skips where redis-server or its client is missing."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not on this machine (Debian: apt-get install redis-server)")
+    pytest.importorskip("redis", reason="the client of Redis is not installed: pip install 'lumrec[redis]'")
+    with tempfile.TemporaryDirectory(prefix="redis-") as folder:  # pytest's paths may be too long for a socket
+        server = RedisServer(Path(folder))
+        yield server
+        server.kill()

@@ -26,22 +26,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
 
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.shared_lmdb import DATA_FILE, read_write
 
 SCHEMES = ("redis", "rediss", "unix")
 BLOCK = 4096
-# Address space, not space on the disk: LMDB cannot grow beyond it while processes have it open.
-MAP_SIZE = 1 << 40
-NUM_TABLES, MAX_READERS = 3, 1024
-DATA_FILE = "data.mdb"
 MOST_CONFLICTS = 1000
 _COUNTER = struct.Struct("<qd")
-_OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 # Removes the marks that have not been set again since they were read.
 _UNMARK = """
 for i = 1, #ARGV, 2 do
@@ -113,7 +108,7 @@ class LmdbKeyValue(KeyValue):
         elif not (path / DATA_FILE).exists():
             raise MissingFileError(f"there is no {path / DATA_FILE}")
         with self._errors():
-            self._env = _environment(path)
+            self._env = read_write(path, max_dbs=3)
             self._values, self._counters, self._marks = map(self._env.open_db, (b"values", b"counters", b"marks"))
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -172,18 +167,6 @@ class LmdbKeyValue(KeyValue):
             yield
         except lmdb.Error as error:
             raise Unavailable(f"{self.path} cannot be read or written ({error})") from error
-
-
-def _environment(path: Path) -> lmdb.Environment:
-    """The LMDB in a folder, made where there is none. A process must not open it twice: its readers share it."""
-    if (path / DATA_FILE).exists() and (env := _OPEN.get(_name(path))):
-        return env
-    env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=NUM_TABLES, max_readers=MAX_READERS, readahead=False)
-    return _OPEN.setdefault(_name(path), env)
-
-
-def _name(path: Path) -> str:
-    return f"{path.resolve()} {(path / DATA_FILE).stat().st_ino}"  # another file may have taken its place
 
 
 class RedisKeyValue(KeyValue):

@@ -36,8 +36,10 @@ _TARGET = re.compile(
 )
 _REFUSED_OPERATORS = ("from_file",)
 _NAMES = re.compile(r"[\w.+\-]*")
-_IN_EXPRESSION = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.UnaryOp, ast.USub)
-_IN_EXPRESSION += (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Pow, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_IN_EXPRESSION = (
+    *(ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.UnaryOp, ast.USub, ast.BinOp),
+    *(ast.Add, ast.Sub, ast.Mult, ast.Pow, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
+)
 _FUNCTIONS = set(
     "Symbol Integer Float Rational Add Mul Pow Mod Max Min And Or Not Eq Ne Lt Le Gt Ge Equality Unequality "
     "StrictLessThan LessThan StrictGreaterThan GreaterThan FloorDiv PythonMod CleanDiv CeilDiv CeilToInt FloorToInt "
@@ -107,13 +109,13 @@ def _walk(value: Any, key: str) -> str:
 
 def _text(text: str, key: str) -> str:
     if key == "target":
-        known = _TARGET.fullmatch(text) and text.split(".")[-2] not in _REFUSED_OPERATORS
+        known = bool(_TARGET.fullmatch(text)) and text.split(".")[-2] not in _REFUSED_OPERATORS
     elif key == "expr_str":
         known = _is_expression(text)
     elif key in ("in_spec", "out_spec"):
         return _walk_spec(json.loads(text))
     else:
-        known = _NAMES.fullmatch(text)
+        known = bool(_NAMES.fullmatch(text))
     return "" if known else f"{key or 'a name'} is {text!r:.80}"
 
 

@@ -30,6 +30,7 @@ import torch
 from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import load
 from lumrec.knowledge.digests import key_digests
+from lumrec.knowledge.manifest import identity_of, read_manifest
 from lumrec.knowledge.records import (
     bytes_to_records,
     decode_records,
@@ -38,7 +39,7 @@ from lumrec.knowledge.records import (
     user_key_bytes,
 )
 from lumrec.knowledge.refresh import Earlier, stored_users, take_over_users
-from lumrec.knowledge.store import KnowledgeStore, identity_of, read_manifest
+from lumrec.knowledge.store import KnowledgeStore
 from lumrec.knowledge.writer import KnowledgeWriter
 from lumrec.stages import query as stage
 from lumrec.stages.registry import STAGES

@@ -42,17 +42,10 @@ from lumrec.data.common import Common
 from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
 from lumrec.data.prepare import prepare
 from lumrec.knowledge.digests import key_digests
+from lumrec.knowledge.manifest import ITEMS_FILE, MANIFEST, check_files, identity_of, read_manifest
 from lumrec.knowledge.records import user_digest
 from lumrec.knowledge.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
-from lumrec.knowledge.store import (
-    ITEMS_FILE,
-    MANIFEST,
-    check_files,
-    identity_of,
-    read_item_keys,
-    read_items,
-    read_manifest,
-)
+from lumrec.knowledge.store import read_item_keys, read_items
 from lumrec.knowledge.writer import (
     BUILDING,
     IDENTITY,

@@ -33,20 +33,19 @@ from torch import Tensor
 
 from lumrec.knowledge.checks import identity_problem
 from lumrec.knowledge.forget import forgotten_among, halves
-from lumrec.knowledge.records import decode_records
-from lumrec.knowledge.refresh import BLOCK, digests_of_stored, stored_users
-from lumrec.knowledge.store import (
+from lumrec.knowledge.manifest import (
     FORMAT,
     ITEMS_FILE,
     MANIFEST,
     USERS_FILE,
     check_files,
     identity_of,
-    read_item_keys,
-    read_items,
     read_manifest,
     version_name,
 )
+from lumrec.knowledge.records import decode_records
+from lumrec.knowledge.refresh import BLOCK, digests_of_stored, stored_users
+from lumrec.knowledge.store import read_item_keys, read_items
 from lumrec.knowledge.writer import BUILDING, KnowledgeWriter, full_disk_told, remove_others
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import reported

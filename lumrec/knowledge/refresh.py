@@ -25,8 +25,9 @@ from lumrec.data.columns import expand_ranges
 from lumrec.knowledge.checks import read_array, read_row_column
 from lumrec.knowledge.digests import USER_INDEX
 from lumrec.knowledge.log_normalizer import log_normalizer
+from lumrec.knowledge.manifest import MANIFEST, check_files, identity_of, read_manifest
 from lumrec.knowledge.records import bytes_to_records, decode, decode_records, identity_user_dtype
-from lumrec.knowledge.store import MANIFEST, check_files, environment, identity_of, read_items, read_manifest
+from lumrec.knowledge.store import environment, read_items
 from lumrec.knowledge.writer import KnowledgeWriter
 from lumrec.run.changes import differing
 from lumrec.run.errors import UserError

@@ -22,14 +22,10 @@ Shape suffixes: B asked users or rows, E events, U users, I items, N conditions,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,7 +37,9 @@ import torch
 from torch import Tensor
 
 from lumrec.data.prepared import PreparedData
-from lumrec.knowledge.checks import files_problem, identity_problem, read_array, read_row_column
+from lumrec.knowledge.answers import Answers, LmdbAnswers, fetched
+from lumrec.knowledge.checks import read_array, read_row_column
+from lumrec.knowledge.manifest import AGAIN, ITEM_FILES, ITEMS_FILE, USERS_FILE, check_files, read_manifest
 from lumrec.knowledge.records import (
     ABSENT_FOLD,
     bytes_to_records,
@@ -53,20 +51,12 @@ from lumrec.knowledge.records import (
 )
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import read_json
-from lumrec.run.listed_files import file_problem, own_hash
+from lumrec.run.key_value import is_redis, without_password
 from lumrec.run.shared_lmdb import read_only
 
 logger = logging.getLogger(__name__)
 Reader = TypeVar("Reader")
-FORMAT = 2
-MANIFEST = "manifest.json"
-USERS_FILE = "store/data.mdb"
-ITEMS_FILE = "items.parquet"
-ITEM_FILES = (ITEMS_FILE, "items_e.npy", "items_scale.npy")
-# Of a manifest, what is not its version's identity.
-FACTS = ("format", "folder", "counts", "built_at", "made_by", "answers_per_s", "files", "sha256")
-AGAIN = "run the query stage again with overwrite=true (or import it again)"
+TIMEOUT_S, DOWN_S = 0.05, 1.0
 
 
 class RowKnowledge(NamedTuple):
@@ -89,46 +79,6 @@ class UserKnowledge(NamedTuple):
     age_s_B: Tensor
     log_z_BN: Tensor | None
     fold_B: Tensor
-
-
-def version_name(identity: dict[str, Any]) -> str:
-    """How the folders of versions that `identity` describes begin; each build adds its own id."""
-    return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the version in force. Raises MissingFileError without one, UserError where one bit has changed,
-    for another format, and for what is no manifest of knowledge.
-    """
-    file = path / MANIFEST
-    if not file.exists():
-        raise MissingFileError(
-            f"there is no knowledge in {path} (no {MANIFEST}); make it with: torchx run apps/query.py "
-            "--config <your config>"
-        )
-    manifest = read_json(file, again=AGAIN)
-    if "format" not in manifest or "folder" not in manifest:
-        raise UserError(f"{file} is no manifest of a knowledge store: name the folder of a query run")
-    if manifest["format"] != FORMAT:
-        raise UserError(
-            f"{file} has the format {manifest['format']!r}; this version of lumrec reads format {FORMAT}: {AGAIN}"
-        )
-    if manifest.get("sha256") != own_hash(manifest):
-        raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
-    if not re.fullmatch(re.escape(version_name(identity_of(manifest))) + r"-[0-9a-f]+", str(manifest["folder"])):
-        raise UserError(
-            f"{file} names the folder {manifest['folder']!r}; expected {version_name(identity_of(manifest))}-…, after "
-            f"what it says of the version: {AGAIN}"
-        )
-    folder = path / str(manifest["folder"])
-    if problem := identity_problem(identity_of(manifest)) or files_problem(folder, manifest.get("files")):
-        raise UserError(f"{file} is damaged: {problem}; {AGAIN}")
-    return manifest
-
-
-def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What decided the answers of a version; its folder is named after it."""
-    return {name: value for name, value in manifest.items() if name not in FACTS}
 
 
 def read_items(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
@@ -163,16 +113,6 @@ def environment(folder: Path) -> lmdb.Environment:
     return read_only((folder / USERS_FILE).parent)
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> None:
-    """Raises MissingFileError for a missing file, UserError for one cut off or (with `checksums`) changed."""
-    for name, facts in files.items():
-        file = folder / name
-        if not file.exists():
-            raise MissingFileError(f"the knowledge lacks {file}; {AGAIN}")
-        if problem := file_problem(file, facts, verify=checksums):
-            raise UserError(f"{problem}; {AGAIN}")
-
-
 def _open_version(
     path: Path, wanted: Callable[[str], bool], verify: bool, make: Callable[[Path, dict[str, Any]], Reader]
 ) -> Reader:
@@ -201,6 +141,23 @@ def _reopen(reader: Callable[..., Reader], folder: Path, *rest: Any) -> Reader:
             "there, or once more here"
         )
     return reader(folder, *rest)
+
+
+def _open_redis(
+    reader: type[KnowledgeStore], place: str, version: str | None, *, verify: bool, timeout_s: float
+) -> KnowledgeStore:
+    """The store at a place in a Redis; version: None is that in force, else it has to be this one."""
+    with fetched(place, ITEM_FILES, timeout_s=timeout_s) as (path, answers):
+        manifest = read_manifest(path)
+        if version not in (None, manifest["folder"]):
+            raise MissingFileError(f"the version {version} in {without_password(place)} was replaced: open it again")
+        folder = path / manifest["folder"]
+        items = {name: facts for name, facts in manifest["files"].items() if name in ITEM_FILES}
+        check_files(folder, items, checksums=verify)
+        store = reader(folder, manifest, answers=answers)
+    again = partial(_open_redis, verify=verify, timeout_s=timeout_s)
+    store._reopen = again, (reader, place, manifest["folder"])
+    return store
 
 
 class Knowledge:
@@ -292,12 +249,17 @@ class Knowledge:
 class KnowledgeStore:
     """Answers for serving, by raw user key: what the LUM says after the user's last event.
 
+    In a run folder (LMDB), or in a Redis where lumrec/knowledge/redis_load.py put them. Where a follower answers newer
+    events, its answers are given in place of the published ones.
+
     conditions: the N conditions asked. absent_because: why the store could not be read; "" where it can, and always
     after `open`. It stays on its version, items included, whatever is published and removed later. Sent to another
     process (a worker of a DataLoader), it opens the same version there.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], *, absent_because: str = "") -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], *, absent_because: str = "", answers: Answers | None = None
+    ) -> None:
         self.path, self.manifest, self.absent_because = folder, manifest, absent_because
         self.conditions: list[dict[str, str]] = manifest["conditions"]
         self._with_log_z: bool = manifest["log_normalizer"]
@@ -306,19 +268,27 @@ class KnowledgeStore:
         nobody = np.zeros(1, self._record)
         nobody["fold"] = ABSENT_FOLD
         self._nobody = records_to_bytes(nobody)[0]
-        self._env = None if absent_because else environment(folder)
+        self.answers = None if absent_because else answers or LmdbAnswers(folder)
         self._items: tuple[pq.ParquetFile, np.ndarray, np.ndarray | None] | None = None
         if ITEMS_FILE in manifest.get("files", {}):
             self._items = _item_keys_file(folder), *_mapped_items(folder, manifest)
+        self._reopen: tuple[Callable[..., KnowledgeStore], tuple] = _reopen, (type(self), folder, manifest)
+        self._down_until, self._down_because = 0.0, ""
 
     def __reduce__(self) -> tuple:
         if self.absent_because:
             return partial(type(self), absent_because=self.absent_because), (self.path, self.manifest)
-        return _reopen, (type(self), self.path, self.manifest)
+        return self._reopen
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> KnowledgeStore:
-        """The store published in run folder `path`. Raises like `Knowledge.open`, and UserError without users."""
+    def open(cls, path: str | Path, *, verify: bool = True, timeout_s: float = TIMEOUT_S) -> KnowledgeStore:
+        """The store published in run folder `path`, or loaded into a Redis: redis://localhost:6379/0#name.
+
+        timeout_s: of each look-up in a Redis. Raises like `Knowledge.open`, UserError without users, and
+        key_value.Unavailable for a Redis that does not answer.
+        """
+        if is_redis(path):
+            return _open_redis(cls, str(path), None, verify=verify, timeout_s=timeout_s)
         manifest = read_manifest(Path(path))
         if USERS_FILE not in manifest["files"]:
             raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
@@ -347,20 +317,34 @@ class KnowledgeStore:
         return cls(Path(path), shape, absent_because=reason)
 
     def __len__(self) -> int:
-        return 0 if self._env is None else self._env.stat()["entries"]
+        return 0 if self.answers is None else len(self.answers)
 
     def get(self, user_keys: Sequence[str]) -> UserKnowledge:
         """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN.
 
-        Raises UserError for keys that are no text.
+        Raises UserError for keys that are no text, and for records that are damaged; key_value.Unavailable where the
+        store does not answer (`get_or_absent` does not raise then).
         """
         if isinstance(user_keys, (str, bytes)):
             raise UserError(f"expected a list of user keys, got the one key {user_keys!r}: say [{user_keys!r}]")
-        if self._env is None:
-            values = [self._nobody] * len(user_keys)
-        else:
-            with self._env.begin() as transaction:
-                values = list(map(transaction.get, map(user_key_bytes, user_keys), repeat(self._nobody)))
+        values = [] if self.answers is None else self.answers.get([*map(user_key_bytes, user_keys)])
+        return self._knowledge([value or self._nobody for value in values or [self._nobody] * len(user_keys)])
+
+    def get_or_absent(self, user_keys: Sequence[str]) -> tuple[UserKnowledge, str]:
+        """What `get` gives and ""; where the store does not answer or is damaged, everybody absent, and why.
+
+        A store that did not answer is not asked again for a second, so that it slows down one look-up a second.
+        """
+        if time.monotonic() < self._down_until:
+            return self._knowledge([self._nobody] * len(user_keys)), self._down_because
+        try:
+            return self.get(user_keys), self.absent_because
+        except (OSError, lmdb.Error, UserError) as error:
+            if not isinstance(error, UserError):
+                self._down_until, self._down_because = time.monotonic() + DOWN_S, str(error)
+            return self._knowledge([self._nobody] * len(user_keys)), str(error)
+
+    def _knowledge(self, values: Sequence[bytes]) -> UserKnowledge:
         record_B = bytes_to_records(values, self._record)
         present_B = record_B["fold"] != ABSENT_FOLD
         if not ((record_B["fold"] >= ABSENT_FOLD) & (record_B["fold"] < self._num_folds)).all():

@@ -30,9 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from lumrec.knowledge.answers import FRESH
 from lumrec.knowledge.digests import USER_INDEX
+from lumrec.knowledge.manifest import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, read_manifest, version_name
 from lumrec.knowledge.records import encode, identity_user_dtype, records_to_bytes
-from lumrec.knowledge.store import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, read_manifest, version_name
 from lumrec.run import files
 from lumrec.run.distributed import barrier, on_rank_zero, rank
 from lumrec.run.errors import UserError
@@ -54,9 +55,13 @@ def in_force(path: Path) -> Path | None:
 
 
 def remove_others(path: Path, published: Path | None) -> None:
-    """Removes from the run folder `path` every version but `published`, and what unfinished builds and kills left."""
+    """Removes from the run folder `path` every version but `published`, and what unfinished builds and kills left.
+
+    With a version go the fresher answers over it.
+    """
     shutil.rmtree(path / BUILDING, ignore_errors=True)
-    for folder in (*versions(path), *leftovers(path)):
+    fresh = [folder for folder in path.glob(f"{FRESH}*") if published is None or folder.name != FRESH + published.name]
+    for folder in (*versions(path), *fresh, *leftovers(path)):
         if folder != published:
             shutil.rmtree(folder)
 

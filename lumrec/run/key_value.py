@@ -174,7 +174,7 @@ class RedisKeyValue(KeyValue):
 
     def __init__(self, place: str, *, timeout_s: float = 5.0, prefix: str = "") -> None:
         """timeout_s: of each command. prefix: put behind the name, for several stores of one name."""
-        self.place = place
+        self.place = without_password(place)
         self.client, name = redis_place(place, timeout_s=timeout_s)
         self._redis = importlib.import_module("redis")
         self.prefix = f"{name}:{prefix}".encode()
@@ -265,7 +265,7 @@ class RedisKeyValue(KeyValue):
         except (self._redis.RedisError, OSError) as error:
             if isinstance(error, Unavailable):
                 raise
-            raise Unavailable(f"{without_password(self.place)} does not answer ({error})") from error
+            raise Unavailable(f"{self.place} does not answer ({error})") from error
 
 
 def is_redis(place: str | Path) -> bool:

@@ -16,10 +16,12 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 from lumrec.data.splits import moment_of_share
 from lumrec.evaluation.lum_auc import rank_by_answers
+from lumrec.knowledge.answers import FRESH
 from lumrec.knowledge.digests import key_digests
 from lumrec.knowledge.forget import forgotten_among
+from lumrec.knowledge.manifest import MANIFEST, check_files, identity_of, read_manifest, version_name
 from lumrec.knowledge.refresh import find_earlier
-from lumrec.knowledge.store import MANIFEST, Knowledge, check_files, identity_of, read_manifest, version_name
+from lumrec.knowledge.store import Knowledge
 from lumrec.knowledge.writer import full_disk_told, remove_others
 from lumrec.models.lum import READ_BY_LUM, ModelConfig, condition_features, load_lum
 from lumrec.models.lum_folds import AskedLum, find_lums, open_lums
@@ -34,7 +36,11 @@ from lumrec.run.limits import check_names, count
 logger = logging.getLogger(__name__)
 # In a version's identity: what was built by another rule is another version, of which nothing is taken over.
 ROWS_SEE = "events before their moment"
-SERVED = (MANIFEST, "knowledge-*")  # what readers open until the next version is published, after overwrite=true too
+SERVED = (
+    MANIFEST,
+    "knowledge-*",
+    f"{FRESH}*",
+)  # what readers open until the next version is published, after overwrite=true too
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.evaluation.ranking import evaluate, score
-from lumrec.knowledge.store import Knowledge, read_manifest
+from lumrec.knowledge.manifest import read_manifest
+from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
 from lumrec.models.ranker import make_ranker
 from lumrec.models.ranker_config import RankerConfig

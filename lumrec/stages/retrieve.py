@@ -29,7 +29,8 @@ from lumrec.evaluation.retrieval import (
     rank_targets,
     retrieval_names,
 )
-from lumrec.knowledge.store import Knowledge, read_manifest
+from lumrec.knowledge.manifest import read_manifest
+from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.compare import Ranks, write_scores
 from lumrec.models.lum import check_table_lrs
 from lumrec.models.towers import TowersConfig, build_towers

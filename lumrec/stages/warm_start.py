@@ -5,7 +5,8 @@ from functools import partial
 from lumrec.data.common import Common
 from lumrec.data.prepare import open_or_prepare
 from lumrec.evaluation.ranking import score
-from lumrec.knowledge.store import Knowledge, read_manifest
+from lumrec.knowledge.manifest import read_manifest
+from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.distributed import rank as process_rank

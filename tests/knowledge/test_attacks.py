@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import publish
 
+from lumrec.knowledge.manifest import identity_of, read_manifest, version_name
 from lumrec.knowledge.parquet import export_parquet, import_parquet
 from lumrec.knowledge.refresh import Earlier
-from lumrec.knowledge.store import KnowledgeStore, identity_of, read_manifest, version_name
+from lumrec.knowledge.store import KnowledgeStore
 from lumrec.run.errors import UserError
 from lumrec.run.files import sha256
 from lumrec.run.listed_files import own_hash

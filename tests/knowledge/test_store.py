@@ -13,8 +13,9 @@ from lumrec.batches.packs import PackBuilder, PackingConfig, PackLoader
 from lumrec.data.columns import Column
 from lumrec.data.splits import TRAIN, user_fold
 from lumrec.knowledge.digests import user_index
+from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.records import bytes_to_records, records_to_bytes, user_dtype, user_key_bytes
-from lumrec.knowledge.store import Knowledge, KnowledgeStore, read_manifest
+from lumrec.knowledge.store import Knowledge, KnowledgeStore
 from lumrec.knowledge.writer import KnowledgeWriter
 from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.run.errors import UserError

@@ -5,7 +5,7 @@
 
 In a Redis a version is all of this, under the name behind the URL's # (lumrec/knowledge/redis_load.py writes it):
 
-    shop:manifest                       the manifest in force
+    shop:knowledge                      the manifest of the version in force
     shop:knowledge-…:=u42               the record of user 42, as in the LMDB
     shop:knowledge-…:=fu42              a fresher one
     shop:knowledge-…:=/items_e.npy/0    the files of items, in pieces
@@ -24,10 +24,11 @@ from pathlib import Path
 
 from lumrec.knowledge.manifest import MANIFEST, read_manifest
 from lumrec.run.errors import MissingFileError
-from lumrec.run.key_value import LmdbKeyValue, RedisKeyValue
+from lumrec.run.key_value import LmdbKeyValue, RedisKeyValue, is_redis, without_password
+from lumrec.run.redis_versions import RedisVersions
 from lumrec.run.shared_lmdb import DATA_FILE, read_only
 
-MANIFEST_KEY = b"manifest"
+KIND = "knowledge"
 FRESH = "fresh-"
 LOOK_AGAIN_S = 1.0
 
@@ -99,29 +100,38 @@ def fetched(place: str, files: Sequence[str], *, timeout_s: float) -> Iterator[t
     """The version in force at a place in a Redis: a run folder with its manifest and these of its files, which lasts as
     long as the block, and its answers.
 
-    timeout_s: of each look-up of answers. Raises MissingFileError where nothing was loaded or a file is missing,
-    Unavailable where the Redis does not answer, and as `read_manifest`.
+    timeout_s: of each look-up of answers. Raises MissingFileError where nothing was loaded, Unavailable where the Redis
+    does not answer, and as `read_manifest`.
     """
-    source = RedisKeyValue(place)
-    with source.errors():
-        text = source.client.get(source.prefix + MANIFEST_KEY)
-    if text is None:
+    versions = RedisVersions(place, KIND)
+    if (found := versions.in_force()) is None:
         raise MissingFileError(
-            f"there is no knowledge in {source.place}; load it: python -m lumrec.knowledge.redis_load RUN_FOLDER URL"
+            f"there is no knowledge in {without_password(place)}; load it with: python -m lumrec.knowledge.redis_load "
+            "RUN_FOLDER URL"
         )
     with tempfile.TemporaryDirectory(prefix="lumrec-knowledge-") as name:
         path = Path(name)
-        (path / MANIFEST).write_bytes(text)
+        (path / MANIFEST).write_text(found[1], encoding="utf-8")
         manifest = read_manifest(path)
-        prefix = f"{manifest['folder']}:"
-        pieces = RedisKeyValue(place, prefix=prefix)
+        pieces = versions.store(manifest["folder"])
         for file in set(files) & set(manifest["files"]):
             target = path / manifest["folder"] / file
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "wb") as opened:
                 while piece := pieces.get([piece_key(file, opened.tell())])[0]:
                     opened.write(piece)
-        yield path, RedisAnswers(RedisKeyValue(place, prefix=prefix, timeout_s=timeout_s))
+        yield path, RedisAnswers(versions.store(manifest["folder"], timeout_s=timeout_s))
+
+
+def version_in_force(place: str | Path) -> str:
+    """The name of the version that a reader would open now, in a run folder or a Redis; "" where there is none.
+
+    Raises UserError for a damaged manifest, Unavailable where the Redis does not answer.
+    """
+    if is_redis(place):
+        found = RedisVersions(str(place), KIND).in_force()
+        return found[0] if found else ""
+    return read_manifest(Path(place))["folder"] if (Path(place) / MANIFEST).exists() else ""
 
 
 def piece_key(file: str, first: int) -> bytes:

@@ -10,26 +10,23 @@ who have it open; older ones, and what a killed load left, are removed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lumrec.knowledge.answers import MANIFEST, MANIFEST_KEY, piece_key
-from lumrec.knowledge.manifest import ITEM_FILES, USERS_FILE, check_files, read_manifest
+from lumrec.knowledge.answers import KIND, piece_key
+from lumrec.knowledge.manifest import ITEM_FILES, MANIFEST, USERS_FILE, check_files, read_manifest
 from lumrec.knowledge.records import records_to_bytes
 from lumrec.knowledge.refresh import stored_users
 from lumrec.run.errors import UserError
 from lumrec.run.failures import reported
-from lumrec.run.key_value import RedisKeyValue
 from lumrec.run.logs import start_logging
 from lumrec.run.printable import say
+from lumrec.run.redis_versions import RedisVersions
 
 logger = logging.getLogger(__name__)
 PIECE = 1 << 26
-LOCK_S = 60.0
 
 
 def load(path: Path, place: str) -> dict[str, float | str]:
@@ -46,39 +43,17 @@ def load(path: Path, place: str) -> dict[str, float | str]:
         raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
     files = {name: facts for name, facts in manifest["files"].items() if name in (USERS_FILE, *ITEM_FILES)}
     check_files(folder, files, checksums=True)
-    names = RedisKeyValue(place)
-    version = RedisKeyValue(place, prefix=f"{manifest['folder']}:")
-    versions_key, manifest_key = names.prefix + b"versions", names.prefix + MANIFEST_KEY
-    with names.errors(), _locked(names) as lock:
-        before = names.client.get(names.prefix + b"version")
-        names.client.sadd(versions_key, manifest["folder"])
-        num_users = 0
+    num_users = 0
+    manifest_text = (path / MANIFEST).read_text(encoding="utf-8")
+    with RedisVersions(place, KIND).writing(manifest["folder"], lambda: manifest_text) as put:
         for keys, record_B in stored_users(folder, manifest):
-            version.put(list(zip(keys, records_to_bytes(record_B), strict=True)))
+            put(list(zip(keys, records_to_bytes(record_B), strict=True)))
             num_users += len(keys)
-            lock.reacquire()
         for name in set(files) & set(ITEM_FILES):
             with open(folder / name, "rb") as file:
                 while piece := file.read(PIECE):
-                    version.put([(piece_key(name, file.tell() - len(piece)), piece)])
-                    lock.reacquire()
-        names.client.mset({manifest_key: (path / MANIFEST).read_bytes(), names.prefix + b"version": manifest["folder"]})
-        for each in names.client.smembers(versions_key) - {manifest["folder"].encode(), before}:
-            RedisKeyValue(place, prefix=f"{each.decode()}:").remove()
-            names.client.srem(versions_key, each)
+                    put([(piece_key(name, file.tell() - len(piece)), piece)])
     return {"version": manifest["folder"], "users": num_users, "wall_s": time.perf_counter() - start}
-
-
-@contextlib.contextmanager
-def _locked(names: RedisKeyValue) -> Iterator[Any]:
-    """A lock in the Redis, which ends by itself some time after a kill. Raises UserError where another has it."""
-    lock = names.client.lock(names.prefix + b"loading", timeout=LOCK_S, blocking=False)
-    if not lock.acquire():
-        raise UserError(f"{names.place}: another process loads knowledge there, or was killed: try again in a minute")
-    try:
-        yield lock
-    finally:
-        lock.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

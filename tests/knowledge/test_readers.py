@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_store import ITEMS, KEYS, publish
 
+from lumrec.knowledge.answers import version_in_force
 from lumrec.knowledge.records import bytes_to_records, records_to_bytes, user_key_bytes
 from lumrec.knowledge.redis_load import load
 from lumrec.knowledge.store import KnowledgeStore
@@ -119,7 +120,7 @@ def test_damage_in_a_redis_is_noticed(redis_server, tmp_path):
     raw.put([(b"/items_e.npy/0", b"\x93NUMPY")])
     with pytest.raises(UserError, match="items_e.npy has 6 bytes, its manifest says"):
         KnowledgeStore.open(place)
-    raw.client.set(b"damaged:manifest", b'{"folder": "../../etc"}')
+    raw.client.hset("damaged:knowledge", "text", '{"folder": "../../etc"}')
     with pytest.raises(UserError, match="is no manifest of a knowledge store"):
         KnowledgeStore.open(place)
 
@@ -141,7 +142,11 @@ def test_a_load_that_was_killed_leaves_the_version_before(redis_server, tmp_path
     load(tmp_path / "run", place)
     load(publish(tmp_path / "run", seed=2), place)
     client = RedisKeyValue(place).client
-    assert {key.split(b":")[1] for key in client.keys("killed:knowledge-*")} == client.smembers("killed:versions")
-    assert len(client.smembers("killed:versions")) == 2
+    assert {key.split(b":")[1] for key in client.keys("killed:knowledge-*:*")} == client.smembers(
+        "killed:knowledge-versions"
+    )
+    assert len(client.smembers("killed:knowledge-versions")) == 2
+    assert version_in_force(place) == version_in_force(tmp_path / "run") != ""
+    assert version_in_force(redis_server.place("nothing")) == version_in_force(tmp_path) == ""
     with pytest.raises(MissingFileError, match="redis_load RUN_FOLDER URL"):
         KnowledgeStore.open(redis_server.place("nothing"))

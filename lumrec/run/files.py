@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,34 @@ from lumrec.run.printable import say
 
 logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_file(path: str | Path, key: str, expected: str, *, may_be_folder: bool = False) -> Path:
+    """The path, once it is sure that there is a file (or a folder, if `may_be_folder`) that this process may read.
+
+    key: the setting that names it, "" for none; expected: what it should be, such as "a YAML file". Raises
+    MissingFileError where there is nothing, and UserError for a folder, a socket, a pipe, and what may not be read.
+    """
+    path, at = Path(path), f"{key}: " if key else ""
+    shown = str(path) if len(str(path)) <= 500 else f"{str(path)[:60]}…"
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
+        here = "" if path.is_absolute() else f" (from {Path.cwd()})"
+        raise MissingFileError(f"{at}there is no {shown}{link}; expected {expected}{here}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{at}{shown} cannot be read ({getattr(error, 'strerror', error)}); expected {expected}"
+        ) from None
+    is_folder = stat.S_ISDIR(mode)
+    if not (stat.S_ISREG(mode) or is_folder and may_be_folder):
+        raise UserError(
+            f"{at}{shown} is {'a folder' if is_folder else 'no file but a socket, pipe or device'}; expected {expected}"
+        )
+    if not os.access(path, os.R_OK | (os.X_OK if is_folder else 0)):
+        raise UserError(f"{at}{shown} cannot be read ({os.strerror(errno.EACCES)}); expected {expected}")
+    return path
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from lumrec.run.errors import UserError, did_you_mean
+from lumrec.run.files import check_file
 
 MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can mean billions
 NULLS = ("null", "Null", "NULL", "~", "")
@@ -60,9 +61,12 @@ class Text(str):
         return text
 
 
-def read(path: Path) -> Any:
-    """What a YAML file holds: mappings, lists and Text; None where it is empty. Raises UserError as `parse` does."""
-    return parse(path.read_bytes(), str(path))
+def read(path: Path, key: str = "") -> Any:
+    """What a YAML file holds: mappings, lists and Text; None where it is empty.
+
+    key: the setting that names the file, for errors. Raises as `check_file` and `parse` do.
+    """
+    return parse(check_file(path, key, "a YAML file").read_bytes(), str(path))
 
 
 def parse(content: str | bytes, where: str) -> Any:

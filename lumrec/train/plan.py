@@ -76,12 +76,12 @@ def read_plan(
     if not sharding or sharding in SHARDING_TYPES:
         return {}
     path = Path(sharding)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(
             f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}{_nearest(sharding, SHARDING_TYPES)}, nor "
             f"a plan file in {Path.cwd()}; '' is the planner's choice"
         )
-    content = read(path)
+    content = read(path, "sharding")
     if not isinstance(content, dict):
         what = "a list" if isinstance(content, list) else "nothing" if content is None else "text"
         raise UserError(f"{path} holds {what}; expected table → sharding type, such as item: row_wise")

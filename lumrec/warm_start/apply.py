@@ -6,6 +6,7 @@ pass yields the means for new rows. Then each shard is filled, and what was fill
 Shape suffixes: R rows of a shard, C columns of the target, N rows of a block, G categories.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,8 @@ def warm_start(
     """
     source = source if isinstance(source, Source) else open_source(source)
     rules = read_rules(rules)
+    if not 0 <= tolerance < math.inf:
+        raise UserError(f"tolerance is {tolerance}; expected 0 or more")
     plan = make_plan(model, source, rules, optimizer)
     source, checks = plan.source, read_checks(plan, Path(rules.folder))
     if dry_run:
@@ -146,21 +149,18 @@ def _fault(copy: Copy, block_NC: Tensor, taken_N: Tensor, first: int) -> tuple[s
     taken = [column for start, number, _ in copy.parts for column in range(start, start + number)]
     rows_NC = block_NC if copy.spread or len(taken) == block_NC.shape[1] else block_NC[:, taken]
     is_float = block_NC.is_floating_point() or block_NC.is_complex()
-    # float8 has few operations.
-    wide_NC = rows_NC.float() if is_float and rows_NC.dtype.itemsize == 1 else rows_NC
-    faults = {"not finite": ~torch.isfinite(wide_NC)} if is_float else {}
+    faults = {"not finite": ~torch.isfinite(rows_NC)} if is_float else {}
     if copy.is_positive:
-        faults["below 0, so they are no sums of squares (say optimizer_kind)"] = wide_NC < 0
+        faults["below 0, so they are neither sums of squares nor counts of steps (say optimizer_kind)"] = rows_NC < 0
     now_zero = 0
     if copy.dtype != block_NC.dtype:
         cast_NC = rows_NC.to(copy.dtype)
         name = str(copy.dtype).removeprefix("torch.")
         if not is_float:
             faults[f"beyond {name}"] = cast_NC.to(rows_NC.dtype) != rows_NC
-        elif copy.dtype.is_floating_point:
-            cast_NC = cast_NC.float() if copy.dtype.itemsize == 1 else cast_NC
+        else:
             faults[f"beyond {name} (at most {torch.finfo(copy.dtype).max:g})"] = ~torch.isfinite(cast_NC)
-            now_zero = int(((cast_NC == 0) & (wide_NC != 0))[taken_N].sum())
+            now_zero = int(((cast_NC == 0) & (rows_NC != 0))[taken_N].sum())
     for what, bad_NC in faults.items():
         bad_N = bad_NC.any(1) & taken_N
         if bad_N.any():
@@ -168,10 +168,8 @@ def _fault(copy: Copy, block_NC: Tensor, taken_N: Tensor, first: int) -> tuple[s
             value = rows_NC[row][bad_NC[row]][0].item()
             return (
                 f"{copy.source!r} has numbers that are {what} in {int(bad_N.sum()):,} rows from row {first + row:,} on "
-                f"(such as {value:g}, for {copy.name!r})",
-                0,
-                0,
-            )
+                f"(such as {value:g}, for {copy.name!r})"
+            ), 0, 0  # fmt: skip
     return "", now_zero, int(taken_N.sum()) * rows_NC.shape[1]
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lumrec.run.errors import UserError
 from lumrec.run.files import write_atomically
 from lumrec.run.printable import markdown, printable
 
@@ -79,9 +80,15 @@ class Audit:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Writes warm_start.json and warm_start.md into `folder`, which is made, each whole or not at all."""
+        """Writes warm_start.json and warm_start.md into `folder`, which is made, each whole or not at all.
+
+        Raises UserError where there is a file in place of the folder.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"the audit cannot be saved in {folder}: that is a file; give a folder") from None
         write_atomically(folder / "warm_start.json", json.dumps(asdict(self), indent=1) + "\n")
         write_atomically(folder / "warm_start.md", self.markdown())
 

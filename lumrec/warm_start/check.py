@@ -6,7 +6,7 @@ Shape suffixes: N rows of a check, C columns of the source.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lumrec.run.distributed import gathered, on_rank_zero
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import UserError
+from lumrec.run.files import check_file
 from lumrec.warm_start.plan import Plan, flat, shards_of
 from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.vocabulary import join, read_vocabulary
@@ -48,8 +49,7 @@ def read_checks(plan: Plan, folder: Path) -> dict[str, Rows]:
 
 def _read_rows(folder: Path, rule: Rule, what: str, num_rows: int, columns: int) -> Rows:
     path, by = folder / rule.check, "key" if rule.target_vocabulary else "row"
-    if not path.is_file():
-        raise MissingFileError(f"check: there is no file {path}; expected Parquet with the columns {by} and values")
+    check_file(path, "check", f"Parquet with the columns {by} and values")
     try:
         frame = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -116,11 +116,14 @@ def check_scores(model: nn.Module, check: Callable[[nn.Module], tuple[Tensor, Te
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        scores, expected = (torch.as_tensor(values).detach().float().cpu() for values in check(model))
+        given: Any = check(model)
     finally:
         for module, mode in modes:
             module.training = mode
+    if not (isinstance(given, (tuple, list)) and len(given) == 2):
+        return _raise_everywhere([f"check gave a {type(given).__name__}; expected the model's scores and production's"])
     problems = []
+    scores, expected = (torch.as_tensor(values).detach().float().cpu() for values in given)
     if scores.shape != expected.shape or not scores.numel():
         problems.append(f"check gave scores of {list(scores.shape)}, production's are {list(expected.shape)}")
     else:

@@ -3,8 +3,10 @@
 import fnmatch
 import re
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lumrec.run.errors import UserError
@@ -64,30 +66,45 @@ def match_names(
 
 def _check_ties(targets: Mapping[str, Any], pairs: Mapping[str, tuple[str, str, Rule]], problems: list[str]) -> None:
     """Parameters that share their memory must have one source."""
-    first: dict[tuple[Any, ...], str] = {}
+    spans = []  # device, first byte, byte after the last one (of one that is not contiguous: its first number), target
     for target in pairs:
         value = targets[target]
-        if type(value) in (Tensor, nn.Parameter) and value.numel() and not value.is_meta:
-            place = (value.device, value.data_ptr(), tuple(value.shape))
-            other = first.setdefault(place, target)
-            if pairs[other][1] != pairs[target][1]:
-                problems.append(
-                    f"{other!r} and {target!r} are one tensor, and get {pairs[other][1]!r} and {pairs[target][1]!r}"
-                )
+        if (
+            type(value) in (Tensor, nn.Parameter)
+            and value.layout == torch.strided
+            and value.numel()
+            and not value.is_meta
+        ):
+            length = value.nbytes if value.is_contiguous() else value.element_size()
+            spans.append((str(value.device), value.data_ptr(), value.data_ptr() + length, target))
+    last = ("", 0, 0, "")
+    for device, start, end, target in sorted(spans):
+        if device == last[0] and start < last[2]:
+            one, two = pairs[last[3]][1], pairs[target][1]
+            if one != two or targets[last[3]].shape != targets[target].shape:
+                problems.append(f"{last[3]!r} and {target!r} share their memory, and get {one!r} and {two!r}")
+            last = max(last, (device, start, end, target), key=itemgetter(2))
+        else:
+            last = device, start, end, target
 
 
 def _listed(what: str, patterns: list[str], names: Mapping[str, Any], problems: list[str]) -> set[str]:
     listed = set()
     for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
+        found = [name for name in names if _is_like(name, pattern)]
         if not found:
             problems.append(f"{what} lists {pattern!r}, which matches nothing{nearest(pattern, names)}")
         listed |= set(found)
     return listed
 
 
+def _is_like(name: str, pattern: str) -> bool:
+    """Whether a name is a glob pattern's; a name with brackets in it is its own."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def _matches(rule: Rule, name: str) -> bool:
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.exclude):
+    if any(_is_like(name, pattern) for pattern in rule.exclude):
         return False
     if rule.match == "exact":
         return name == rule.source

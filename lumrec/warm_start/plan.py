@@ -5,7 +5,7 @@ its further dimensions; a scalar is one row.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parameter import is_lazy
 
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import UserError
@@ -27,6 +28,8 @@ from lumrec.warm_start.rows import RowMap, map_rows
 from lumrec.warm_start.rules import Rule, Rules, nearest
 from lumrec.warm_start.sources import Source, open_source
 
+_COUNTS = {torch.int32, torch.int64}
+_UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}
 _PER = {"": "something unknown", "scalar": "tensor", "shard": "row and column shard"}
 
 
@@ -124,13 +127,9 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     targets = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
     audit = Audit(str(source.path), source.kind)
     problems: list[str] = []
-    if meta := [name for name, value in targets.items() if _is_meta(value)]:
-        problems.append(
-            f"{meta[0]!r} ({len(meta):,} such) is on the meta device and holds no numbers: call "
-            "model.to_empty(device=…), or DistributedModelParallel, first"
-        )
     source, rules = _with_second_source(source, rules)
     pairs = match_names(source, rules, targets, audit, problems)
+    problems += _not_to_be_filled(targets, model.state_dict(), pairs)
     theirs = states.SourceStates(source, rules, without_prefix(source, rules)[0])
     problems += routing_problems(source, targets, pairs)
     source, problems_of_bytes = _with_numbers(source, pairs, targets)
@@ -155,21 +154,53 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     return plan
 
 
-def _is_meta(value: Any) -> bool:
-    parts = [part.tensor for part in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
-    return any(part.is_meta for part in parts)
+def _not_to_be_filled(targets: Mapping[str, Any], again: Mapping[str, Any], pairs: Mapping[str, Any]) -> Iterator[str]:
+    """What has no memory of its own to fill, in words. again: a second state dict, while the first one exists."""
+    found: dict[str, list[str]] = {}
+    for name, value in targets.items():
+        for part, same in zip(_held(value), _held(again[name])):
+            reason = (
+                "is on the meta device and holds no numbers: call model.to_empty(device=…), or "
+                "DistributedModelParallel, first" if part.is_meta else
+                "" if name not in pairs else
+                "has no size yet: call the model once, first" if is_lazy(part) else
+                "is a sparse tensor" if part.layout != torch.strided else
+                "is expanded, so that several of its numbers are one: make it contiguous" if _is_expanded(part) else
+                "is a copy that the model's state_dict() makes: filling it would not change the model"
+                if part.data_ptr() != same.data_ptr() else ""
+            )  # fmt: skip
+            if reason:
+                found.setdefault(reason, []).append(name)
+    for reason, names in found.items():
+        yield f"{names[0]!r} ({len(names):,} such) {reason}"
+
+
+def _is_expanded(part: Tensor) -> bool:
+    return any(step == 0 and number > 1 for step, number in zip(part.stride(), part.shape))
+
+
+def _held(value: Any) -> list[Tensor]:
+    """What this rank holds of a tensor."""
+    if isinstance(value, ShardedTensor):
+        return [part.tensor for part in value.local_shards()]
+    return [value.to_local() if isinstance(value, DTensor) else value]
 
 
 def _with_second_source(source: Source, rules: Rules) -> tuple[Source, Rules]:
-    """The source with the tensors of rules.optimizer_source beside its own, and rules that find them."""
-    if not rules.optimizer_source:
-        return source, rules
-    second = open_source(Path(rules.folder) / rules.optimizer_source)
-    tensors = {f"{SECOND}{name}": stored for name, stored in second.tensors.items()}
-    values = {f"{SECOND}{name}": value for name, value in second.values.items()}
-    if not any(name.startswith(rules.optimizer_prefix) for name in second.tensors):
+    """The source with the tensors of rules.optimizer_source beside its own, and rules that find them.
+
+    Raises UserError where optimizer_prefix begins no name.
+    """
+    second = source
+    if rules.optimizer_source:
+        second = open_source(Path(rules.folder) / rules.optimizer_source, key="optimizer_source")
+    if rules.optimizer_prefix and not any(name.startswith(rules.optimizer_prefix) for name in second.tensors):
         near = nearest(rules.optimizer_prefix, second.tensors)
         raise UserError(f"optimizer_prefix {rules.optimizer_prefix!r} begins no name of {second.path}{near}")
+    if second is source:
+        return source, rules
+    tensors = {f"{SECOND}{name}": stored for name, stored in second.tensors.items()}
+    values = {f"{SECOND}{name}": value for name, value in second.values.items()}
     both = replace(source, tensors={**source.tensors, **tensors}, values={**source.values, **values})
     return both, replace(rules, optimizer_prefix=f"{SECOND}{rules.optimizer_prefix}")
 
@@ -253,8 +284,12 @@ def _check_dtype(rule: Rule, name: str, source: torch.dtype, target_name: str, t
         raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: numbers of different kinds are not converted{hint}"
         )
-    if source.is_floating_point and source.itemsize == 1:  # torch converts them to no other type by itself
-        raise UserError(f"{name!r} is {source}, for {target_name!r}: 8-bit floats are not read; save them as bfloat16")
+    if any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in (source, target)):
+        raise UserError(
+            f"{target_name!r} is {target}, {name!r} {source}: 8-bit floats are not read; save them as bfloat16"
+        )
+    if source != target and {source, target} & _UNSIGNED:  # torch can neither compare nor promote them
+        raise UserError(f"{target_name!r} is {target}, {name!r} {source}: these are not converted; save them as int64")
     if rule.dtype == "up" and torch.promote_types(source, target) != target:
         raise UserError(
             f"{target_name!r} is {target}, {name!r} {source}: precision is lost; say dtype=cast to allow it"
@@ -310,6 +345,7 @@ def _state_note(
     for copy, tensor in copies:
         plan.copies.append(copy)
         plan.targets[copy.name] = tensor
+    notes += [f"saved under {theirs.alias[name]!r}"] if name in theirs.alias else []
     return "kept" + "".join(f", {note}" for note in dict.fromkeys(notes))
 
 
@@ -330,6 +366,8 @@ def _state_copies(
             fresh_columns=False,
             is_positive=squares or meaning == "step",
         )
+        if not (of.dtype.is_floating_point and of.dtype.itemsize > 1 or meaning == "step" and of.dtype in _COUNTS):
+            raise states.Dropped(f"{of.last} is {of.dtype}, expected floating point of 16 bits or more")
         if rule.dtype == "up" and torch.promote_types(of.dtype, to.dtype) != to.dtype:
             raise states.Dropped(f"{of.last} is {of.dtype}, here {to.dtype}; say dtype=cast to round it")
         if (
@@ -366,6 +404,8 @@ def _same_shards(plan: Plan, weight: Copy, value: Any, ours: states.Entry, their
     stored = plan.source.tensors[weight.source]
     columns = flat(stored.size)[1]
     number = theirs.size[0] // stored.size[0]
+    if not isinstance(value, ShardedTensor):
+        raise states.Dropped(f"the model's {ours.last} {list(ours.size)} is of column shards, but its table is not")
     here = sorted({shard.shard_offsets[1] for shard in value.metadata().shards_metadata})
     there = sorted({piece.offsets[1] for piece in stored.pieces})
     whole = weight.parts == [(0, columns, 0)] and columns == value.size()[1]

@@ -6,7 +6,7 @@ table's rows, and to the same shards.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.sources import Source
 
 _BUFFER = re.compile(r"(?:.*\.)?(?P<table>[^.]+)\.(?P<buffer>_mch_\w+|_hash_zch_\w+)")
-_WEIGHT = re.compile(r"(?:.*\.)?(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight")
 _INSTEAD = (
     "begin on as many ranks as it was saved on, in one plan, with exact rules for the table and all its buffers; or "
     "write its raw ids and rows to a vocabulary and say rows=remap"
@@ -31,7 +30,7 @@ def routing_problems(source: Source, targets: Mapping[str, Any], pairs: Pairs) -
     theirs, ours = _by_table(source.tensors), _by_table(targets)
     problems = []
     for table, names in theirs.items():
-        weights = [(full, *taken[full]) for full in taken if _is_weight_of(full, table)]
+        weights = [(full, *taken[full]) for full in _weights_of(table, source.tensors) if full in taken]
         for full, _, rule in weights:
             by_place = rule.rows in ("error", "grow")
             if by_place and (left := [name for name in names if name not in taken]):
@@ -48,11 +47,16 @@ def routing_problems(source: Source, targets: Mapping[str, Any], pairs: Pairs) -
                     f"{name!r} says which rows of table {table!r} raw ids have, but these rows are not taken as they "
                     f"are: {_INSTEAD}"
                 )
+            elif any(to not in _weights_of(_table_of(target), targets) for _, to, _ in weights):
+                problems.append(
+                    f"{name!r} goes to {target!r}, but the rows that it routes raw ids to go to {weights[0][1]!r}, of "
+                    f"another table: {_INSTEAD}"
+                )
             elif reason := _misrouted(source, name, targets[target]):
                 problems.append(f"{name!r} cannot be taken: {reason}; {_INSTEAD}")
     for table, names in ours.items():
         fresh = [name for name in names if name not in pairs]
-        filled = [target for target in pairs if _is_weight_of(target, table)]
+        filled = [target for target in _weights_of(table, targets) if target in pairs]
         if fresh and filled:
             problems.append(
                 f"{filled[0]!r} gets rows of the source, but {fresh[0]!r}, which routes raw ids to them, does not: "
@@ -61,17 +65,24 @@ def routing_problems(source: Source, targets: Mapping[str, Any], pairs: Pairs) -
     return problems
 
 
-def _by_table(names: Mapping[str, Any]) -> dict[str, list[str]]:
+def _by_table(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
-        if match := _BUFFER.fullmatch(name):
-            found.setdefault(match["table"], []).append(name)
+        if table := _table_of(name):
+            found.setdefault(table, []).append(name)
     return found
 
 
-def _is_weight_of(name: str, table: str) -> bool:
-    match = _WEIGHT.fullmatch(name)
-    return match is not None and match["table"] == table
+def _table_of(name: str) -> str:
+    """The table whose raw ids a buffer routes; "" for what is no such buffer."""
+    match = _BUFFER.fullmatch(name)
+    return match["table"] if match else ""
+
+
+def _weights_of(table: str, names: Iterable[str]) -> list[str]:
+    """The names of a table's rows: in a collection of TorchRec, else all that end as such a table's would."""
+    found = [name for name in names if f".{name}".endswith(f".{table}.weight")]
+    return [name for name in found if name.split(".")[-3:-2] in (["embedding_bags"], ["embeddings"])] or found
 
 
 def _misrouted(source: Source, name: str, value: Any) -> str:

@@ -4,6 +4,7 @@ Shape suffixes: R rows of the target table, S rows of the source's, N rows of a 
 """
 
 import functools
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +137,11 @@ def _joined(rule: Rule, target: pl.DataFrame, source: pl.DataFrame, number: int,
     if rule.lookalikes == "error":
         alike, ours, theirs = lookalikes(target, source)
         if alike:
+            show = ascii if unicodedata.normalize("NFC", ours) == unicodedata.normalize("NFC", theirs) else repr
             raise UserError(
                 f"{what}: {alike:,} raw ids of {rule.target_vocabulary} differ only in form from ids of "
-                f"{rule.source_vocabulary}, such as {short(ours)} and {short(theirs)}: write them alike, or say "
-                "lookalikes=new if they are different things"
+                f"{rule.source_vocabulary}, such as {short(ours, show)} and {short(theirs, show)}: write them alike, "
+                "or say lookalikes=new if they are different things"
             )
     if len(target) and not number:
         raise UserError(

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from lumrec.run.errors import MissingFileError, UserError
+from yaml.representer import RepresenterError
+
+from lumrec.run.errors import UserError
 from lumrec.run.typed_yaml import Text, built, defaults, overlaid, parse, read, to_yaml
 
 MATCHES = ("exact", "prefix", "regex")
@@ -149,24 +151,27 @@ def read_rules(rules: "str | Path | Mapping[str, Any] | Rules") -> Rules:
     if isinstance(rules, (str, Path)):
         path = Path(rules)
         origin = str(path)
-        if not path.is_file():
-            raise MissingFileError(f"warm_start.rules: there is no file {path} (from {Path.cwd()})")
-        content = read(path)
-        if not isinstance(content, Mapping):
-            what = "a list" if isinstance(content, list) else "nothing" if content is None else "text"
-            raise UserError(f"{path} holds {what}; expected keys such as rules, unused and fresh")
-        rules = _parse(origin, {"folder": Text(str(path.parent), is_plain=False), **content})
+        rules = _parse(origin, read(path, "warm_start.rules"), str(path.parent))
     elif not isinstance(rules, Rules):
-        rules = _parse(origin, parse(to_yaml(rules), origin))
+        try:
+            text = to_yaml(rules)
+        except RepresenterError as error:
+            raise UserError(f"{origin} hold {error.args[-1]!r}; expected text, numbers, lists and mappings") from None
+        rules = _parse(origin, parse(text, origin))
     for rule in rules.rules:
         _check(f"{origin}, rule {rule.source!r}", rule)
-    for name in ("optimizer_source", "optimizer_parameters"):
-        if getattr(rules, name) and not (rules.optimizer_prefix or rules.optimizer_source):
-            raise UserError(f"{origin}: {name} is given without optimizer_prefix, so no optimizer state is read")
+    names = ["optimizer_parameters"] if rules.optimizer_parameters else []
+    names += [f"optimizer_kind of rule {rule.source!r}" for rule in rules.rules if rule.optimizer_kind]
+    if names and not (rules.optimizer_prefix or rules.optimizer_source):
+        raise UserError(f"{origin}: {names[0]} is given without optimizer_prefix, so no optimizer state is read")
     return rules
 
 
-def _parse(origin: str, content: Mapping[str, Any]) -> Rules:
+def _parse(origin: str, content: Any, folder: str = ".") -> Rules:
+    if not isinstance(content, Mapping):
+        what = "a list" if isinstance(content, list) else "nothing" if content is None else "text"
+        raise UserError(f"{origin} holds {what}; expected keys such as rules, unused and fresh")
+    content = {"folder": Text(folder, is_plain=False), **content}
     _check_keys(origin, content, Rules.__dataclass_fields__)
     rules = content.get("rules", [])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
@@ -232,6 +237,13 @@ def _check(where: str, rule: Rule) -> None:
             raise UserError(f"{where}: source is no regular expression: {error}") from None
     if rule.match != "exact" and rule.check:
         raise UserError(f"{where}: check is of one table; expected match=exact")
+    for name, has_effect, needed in (
+        ("exclude", rule.match != "exact", "match=prefix or regex"),
+        ("tolerance", bool(rule.check), "a check"),
+        ("optimizer_kind", rule.optimizer != "drop", "another value of optimizer"),
+    ):
+        if getattr(rule, name) != getattr(default, name) and not has_effect:
+            raise UserError(f"{where}: {name} has no effect without {needed}")
 
 
 def nearest(name: str, names: Collection[str], number: int = 2) -> str:

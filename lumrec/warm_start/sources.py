@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import UserError
+from lumrec.run.files import check_file
 from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import FileSlice, check_archive, metadata_of
 
@@ -148,17 +149,15 @@ def _read_into(block: Tensor, place: Place, first_row: int, what: str) -> None:
         raise UserError(f"{what} is cut off: {place.file} ends {len(view) - got:,} bytes too early; copy it again")
 
 
-def open_source(path: str | Path, *, verify: bool = True) -> Source:
+def open_source(path: str | Path, *, verify: bool = True, key: str = "warm_start.source") -> Source:
     """The checkpoint in `path`: a DCP folder, a safetensors file or its index, or a torch.save file. Collective.
 
     Only headers are read, and all files must be as long as these say; a checkpoint that lumrec wrote is verified by
-    its checksums too (not with verify=False). Raises MissingFileError where there is none; UserError, which says what
-    was got and how to mend it, for a file that is cut off, of an unknown version, or that could be read only by running
-    code that it holds.
+    its checksums too (not with verify=False). key: the setting that names it, for errors. Raises MissingFileError where
+    there is none; UserError, which says what was got and how to mend it, for a file that is cut off, of an unknown
+    version, or that could be read only by running code that it holds.
     """
-    path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"warm_start.source: there is no {path}; expected a DCP folder or a checkpoint file")
+    path = check_file(path, key, "a DCP folder or a checkpoint file", may_be_folder=True)
     if path.is_dir():
         return _open_dcp(path, verify)
     if path.name.endswith(".safetensors.index.json"):
@@ -354,9 +353,8 @@ def _open_safetensors_index(path: Path) -> Source:
     for name in sorted(set(file_of.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{path} names the file {name!r}; expected names of .safetensors files in its own folder")
-        if not (path.parent / name).is_file():
-            raise MissingFileError(f"{path} names the file {name!r}, which is missing; copy the whole checkpoint")
-        files[name] = _open_safetensors(path.parent / name).tensors
+        part = check_file(path.parent / name, str(path), "a part of this checkpoint; copy all of it")
+        files[name] = _open_safetensors(part).tensors
     tensors = {}
     for name, file in file_of.items():
         if name not in files[file]:

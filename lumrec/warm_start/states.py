@@ -15,7 +15,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from lumrec.run.distributed import gathered
 from lumrec.run.errors import UserError
-from lumrec.warm_start.rules import Rules
+from lumrec.warm_start.rules import Rules, nearest
 from lumrec.warm_start.sources import Source
 
 # What each optimizer keeps: meaning → one number per "element" or per "row" of a table.
@@ -47,7 +47,7 @@ class Names:
         self.parameters = frozenset(parameters)
         self.plain: dict[str, list[str]] = {}
         for name in parameters:
-            self.plain.setdefault(_plain(name), []).append(name)
+            self.plain.setdefault(plain(name), []).append(name)
 
     def find(self, name: str) -> str | None:
         """The parameter `name`: itself; but for what wrappers add; but for the key that CombinedOptimizer puts in
@@ -55,7 +55,7 @@ class Names:
         """
         if name in self.parameters:
             return name
-        for candidate in (_plain(name), _plain(name.partition(".")[2])):
+        for candidate in (plain(name), plain(name.partition(".")[2])):
             if len(found := self.plain.get(candidate, [])) == 1:
                 return found[0]
         return None
@@ -69,7 +69,8 @@ class Names:
         return None, rest
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name without what wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -104,8 +105,10 @@ class SourceStates:
     def __init__(self, source: Source, rules: Rules, parameters: Collection[str]) -> None:
         self.names = [n for n in source.tensors if rules.optimizer_prefix and n.startswith(rules.optimizer_prefix)]
         self.entries: dict[str, list[Entry]] = {}
+        self.alias: dict[str, str] = {}  # what a state is saved under, where that is more than the parameter's name
         self.by_index = False
-        names, by_index = Names(parameters), _names_by_index(source, rules)
+        names = Names(parameters)
+        by_index = _names_by_index(source, rules, names)
         for name in self.names:
             rest = name.removeprefix(rules.optimizer_prefix)
             index, _, _ = rest.partition(".")
@@ -114,7 +117,9 @@ class SourceStates:
                 self.by_index |= owner is None
                 found = names.find(owner) if owner else None
             else:
-                found, _ = names.split(rest)
+                found, entry = names.split(rest)
+                if found and plain(saved := rest.removesuffix(f".{entry}")) != plain(found):
+                    self.alias[found] = saved
             if found:
                 stored = source.tensors[name]
                 self.entries.setdefault(found, []).append(Entry(name, stored.size, stored.dtype))
@@ -131,21 +136,32 @@ class SourceStates:
         raise Dropped("none in the source")
 
 
-def _names_by_index(source: Source, rules: Rules) -> dict[int, str]:
-    """Index → parameter, as the rules say or as torch.optim saved it for an optimizer of named parameters."""
-    if rules.optimizer_parameters:
+def _names_by_index(source: Source, rules: Rules, names: Names) -> dict[int, str]:
+    """Index → parameter, as the rules say or as torch.optim saved it for an optimizer of named parameters.
+
+    Raises UserError for rules that name other parameters than the source has.
+    """
+    if given := rules.optimizer_parameters:
         numbers = {
             int(index)
             for name in source.tensors
             if name.startswith(rules.optimizer_prefix)
             and (index := name.removeprefix(rules.optimizer_prefix).split(".")[0]).isdigit()
         }
-        if numbers and max(numbers) >= len(rules.optimizer_parameters):
+        if not numbers:
+            raise UserError("optimizer_parameters is given, but the source keeps its state by name: leave it out")
+        if max(numbers) >= len(given):
             raise UserError(
-                f"optimizer_parameters has {len(rules.optimizer_parameters)} names, but the source has state of a "
-                f"parameter {max(numbers)}"
+                f"optimizer_parameters has {len(given)} names, but the source has state of a parameter {max(numbers)}"
             )
-        return dict(enumerate(rules.optimizer_parameters))
+        for name in given:
+            if names.find(name) is None:
+                raise UserError(
+                    f"optimizer_parameters has {name!r}, which the source has not{nearest(name, names.parameters)}"
+                )
+            if given.count(name) > 1:
+                raise UserError(f"optimizer_parameters has {name!r} twice: give each parameter once")
+        return dict(enumerate(given))
     groups = rules.optimizer_prefix.removesuffix("state.") + "param_groups."
     by_index: dict[int, str] = {}
     for key, place in source.values.items():
@@ -178,7 +194,8 @@ def read_state(entries: list[Entry], parameter: tuple[int, ...], *, kind: str = 
         renamed = {meanings.get(last, last): entry for last, entry in by_last.items()}
     kept = {meaning: entry for meaning, entry in renamed.items() if meaning not in _COUNTERS}
     forms = {meaning: form_of(entry.size, parameter) for meaning, entry in kept.items()}
-    forms |= {"step": "scalar"} if "step" in kept and forms["step"] else {}
+    if "step" in kept:
+        forms["step"] = "scalar" if math.prod(kept["step"].size) == 1 else ""
     if kind:
         _check_kind(kind, kept, forms, parameter)
     return State(kept, forms, kind or _name_of(kept, forms))
@@ -204,7 +221,7 @@ def _name_of(entries: Mapping[str, Entry], forms: Mapping[str, str]) -> str:
             forms[meaning] == form or form == "row" and forms[meaning] == "shard" for meaning, form in keeps.items()
         ):
             return name
-    return "an optimizer that keeps " + ", ".join(sorted(entries))
+    return "another optimizer"
 
 
 def form_of(size: tuple[int, ...], parameter: tuple[int, ...]) -> str:

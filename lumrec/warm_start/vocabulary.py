@@ -3,18 +3,20 @@
 Shape suffixes: N raw ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import UserError
+from lumrec.run.files import check_file
 
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-# One form for ids that mean the same to a reader: no blanks around, `7` for `007`, `+7`, `7.` and `7.00`.
-_BLANKS, _NUMBER = r"^[\s\x{feff}]+|[\s\x{feff}]+$", r"^\+?(-?)0*(\d+?)(?:\.0*)?$"
+# What surrounds an id in some files: blanks, quotes, what is not printed; and whole numbers: `7`, `007`, `+7`, `7.00`.
+_AROUND, _NUMBER = r"""^b?['"\s\pC]+|['"\s\pC]+$""", r"^\+?(-?)0*(\d+?)(?:\.0*)?$"
+_POWER = r"^\d(?:\.\d+)?e\+?\d{1,2}$"  # 1.25e7, as Java and pandas write 12500000.0
 
 
 def read_vocabulary(
@@ -50,12 +52,11 @@ def read_vocabulary(
     return frame
 
 
-def read_columns(path: Path, columns: list[str], *, numbers: Sequence[str] = ()) -> pl.DataFrame:
-    """A Parquet or CSV file that has these columns; in CSV all but `numbers` are text."""
-    if not path.is_file():
-        raise MissingFileError(
-            f"there is no file {path}; expected Parquet or CSV with the columns {', '.join(columns)}"
-        )
+def read_columns(
+    path: Path, columns: list[str], *, numbers: Sequence[str] = (), key: str = "", expected: str = ""
+) -> pl.DataFrame:
+    """A Parquet or CSV file that has these columns; in CSV all but `numbers` are text. key, expected: for errors."""
+    check_file(path, key, expected or f"Parquet or CSV with the columns {', '.join(columns)}")
     try:
         # Raw ids and categories are text: "007" is not 7.
         texts = {name: pl.String for name in columns if name not in numbers}
@@ -76,7 +77,7 @@ def read_columns(path: Path, columns: list[str], *, numbers: Sequence[str] = ())
 
 def _keys(keys: pl.Series, path: Path, name: str) -> pl.Series:
     """Raw ids as text, or as i64 (u64 where one is 2^63 or more)."""
-    if keys.dtype.is_integer():
+    if keys.dtype.is_integer() and keys.dtype not in (pl.Int128, pl.UInt128):
         return keys if keys.dtype == pl.UInt64 and (keys >= 2**63).any() else keys.cast(pl.Int64)
     if keys.dtype not in (pl.String, pl.Categorical, pl.Enum):
         raise UserError(
@@ -87,14 +88,14 @@ def _keys(keys: pl.Series, path: Path, name: str) -> pl.Series:
 
 def _row_numbers(rows: pl.Series, path: Path, name: str) -> pl.Series:
     known = rows.drop_nulls()
+    is_number = rows.dtype.is_integer() or rows.dtype.is_float() and bool((known.floor() == known).all())
     try:
-        if rows.dtype == pl.Boolean or rows.dtype.is_float() and not (known.floor() == known).all():
+        if not (is_number or rows.dtype in (pl.String, pl.Null)):
             raise ValueError
         return rows.cast(pl.Int64)
     except (ValueError, pl.exceptions.InvalidOperationError):
-        raise UserError(
-            f"{path}: column {name!r} holds {rows.dtype} such as {short(known[0])}; expected row numbers: 0, 1, 2, …"
-        ) from None
+        some = f" such as {short(known[0])}" if rows.dtype.is_numeric() or rows.dtype == pl.String else ""
+        raise UserError(f"{path}: column {name!r} holds {rows.dtype}{some}; expected row numbers: 0, 1, 2, …") from None
 
 
 def join(target: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
@@ -110,17 +111,28 @@ def lookalikes(target: pl.DataFrame, source: pl.DataFrame) -> tuple[int, str, st
     def plain(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
         key = pl.col("key").cast(pl.String)
         apart = frame.select(key).join(other.select(key), on="key", how="anti")
-        form = pl.col("key").str.replace_all(_BLANKS, "").str.replace(_NUMBER, "${1}${2}")
-        return apart.with_columns(form.alias("form"))
+        return apart.with_columns(form=_form(pl.col("key")))
 
     alike = plain(target, source).join(plain(source, target), on="form", how="inner", suffix="_theirs")
     alike = alike.unique("key", maintain_order=True)
     return (len(alike), alike["key"][0], alike["key_theirs"][0]) if len(alike) else (0, "", "")
 
 
-def short(value: object) -> str:
+def _form(key: pl.Expr) -> pl.Expr:
+    """One form for all ids that mean the same to a reader: of letters and digits alike (also é of one code or two), and
+    of whole numbers, those of 64 bits with and without a sign among them.
+    """
+    text = key.str.normalize("NFKC").str.replace_all(_AROUND, "").str.to_lowercase()
+    power = pl.when(text.str.contains(_POWER)).then(text).cast(pl.Float64, strict=False)
+    text = pl.when(power < 2**63).then(power.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
+    text = text.str.replace(_NUMBER, "${1}${2}")
+    negative = pl.when(text.str.starts_with("-")).then(text).cast(pl.Int64, strict=False)
+    return pl.when(negative <= 0).then(negative.reinterpret(signed=False).cast(pl.String)).otherwise(text)
+
+
+def short(value: object, show: Callable[[object], str] = repr) -> str:
     """A raw id for a message, cut where it is long."""
-    text = repr(value)
+    text = show(value)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
 
 

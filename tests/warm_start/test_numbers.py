@@ -11,7 +11,7 @@ from takeover import vocabulary
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from lumrec.warm_start import warm_start
+from lumrec.warm_start import PlanError, warm_start
 from lumrec.warm_start.rows import RowMap
 
 EVERYTHING = {"rules": [{"source": "", "match": "prefix"}]}
@@ -29,6 +29,7 @@ def one(value: torch.Tensor) -> nn.Module:
     [
         (70000.0, torch.float16, r"beyond float16 \(at most 65504\) in 1 rows from row 2 on .such as 70000"),
         (-1e39, torch.float32, r"beyond float32"),
+        (1e39j, torch.complex64, r"beyond complex64"),
         (1e-9, torch.float16, r"1 of 12 numbers so small that float16 rounds them to 0"),
         (1e-320, torch.float32, r"1 of 12 numbers so small that float32 rounds them to 0"),
         (torch.nan, torch.float16, "not finite in 1 rows from row 2"),
@@ -41,7 +42,9 @@ def one(value: torch.Tensor) -> nn.Module:
 )
 def test_what_a_dtype_cannot_hold_is_not_cast(tmp_path, value, dtype, said):
     whole = not dtype.is_floating_point
-    old = torch.ones(4, 3, dtype=torch.int64 if whole else torch.float64)
+    whole = whole and not dtype.is_complex
+    kind = torch.complex128 if dtype.is_complex else torch.int64 if whole else torch.float64
+    old = torch.ones(4, 3, dtype=kind)
     torch.save({"weight": old}, tmp_path / "good.pt")
     old[2, 1] = value
     torch.save({"weight": old}, tmp_path / "bad.pt")
@@ -82,8 +85,69 @@ def test_tied_weights_have_one_source(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight
     torch.save({"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)}, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' are one tensor, and get 'a.weight' and 'b.weight'"):
+    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' share their memory, and get 'a.weight' and"):
         warm_start(model, tmp_path / "old.pt", EVERYTHING)
+
+
+def test_what_cannot_be_filled_is_refused(tmp_path):
+    """Each of these was filled in part, in another place, or ended in a traceback."""
+
+    class Copies(nn.Module):
+        def get_extra_state(self):
+            return torch.ones(3)
+
+        def set_extra_state(self, state):
+            pass
+
+    def buffers(**values: torch.Tensor) -> nn.Module:
+        model = nn.Module()
+        for name, value in values.items():
+            model.register_buffer(name, value)
+        return model
+
+    whole = torch.zeros(4, 2)
+    for model, said in [
+        (Copies(), "'_extra_state' .1 such. is a copy that the model's state_dict"),
+        (buffers(a=torch.zeros(1, 2).expand(4, 2)), "is expanded, so that several of its numbers are one"),
+        (buffers(a=whole.to_sparse()), "is a sparse tensor"),
+        (buffers(a=whole, b=whole[1:3]), "'a' and 'b' share their memory, and get 'a' and 'b'"),
+        (buffers(a=whole, b=whole.view(8)), "'a' and 'b' share their memory"),
+        (buffers(a=whole, b=whole.t()), "share their memory"),
+    ]:
+        state = {name: torch.ones(value.shape) for name, value in model.state_dict().items()}
+        torch.save(state, tmp_path / "old.pt")
+        with pytest.raises(PlanError, match=said):
+            warm_start(model, tmp_path / "old.pt", EVERYTHING)
+    torch.save({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, tmp_path / "old.pt")
+    with pytest.raises(PlanError, match="'weight' .2 such. has no size yet: call the model once"):
+        warm_start(nn.LazyLinear(2), tmp_path / "old.pt", EVERYTHING)
+    sides = buffers(a=whole[:, :1], b=whole[:, 1:], c=torch.zeros(2))
+    torch.save({name: torch.ones(value.shape) for name, value in sides.state_dict().items()}, tmp_path / "old.pt")
+    warm_start(sides, tmp_path / "old.pt", EVERYTHING)
+    assert (whole == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (torch.uint64, torch.int64, "these are not converted; save them as int64"),
+        (torch.int64, torch.uint16, "these are not converted; save them as int64"),
+        (torch.float32, torch.float8_e4m3fn, "8-bit floats are not read; save them as bfloat16"),
+    ],
+)
+def test_dtypes_that_torch_cannot_compare_are_not_cast(tmp_path, theirs, ours, said):
+    torch.save({"weight": torch.ones(4, 3).to(theirs)}, tmp_path / "old.pt")
+    with pytest.raises(PlanError, match=said):
+        warm_start(one(torch.zeros(4, 3).to(ours)), tmp_path / "old.pt", CAST)
+    same = one(torch.zeros(4, 3).to(theirs))
+    warm_start(same, tmp_path / "old.pt", EVERYTHING)
+    assert same.weight.float().eq(1).all()
+
+
+def test_names_with_brackets_are_listed_as_they_are(tmp_path):
+    torch.save({"emb[0].weight": torch.ones(2, 2), "weight": torch.ones(2, 2)}, tmp_path / "old.pt")
+    audit = warm_start(nn.Embedding(2, 2), tmp_path / "old.pt", EVERYTHING | {"unused": ["emb[0].weight"]})
+    assert audit.unused == ["emb[0].weight"]
 
 
 def test_parameters_that_are_not_contiguous_are_filled(tmp_path):
@@ -137,6 +201,10 @@ def test_fbgemms_fused_int8_rows_are_read_as_numbers(tmp_path, dim):
     model = nn.Embedding(6, dim)
     warm_start(model, tmp_path / "fused.pt", {"rules": [{"source": "weight", "quantized": "int8_fused"}]})
     torch.testing.assert_close(model.weight.detach(), weight, atol=float(weight.max() - weight.min()) / 255, rtol=0)
+    narrow = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(torch.randn(6, 8), 4)
+    torch.save({"weight": torch.cat([narrow, torch.zeros(6, 8, dtype=torch.uint8)], dim=1)}, tmp_path / "int4.pt")
+    with pytest.raises(ValueError, match="rows do not span the bytes from 0 to 255"):  # int4, filled up to 16 bytes
+        warm_start(nn.Embedding(6, 8), tmp_path / "int4.pt", {"rules": [{"source": "weight", "quantized": "int8"}]})
     torch.save({"weight": weight}, tmp_path / "float.pt")
     with pytest.raises(ValueError, match=r"is float32 \[6, \d\]; expected bytes"):
         warm_start(model, tmp_path / "float.pt", {"rules": [{"source": "weight", "quantized": "int8"}]})
@@ -160,7 +228,7 @@ def test_safetensors_in_several_files(tmp_path):
         (files | {"bias": "model-1.safetensors"}, "says that model-1.safetensors holds 'bias', which it does not"),
         ({"weight": "model-1.safetensors"} | {"other": "model-2.safetensors"}, "holds 'other', which it does not"),
         (files | {"bias": "../model-2.safetensors"}, "expected names of .safetensors files in its own folder"),
-        (files | {"bias": "model-3.safetensors"}, "names the file 'model-3.safetensors', which is missing"),
+        (files | {"bias": "model-3.safetensors"}, "model-3.safetensors; expected a part of this checkpoint; copy all"),
         (["a"], "is no index of safetensors files"),
     ]:
         write(wrong)
@@ -227,12 +295,21 @@ def test_scores_that_production_gave_are_compared(tmp_path):
         with pytest.raises(ValueError, match=f"{said}.*must not be used"):
             warm_start(model(), tmp_path / "old.pt", EVERYTHING, check=lambda filled, s=scores: (filled(x), s))
     warm_start(model(), tmp_path / "old.pt", EVERYTHING, check=lambda f: (f(x), expected + 1e-3), tolerance=1e-2)
+    for given in (torch.ones(2), None, {"scores": expected}):  # two numbers are no scores and their expectation
+        with pytest.raises(ValueError, match="expected the model's scores and production's"):
+            warm_start(model(), tmp_path / "old.pt", EVERYTHING, check=lambda filled, given=given: given)
+    for tolerance in (torch.nan, torch.inf, -1.0):
+        with pytest.raises(ValueError, match="tolerance is .*expected 0 or more"):
+            warm_start(model(), tmp_path / "old.pt", EVERYTHING, check=lambda f: (f(x), x), tolerance=tolerance)
 
 
 def test_an_audit_is_saved_where_it_is_told(tmp_path):
     torch.save({"weight": torch.ones(2, 2)}, tmp_path / "old.pt")
     warm_start(nn.Embedding(2, 2), tmp_path / "old.pt", EVERYTHING).save(str(tmp_path / "new" / "folder"))
     assert json.loads((tmp_path / "new" / "folder" / "warm_start.json").read_text())["applied"]
+    for place in ("old.pt", "old.pt/below"):
+        with pytest.raises(ValueError, match="the audit cannot be saved in .*: that is a file; give a folder"):
+            warm_start(nn.Embedding(2, 2), tmp_path / "old.pt", EVERYTHING).save(tmp_path / place)
 
 
 def test_rows_by_place_take_no_memory_for_each_row():

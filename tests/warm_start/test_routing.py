@@ -63,6 +63,46 @@ def test_routing_goes_with_its_rows_or_not_at_all(tmp_path):
             warm_start(model, tmp_path / "zch.pt", rules)
 
 
+def test_renamed_or_crossed_routing_is_found(tmp_path):
+    """Production's table may lie outside of a collection; and no buffer may go to another table than its rows."""
+    state, routing = routed(seed=1).state_dict(), IDS.removesuffix("item._mch_sorted_raw_ids")
+    renamed = {name.replace(routing, "zch.").replace(TABLE, "emb.item.weight"): value for name, value in state.items()}
+    torch.save(renamed, tmp_path / "renamed.pt")
+    plain = nn.Module()
+    plain.item = nn.Embedding(SLOTS, 8)
+    rules = {"rules": [{"source": "emb.", "match": "prefix", "target": ""}], "unused": ["zch.*"]}
+    with pytest.raises(
+        ValueError, match="'emb.item.weight' is taken by place, but its raw ids are routed by 'zch.item"
+    ):
+        warm_start(plain, tmp_path / "renamed.pt", rules)
+    everything = {
+        "rules": [
+            {"source": "emb.item.weight", "target": TABLE},
+            {"source": "zch.", "match": "prefix", "target": routing},
+        ]
+    }
+    warm_start(routed(seed=2), tmp_path / "renamed.pt", everything)
+    two = {
+        f"{kind}.{table}.{name}": torch.zeros(size)
+        for table in "ab"
+        for kind, name, size in (("embedding_bags", "weight", (3, 2)), ("ids", "_mch_sorted_raw_ids", 3))
+    }
+    torch.save(two, tmp_path / "two.pt")
+    model = nn.Module()
+    for kind in ("embedding_bags", "ids"):
+        model.add_module(kind, nn.ModuleDict({table: nn.Module() for table in "ab"}))
+        for table in "ab":
+            name, value = next((n.split(".")[2], v) for n, v in two.items() if n.startswith(f"{kind}.{table}"))
+            model.get_submodule(f"{kind}.{table}").register_buffer(name, value.clone())
+    straight = {"source": "", "match": "prefix"}
+    warm_start(model, tmp_path / "two.pt", {"rules": [straight]})
+    crossed = [{"source": f"ids.{one}.", "match": "prefix", "target": f"ids.{other}."} for one, other in ("ab", "ba")]
+    with pytest.raises(
+        ValueError, match="'ids.a._mch.*' goes to 'ids.b._mch.*rows that it routes raw ids to go to 'emb"
+    ):
+        warm_start(model, tmp_path / "two.pt", {"rules": [straight | {"exclude": ["ids.*"]}, *crossed]})
+
+
 def test_neither_shard_nor_lumrecs_checkpoints_take_managed_collisions(tmp_path):
     init_distributed("cpu")
     for refused in (

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -105,6 +106,9 @@ def test_strict_by_default(shop, rules, said):
         ({"rules": [{"source": "a", "parts": [[0, 1]], "columns": "pad_zero"}]}, "expected [source column, number of"),
         ({"rules": [{"target": "a"}]}, "has no source"),
         ({"rules": [{"source": "a", "keep_rows": "all"}]}, "keep_rows"),
+        ({"rules": [{"source": "a", "keep_rows": [np.int64(0)]}]}, "expected text, numbers, lists and mappings"),
+        (None, "holds text; expected keys such as rules"),
+        ([], "holds a list; expected keys such as rules"),
     ],
 )
 def test_rules_that_are_none(rules, said):

@@ -100,7 +100,9 @@ def test_entries_that_do_not_say_what_they_are(tmp_path):
 def test_sums_of_squares_are_never_negative(tmp_path):
     """What LARS keeps looks like Adagrad's sums but for its signs."""
     path, sums = saved(tmp_path / "lars.pt", momentum1=torch.randn(ROWS, WIDTH)), torch.zeros(ROWS, WIDTH)
-    with pytest.raises(ValueError, match=r"momentum1' has numbers that are below 0, so they are no sums of squares"):
+    with pytest.raises(
+        ValueError, match=r"momentum1' has numbers that are below 0, so they are neither sums of squares nor"
+    ):
         warm_start(table(), path, rules(), optimizer=Fused(momentum1=sums))
     audit = warm_start(table(), path, rules(optimizer_kind="sgd"), optimizer=Fused(momentum1=sums))
     assert "the source's is sgd (momentum_buffer), the model's adagrad" in audit.rows[0].optimizer and not sums.any()
@@ -145,6 +147,58 @@ def fresh(make=torch.optim.Adam) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"momentum1": torch.ones(ROWS, dtype=torch.uint8)}, ROW_WISE, "momentum1 is torch.uint8, expected floating"),
+        (
+            {"momentum1": torch.ones(ROWS).to(torch.float8_e4m3fn)},
+            ROW_WISE,
+            "is torch.float8_e4m3fn, expected floating",
+        ),
+        ({"momentum1": torch.ones(ROWS, dtype=torch.int64)}, ROW_WISE, "momentum1 is torch.int64, expected floating"),
+        (
+            {"momentum1": torch.ones(ROWS * 2)},
+            {"momentum1": torch.ones(ROWS * 2)},
+            "is of column shards, but its table",
+        ),
+        (
+            ADAM | {"step": torch.ones(ROWS)},
+            ADAM | {"step": torch.ones(())},
+            "step .6. has one number per something unk",
+        ),
+        (ADAM | {"max_exp_avg_sq": torch.rand(ROWS, WIDTH)}, ADAM, "momentum1 beside .* has no known meaning"),
+        (ROW_WISE | {"sparse_ema": torch.rand(ROWS, WIDTH)}, ROW_WISE, "momentum1 beside sparse_ema has no known"),
+        ({"exp_avg": torch.rand(ROWS, WIDTH)}, ADAM, "the source's is another optimizer .exp_avg."),  # Lion
+    ],
+)
+def test_state_that_is_not_what_it_looks_like_is_dropped(tmp_path, theirs, ours, said):
+    kept = {name: torch.full_like(value, 7.0) for name, value in ours.items()}
+    audit = warm_start(table(), saved(tmp_path / "a.pt", **theirs), rules(), optimizer=Fused(**kept))
+    assert re.search(f"dropped: .*{said}", audit.rows[0].optimizer), audit.rows[0].optimizer
+    assert all((value == 7).all() for value in kept.values()) and len(audit.states_left) == len(theirs)
+
+
+def test_the_audit_names_what_a_state_is_saved_under(tmp_path):
+    """A CombinedOptimizer's key, or a parameter that is not in the file."""
+    state = {f"old.{TABLE}": {"old.momentum1": ROW_WISE["momentum1"]}}
+    torch.save({"model": {TABLE: torch.randn(ROWS, WIDTH)}, "optim": {"state": state}}, tmp_path / "a.pt")
+    audit = warm_start(table(), tmp_path / "a.pt", rules(), optimizer=Fused(momentum1=torch.zeros(ROWS)))
+    assert audit.rows[0].optimizer == f"kept, saved under 'old.{TABLE}'"
+
+
+def test_settings_of_the_optimizer_that_have_no_effect(tmp_path):
+    path, fused = saved(tmp_path / "a.pt", **ROW_WISE), Fused(momentum1=torch.zeros(ROWS))
+    for given, said in [
+        (rules() | {"optimizer_prefix": "optim.stat."}, "optimizer_prefix 'optim.stat.' begins no name of .*a.pt"),
+        (rules(optimizer_kind="adam", optimizer="drop"), "optimizer_kind has no effect without another value of opt"),
+        (rules(optimizer_kind="adam") | {"optimizer_prefix": ""}, "optimizer_kind of rule '' is given without optim"),
+        (rules() | {"optimizer_parameters": [TABLE]}, "the source keeps its state by name: leave it out"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            warm_start(table(), path, given, optimizer=fused)
+
+
 @pytest.mark.parametrize("form", ["{}", "module.{}", "_dmp_wrapped_module.module.{}", "dense.{}"])
 def test_names_of_wrappers_and_of_combined_optimizers(tmp_path, form):
     theirs, adam = trained()
@@ -178,10 +232,12 @@ def test_state_by_index_needs_names(tmp_path):
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match="optimizer_parameters has 1 names, but the source has state of a parameter 3"):
         warm_start(model, tmp_path / "a.pt", rules() | {"optimizer_parameters": names[:1]}, optimizer=optimizer)
-    swapped = ["first.bias", *names[1:]]
-    with pytest.raises(ValueError, match="dropped: step is there twice, .*0.step. and .*1.step"):
-        given = rules(optimizer="keep") | {"optimizer_parameters": swapped}
-        warm_start(model, tmp_path / "a.pt", given, optimizer=optimizer)
+    for wrong, said in [
+        (["first.bias", *names[1:]], "has 'first.bias' twice: give each parameter once"),
+        (["first.wieght", *names[1:]], "has 'first.wieght', which the source has not; the nearest is 'first.weight'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            warm_start(model, tmp_path / "a.pt", rules() | {"optimizer_parameters": wrong}, optimizer=optimizer)
     warm_start(model, tmp_path / "a.pt", rules(optimizer="keep") | {"optimizer_parameters": names}, optimizer=optimizer)
     for ours, expected in zip(model.parameters(), theirs.parameters()):
         assert torch.equal(optimizer.state[ours]["exp_avg"], adam.state[expected]["exp_avg"])

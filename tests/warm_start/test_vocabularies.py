@@ -39,6 +39,17 @@ def taken(tmp_path):
         (["a", "b"], ["a ", "b"], "'a ' and 'a'"),
         (["a", "b"], ["b", "\ufeffa"], "'\\ufeffa' and 'a'"),
         (["-1", "2"], ["2", "-1."], "'-1.' and '-1'"),
+        (["AB1", "b"], ["ab1", "b"], "'ab1' and 'AB1'"),
+        (["\xe9", "b"], ["e\u0301", "b"], r"'e\u0301' and '\xe9'"),  # é, as one code and as two
+        (["１２", "b"], ["12", "b"], "'12' and '１２'"),
+        (['"12"', "b"], ["12", "b"], "'12' and '\"12\"'"),
+        (["b'12'", "b"], ["12", "b"], "'12' and \"b'12'\""),
+        (["12\u200b", "b"], ["12", "b"], r"'12' and '12\u200b'"),
+        (["12\0", "b"], ["12", "b"], r"'12' and '12\x00'"),
+        (["1.2345678E7", "b"], ["12345678", "b"], "'12345678' and '1.2345678E7'"),
+        (["1e+07", "b"], ["10000000", "b"], "'10000000' and '1e+07'"),
+        (["-1", "b"], [str(2**64 - 1), "b"], "'18446744073709551615' and '-1'"),  # 64 bits with and without a sign
+        (["-0", "b"], ["0", "b"], "'0' and '-0'"),
     ],
 )
 def test_ids_that_differ_only_in_form(taken, theirs, ours, shown):
@@ -80,6 +91,23 @@ def test_a_row_that_is_kept_has_no_raw_id_on_either_side(taken):
         taken(["a", "b"], ["a", "b"], their_rows=[1, 2], our_rows=[1, 2], rows=3, keep_rows=[-1])
     weight, _ = taken(["a", "b"], ["a", "b"], their_rows=[1, 2], our_rows=[2, 1], rows=3, keep_rows=[0])
     assert torch.equal(weight, OLD[[0, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pl.Series(["0.5", "1.5"]).cast(pl.Decimal(scale=1)),
+        pl.Series([1, 2], dtype=pl.Date),
+        pl.Series([1, 2], dtype=pl.Duration),
+        pl.Series(["0", "1"], dtype=pl.Categorical),
+        pl.Series([[0], [1]]),
+        pl.Series([b"0", b"1"]),
+    ],
+    ids=lambda rows: str(rows.dtype),
+)
+def test_rows_of_other_types_are_not_counted_in_days(taken, rows):
+    with pytest.raises(ValueError, match=r"column 'row' holds .*; expected row numbers: 0, 1, 2"):
+        taken(["a", "b"], ["a", "b"], suffix="parquet", their_rows=rows)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -137,6 +165,8 @@ def test_any_hash_is_a_vocabulary_with_shared_rows(taken):
         ({"tolerance": "nan"}, "tolerance is nan; expected 0 or more"),
         ({"source": "(", "match": "regex"}, "source is no regular expression"),
         ({"source": "w.*", "match": "regex", "target": r"\2"}, "target .* cannot be expanded"),
+        ({"exclude": ["a"]}, "exclude has no effect without match=prefix or regex"),
+        ({"tolerance": 0.5}, "tolerance has no effect without a check"),
         ({"optimizer_kind": "adm"}, "optimizer_kind is 'adm'; expected one of adagrad"),
     ],
 )

@@ -237,13 +237,13 @@ def _check(where: str, rule: Rule) -> None:
             raise UserError(f"{where}: source is no regular expression: {error}") from None
     if rule.match != "exact" and rule.check:
         raise UserError(f"{where}: check is of one table; expected match=exact")
-    for name, has_effect, needed in (
+    for name, has_effect, wanted in (
         ("exclude", rule.match != "exact", "match=prefix or regex"),
         ("tolerance", bool(rule.check), "a check"),
         ("optimizer_kind", rule.optimizer != "drop", "another value of optimizer"),
     ):
         if getattr(rule, name) != getattr(default, name) and not has_effect:
-            raise UserError(f"{where}: {name} has no effect without {needed}")
+            raise UserError(f"{where}: {name} has no effect without {wanted}")
 
 
 def nearest(name: str, names: Collection[str], number: int = 2) -> str:

@@ -17,6 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN, moment_of_share
+from lumrec.features.history import earlier_of_category
+from lumrec.features.items import categories
 from lumrec.features.statistics import Statistics
 from lumrec.knowledge.store import Knowledge
 from lumrec.modules.rankers.base import RankBatch
@@ -108,9 +110,9 @@ class RowBuilder:
         _, self.event_of_pair, self.token_E = np.unique(pair_E, return_index=True, return_inverse=True)
         self.reads = frozenset(reads)
         if self.reads & {"category_U", "category_count_T"}:
-            self.category_I = _categories(data, category)
+            self.category_I = categories(data.item_columns, category)
         if "category_count_T" in self.reads:
-            self.category_count_E = _earlier_of_category(data.user, self.category_I[data.item], data.before)
+            self.category_count_E = earlier_of_category(data.user, self.category_I[data.item], data.before)
         self._scratch = threading.local()
 
     def batch(self, rows: np.ndarray) -> RankBatch:
@@ -319,37 +321,3 @@ def _codes(column: Column) -> np.ndarray:
     padded = np.full((len(lengths), longest), -1, np.int64)
     padded[np.arange(longest) < lengths[:, None]] = column.values.numpy()
     return np.unique(padded, axis=0, return_inverse=True)[1].reshape(-1)
-
-
-def _categories(data: PreparedData, name: str) -> np.ndarray:
-    """Category of each item, int64 [I]: the first value of an item feature, 0 ("unknown") where it has none."""
-    multi = [feature for feature, column in data.item_columns.items() if column.offsets is not None]
-    if not (name or multi) or (name and name not in data.item_columns):
-        raise UserError(
-            f"the category is {name!r} (rank.<ranker>.category); expected an item feature (a multi-valued one is found "
-            f"by itself): {', '.join(data.item_columns)}"
-        )
-    column = data.item_columns[name or multi[0]]
-    if column.offsets is None:
-        return column.values.numpy()
-    first_I, end_I = column.offsets[:-1].numpy(), column.offsets[1:].numpy()
-    with_padding = np.append(column.values.numpy(), 0)
-    return with_padding[np.where(first_I < end_I, first_I, len(with_padding) - 1)]
-
-
-def _earlier_of_category(user_E: np.ndarray, category_E: np.ndarray, before_E: np.ndarray) -> np.ndarray:
-    """How many events of its category each event's user had before its moment, int64 [E]; see lumrec/data/moments.py.
-
-    >>> _earlier_of_category(np.array([0, 0, 0, 1]), np.array([7, 7, 7, 7]), np.array([0, 1, 1, 3])).tolist()
-    [0, 1, 1, 0]
-    """
-    order_E = np.lexsort([category_E, user_E])  # stable: by time within a user's category
-    is_first_E = np.ones(len(order_E), bool)
-    is_first_E[1:] = (np.diff(user_E[order_E]) != 0) | (np.diff(category_E[order_E]) != 0)
-    run_E = np.cumsum(is_first_E) - 1  # number of the user's category, in that order
-    # The rows of a run ascend, and each run is kept apart by its number.
-    key_E = run_E * len(order_E) + order_E
-    count_E = np.empty(len(order_E), np.int64)
-    end_E = np.searchsorted(key_E, run_E * len(order_E) + before_E[order_E])
-    count_E[order_E] = end_E - np.flatnonzero(is_first_E)[run_E]
-    return count_E

@@ -14,7 +14,7 @@ import polars as pl
 from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig, check_features_of_the_moment
 from lumrec.data.forms import check_forms
 from lumrec.data.ingest import Ingested, count_reasons, ingest
-from lumrec.data.log_columns import of_roles
+from lumrec.data.log_columns import derived_columns, of_roles
 from lumrec.data.numbers import number_facts
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
@@ -113,6 +113,8 @@ def convert(
         "scales": {name: one.facts() for name, one in encoder.moments.items()},
         "absolute_time": raw.absolute_time,
         "has_clock": raw.has_clock,
+        "utc_offset_hours": raw.utc_offset_hours,
+        "derived": derived_columns(raw),
         "unknown_values": encoder.unknown,
         "numbers": {name: dataclasses.asdict(one) for name, one in numbers.items()},
         "quarantine": left_out,

@@ -48,6 +48,12 @@ def made_of_time(raw: RawLog) -> list[str]:
     return [name for name in of_time(pl.col("time_us"), 0.0) if name not in names]
 
 
+def derived_columns(raw: RawLog) -> list[str]:
+    """The columns that `with_derived_columns` makes of this log's events, as the log has none of these names."""
+    names = raw.events.collect_schema().names()
+    return [name for name in (*DERIVED_AFTER, *of_time(pl.col("time_us"), 0.0)) if name not in names]
+
+
 def of_time(time_us: pl.Expr, utc_offset_hours: float) -> dict[str, pl.Expr]:
     """Column → its value at that time (microseconds UTC), as text."""
     local = pl.from_epoch(time_us + int(utc_offset_hours * 3_600_000_000), time_unit="us").dt

@@ -9,7 +9,8 @@ import torch
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
-from lumrec.features.statistics import PRIOR_EVENTS, dense_inputs, raw_statistics, row_statistics
+from lumrec.features.items import PRIOR_EVENTS
+from lumrec.features.statistics import dense_inputs, raw_statistics, row_statistics
 
 
 def changed(data: PreparedData, **values) -> PreparedData:

@@ -1,0 +1,471 @@
+"""The state of one user: the last events, and sums over all older ones.
+
+::
+
+    events     e1 … e900            e901 … e1000
+               folded: sums only    kept (`keep` of them), with item, time, label and features
+
+`append` sorts events in by time and folds the oldest ones. What a ranker reads of the past of a request is made from
+this (lumrec/features/request_past.py) and is the same as for a row of the log. Two things go beyond what is kept: a
+request for a time before the first kept event cannot leave out folded ones, and a moment that reaches back to folded
+events has its TWIN counts from all of them.
+
+Times are in microseconds since 1970, UTC; in a log without times, an event's time is its number.
+
+Shape suffixes: E events, K values that were counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lumrec.data.columns import Column
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role
+from lumrec.data.splits import mix
+from lumrec.features.items import Catalogue, categories, entries
+from lumrec.run.errors import UserError
+
+SECOND = 1_000_000  # microseconds
+NEVER = int(np.iinfo(np.int64).min)
+MAGIC = b"LUMH0001"
+CATEGORY = ""  # counted like an item feature: the first value of Layout.category
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the state of every user holds.
+
+    keep: events kept, at most. events, users: features of events and users that read tables; True where it is a list.
+    user_dense: dense features of users. items: item features whose values are counted. category: the item feature whose
+    first value TWIN counts; "" = none. has_clock: False for a log without times.
+    """
+
+    keep: int
+    events: dict[str, bool]
+    users: dict[str, bool]
+    user_dense: list[str]
+    items: list[str]
+    category: str
+    has_clock: bool
+
+    @classmethod
+    def of(cls, schema: SchemaConfig, *, keep: int, has_clock: bool, category: str = "") -> Layout:
+        """Of the features of a schema. category: "" = the first multi-valued item feature, where there is one."""
+        if keep < 1:
+            raise UserError(f"{keep} events of a user are to be kept; expected at least 1")
+        is_list = {name: feature.kind == "multi" for name, feature in schema.features.items()}
+        events = [name for role in EVENT_ROLES for name in features_by_role(schema, role)]
+        users, items = features_by_role(schema, "user"), features_by_role(schema, "item")
+        return cls(
+            keep=keep,
+            events={name: is_list[name] for name in events},
+            users={name: is_list[name] for name in users},
+            user_dense=features_by_role(schema, "user", dense=True),
+            items=items,
+            category=category or next((name for name in items if is_list[name]), ""),
+            has_clock=has_clock,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for Layout(**values)."""
+        return asdict(self)
+
+    @property
+    def digest(self) -> bytes:
+        """8 bytes that differ for another layout."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).digest()[:8]
+
+
+class Known(NamedTuple):
+    """What events are counted by.
+
+    columns: of a Catalogue. category_I: int64 [I + 1], None where no category is counted. rate: items and seconds
+    (int64 [N]) to smoothed like-rates, float64 [N]; None where no statistic reads them.
+    """
+
+    columns: Mapping[str, Column]
+    category_I: np.ndarray | None
+    rate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+
+    @classmethod
+    def of(
+        cls, catalogue: Catalogue, layout: Layout, rate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    ) -> Known:
+        """What the events of a layout are counted by."""
+        category_I = categories(catalogue.columns, layout.category) if layout.category else None
+        return cls({name: catalogue.columns[name] for name in layout.items}, category_I, rate)
+
+
+@dataclass
+class EventRows:
+    """Events of one or several users, as columns.
+
+    item: int64, index in the catalogue. time: int64. moment: int64, time at which the event was shown (see
+    lumrec/data/moments.py). label, excess (over the item's like-rate at that moment): float64. id: uint64, 0 = none.
+    request: uint64, equal for events that were shown together, 0 = by itself. features: by name.
+    """
+
+    item: np.ndarray
+    time: np.ndarray
+    moment: np.ndarray
+    label: np.ndarray
+    excess: np.ndarray
+    id: np.ndarray
+    request: np.ndarray
+    features: dict[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    @classmethod
+    def none(cls, features: Sequence[str] | Mapping[str, bool]) -> EventRows:
+        """No events; `features` maps names to whether they are lists."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        is_list = features if isinstance(features, Mapping) else dict.fromkeys(features, False)
+        columns = {name: Column(nothing, torch.zeros(1, dtype=torch.int64) if of else None) for name, of in is_list.items()}
+        return cls(**{name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()}, features=columns)
+
+    def take(self, index: np.ndarray | slice) -> EventRows:
+        """The events of these places, in that order."""
+        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
+        return EventRows(**arrays, features={name: _taken(column, index) for name, column in self.features.items()})
+
+    def followed_by(self, other: EventRows) -> EventRows:
+        """These events, then the others."""
+        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
+        return EventRows(**arrays, features={name: _joined(c, other.features[name]) for name, c in self.features.items()})
+
+
+_ARRAYS = {
+    "item": np.int64,
+    "time": np.int64,
+    "moment": np.int64,
+    "label": np.float64,
+    "excess": np.float64,
+    "id": np.uint64,
+    "request": np.uint64,
+}
+_STORED = {"item": "<i4", "time": "<i8", "moment": "<i8", "label": "<u1", "excess": "<f8", "id": "<u8", "request": "<u8"}
+
+
+def _taken(column: Column, index: np.ndarray | slice) -> Column:
+    if column.offsets is None:
+        return Column(torch.from_numpy(column.values.numpy()[index]))
+    if isinstance(index, slice):
+        offsets = column.offsets[index.start : index.stop + 1]
+        return Column(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+    values, lengths = column.take(torch.from_numpy(index))
+    return Column(values, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+
+
+def _joined(first: Column, second: Column) -> Column:
+    values = torch.cat([first.values, second.values])
+    if first.offsets is None or second.offsets is None:
+        return Column(values)
+    return Column(values, torch.cat([first.offsets, second.offsets[1:] + first.offsets[-1]]))
+
+
+class Counts(NamedTuple):
+    """Of folded events, by value of an item feature: int64, sorted; their number and sums, float64."""
+
+    value_K: np.ndarray
+    count_K: np.ndarray
+    label_K: np.ndarray
+    excess_K: np.ndarray
+
+    @classmethod
+    def none(cls) -> Counts:
+        """No values."""
+        return cls(np.zeros(0, np.int64), *(np.zeros(0) for _ in range(3)))
+
+    def plus(self, value_N: np.ndarray, label_N: np.ndarray, excess_N: np.ndarray) -> Counts:
+        """With these values counted too."""
+        value_K, place = np.unique(np.concatenate([self.value_K, value_N]), return_inverse=True)
+        added = (np.ones(len(value_N)), label_N, excess_N)
+        sums = (np.bincount(place, np.concatenate(both), len(value_K)) for both in zip(self[1:], added, strict=True))
+        return Counts(value_K, *sums)
+
+    def of(self, value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Count and sums of each of these values, float64 [N]; 0 where it was not counted."""
+        place = np.searchsorted(self.value_K, value_N)
+        is_there = np.append(self.value_K, -1)[place] == value_N
+        return tuple(np.where(is_there, np.append(x, 0.0)[place], 0.0) for x in self[1:])  # type: ignore[return-value]
+
+
+@dataclass
+class UserHistory:
+    """The state of one user.
+
+    events: the last ones, sorted by time. earlier: int64 [E], how many events of its category the user had before each
+    event's moment. count, label, excess: number and sums of the folded events; folded_until: time of the newest one.
+    counts: of the folded events, by item feature. users, dense: features of the user.
+    """
+
+    layout: Layout
+    events: EventRows
+    earlier: np.ndarray
+    users: dict[str, Column]
+    dense: dict[str, float]
+    counts: dict[str, Counts]
+    count: float = 0.0
+    label: float = 0.0
+    excess: float = 0.0
+    folded_until: int = NEVER
+
+    @classmethod
+    def empty(cls, layout: Layout) -> UserHistory:
+        """A user of whom nothing is known."""
+        return cls(
+            layout=layout,
+            events=EventRows.none(layout.events),
+            earlier=np.zeros(0, np.int64),
+            users={name: _unknown(is_list) for name, is_list in layout.users.items()},
+            dense=dict.fromkeys(layout.user_dense, 0.0),
+            counts=_no_counts(layout),
+        )
+
+    def as_of(self, time: int) -> int:
+        """How many of the kept events are strictly earlier than this time; in a log without times, than this number."""
+        return int(np.searchsorted(self.events.time, time))
+
+    def append(self, rows: EventRows, known: Known) -> None:
+        """Adds events of this user, in any order; in a log without times, in the order of arrival.
+
+        Equal times keep the order of arrival. Which events are new is for the caller to say, by their ids.
+        """
+        if not len(rows):
+            return
+        if not self.layout.has_clock:
+            number = int(self.count) + len(self.events) + np.arange(len(rows))
+            rows = replace(rows, time=number, moment=number, request=np.zeros(len(rows), np.uint64))
+        events = self.events.followed_by(rows)
+        is_new = np.arange(len(events)) >= len(self.events)
+        if (events.time[1:] < events.time[:-1]).any():
+            order = np.argsort(events.time, kind="stable")
+            events, is_new = events.take(order), is_new[order]
+        moment = _moments(events)
+        is_new |= moment != events.moment
+        events.moment = moment
+        first = int(np.argmax(is_new))
+        changed = np.flatnonzero(is_new)
+        if known.rate is not None:
+            rate = known.rate(events.item[changed], _seconds(moment[changed], has_clock=self.layout.has_clock))
+            events.excess[changed] = events.label[changed] - rate
+        if known.category_I is not None:
+            category_E = known.category_I[events.item]
+            before_E = np.searchsorted(events.time, moment)
+            earlier = earlier_of_category(np.zeros(len(events), np.int64), category_E, before_E)
+            earlier = earlier + self.counts[CATEGORY].of(category_E)[0].astype(np.int64)
+            earlier[:first] = self.earlier[:first]  # with what they reach back to, which may be folded by now
+            self.earlier = earlier
+        else:
+            self.earlier = np.zeros(len(events), np.int64)
+        self.events = events
+        self.fold(known)
+
+    def fold(self, known: Known) -> None:
+        """Leaves `keep` events, and counts the older ones."""
+        num = len(self.events) - self.layout.keep
+        if num <= 0:
+            return
+        old = self.events.take(slice(0, num))
+        self.count += num
+        self.label += old.label.sum()
+        self.excess += old.excess.sum()
+        self.folded_until = int(old.time[-1])
+        for name, column in known.columns.items():
+            place, value = entries(column, old.item)
+            self.counts[name] = self.counts[name].plus(value, old.label[place], old.excess[place])
+        if known.category_I is not None:
+            self.counts[CATEGORY] = self.counts[CATEGORY].plus(known.category_I[old.item], old.label, old.excess)
+        self.events = self.events.take(slice(num, len(self.events)))
+        self.earlier = self.earlier[num:]
+
+    def to_bytes(self) -> bytes:
+        """What `from_bytes` reads: a header with the length of each array, and the arrays, each at a multiple of 8."""
+        arrays = [array.astype(dtype, copy=False) for array, dtype in zip(self._arrays(), _dtypes(self.layout), strict=True)]
+        lengths = np.array([len(array) for array in arrays], "<i8").tobytes()
+        parts = [array.tobytes() for array in arrays]
+        padded = [part + bytes(-len(part) % 8) for part in parts]
+        return b"".join([MAGIC, self.layout.digest, lengths, *padded])
+
+    @classmethod
+    def from_bytes(cls, content: bytes | memoryview, layout: Layout) -> UserHistory:
+        """The state that `to_bytes` wrote. Raises UserError for bytes of another layout, cut or damaged ones."""
+        dtypes = _dtypes(layout)
+        header = len(MAGIC) + 8 + 8 * len(dtypes)
+        if len(content) < header or bytes(content[: len(MAGIC)]) != MAGIC:
+            raise UserError("the state of a user is damaged: build it again")
+        if bytes(content[len(MAGIC) : len(MAGIC) + 8]) != layout.digest:
+            raise UserError("the state of a user was made with other features or settings: build it again")
+        lengths = np.frombuffer(content, "<i8", len(dtypes), len(MAGIC) + 8).tolist()
+        arrays, at = [], header
+        for length, dtype in zip(lengths, dtypes, strict=True):
+            end = at + length * dtype.itemsize
+            if length < 0 or end > len(content):
+                raise UserError("the state of a user is damaged: build it again")
+            arrays.append(np.frombuffer(content, dtype, length, at))
+            at = end + -end % 8
+        if at != len(content):
+            raise UserError("the state of a user is damaged: build it again")
+        return cls._of_arrays(layout, iter(arrays))
+
+    def _arrays(self) -> Iterator[np.ndarray]:
+        """All that the state holds, in the order of `_dtypes`."""
+        yield np.array([self.count, self.label, self.excess])
+        yield np.array([self.folded_until])
+        yield np.array(list(self.dense.values()))
+        for name in _ARRAYS:
+            yield getattr(self.events, name)
+        yield self.earlier
+        for column in (*self.events.features.values(), *self.users.values()):
+            yield from (part.numpy() for part in column if part is not None)
+        for counts in self.counts.values():
+            yield from counts
+
+    @classmethod
+    def _of_arrays(cls, layout: Layout, arrays: Iterator[np.ndarray]) -> UserHistory:
+        count, label, excess = next(arrays).tolist()
+        folded_until = int(next(arrays)[0])
+        dense = dict(zip(layout.user_dense, next(arrays).tolist(), strict=True))
+        events = {name: next(arrays).astype(dtype) for name, dtype in _ARRAYS.items()}
+        earlier = next(arrays).astype(np.int64)
+
+        def columns(features: Mapping[str, bool]) -> dict[str, Column]:
+            parts = {name: [next(arrays) for _ in range(1 + is_list)] for name, is_list in features.items()}
+            return {name: Column(*(torch.from_numpy(x.astype(np.int64)) for x in of)) for name, of in parts.items()}
+
+        features, users = columns(layout.events), columns(layout.users)
+        counts = {name: Counts(*(next(arrays) for _ in Counts._fields)) for name in _no_counts(layout)}
+        rows = EventRows(**events, features=features)
+        return cls(layout, rows, earlier, users, dense, counts, count, label, excess, folded_until)
+
+
+def _unknown(is_list: bool) -> Column:
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Column(zero[:0], torch.zeros(2, dtype=torch.int64)) if is_list else Column(zero)
+
+
+def _no_counts(layout: Layout) -> dict[str, Counts]:
+    return {name: Counts.none() for name in (*layout.items, CATEGORY)}
+
+
+def _dtypes(layout: Layout) -> list[np.dtype]:
+    columns = [("<i4", "<i8")[: 1 + is_list] for is_list in (*layout.events.values(), *layout.users.values())]
+    of_columns = [dtype for column in columns for dtype in column]
+    of_counts = ["<i8", "<f8", "<f8", "<f8"] * len(_no_counts(layout))
+    return [np.dtype(x) for x in ("<f8", "<i8", "<f8", *_STORED.values(), "<i4", *of_columns, *of_counts)]
+
+
+def _moments(events: EventRows) -> np.ndarray:
+    """The earliest moment of each event's request, int64 [E]."""
+    moment = events.moment.copy()
+    shown = np.flatnonzero(events.request)
+    if len(shown):
+        _, request = np.unique(events.request[shown], return_inverse=True)
+        first = np.full(request.max() + 1, np.iinfo(np.int64).max)
+        np.minimum.at(first, request, moment[shown])
+        moment[shown] = first[request]
+    return moment
+
+
+def _seconds(time: np.ndarray, *, has_clock: bool) -> np.ndarray:
+    return time // SECOND if has_clock else np.zeros_like(time)
+
+
+def earlier_of_category(user_E: np.ndarray, category_E: np.ndarray, before_E: np.ndarray) -> np.ndarray:
+    """How many events of its category each event's user had before its moment, int64 [E]; see lumrec/data/moments.py.
+
+    >>> earlier_of_category(np.array([0, 0, 0, 1]), np.array([7, 7, 7, 7]), np.array([0, 1, 1, 3])).tolist()
+    [0, 1, 1, 0]
+    """
+    order_E = np.lexsort([category_E, user_E])  # stable: by time within a user's category
+    is_first_E = np.ones(len(order_E), bool)
+    is_first_E[1:] = (np.diff(user_E[order_E]) != 0) | (np.diff(category_E[order_E]) != 0)
+    run_E = np.cumsum(is_first_E) - 1  # number of the user's category, in that order
+    # The rows of a run ascend, and each run is kept apart by its number.
+    key_E = run_E * len(order_E) + order_E
+    count_E = np.empty(len(order_E), np.int64)
+    end_E = np.searchsorted(key_E, run_E * len(order_E) + before_E[order_E])
+    count_E[order_E] = end_E - np.flatnonzero(is_first_E)[run_E]
+    return count_E
+
+
+def histories_of(data: PreparedData, layout: Layout, known: Known) -> Iterator[UserHistory]:
+    """The state of each user after all events of a log, in the order of the users.
+
+    Prepared data have no requests and whole seconds: events of one second get times that differ as their moments do.
+    """
+    rows = log_events(data, layout, known)
+    earlier_E = np.zeros(len(rows), np.int64)
+    if known.category_I is not None:
+        earlier_E = earlier_of_category(data.user, known.category_I[data.item], data.before)
+    users = {name: data.user_columns[name] for name in layout.users}
+    dense = {name: data.dense[name] for name in layout.user_dense}
+    for user, (first, last) in enumerate(zip(data.user_offsets.tolist(), data.user_offsets[1:].tolist())):
+        history = UserHistory(
+            layout=layout,
+            events=rows.take(slice(first, last)),
+            earlier=earlier_E[first:last],
+            users={name: _taken(column, slice(user, user + 1)) for name, column in users.items()},
+            dense={name: float(values[user]) for name, values in dense.items()},
+            counts=_no_counts(layout),
+        )
+        history.fold(known)
+        yield history
+
+
+def log_events(data: PreparedData, layout: Layout, known: Known) -> EventRows:
+    """The events of a log with all that a state holds of them."""
+    index_E = np.arange(data.num_events)
+    first_E = data.user_offsets[data.user]
+    if layout.has_clock:
+        # Within a second: how many times of events the user had in it before.
+        is_first_E = np.zeros(len(index_E), bool)
+        is_first_E[data.before] = True
+        begins_E = np.cumsum(is_first_E)
+        of_second = (data.user[1:] != data.user[:-1]) | (data.timestamp[1:] != data.timestamp[:-1])
+        start_E = np.maximum.accumulate(np.where(np.append(True, of_second)[: len(index_E)], index_E, 0))
+        time = data.timestamp * SECOND + begins_E - begins_E[start_E]
+        moment, second_E = time[data.before], data.timestamp[data.before]
+    else:
+        time = moment = index_E - first_E
+        second_E = np.zeros_like(time)
+    label = data.label.astype(np.float64)
+    rows = EventRows(
+        item=data.item,
+        time=time,
+        moment=moment,
+        label=label,
+        excess=np.zeros_like(label) if known.rate is None else label - known.rate(data.item, second_E),
+        id=np.zeros(len(time), np.uint64),
+        request=np.zeros(len(time), np.uint64),
+        features={name: data.event_columns[name] for name in layout.events},
+    )
+    rows.id = content_ids(rows, has_clock=layout.has_clock)
+    return rows
+
+
+def content_ids(rows: EventRows, *, has_clock: bool) -> np.ndarray:
+    """Ids of events that came without: a hash of item, second, label and features, uint64 [E].
+
+    All 0, which is none, in a log without times: there, equal events are different ones.
+    """
+    if not has_clock:
+        return np.zeros(len(rows), np.uint64)
+    id_E = mix(rows.item.astype(np.uint64)) ^ mix((rows.time // SECOND * 2 + rows.label.astype(np.int64)).astype(np.uint64))
+    for number, column in enumerate(rows.features.values()):
+        place, value = entries(column, np.arange(len(rows)))
+        hashed = mix(value.astype(np.uint64) + np.uint64(number << 40))
+        total = np.zeros(len(rows), np.uint64)
+        np.add.at(total, place, hashed)
+        id_E = mix(id_E + total)
+    return np.maximum(id_E, np.uint64(1))

@@ -1,0 +1,181 @@
+"""What statistics read of items: how each was liked at any time before, and the features that it has.
+
+Shape suffixes: I items, N rows asked about, S seconds that occur, P training events sorted by item and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lumrec.data.columns import Column
+from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.data.splits import TRAIN
+from lumrec.run.errors import UserError
+
+PRIOR_EVENTS = 5.0  # an unseen user, value or item counts as this many events at the expected rate
+# Events after the training part: items (int64 [N]) to their number and the sum of their labels, float64 [N].
+LiveCounts = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class ItemHistory(NamedTuple):
+    """How often each item was shown and liked before a time, by the events of the training part.
+
+    second_S: int64, sorted. key_P: int64, sorted, item · S + index of the second. label_P1: float64, sum of the labels
+    of the entries before each. All may be memory-mapped.
+
+    >>> items = ItemHistory(np.array([10, 20]), np.array([0, 1, 3]), np.array([0.0, 1.0, 1.0, 2.0]))
+    >>> items.counts(np.array([0, 0, 1, 1]), np.array([11, 99, 20, 21]))  # strictly earlier
+    (array([1., 2., 0., 1.]), array([1., 1., 0., 1.]))
+    """
+
+    second_S: np.ndarray
+    key_P: np.ndarray
+    label_P1: np.ndarray
+
+    @classmethod
+    def of(cls, data: PreparedData) -> ItemHistory:
+        """That of the log's training part."""
+        training = np.flatnonzero(data.split == TRAIN)
+        # Seconds are numbered, so that a key cannot overflow.
+        second_S, second_P = np.unique(data.timestamp[training], return_inverse=True)
+        key_P = data.item[training] * len(second_S) + second_P
+        order = np.argsort(key_P, kind="stable")
+        return cls(second_S, key_P[order], running(data.label[training[order]]))
+
+    def counts(self, item_N: np.ndarray, second_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the item's events in earlier seconds, and the sum of their labels, float64 [N]."""
+        key_N = item_N * len(self.second_S)
+        begin_N = searched(self.key_P, key_N)
+        end_N = searched(self.key_P, key_N + searched(self.second_S, second_N))
+        return (end_N - begin_N).astype(np.float64), self.label_P1[end_N] - self.label_P1[begin_N]
+
+    def rates(
+        self, item_N: np.ndarray, second_N: np.ndarray, base_rate: float, live: LiveCounts | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Smoothed like-rate of the items, and the number of events behind it, float64 [N].
+
+        live: of events that came after the log was prepared, all of which count.
+        """
+        count_N, sum_N = self.counts(item_N, second_N)
+        if live is not None:
+            live_count_N, live_sum_N = live(item_N)
+            count_N, sum_N = count_N + live_count_N, sum_N + live_sum_N
+        return smoothed(sum_N, count_N, base_rate), count_N
+
+    def save(self, folder: Path) -> None:
+        """Writes one .npy file for each array into an existing folder."""
+        for name, values in self._asdict().items():
+            np.save(folder / f"{name}.npy", values)
+
+    @classmethod
+    def open(cls, folder: Path) -> ItemHistory:
+        """What `save` wrote, memory-mapped."""
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
+
+
+class Catalogue(NamedTuple):
+    """Features of the items, and behind them those of an item that nobody knows: I + 1 entries.
+
+    columns: vocabulary rows (0, or none of a list, for the unknown item). dense: scaled float32 (0 for it).
+    """
+
+    columns: dict[str, Column]
+    dense: dict[str, np.ndarray]
+
+    @property
+    def num_items(self) -> int:
+        """I, which is also the index of the unknown item."""
+        return num_entries(next(iter(self.columns.values()))) - 1
+
+    @classmethod
+    def of(cls, data: PreparedData) -> Catalogue:
+        """That of the items of a log, with the features of its schema."""
+        columns = {name: _with_unknown(data.item_columns[name]) for name in features_by_role(data.schema, "item")}
+        dense = features_by_role(data.schema, "item", dense=True)
+        return cls(columns, {name: np.append(data.dense[name], np.float32(0)) for name in dense})
+
+    def save(self, folder: Path) -> None:
+        """Writes .npy files into an existing folder."""
+        for name, column in self.columns.items():
+            np.save(folder / f"{name}.values.npy", column.values.numpy())
+            if column.offsets is not None:
+                np.save(folder / f"{name}.offsets.npy", column.offsets.numpy())
+        for name, values in self.dense.items():
+            np.save(folder / f"{name}.npy", values)
+
+    @classmethod
+    def open(cls, folder: Path, schema: SchemaConfig) -> Catalogue:
+        """What `save` wrote of the item features of a schema, memory-mapped."""
+        columns = {}
+        for name in features_by_role(schema, "item"):
+            parts = ("values", "offsets") if schema.features[name].kind == "multi" else ("values",)
+            # "c" maps like "r", and torch does not warn that the memory cannot be written to.
+            columns[name] = Column(
+                *(torch.from_numpy(np.load(folder / f"{name}.{part}.npy", mmap_mode="c")) for part in parts)
+            )
+        dense = features_by_role(schema, "item", dense=True)
+        return cls(columns, {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in dense})
+
+
+def _with_unknown(column: Column) -> Column:
+    if column.offsets is None:
+        return Column(torch.cat([column.values, torch.zeros(1, dtype=torch.int64)]))
+    return Column(column.values, torch.cat([column.offsets, column.offsets[-1:]]))
+
+
+def num_entries(column: Column) -> int:
+    """How many items, users or events a column is of."""
+    return len(column.values) if column.offsets is None else len(column.offsets) - 1
+
+
+def entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place and value (int64) of each value that these items have, in order."""
+    if column.offsets is None:
+        return np.arange(len(item_X)), column.values.numpy()[item_X]
+    values, lengths = column.take(torch.from_numpy(item_X))
+    return np.repeat(np.arange(len(item_X)), lengths.numpy()), values.numpy()
+
+
+def categories(columns: dict[str, Column], name: str = "") -> np.ndarray:
+    """Category of each item, int64 [I]: the first value of an item feature, 0 ("unknown") where it has none.
+
+    name: "" = the first multi-valued feature. Raises UserError where there is no such feature.
+    """
+    multi = [feature for feature, column in columns.items() if column.offsets is not None]
+    if not (name or multi) or (name and name not in columns):
+        raise UserError(
+            f"the category is {name!r} (rank.<ranker>.category); expected an item feature (a multi-valued one is found "
+            f"by itself): {', '.join(columns)}"
+        )
+    column = columns[name or multi[0]]
+    if column.offsets is None:
+        return column.values.numpy()
+    first_I, end_I = column.offsets[:-1].numpy(), column.offsets[1:].numpy()
+    with_padding = np.append(column.values.numpy(), 0)
+    return with_padding[np.where(first_I < end_I, first_I, len(with_padding) - 1)]
+
+
+def smoothed(sum_N: np.ndarray, count_N: np.ndarray, prior: float | np.ndarray) -> np.ndarray:
+    """Mean of `count` numbers with this sum, and of PRIOR_EVENTS more at `prior`."""
+    return (sum_N + PRIOR_EVENTS * prior) / (count_N + PRIOR_EVENTS)
+
+
+def running(values_X: np.ndarray | Sequence[float]) -> np.ndarray:
+    """Sum of the values before each and, last, of all: float64 [X + 1]."""
+    total_X1 = np.zeros(len(values_X) + 1)
+    np.cumsum(values_X, out=total_X1[1:], dtype=np.float64)
+    return total_X1
+
+
+def searched(key_P: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each of `wanted` would be in the sorted keys; looked up in order, which is several times as fast."""
+    order = np.argsort(wanted, kind="stable")
+    place = np.empty(len(wanted), np.int64)
+    place[order] = np.searchsorted(key_P, wanted[order])
+    return place

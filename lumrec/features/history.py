@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -126,11 +126,12 @@ class EventRows:
         return len(self.item)
 
     @classmethod
-    def none(cls, features: Sequence[str] | Mapping[str, bool]) -> EventRows:
-        """No events; `features` maps names to whether they are lists."""
+    def none(cls, is_list: Mapping[str, bool]) -> EventRows:
+        """No events. is_list: of each feature."""
         nothing = torch.zeros(0, dtype=torch.int64)
-        is_list = features if isinstance(features, Mapping) else dict.fromkeys(features, False)
-        columns = {name: Column(nothing, torch.zeros(1, dtype=torch.int64) if of else None) for name, of in is_list.items()}
+        columns = {
+            name: Column(nothing, torch.zeros(1, dtype=torch.int64) if of else None) for name, of in is_list.items()
+        }
         return cls(**{name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()}, features=columns)
 
     def take(self, index: np.ndarray | slice) -> EventRows:
@@ -141,7 +142,9 @@ class EventRows:
     def followed_by(self, other: EventRows) -> EventRows:
         """These events, then the others."""
         arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
-        return EventRows(**arrays, features={name: _joined(c, other.features[name]) for name, c in self.features.items()})
+        return EventRows(
+            **arrays, features={name: _joined(c, other.features[name]) for name, c in self.features.items()}
+        )
 
 
 _ARRAYS = {
@@ -153,7 +156,7 @@ _ARRAYS = {
     "id": np.uint64,
     "request": np.uint64,
 }
-_STORED = {"item": "<i4", "time": "<i8", "moment": "<i8", "label": "<u1", "excess": "<f8", "id": "<u8", "request": "<u8"}
+_STORED = ("<i4", "<i8", "<i8", "<u1", "<f8", "<u8", "<u8")  # of _ARRAYS, in bytes
 
 
 def _taken(column: Column, index: np.ndarray | slice) -> Column:
@@ -291,7 +294,8 @@ class UserHistory:
 
     def to_bytes(self) -> bytes:
         """What `from_bytes` reads: a header with the length of each array, and the arrays, each at a multiple of 8."""
-        arrays = [array.astype(dtype, copy=False) for array, dtype in zip(self._arrays(), _dtypes(self.layout), strict=True)]
+        both = zip(self._arrays(), _dtypes(self.layout), strict=True)
+        arrays = [array.astype(dtype, copy=False) for array, dtype in both]
         lengths = np.array([len(array) for array in arrays], "<i8").tobytes()
         parts = [array.tobytes() for array in arrays]
         padded = [part + bytes(-len(part) % 8) for part in parts]
@@ -362,7 +366,7 @@ def _dtypes(layout: Layout) -> list[np.dtype]:
     columns = [("<i4", "<i8")[: 1 + is_list] for is_list in (*layout.events.values(), *layout.users.values())]
     of_columns = [dtype for column in columns for dtype in column]
     of_counts = ["<i8", "<f8", "<f8", "<f8"] * len(_no_counts(layout))
-    return [np.dtype(x) for x in ("<f8", "<i8", "<f8", *_STORED.values(), "<i4", *of_columns, *of_counts)]
+    return [np.dtype(x) for x in ("<f8", "<i8", "<f8", *_STORED, "<i4", *of_columns, *of_counts)]
 
 
 def _moments(events: EventRows) -> np.ndarray:
@@ -461,7 +465,8 @@ def content_ids(rows: EventRows, *, has_clock: bool) -> np.ndarray:
     """
     if not has_clock:
         return np.zeros(len(rows), np.uint64)
-    id_E = mix(rows.item.astype(np.uint64)) ^ mix((rows.time // SECOND * 2 + rows.label.astype(np.int64)).astype(np.uint64))
+    shown_E = rows.time // SECOND * 2 + rows.label.astype(np.int64)
+    id_E = mix(rows.item.astype(np.uint64)) ^ mix(shown_E.astype(np.uint64))
     for number, column in enumerate(rows.features.values()):
         place, value = entries(column, np.arange(len(rows)))
         hashed = mix(value.astype(np.uint64) + np.uint64(number << 40))

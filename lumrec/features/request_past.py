@@ -1,6 +1,6 @@
 """What statistics read of the past of requests: from the states of their users.
 
-Shape suffixes: Q requests, T events of all requests, B rows (candidates), P values of events, V values of rows, K slots.
+Shape suffixes: Q requests, T events of all requests, B rows (candidates), P values of events, V values of rows.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumrec.data.prepared import PreparedData, Rows
-from lumrec.data.schema import DENSE_ROLES, features_by_role
+from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
 from lumrec.features.items import ItemHistory, entries, running, searched, smoothed
 from lumrec.run.errors import UserError
@@ -257,4 +257,6 @@ class LogPast(Past):
             return np.bincount(row_V, weights=values_V, minlength=len(self.first_N))
 
         totals = {name: running(values_E[event_P]) for name, values_E in self.values.items()}
-        return of_rows(end_V - begin_V), {name: of_rows(total[end_V] - total[begin_V]) for name, total in totals.items()}
+        return of_rows(end_V - begin_V), {
+            name: of_rows(total[end_V] - total[begin_V]) for name, total in totals.items()
+        }

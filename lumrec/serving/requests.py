@@ -47,8 +47,8 @@ class Event(NamedTuple):
     """What a user did with an item that was shown.
 
     user, item: raw ids. time: seconds since 1970, UTC, with fractions; None = now. In a log without times it is not
-    read: events come in the order of arrival. label: 0 or 1. features: raw values (a list for kind multi) by the name of
-    a feature, or of the column that it reads. event_id: tells a repeated event from another one. request: equal for
+    read: events come in the order of arrival. label: 0 or 1. features: raw values (a list for kind multi) by the name
+    of a feature, or of the column that it reads. event_id: tells a repeated event from another one. request: equal for
     events that were shown together.
     """
 
@@ -65,8 +65,8 @@ class ScoreRequest(NamedTuple):
     """Candidates (raw item ids) to be scored for a user (raw id).
 
     context: raw values by feature or column: of the context, of conditions that are known before an item is shown, and
-    of the user, where they differ from what the state holds. time: seconds since 1970, UTC; None = now. In a log without
-    times: the number of the user's events that are seen, None = all.
+    of the user, where they differ from what the state holds. time: seconds since 1970, UTC; None = now. In a log
+    without times: the number of the user's events that are seen, None = all.
     """
 
     user: str
@@ -90,8 +90,8 @@ class RequestSpec:
     """How requests become batches: plain values, also as JSON.
 
     schema: without features that the ranker leaves out. features, row_features, reads: of the ranker. max_history,
-    category: as of RowBuilder. has_clock, absolute_time: of the log. utc_offset_hours: local time of its users. derived:
-    columns that lumrec made of time and label. table_rows: as of PreparedData.
+    category: as of RowBuilder. has_clock, absolute_time: of the log. utc_offset_hours: local time of its users.
+    derived: columns that lumrec made of time and label. table_rows: as of PreparedData.
     """
 
     schema: SchemaConfig
@@ -146,7 +146,9 @@ class RequestSpec:
         """What the states of users hold. Raises UserError where that is not enough for the ranker."""
         least = max(self.max_history, 0 if self.statistics.kind == "none" else LONGEST_WINDOW)
         if keep < least:
-            raise UserError(f"{keep} events of a user are to be kept, and this ranker reads {least}: keep at least those")
+            raise UserError(
+                f"{keep} events of a user are to be kept, and this ranker reads {least}: keep at least those"
+            )
         return Layout.of(self.schema, keep=keep, has_clock=self.has_clock, category=self.category)
 
     def to_json(self) -> dict[str, Any]:
@@ -156,9 +158,8 @@ class RequestSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RequestSpec:
         """What `to_json` gave back."""
-        made = {"schema": schema_from_dict(values["schema"])}
-        made |= {"statistics": StatisticsModel.from_json(values["statistics"])}
-        return cls(**(dict(values) | made))
+        schema, statistics = schema_from_dict(values["schema"]), StatisticsModel.from_json(values["statistics"])
+        return cls(**(dict(values) | {"schema": schema, "statistics": statistics}))
 
 
 class RequestBatch(NamedTuple):
@@ -452,7 +453,7 @@ class RequestBuilder:
         if "category_count_T" in spec.reads:
             count_T = np.concatenate([state.earlier[span] for state, span in zip(states, spans)])
             extras["category_count_T"] = torch.from_numpy(count_T)
-        batch = RankBatch(
+        return RankBatch(
             tokens=make_kjt(spec.features, columns, stride=num_tokens + num_rows),
             num_tokens=num_tokens,
             target_B=torch.arange(num_events, num_tokens),
@@ -464,7 +465,6 @@ class RequestBuilder:
             history_of_B=torch.from_numpy(request_B),
             **extras,
         )
-        return batch
 
 
 class _Missing:
@@ -542,7 +542,10 @@ def _microseconds(seconds: float) -> int:
 
 def hashed(key: str) -> int:
     """64 bits of a text that differ for another one; 0 for ""."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little") or 1 if key else 0
+    if not key:
+        return 0
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def _hours(time_N: np.ndarray) -> list[int]:

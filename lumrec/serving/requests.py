@@ -25,7 +25,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from lumrec.data.columns import Column
+from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.log_columns import DERIVED_AFTER, TIMES_OF_DAY
 from lumrec.data.prepared import PreparedData
 from lumrec.data.scaling import MAX_SCALED
@@ -65,14 +65,16 @@ class ScoreRequest(NamedTuple):
     """Candidates (raw item ids) to be scored for a user (raw id).
 
     context: raw values by feature or column: of the context, of conditions that are known before an item is shown, and
-    of the user, where they differ from what the state holds. time: seconds since 1970, UTC; None = now. In a log
-    without times: the number of the user's events that are seen, None = all.
+    of the user, where they differ from what the state holds. per_item: values of the context that differ by candidate,
+    one for each. time: seconds since 1970, UTC; None = now. In a log without times: the number of the user's events
+    that are seen, None = all.
     """
 
     user: str
     items: Sequence[str]
     context: Mapping[str, Any] = {}
     time: float | None = None
+    per_item: Mapping[str, Sequence[Any]] = {}
 
 
 class KeyIndex(Protocol):
@@ -279,7 +281,9 @@ class RequestBuilder:
         request_B = np.repeat(np.arange(len(requests)), num_Q)
         item_B = self._items([item for request in requests for item in request.items])
         second_Q = time_Q // SECOND if spec.has_clock else np.zeros_like(time_Q)
-        context, unknown_Q = self._context_columns(requests, states, time_Q)
+        for request in requests:
+            self._check(request)
+        context, unknown_Q = self._context_columns(requests, states, time_Q, request_B)
         dense_BF = self._dense(requests, states, seen, second_Q, item_B, request_B, offsets_Q1, unknown_Q, live)
         unknown_items = np.concatenate([[0], np.cumsum(item_B == self.catalogue.num_items)])
         return RequestBatch(
@@ -305,24 +309,37 @@ class RequestBuilder:
         item_N = self.keys.items(keys)
         return np.where(item_N < 0, self.catalogue.num_items, item_N).astype(np.int64)
 
+    def _check(self, request: ScoreRequest) -> None:
+        """Raises UserError for names that are no features, and for values that are not one for each candidate."""
+        for given in (request.context, request.per_item):
+            _check_names(given, self._given, "features of a request")
+        for name, values in request.per_item.items():
+            if len(values) != len(request.items) or isinstance(values, str):
+                raise UserError(
+                    f"{name!r} has {len(values)} values per item; expected {len(request.items)}, one for each"
+                )
+
     def _context_columns(
-        self, requests: Sequence[ScoreRequest], states: Sequence[UserHistory], time_Q: np.ndarray
-    ) -> tuple[dict[str, Column], np.ndarray]:
-        """The features of each request, and how many of their values are unknown, int64 [Q]."""
-        for request in requests:
-            _check_names(request.context, self._given, "features of a request")
+        self,
+        requests: Sequence[ScoreRequest],
+        states: Sequence[UserHistory],
+        time_Q: np.ndarray,
+        request_B: np.ndarray,
+    ) -> tuple[dict[str, tuple[Column, np.ndarray]], np.ndarray]:
+        """Of each feature a column, and each row's entry in it, int64 [B]; unknown values of each request, int64 [Q]."""
         columns, unknown_Q = {}, np.zeros(len(requests), np.int64)
         for name in self.spec.row_features:
             feature = self._context[name]
-            raw = [_given(request.context, name, feature) for request in requests]
+            raw, of_Q, index_B = _raw(requests, name, feature, request_B)
             if feature.role == "user":
-                columns[name] = self._user_column(name, feature, raw, states)
+                columns[name] = self._user_column(name, feature, raw, [states[q] for q in of_Q.tolist()]), index_B
                 continue
             if feature.column in self.spec.derived:
-                derived = self._derived(feature.column, time_Q)
+                derived = self._derived(feature.column, time_Q[of_Q])
                 raw = [made if value is MISSING else value for value, made in zip(raw, derived, strict=True)]
-            columns[name], unknown_N = self._column(feature, raw)
-            np.add.at(unknown_Q, unknown_N, 1)
+            column, unknown_N = self._column(feature, raw)
+            columns[name] = column, index_B
+            np.add.at(unknown_Q, of_Q[unknown_N], 1)
         return columns, unknown_Q
 
     def _user_column(
@@ -398,9 +415,11 @@ class RequestBuilder:
             elif feature.role == "user":
                 dense_BF[:, f] = np.array([state.dense[name] for state in states], np.float32)[request_B]
             else:
-                number_Q = np.array([scaled_number(_given(each.context, name, feature), scale) for each in requests])
-                unknown_Q += np.isnan(number_Q)
-                dense_BF[:, f] = np.nan_to_num(number_Q)[request_B]
+                values, of_Q, index_B = _raw(requests, name, feature, request_B)
+                number_N = np.array([scaled_number(value, scale) for value in values])
+                is_missing_N = np.isnan(number_N)
+                np.add.at(unknown_Q, of_Q[is_missing_N], 1)
+                dense_BF[:, f] = np.where(is_missing_N, 0.0, number_N)[index_B]
         return torch.from_numpy(dense_BF)
 
     def _slots(self) -> np.ndarray:
@@ -416,7 +435,7 @@ class RequestBuilder:
         states: Sequence[UserHistory],
         seen: Sequence[int],
         second_Q: np.ndarray,
-        context: Mapping[str, Column],
+        context: Mapping[str, tuple[Column, np.ndarray]],
         item_B: np.ndarray,
         request_B: np.ndarray,
         dense_BF: Tensor,
@@ -439,8 +458,15 @@ class RequestBuilder:
             values, lengths = (torch.cat(parts) for parts in zip(*of, strict=True))
             columns[name] = values, torch.cat([lengths, no_bags[:num_rows], no_bags[:num_rows]])
         for name in spec.row_features:
-            values, lengths = context[name].take(torch.from_numpy(request_B))
+            column, index_B = context[name]
+            values, lengths = column.take(torch.from_numpy(index_B))
             columns[name] = values, torch.cat([no_bags, lengths])
+        begin_Q1 = np.concatenate([[0], np.cumsum(length_Q)])
+
+        def of_rows(values_T: Tensor) -> Tensor:
+            begin_B, length_B = (torch.from_numpy(each[request_B]) for each in (begin_Q1, length_Q))
+            return values_T[expand_ranges(begin_B, length_B)]
+
         extras: dict[str, Any] = {}
         if "item_U" in spec.reads:
             extras["item_U"] = item_U
@@ -449,20 +475,19 @@ class RequestBuilder:
         if "age_T" in spec.reads:
             time_T = np.concatenate([state.events.time[span] for state, span in zip(states, spans)])
             age_T = np.repeat(second_Q, length_Q) - (time_T // SECOND if spec.has_clock else 0)
-            extras["age_T"] = torch.from_numpy(age_T.astype(np.float32))
+            extras["age_T"] = of_rows(torch.from_numpy(age_T.astype(np.float32)))
         if "category_count_T" in spec.reads:
             count_T = np.concatenate([state.earlier[span] for state, span in zip(states, spans)])
-            extras["category_count_T"] = torch.from_numpy(count_T)
+            extras["category_count_T"] = of_rows(torch.from_numpy(count_T))
         return RankBatch(
             tokens=make_kjt(spec.features, columns, stride=num_tokens + num_rows),
             num_tokens=num_tokens,
             target_B=torch.arange(num_events, num_tokens),
-            history_T=torch.arange(num_events),
-            offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(length_Q)])),
+            history_T=of_rows(torch.arange(num_events)),
+            offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(length_Q[request_B])])),
             dense_BF=dense_BF,
             label_B=torch.zeros(num_rows),
             row_B=torch.arange(num_rows),
-            history_of_B=torch.from_numpy(request_B),
             **extras,
         )
 
@@ -488,6 +513,24 @@ def _check_names(given: Mapping[str, Any], names: frozenset[str], what: str) -> 
 
 def _given(values: Mapping[str, Any], name: str, feature: FeatureConfig) -> Any:
     return values.get(name, values.get(feature.column, MISSING))
+
+
+def _raw(
+    requests: Sequence[ScoreRequest], name: str, feature: FeatureConfig, request_B: np.ndarray
+) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """The raw values of a feature, the request of each (int64), and for each row the place of its value (int64 [B]).
+
+    One value for each request or, where a request gives them, one for each candidate.
+    """
+    raw = [_given(request.context, name, feature) for request in requests]
+    each = [_given(request.per_item, name, feature) for request in requests]
+    if all(values is MISSING for values in each):
+        return raw, np.arange(len(requests)), request_B
+    of_rows = (
+        [one] * len(request.items) if values is MISSING else values
+        for request, one, values in zip(requests, raw, each, strict=True)
+    )
+    return [value for values in of_rows for value in values], request_B, np.arange(len(request_B))
 
 
 def _texts(feature: FeatureConfig, value: Any) -> list[str]:

@@ -158,15 +158,19 @@ def live_events(log: RichLog, rows: np.ndarray) -> list[Event]:
 
 def request_of(log: RichLog, event: int, rows: np.ndarray) -> ScoreRequest:
     """The request that rows of one event (itself, and drawn ones) are the candidates of."""
-    data = log.data
+    data, per_item = log.data, {}
     raw = log.frame.row(int(data.order[event]), named=True)
+    context = {name: raw[name] for name in ("device", "words", "depth", "mood")}
+    for name in ("words", "depth", "mood") if event % 2 else ():
+        per_item[name] = [context.pop(name)] * len(rows)
     moment = log.frame.row(int(data.order[data.before[event]]), named=True)["time_us"] / 1e6
     before = int(data.before[event] - data.user_offsets[data.user[event]])
     return ScoreRequest(
         user=data.user_keys()[data.user[event]],
         items=[data.item_keys()[item] for item in data.rows(rows).item],
-        context={name: raw[name] for name in ("device", "words", "depth", "mood")},
+        context=context,
         time=moment if log.has_clock else before,
+        per_item=per_item,
     )
 
 
@@ -177,7 +181,6 @@ def rows_of_events(data: PreparedData) -> dict[int, np.ndarray]:
 
 def said(batch: RankBatch) -> tuple[list, list[np.ndarray]]:
     """All that a batch says of its rows but labels and numbers of rows: whole numbers, row by row; and floats."""
-    batch = batch.expanded()
     bags = [
         [part.tolist() for part in batch.tokens[name].values().split(batch.tokens[name].lengths().tolist())]
         for name in batch.tokens.keys()

@@ -326,7 +326,7 @@ class RequestBuilder:
         time_Q: np.ndarray,
         request_B: np.ndarray,
     ) -> tuple[dict[str, tuple[Column, np.ndarray]], np.ndarray]:
-        """Of each feature a column, and the entry of each row in it, int64 [B]; unknown values by request, int64 [Q]."""
+        """Of each feature a column, and the entry of each row in it, int64 [B]; unknown values by request."""
         columns, unknown_Q = {}, np.zeros(len(requests), np.int64)
         for name in self.spec.row_features:
             feature = self._context[name]

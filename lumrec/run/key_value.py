@@ -50,8 +50,8 @@ class Unavailable(OSError):
 
 
 class Changes(NamedTuple):
-    """What an update writes. put: new values. delete: keys that lose their value. add: what each counter grows by,
-    (number, sum). mark: keys to be looked at, each with a value that is another one each time."""
+    """What an update writes. put: new values. delete: keys that lose their value and their mark. add: what each counter
+    grows by, (number, sum). mark: keys to be looked at, each with a value that is another one each time."""
 
     put: Mapping[bytes, bytes] = {}
     delete: Sequence[bytes] = ()
@@ -127,6 +127,7 @@ class LmdbKeyValue(KeyValue):
                 transaction.put(key, value)
             for key in changes.delete:
                 transaction.delete(key)
+                transaction.delete(key, db=self._marks)
             for key, (number, total) in changes.add.items():
                 before = _COUNTER.unpack(transaction.get(key, bytes(16), db=self._counters))
                 transaction.put(key, _COUNTER.pack(before[0] + number, before[1] + total), db=self._counters)
@@ -214,6 +215,7 @@ class RedisKeyValue(KeyValue):
             pipe.mset({self._key(key): value for key, value in changes.put.items()})
         if changes.delete:
             pipe.delete(*map(self._key, changes.delete))
+            pipe.hdel(self._marks, *changes.delete)
         for key, (number, total) in changes.add.items():
             pipe.hincrby(self._counts, key, number)
             pipe.hincrbyfloat(self._sums, key, total)

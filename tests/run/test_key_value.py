@@ -45,6 +45,8 @@ def test_a_mark_that_was_set_again_stays(store):
     store.update([], lambda values: Changes(mark={b"b": b"2"}))
     store.unmark(seen)
     assert store.marked(10) == {b"b": b"2"}
+    store.update([], lambda values: Changes(delete=[b"b"]))
+    assert store.marked(10) == {}
 
 
 @given(st.lists(st.binary(min_size=1, max_size=4), max_size=30, unique=True))

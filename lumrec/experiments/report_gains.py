@@ -54,7 +54,7 @@ def gains(
             values["gain_sd"] = statistics.stdev(by_seed)
         result |= {f"{metric}_{name}": float(value) for name, value in values.items() if math.isfinite(value)}
         why_not = too_few[metric] if len(np.unique(user_N)) >= LEAST_USERS else NO_ROWS
-        if not why_not and any("too few to learn in" in note for note in notes):
+        if not why_not and any("too few to learn from" in note for note in notes):
             why_not = NO_STEPS
         if not why_not and "auc" in found and found["auc"].a.low <= 0.5:
             why_not = CHANCE

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot break: tensors by DCP, all else as JSON, published by one rename.
+"""Checkpoints that survive a kill at any moment: tensors by DCP, the rest as JSON, published by one rename.
 
     checkpoints/step-00000200/
         .metadata, __0_0.distcp …   model and optimizer, sharded (torch.distributed.checkpoint)
@@ -6,9 +6,9 @@
         meta.json                   step, fingerprint, parameter shapes, sharding, loop state, best step, checksums
         COMPLETE                    checksum of meta.json; written last, before the folder gets its name
 
-The tensors do not depend on how they were sharded: another number of ranks and another plan read them, the optimizer's
-state too, with one exception (see `Checkpointer`). A folder without a right COMPLETE does not count. Nothing in it is
-executed, whoever wrote it (see checkpoint_reader.py).
+The tensors can be read with another number of ranks and another sharding plan. So can the optimizer's state, with one
+exception (see `Checkpointer`). A folder without a valid COMPLETE is ignored. Nothing in a checkpoint is executed,
+whoever wrote it (see checkpoint_reader.py).
 """
 
 import json
@@ -54,14 +54,14 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-ROOM = "the earlier checkpoints are as they were. Make room and run the same command again: it continues from the last"
+ROOM = "earlier checkpoints are unchanged. Free some space and run the same command again: it continues from the last"
 OPTIMIZER_STATE = ("keep", "drop")
 
 
 class Loaded(NamedTuple):
     """A checkpoint that was loaded: its step, the loop's state (the same on all ranks) and this rank's own state.
 
-    same_ranks: as many ranks saved it as loaded it. If not, `local` is what rank 0 saved, on every rank.
+    same_ranks: whether it was saved by as many ranks as load it now. If not, every rank gets rank 0's `local`.
     """
 
     step: int
@@ -73,12 +73,13 @@ class Loaded(NamedTuple):
 class Checkpointer:
     """Saves and restores one training run.
 
-    `fingerprint` says what the checkpoint belongs to (data, schema, model settings; by name): a checkpoint with another
-    one is refused. The newest `keep` checkpoints stay, and beside them the best of each.
+    `fingerprint` (name → value) identifies the data, schema and model settings that a checkpoint belongs to; a
+    checkpoint with a different one is refused. The newest `keep` checkpoints are kept, and the best checkpoint that
+    each of them names.
 
-    `optimizer_state` says what becomes of a table's optimizer state that does not fit this run: "keep" refuses to load,
-    "drop" starts that state again. That is so for row-wise Adagrad to and from column_wise (one sum per row and shard,
-    for as many shards as there are) and for another table optimizer; all other state fits every sharding.
+    `optimizer_state` decides what happens to a table's optimizer state that does not fit this run: "keep" refuses to
+    load, "drop" resets that state. State does not fit after a change of the table optimizer, or when row-wise Adagrad
+    moves to or from column_wise (it has one sum per row and shard). All other state fits every sharding.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Checkpointer:
     def save(self, step: int, *, state: Mapping[str, Any], local: Mapping[str, Any], best_step: int) -> Path:
         """The folder of the new checkpoint, complete and on disk. Collective: every rank calls it at the same step.
 
-        `state` (equal on all ranks) and `local` (of this rank) hold what JSON can hold.
+        `state` (equal on all ranks) and `local` (of this rank) must be JSON-compatible.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".tmp-{path.name}"
@@ -150,7 +151,7 @@ class Checkpointer:
         """Restores model and optimizer from the newest complete checkpoint; None where there is none. Collective.
 
         A checkpoint that is half-written or corrupt is set aside under another name, with a warning. Raises UserError
-        for one of another fingerprint or model, and for optimizer state that does not fit and is to be kept.
+        for one with another fingerprint or model, and for optimizer state that does not fit and is to be kept.
         """
         paths = sorted(self.folder.glob("step-*"), reverse=True)
         if rank() == 0:
@@ -217,12 +218,12 @@ class Checkpointer:
                     )
         if unfit and self._optimizer_state == "keep":
             raise UserError(
-                f"{path} holds optimizer state that this run cannot go on with: {some(list(unfit.values()))}. Use the "
-                "sharding and table_optimizer that it was saved with, or say <stage>.train.optimizer_state=drop to "
-                "start that state again"
+                f"{path} holds optimizer state that this run cannot continue from: {some(list(unfit.values()))}. Use "
+                "the sharding and table_optimizer that it was saved with, or set <stage>.train.optimizer_state=drop to "
+                "reset that state"
             )
         if unfit and rank() == 0:
-            logger.warning("%s: optimizer state starts again, as asked: %s", path, some(list(unfit.values())))
+            logger.warning("%s: optimizer state is reset (optimizer_state=drop): %s", path, some(list(unfit.values())))
         return {name: entries for name, entries in state.items() if name not in unfit}
 
     def _remove_old(self) -> None:
@@ -246,8 +247,8 @@ def load_weights(
     """Loads weights of the checkpoint folder `path` into `target` (plain, or sharded by DMP), in place. Collective.
 
     `mapping`: parameter name there → name in `target`; None loads every parameter and buffer of `target` under its own
-    name. Each rank reads only the rows that it holds. `fingerprint`: refuse a checkpoint of another one. Raises
-    MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt, or names are missing
+    name. Each rank reads only the rows that it holds. `fingerprint`: a checkpoint with a different one is refused.
+    Raises MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt, or names are missing
     or shapes differ (nothing is loaded then).
     """
     path = Path(path)
@@ -263,7 +264,7 @@ def load_weights(
 
 
 def verified_meta(path: Path) -> dict[str, Any]:
-    """What meta.json of a checkpoint says, after all its files have been verified. Collective.
+    """The contents of a checkpoint's meta.json, after all its files have been verified. Collective.
 
     Raises MissingFileError where `path` is no complete checkpoint, UserError where it is corrupt.
     """
@@ -327,9 +328,9 @@ def _sharding_types(model: DistributedModelParallel) -> dict[str, str]:
 
 
 def _create_state(optimizer: TableAndDenseOptimizer) -> None:
-    """Lets dense optimizers make their state, so that there is something to load into.
+    """Makes the state of the dense optimizers, so that there are tensors to load into.
 
-    That takes a step with zero gradients, which may move weights: load them afterwards.
+    This takes a step with zero gradients, which may change weights: load those afterwards.
     """
     for _, part in optimizer.optimizers:
         if isinstance(part, KeyedOptimizerWrapper):
@@ -338,7 +339,7 @@ def _create_state(optimizer: TableAndDenseOptimizer) -> None:
 
 
 def _drop_state_not_in(optimizer: TableAndDenseOptimizer, stored: Mapping[str, Any]) -> None:
-    """A dense parameter that never had a gradient has no stored state, and shall have none again."""
+    """Removes the state of dense parameters that have none in the checkpoint, because they never had a gradient."""
     for _, part in optimizer.optimizers:
         if not isinstance(part, KeyedOptimizerWrapper):
             continue

@@ -1,6 +1,6 @@
-"""What a checkpoint says about itself, in its meta.json, and which one of a run is the best.
+"""Reads a checkpoint's meta.json, and finds the best checkpoint of a run.
 
-Nothing of it is taken on trust: its checksum, the kind of every value, and that the run's files agree on the best step.
+All of it is verified: the file's checksum, the type of every value, and that the run's files agree on the best step.
 """
 
 import logging
@@ -34,10 +34,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(run: str | Path) -> Path:
-    """The best checkpoint of a run folder, as its newest checkpoint and its result name it.
+    """The best checkpoint of a run folder, which its newest checkpoint and its result name.
 
-    Never another one: raises MissingFileError where the run has none, UserError, which names both, where the newest or
-    the best one is incomplete or damaged.
+    Raises MissingFileError where the run has no checkpoint, and UserError where the newest or the best one is
+    incomplete or damaged. It never falls back to another one.
     """
     run = Path(run)
     paths = sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
@@ -46,7 +46,7 @@ def best_checkpoint(run: str | Path) -> Path:
     newest = paths[-1]
     if problem := unusable(newest):
         raise UserError(
-            f"the newest checkpoint of {run} names the best one, and cannot be used: {problem}. "
+            f"the newest checkpoint of {run}, which names the best one, cannot be used: {problem}. "
             f"{_other(paths, newest)}Copy {newest.name} back, or train again with overwrite=true"
         )
     best = step_folder(newest, read_meta(newest)["best_step"])
@@ -67,7 +67,7 @@ def best_checkpoint(run: str | Path) -> Path:
 
 def _other(paths: Sequence[Path], without: Path) -> str:
     usable = [path for path in paths if path != without and not unusable(path)]
-    return f"{usable[-1].name} is there, but holds other weights, and is not taken in its place. " if usable else ""
+    return f"{usable[-1].name} is complete, but holds other weights and is not used instead. " if usable else ""
 
 
 def step_folder(path: Path, step: int) -> Path:
@@ -85,10 +85,10 @@ def unusable(path: Path) -> str:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What meta.json of a checkpoint says, of the checksum that COMPLETE states.
+    """The contents of a checkpoint's meta.json, verified against the checksum in COMPLETE.
 
-    Raises MissingFileError for a folder that is no complete checkpoint, UserError for a file that is not as `save`
-    writes it.
+    Raises MissingFileError for a folder that is no complete checkpoint, UserError for a file that `Checkpointer.save`
+    cannot have written.
     """
     complete, file = path / "COMPLETE", path / "meta.json"
     if not complete.is_file():
@@ -120,7 +120,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not wrong and not all(re.fullmatch(r"\.?\w[\w.-]*", name, re.ASCII) for name in meta["files"]):
         wrong = ["files"]
     if wrong:
-        raise UserError(f"{file} is damaged: it has another kind of value for {', '.join(dict.fromkeys(wrong))}")
+        raise UserError(f"{file} is damaged: unexpected kind of value for {', '.join(dict.fromkeys(wrong))}")
     return meta
 
 
@@ -133,7 +133,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def best_of(path: Path) -> Path | None:
-    """The best checkpoint as the one in `path` knows it; None, with a warning, where its meta.json cannot be read."""
+    """The best checkpoint that the one in `path` names; None, with a warning, where its meta.json cannot be read."""
     try:
         return step_folder(path, read_meta(path)["best_step"])
     except UserError as error:
@@ -142,9 +142,9 @@ def best_of(path: Path) -> Path | None:
 
 
 def check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Fingerprint, *, here: str = "this run") -> None:
-    """Raises UserError where a checkpoint was made with something else than `here` expects, naming both.
+    """Raises UserError, with both values, where a checkpoint was not made with what `here` expects.
 
-    A name that only one side has was not recorded by the version that wrote it, and is not compared.
+    A name that only one side has is not compared: the version that wrote the other side did not record it.
     """
     for name in sorted({*meta["fingerprint"]} & {*expected}):
         stored, value = meta["fingerprint"][name], expected[name]
@@ -153,7 +153,7 @@ def check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Fingerprint
             try:
                 differences = value.differences(stored)
             except UserError as error:
-                raise UserError(f"{path} is damaged: of its {name}, {error}") from None
+                raise UserError(f"{path} is damaged: {name}: {error}") from None
             if differences:
                 raise UserError(f"{path} is a checkpoint of another {name} than {here}: {some(differences)}. {advice}")
         elif stored != value:
@@ -163,5 +163,5 @@ def check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Fingerprint
 
 
 def some(problems: Sequence[str], limit: int = 6) -> str:
-    """The first of them in one line, and how many more there are."""
+    """The first `limit` problems in one line, and how many more there are."""
     return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")

@@ -42,10 +42,10 @@ _FILE_NAME = re.compile(r"[\w.,=+@ -]{1,200}(/[\w.,=+@ -]{1,200})*", re.ASCII)
 def load_tensors(tensors: dict[str, Any], folder: Path, *, files: Container[str]) -> None:
     """Fills the tensors of a nested dict, in place, from a checkpoint folder. Collective.
 
-    files: those that may be read. Raises UserError.
+    files: names of the files that may be read. Raises UserError for tensors in other files, or that cannot be loaded.
     """
     reader = Reader(folder)
-    # Read here, since its errors are clearer than DCP's, which then looks for a description for each rank.
+    # Read here, because the errors are clearer than DCP's: without .metadata it looks for one description per rank.
     for index, info in reader.read_metadata().storage_data.items():
         if info.relative_path not in files:
             raise UserError(f"{folder}: {index.fqn!r} is in {info.relative_path}, which its meta.json does not list")
@@ -89,7 +89,7 @@ class FileSlice(_ReaderView):
     """Bytes `offset` to `offset + length` of an open file, as a file that is read from 0 on."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        if whence == os.SEEK_END:  # DCP's own goes the wrong way
+        if whence == os.SEEK_END:  # DCP's version moves in the wrong direction
             return super().seek(self.len + offset)
         return super().seek(offset, whence)
 
@@ -100,18 +100,17 @@ class _TensorsOnly(dcp.DefaultLoadPlanner):
 
 
 def check_archive(file: IO[bytes] | Path, what: str) -> None:
-    """Raises UserError unless this is an archive of torch.save (zip), uncompressed, so that its sizes are real ones."""
+    """Raises UserError unless this is an uncompressed zip archive of torch.save, whose stated sizes are real ones."""
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise UserError(
-            f"{what} cannot be read as torch.save of this version writes it; it may be cut off or no checkpoint: "
-            f"{error}"
+            f"{what} cannot be read as an archive of torch.save; it may be cut off, or not a checkpoint: {error}"
         ) from None
-    # torch reads what begins otherwise in another way, as a pickle without an archive.
+    # torch would read a file that begins differently as a bare pickle.
     if not records or min(entry.header_offset for entry in records) != 0:
-        raise UserError(f"{what} cannot be read as torch.save of this version writes it: its archive begins elsewhere")
+        raise UserError(f"{what} cannot be read as an archive of torch.save: its archive does not begin at byte 0")
     if compressed := [entry for entry in records if entry.compress_type != zipfile.ZIP_STORED]:
         raise UserError(
             f"{what} holds {compressed[0].filename!r} compressed, as torch.save never writes it; save the tensors again"
@@ -121,10 +120,10 @@ def check_archive(file: IO[bytes] | Path, what: str) -> None:
 
 
 def metadata_of(folder: Path) -> Metadata:
-    """DCP's description of a checkpoint, whoever wrote it.
+    """DCP's description of a checkpoint, checked, whoever wrote it.
 
-    Sizes are numbers in range, every piece of a tensor lies in a file of this folder, and no two in the same place of a
-    tensor. Raises MissingFileError without `.metadata`, UserError where it holds anything that DCP does not write.
+    Sizes are in range, every piece of a tensor is in a file of this folder, and no two pieces of a tensor overlap.
+    Raises MissingFileError without `.metadata`, UserError where it holds anything that DCP does not write.
     """
     path = folder / ".metadata"
     if not path.is_file():
@@ -151,7 +150,7 @@ class _Name:
 
 @dataclass(eq=False, slots=True)
 class _Object:
-    """What the pickle wants made: by which name, of which arguments, with which state. It is never made."""
+    """An object that the pickle would create: its class or function, arguments and state. It is never created."""
 
     name: _Name
     arguments: Any
@@ -192,7 +191,7 @@ _NEW = {"EMPTY_DICT": _Pairs, "EMPTY_LIST": list}
 def _parse(pickled: bytes) -> Any:
     """The pickle as plain data: text, numbers, None, tuples, lists, `_Pairs`, `_Name` and `_Object`.
 
-    Raises ValueError, IndexError or KeyError for what is not of this kind.
+    Raises ValueError, IndexError or KeyError for anything else.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -389,9 +388,9 @@ def _check_cover(name: str, size: torch.Size, chunks: list[ChunkStorageMetadata]
             "than said; save the checkpoint again"
         )
     boxes = sorted(box for box in boxes if math.prod(box[1]))
-    for place, (offsets, sizes) in enumerate(boxes):
-        for others, other_sizes in boxes[place + 1 :]:
+    for index, (offsets, sizes) in enumerate(boxes):
+        for others, other_sizes in boxes[index + 1 :]:
             if others and others[0] >= offsets[0] + sizes[0]:
-                break  # they begin below it, and so do all that follow
+                break  # they begin after its last row, and so do all that follow
             if all(o < p + m and p < o + n for o, n, p, m in zip(offsets, sizes, others, other_sizes)):
                 raise ValueError(f"{what}, but two of its pieces overlap, at {list(offsets)} and {list(others)}")

@@ -24,8 +24,8 @@ class MatrixFlops(TorchDispatchMode):
     """Counts the FLOPs of matrix products and attention of what runs inside, forward or backward, in `total`.
 
     Nothing else is changed, so results are the same to the bit. Attention counts as a full square, without the half
-    that causality spares (as in PaLM), and with the padding of its buckets. Kernels that torch has no formula for,
-    fused table lookups among them, count nothing.
+    that causality spares (as in PaLM), and with the padding of its buckets. Kernels that torch has no formula for, such
+    as fused table lookups, count as 0.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class MatrixFlops(TorchDispatchMode):
 
 
 def model_flops(forward: int, backward: int) -> int:
-    """FLOPs of a step without what its backward pass computes a second time.
+    """FLOPs of a step, without recomputation in its backward pass.
 
-    The gradients of a matrix product are two more of its size, so whatever is beyond that was recomputation. A function
-    that makes its gradients in the forward pass has them counted there.
+    The gradients of a matrix product take two more products of its size; anything beyond that was recomputation. If a
+    function computes its gradients in the forward pass, they count there.
     """
     return forward + min(backward, 2 * forward)
 
@@ -53,8 +53,8 @@ def model_flops(forward: int, backward: int) -> int:
 class Utilization:
     """Model FLOPs utilization (MFU) of a training run: model FLOPs per second over the peak of all its devices.
 
-    The FLOPs are those per event of the first step that has events: wrap `forward()` and `backward()` around its two
-    passes, then call `count_step`, at every step. at_one_event_per_s: MFU at one event per second; None until counted.
+    FLOPs per event are counted in the first step that has events. At every step, run the two passes inside `forward()`
+    and `backward()`, then call `count_step`. at_one_event_per_s: MFU at one event per second; None until counted.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -70,7 +70,7 @@ class Utilization:
         return self._backward if self.at_one_event_per_s is None else nullcontext()
 
     def count_step(self, num_events: float) -> None:
-        """Takes the step that was counted, which had `num_events` over all ranks. Collective."""
+        """Ends the count of a step that had `num_events` events over all ranks. Collective."""
         if self.at_one_event_per_s is None and num_events:
             flops = model_flops(self._forward.total, self._backward.total)
             sums = torch.tensor([flops, self._peak], dtype=torch.float64, device=self._device)
@@ -84,9 +84,9 @@ class Utilization:
 def gemm_peak(device: torch.device, dtype: torch.dtype, *, num_threads: int, seconds: float = 0.25) -> float:
     """FLOP/s of the fastest square matrix product found on `device` in about `seconds`; measured once in a process.
 
-    num_threads: what torch.get_num_threads() gives (another number is measured again).
+    num_threads: torch.get_num_threads(), as part of the cache's key: another number is measured again.
     """
-    generator = torch.Generator(device).manual_seed(0)  # the global generators are the training's
+    generator = torch.Generator(device).manual_seed(0)  # the global generators belong to the training
     started, size, peak = time.perf_counter(), 256, 0.0
 
     def product_s(x: torch.Tensor) -> float:

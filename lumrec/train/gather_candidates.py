@@ -1,7 +1,7 @@
-"""Negatives across ranks: the candidates of all ranks, with gradients, are scored at the positions of each.
+"""Negatives across ranks: each rank scores the candidates of all ranks, with gradients, at its own positions.
 
-Shape suffixes: T positions, M the most candidates of a rank, N candidates of all ranks as they come, C the same with
-each item once, D width.
+Shape suffixes: T positions, M highest number of candidates on a rank, N candidates of all ranks in the order of the
+ranks, C the same with each item once, D width.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ def gather_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(e_CD, positive_T, log_weight_C) of this rank's positions among all ranks' candidates, each item once.
 
-    item_C: int64, which items this rank's candidates are; the rest as in info_nce.
+    item_C: int64, the items of this rank's candidates; the other arguments as in info_nce.
 
-    Ranks may have different numbers of candidates, 0 among them; every rank calls this, and every rank calls backward.
-    An item that several ranks hold counts with the sum of its weights; where `unique`, with their maximum. So it is no
-    negative where it is the positive, whichever rank brought it. The gradient of an embedding is the sum of what all
-    ranks' losses say of it, at the rank (the first, where several hold it) that it came from.
+    Ranks may have different numbers of candidates, including 0; every rank must call this, and then backward. An item
+    that several ranks have becomes one candidate with the sum of its weights (`unique`: their maximum). So it is never
+    a negative where it is the positive, whichever rank it comes from. The gradient of an embedding is summed over all
+    ranks' losses and returned to the first rank that has the item.
     """
     if world_size() == 1:
         return e_CD, positive_T, log_weight_C
@@ -34,15 +34,15 @@ def gather_candidates(
 
     item_N = _gather(F.pad(item_C, (0, padding)))[filled_N]
     weight_N = _gather(F.pad(log_weight_C.exp(), (0, padding)))[filled_N]
-    item_C, place_N = torch.unique(item_N, return_inverse=True)
-    weight_C = weight_N.new_zeros(len(item_C)).scatter_reduce(0, place_N, weight_N, "amax" if unique else "sum")
-    # Ranks agree on an item's embedding, so that one of them will do: the first.
-    first_C = filled_N.new_full((len(item_C),), world_size() * most).scatter_reduce(0, place_N, filled_N, "amin")
-    # Not in bfloat16, since gradients of all ranks are added up in it.
+    item_C, index_N = torch.unique(item_N, return_inverse=True)
+    weight_C = weight_N.new_zeros(len(item_C)).scatter_reduce(0, index_N, weight_N, "amax" if unique else "sum")
+    # An item has the same embedding on all ranks, so the first one is used.
+    first_C = filled_N.new_full((len(item_C),), world_size() * most).scatter_reduce(0, index_N, filled_N, "amin")
+    # At least float32, because the gradients of all ranks are summed in it.
     high = torch.promote_types(e_CD.dtype, torch.float32)
     e_CD = F.embedding(first_C, _GatherRows.apply(F.pad(e_CD.to(high), (0, 0, 0, padding))))
 
-    own_N = place_N[sum(sizes[: rank()]) :]
+    own_N = index_N[sum(sizes[: rank()]) :]
     positive_T = positive_T.clone()
     positive_T[positive_T >= 0] = own_N[positive_T[positive_T >= 0]]
     return e_CD, positive_T, weight_C.log()
@@ -56,7 +56,7 @@ def _gather(x_M: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[M, D] of each rank -> [ranks · M, D]; backward adds up what all ranks say of this rank's rows."""
+    """[M, D] of each rank -> [ranks · M, D]; backward sums all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What decides a checkpoint: the settings that differ from their defaults, as text in its meta.json.
+"""The settings that identify a checkpoint: those that differ from their defaults, as text in its meta.json.
 
-A setting that a later version adds changes nothing for what was made without it, as long as it has its default. Older
-checkpoints hold the repr of the config's dataclass instead; it is still read.
+So a setting that a later version adds does not invalidate a checkpoint, as long as it has its default. Older
+checkpoints hold the repr of the config's dataclass instead; it can still be read.
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
@@ -28,9 +28,9 @@ _LONGEST = 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """changed: setting (dotted) → value, of those that differ from the default. defaults: of all settings.
+    """changed: dotted name → value of the settings that differ from their default. defaults: those of all settings.
 
-    kind: the config's dataclass, which may know keys of earlier versions (see `todays_section`). partly: a stored text
+    kind: the config's dataclass, which may know keys of earlier versions (`earlier_keys`). partly: a stored text
     may have other settings too, which are not compared.
     """
 
@@ -42,7 +42,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: Any, *, ignored: Collection[str] = (), partly: bool = False) -> "Settings":
-        """Of a config (a dataclass whose fields have defaults). ignored: settings and sections that do not decide."""
+        """Those of a config (a dataclass whose fields have defaults), without the settings and sections in `ignored`."""
         values, defaults = _flat(config), _flat(type(config)())
         kept = {name for name in {**values, **defaults} if not _is_in(name, ignored)}
         changed = {name: values[name] for name in sorted(kept & {*values}) if values[name] != defaults.get(name)}
@@ -53,7 +53,7 @@ class Settings:
         return json.dumps(self.changed, sort_keys=True)
 
     def differences(self, stored: str) -> list[str]:
-        """What a stored text of such settings and these do not share, in words. Raises UserError for another text."""
+        """How the settings of a stored text differ from these, in words. Raises UserError for any other text."""
         there = _read(stored)
         moved = self.kind.earlier_keys(there) if hasattr(self.kind, "earlier_keys") else {}
         there = {new: value for name, value in there.items() if (new := moved.get(name, name)) is not None}

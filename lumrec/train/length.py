@@ -1,4 +1,4 @@
-"""How long a run trains: fitted to the size of the log where min_steps asks for it; and whether that is too short."""
+"""Fits the length of a training to the size of the log (min_steps), and warns of one that is too short."""
 
 import dataclasses
 import logging
@@ -9,17 +9,17 @@ from lumrec.train.loop import TrainConfig
 logger = logging.getLogger(__name__)
 SMALLEST_BATCH, MOST_EPOCHS = 32, 20  # what min_steps goes down and up to
 WARM_UP = 0.1  # highest share of the steps that min_steps leaves to the warm-up
-FEW_STEPS, FEW_WARM_UPS = 100, 3  # fewer steps, or fewer than so many warm-ups, are too short to learn in
+FEW_STEPS, FEW_WARM_UPS = 100, 3  # a training with fewer steps, or fewer than 3 warm-ups of them, is too short
 
 
 def fit_length(
     config: TrainConfig, batch: int, num_rows: int, *, smallest: int = SMALLEST_BATCH
 ) -> tuple[TrainConfig, int]:
-    """The config and the rows (or events) of a batch with which `num_rows` give config.min_steps steps or more.
+    """The config and batch size (in rows or events) with which `num_rows` give at least config.min_steps steps.
 
-    While there are too few: the batch is halved, to `smallest` at least, then epochs are added, up to 20 in all. The
-    warm-up is then at most a tenth of the steps. A run that has as many steps anyway stays as configured. The batch of
-    one process is fitted, so that a run may go on with another number of processes.
+    While there are too few, the batch is halved, down to `smallest`; then epochs are added, up to 20 in all. The
+    warm-up is then cut to a tenth of the steps. A run that has enough steps stays as configured. The batch of one
+    process is fitted, so that a run may continue with another number of processes.
 
     >>> train, batch = fit_length(TrainConfig(epochs=2, min_steps=300), 2048, 8000)
     >>> batch, train.epochs
@@ -51,7 +51,7 @@ def tell_length(name: str, config: TrainConfig, batch: int, num_rows: int, befor
 
 
 def too_short(config: TrainConfig, steps_per_epoch: int) -> str:
-    """A sentence where a training of so many steps is too short to learn in; "" where it is not."""
+    """A warning where a training has too few steps to learn anything; "" where it has enough."""
     steps, warm_up = config.epochs * steps_per_epoch, config.optimizer.warmup_steps
     if config.max_steps:
         steps = min(steps, config.max_steps)
@@ -59,11 +59,11 @@ def too_short(config: TrainConfig, steps_per_epoch: int) -> str:
         return ""
     under = f" with a warm-up of {warm_up}" if steps < FEW_WARM_UPS * warm_up else ""
     mend = (
-        f"more than that min_steps: {config.min_steps} cannot make of so small a log"
+        f"min_steps: {config.min_steps} cannot make more of so small a log"
         if min(config.min_steps, config.max_steps or config.min_steps) > steps
-        else "min_steps: 300 beside epochs fits batches, epochs and warm-up to the log"
+        else "set min_steps: 300 beside epochs, which fits batches, epochs and warm-up to the log"
     )
-    return f"{steps} steps of training{under} are too few to learn in, and the figures say little; {mend}"
+    return f"{steps} steps of training{under} are too few to learn from, so the figures mean little; {mend}"
 
 
 def _steps(num_rows: int, batch: int) -> int:

@@ -1,9 +1,9 @@
 """The training loop of every stage: a step function, a loader and a config go in, the best weights come out.
 
-Exact by construction: on one process, a run that was killed at any moment and started again gives the losses, batches
-and weights of one that was not, to the bit. Over several processes, the gradient is that of the whole batch, however
-unevenly it is spread over them. A run may go on with another number of processes and another sharding: the same data
-follow, the optimizer keeps its state, and only the random numbers (dropout) are others.
+On one process, a run that was killed at any moment and started again gives the same losses, batches and weights as one
+that was not, bit for bit. Over several processes, the gradient is that of the whole batch, however unevenly it is
+spread over them. A run may continue with another number of processes and another sharding: it reads the same data and
+keeps the optimizer's state; only the random numbers (dropout) differ.
 """
 
 import contextlib
@@ -49,8 +49,9 @@ class TrainConfig:
     """How long to train, and how often to log, evaluate and save.
 
     epochs: passes over the training part, at most.
-    max_steps: steps, at most; 0 = as many as the epochs have. When a run continues with another number of processes, an
-        epoch has another number of steps: max_steps and the learning rate's schedule keep the steps of the first start.
+    max_steps: steps, at most; 0 = as many as the epochs have. When a run continues with another number of processes,
+        its epochs have another number of steps; max_steps and the learning rate's schedule still count the steps of the
+        first start.
     min_steps: where the epochs have fewer steps than this, the batch is made smaller, then epochs are added, and the
         warm-up is cut to a tenth of the steps (see lumrec.train.length); 0 = keep epochs and batches as configured.
     log_every: steps between two lines of metrics.jsonl.
@@ -80,8 +81,9 @@ class TrainConfig:
 
 
 def check_select(at: str, select: str, known: Sequence[str], *, patience: int) -> None:
-    """Raises UserError where a section's `select` names no metric that the evaluation gives, or one in the wrong
-    direction ("-" before it minimises), and for patience without a metric. known: the metrics, as they are selected.
+    """Raises UserError where a section's `select` is not in `known`, or is empty although patience needs a metric.
+
+    known: the evaluation's metrics, with "-" before those that are minimised.
     """
     if select:
         check_choice(f"{at}select", select, (*known, ""))
@@ -91,10 +93,10 @@ def check_select(at: str, select: str, known: Sequence[str], *, patience: int) -
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step function gives back: sums over this rank's batch, and the number of events that they are sums of.
+    """What a step function returns: sums over this rank's batch, and how many events they are sums of.
 
-    loss_sum: scalar with a gradient.  count: how many terms (0 is fine).  metrics: detached scalars, sums as well.
-    tokens: how many the model read, where it reads tokens; only for the log's tokens_per_s.
+    loss_sum: scalar with a gradient. count: number of terms, may be 0. metrics: detached scalars, also sums.
+    tokens: number of tokens that the model read, if it reads tokens; only for the log's tokens_per_s.
     """
 
     loss_sum: Tensor
@@ -104,12 +106,13 @@ class StepOutput:
 
 
 class Loader(Protocol):
-    """What `fit` reads batches from: the same batches again from the same state.
+    """What `fit` reads batches from; the same state gives the same batches again.
 
-    `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which JSON can hold,
-    says where the batch behind the last one begins, the same on every rank; a loader of another number of ranks takes
-    it too and deals out what is left of the epoch. It is called and iterated in a separate thread, so it draws only
-    from its own random generators. Every rank gives the same number of batches per epoch. Batches have `.to(device)`.
+    `__iter__` gives the rest of the current epoch and then moves on to the next. `state_dict()`, which is
+    JSON-compatible, is the position after the last batch, the same on every rank; a loader with another number of ranks
+    accepts it too and divides the rest of the epoch among them. The loader is called in a separate thread, so it draws
+    only from its own random generators. Every rank gives the same number of batches per epoch. Batches have
+    `.to(device)`.
     """
 
     def __len__(self) -> int: ...
@@ -131,22 +134,23 @@ def fit(
     fingerprint: Fingerprint | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Trains `model` (from `parallel.shard`) and leaves its best weights in it; gives back the run's flat metrics.
+    """Trains `model` (from `parallel.shard`) and leaves its best weights in it; returns the run's metrics by name.
 
-    step: `(model, batch) → StepOutput`, one call of `model` in it.  evaluate: metrics of the current weights, called in
-    eval mode without gradients, the same on every rank (rank 0's count).  select: the metric to maximise, "-name" to
-    minimise; "" takes the last weights.  fingerprint: what a checkpoint must agree with (data, schema, model settings).
-    dtype: of the dense part's matrix products.  Where `run.resumed`, training continues behind the newest complete
-    checkpoint.
+    step: `(model, batch) → StepOutput`; calls `model` once. evaluate: metrics of the current weights, called in eval
+        mode without gradients, the same on every rank (rank 0's are used). select: the metric to maximise, "-name" to
+        minimise; "" takes the last weights. fingerprint: what a checkpoint must agree with (data, schema, model
+        settings). dtype: of the dense part's matrix products. If `run.resumed`, training continues from the newest
+        complete checkpoint.
 
     The metrics: loss (mean of the last log line), best_step, steps, epochs, events_per_s and tokens_per_s (evaluation
-    and checkpoints left out), mfu (share of the matrix products' peak in `dtype`, as measured before the first step, at
-    the FLOPs per event of the process's first step), data_wait (share of the training time), memory_gib, wall_s, and
-    "valid/<name>" of the best evaluation.
+    and checkpoints left out), mfu (share of the matrix products' peak in `dtype`, as measured before the first step,
+    with the FLOPs per event of the process's first step), data_wait (share of the training time), memory_gib, wall_s,
+    and "valid/<name>" of the best evaluation.
 
     Raises NonFiniteError for a loss or gradient that is not finite, UserError for a config that cannot work and for a
-    checkpoint of something else. SIGINT (Ctrl-C) or SIGTERM at any rank ends the run on all ranks, behind the step (and
-    the evaluation that is due there), with a checkpoint and an Interrupted that says how to go on.
+    checkpoint with another fingerprint. SIGINT (Ctrl-C) or SIGTERM at any rank ends the run on all ranks after the
+    current step (and the evaluation that is due there): a checkpoint is saved, and Interrupted is raised, which says
+    how to continue.
     """
     return _Fit(model, loader, step, config, run, evaluate, select, progress, fingerprint, dtype).run()
 
@@ -214,7 +218,7 @@ class _Fit:
     def _start(self) -> None:
         loaded = self.checkpointer.load_latest() if self.run_folder.resumed else None
         if loaded is None:
-            if world_size() > 1:  # the weights are equal already; each rank shall drop other units
+            if world_size() > 1:  # the weights are equal already; dropout must differ by rank
                 torch.manual_seed(torch.initial_seed() + rank())
         else:
             self._resume(loaded)
@@ -229,8 +233,8 @@ class _Fit:
 
     def _resume(self, loaded: Loaded) -> None:
         self.state = TrainState.of(loaded.state)
-        # What fits in form and still fails in our own code is a bug, and shows its traceback.
-        again = "remove it to go on from the one before, or start the run again with overwrite=true"
+        # A state of the right form that still fails in our own code is a bug, and shows its traceback.
+        again = "remove it to continue from the one before, or start the run again with overwrite=true"
         position = loaded.local.get("loader", {})
         if _kinds(position) != _kinds(self.loader.state_dict()):
             raise UserError(f"the checkpoint of step {loaded.step} holds no usable position in the data; {again}")
@@ -247,10 +251,10 @@ class _Fit:
             seed_generators(torch.initial_seed(), self.state.step, rank())
             if rank() == 0:
                 logger.warning(
-                    "%s: goes on with %d process(es), not as many as before: what is left of the epoch is dealt out to "
-                    "them, a step has the batches of all of them, and learning rates stay as they were. Random numbers "
-                    "come from new seeds (of seed, step and rank): from here on this run is not equal, to the bit, to "
-                    "one that was not moved",
+                    "%s: continues with %d process(es), not as many as before. The rest of the epoch is divided among "
+                    "them, a step covers the batches of all of them, and learning rates do not change. Random numbers "
+                    "come from new seeds (from seed, step and rank), so from here on this run is not bit for bit equal "
+                    "to one with the same number of processes throughout",
                     self.name,
                     world_size(),
                 )
@@ -276,7 +280,7 @@ class _Fit:
         return state.stopped or state.epoch >= config.epochs or 0 < config.max_steps <= state.schedule_step
 
     def _train(self, fetched: Fetched) -> None:
-        """One step. Where a loss is found not to be finite, nothing has been changed yet."""
+        """One step. A loss that is not finite raises before any weight has changed."""
         started = time.perf_counter()
         config, state = self.config.optimizer, self.state
         self.factor = self._learning_rate_factor()
@@ -291,7 +295,7 @@ class _Fit:
         state.step += 1
         if not math.isfinite(sums["loss"]):
             self._stop(fetched.batch, "loss", sums["loss"], here=not math.isfinite(float(output.loss_sum.detach())))
-        # Gradients are averaged over ranks (by DDP and TorchRec alike); the wanted one is that of the global mean.
+        # DDP and TorchRec average gradients over ranks; this factor makes it the gradient of the global mean.
         with self.utilization.backward():
             (output.loss_sum * (world_size() / max(sums["count"], 1.0))).backward()
         self.utilization.count_step(sums["count"])
@@ -317,7 +321,7 @@ class _Fit:
             self._log(bar)
         better = self._evaluate() if self.evaluate is not None and due(self.config.eval_every) else False
         if better or due(self.config.checkpoint_every) or self.ended_by is not None:
-            average_moments(self.model)  # one rank's are saved
+            average_moments(self.model)  # a checkpoint saves those of one rank
             path = self.checkpointer.save(
                 self.state.step,
                 state=asdict(self.state),
@@ -329,7 +333,7 @@ class _Fit:
             raise Interrupted(
                 self.ended_by,
                 f"{self.name}: {self.ended_by.name} ended training at step {self.state.step} of {self.total_steps}; it "
-                f"is saved in {path}, and the same command goes on from there",
+                f"is saved in {path}, and the same command continues from there",
             )
 
     def _log(self, bar: Any) -> None:
@@ -358,7 +362,7 @@ class _Fit:
             metrics = {name: float(value) for name, value in self.evaluate().items()}
         self.model.train()
         set_random_state(before)
-        if world_size() > 1:  # one rank's word, so that all take the same decision
+        if world_size() > 1:  # rank 0's, so that all ranks take the same decision
             shared = [metrics]
             dist.broadcast_object_list(shared, src=0)
             metrics = shared[0]
@@ -394,8 +398,8 @@ class _Fit:
         rates = f"table_lr={self.config.optimizer.table_lr}, dense_lr={self.config.optimizer.dense_lr}"
         raise NonFiniteError(
             f"the {what} is {value} at step {self.state.step} (epoch {self.state.epoch}); {where}. Look for values "
-            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Checkpoints so "
-            "far are untouched"
+            f"that are not finite in it, or lower the learning rates ({rates}), or add warmup_steps. Earlier "
+            "checkpoints are unchanged"
         )
 
     def _rates(self, num_events: float, num_tokens: float, seconds: float) -> dict[str, float]:

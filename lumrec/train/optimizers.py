@@ -93,16 +93,16 @@ class TableAndDenseOptimizer(CombinedOptimizer):
         self._highest = [group["lr"] for group in self.param_groups]
 
     def set_learning_rate(self, factor: float) -> None:
-        """Multiplies every highest learning rate by `factor`, in force from the next backward pass on."""
+        """Multiplies every highest learning rate by `factor`; takes effect with the next backward pass."""
         for group, highest in zip(self.param_groups, self._highest, strict=True):
             group["lr"] = highest * factor  # type: ignore[index]
         self.fused.step()  # does not train: hands the new rate to the fused kernels
 
     def state_tensors(self) -> dict[str, dict[str, Any]]:
-        """The state's own tensors, parameter → entry → tensor, without parameters that have none.
+        """The state's own tensors, parameter → entry → tensor; parameters without any are left out.
 
-        A table's sum of squares is called as FBGEMM calls it, however the table is sharded: one that is data_parallel
-        gives its twin's sum as "<table>.momentum1", of FBGEMM's shape (the twin's step count changes nothing).
+        A table's sum of squares has FBGEMM's name ("<table>.momentum1") and shape, however the table is sharded. This
+        includes data_parallel tables, whose optimizer is not FBGEMM's (its step count is left out: it has no effect).
         """
         state = {name: dict(entries) for name, entries in self.state_dict()["state"].items() if entries}
         for name in self.table_names:
@@ -112,10 +112,11 @@ class TableAndDenseOptimizer(CombinedOptimizer):
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> TableAndDenseOptimizer:
-    """One optimizer for all parameters of a model that `parallel.shard` made, every parameter in exactly one part.
+    """One optimizer for all parameters of a model from `parallel.shard`; every parameter is in exactly one part.
 
-    Tables have theirs fused into the backward pass (`table_optimizer` and `table_lr` were given to `shard`); tables
-    that are data_parallel get its plain twin; the rest AdamW. Raises UserError for an unknown name.
+    The tables' optimizer is fused into their backward pass already (`shard` was given `table_optimizer` and
+    `table_lr`). Tables that are data_parallel get its plain counterpart, all other parameters AdamW. Raises UserError
+    for an unknown name.
     """
     limits.check(config)
     replicated = {
@@ -157,7 +158,7 @@ def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Ada
 
 
 def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """The norm of the gradients of replicated and FSDP-sharded parameters together, scaled to `max_norm` if above."""
+    """The joint norm of all gradients, replicated and FSDP-sharded, which are scaled down to `max_norm` if above."""
     kinds = _replicated_and_sharded(parameters)
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
@@ -168,7 +169,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> float:
 
 
 def _replicated_and_sharded(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors and DTensors (of FSDP) apart: torch's foreach operations do not take them together."""
+    """Tensors and FSDP's DTensors in separate lists: torch's foreach operations do not accept a mixture."""
     kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]
 
@@ -186,7 +187,7 @@ def learning_rate_factor(config: OptimizerConfig, step: float, total_steps: int)
         return 1.0
     if config.schedule == "inverse_sqrt":
         return max(config.min_lr_factor, (max(1, config.warmup_steps) / (step + 1)) ** 0.5)
-    # Where the fall begins: behind the warm-up, or for "wsd" where the last share of the steps does.
+    # The step at which the rate begins to fall: after the warm-up, or for "wsd" where the last decay_share begins.
     start = float(config.warmup_steps)
     if config.schedule == "wsd":
         start = max(start, total_steps * (1.0 - config.decay_share))

@@ -1,6 +1,6 @@
 """Processes, devices and sharded models: every stage trains under TorchRec's DistributedModelParallel (DMP).
 
-On one process the same code runs with a process group of one, so there is no second path to keep right.
+On one process the same code runs with a process group of one, so there is no second code path.
 
 Shape suffixes: K keys of a KJT, S bags (stride).
 """
@@ -42,21 +42,22 @@ def shard(
     """`model` under DMP: tables sharded with a fused optimizer, all other parameters replicated (DDP).
 
     The tables of every EmbeddingBagCollection get `optimizer.table_optimizer` (default OptimizerConfig) fused into
-    their backward pass; `optimizers.build_optimizer` gives the rest. Weights that `model` holds already are kept;
-    tables on the meta device are drawn shard by shard, so that no process ever holds a whole one. `sharding` names one
-    type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel") or a plan file (lumrec.train.plan);
-    "" lets the planner choose between table_wise and, on CUDA, row_wise. `fsdp`: transformer encoders (modules with a
-    list `blocks`) are sharded block by block (FSDP2), not replicated; all ranks must have given them the same weights.
-    Notes:
+    their backward pass; `optimizers.build_optimizer` makes the optimizer of the rest. Weights that `model` holds
+    already are kept; tables on the meta device are initialised shard by shard, so that no process ever holds a whole
+    one. `sharding` names one type for all tables ("table_wise", "row_wise", "column_wise", "data_parallel") or a plan
+    file (lumrec.train.plan); "" lets the planner choose between table_wise and, on CUDA, row_wise. `fsdp`: transformer
+    encoders (modules with a list `blocks`) are sharded block by block (FSDP2), not replicated; all ranks must start
+    from the same weights.
+
 
     - rowwise_adagrad keeps one sum per row *and shard*, so column_wise trains (slightly) differently from the others.
-    - Every step uses the same dense parameters, on all ranks (DDP's static graph): else the next step raises.
-    - data_parallel has no fused kernel: `build_optimizer` trains such tables with the plain twin of `table_optimizer`.
+    - Every step must use the same dense parameters on all ranks (DDP's static graph); otherwise the next step raises.
+    - data_parallel has no fused kernel: `build_optimizer` gives such tables `table_optimizer` without fusion.
 
-    `model` itself is taken over: its EmbeddingBagCollections are replaced. One that several modules in it hold becomes
+    `model` is changed in place: its EmbeddingBagCollections are replaced. One that several of its modules share becomes
     one sharded collection that they share. A collection raises ValueError for keys in another order than in its first
     call (`guard_key_order`). Raises UserError for unknown names, a plan that does not fit, a table width that is no
-    multiple of 4, managed collisions (ZCH), `fsdp` without any encoder, and tables that another DMP has taken over.
+    multiple of 4, managed collisions (ZCH), `fsdp` without any encoder, and tables that another DMP holds already.
     """
     device = torch.device(device)
     optimizer = optimizer or OptimizerConfig()
@@ -69,13 +70,13 @@ def shard(
         raise UserError(
             "tables of this model were sharded before, in another model: two DistributedModelParallel over one "
             "EmbeddingBagCollection silently become two separate tables. Put both models into one nn.Module and shard "
-            "that (docs/how-to/warm-start.md), or let the second begin from the first one's checkpoint"
+            "that (docs/how-to/warm-start.md), or start the second from the first one's checkpoint"
         )
     chosen = read_sharding(sharding, model, world_size=world_size())
     plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
     encoders = _encoders(model) if fsdp else {}
     if fsdp and not encoders:
-        raise UserError("fsdp=true shards transformer blocks, and this model has none: say fsdp=false")
+        raise UserError("fsdp=true shards transformer blocks, and this model has none: set fsdp=false")
     optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     tables = [
         (config.name, weight)
@@ -93,7 +94,7 @@ def shard(
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
     of_encoders = [f"{path}.{name}" for path, encoder in encoders.items() for name, _ in encoder.named_parameters()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_torchrec():
-        # TorchRec redraws every shard. One seed on all ranks would give equal rows to the shards of one table.
+        # TorchRec initialises every shard again. With one seed on all ranks, a table's shards would have equal rows.
         torch.manual_seed(torch.initial_seed() + 1 + rank())
         sharded = DistributedModelParallel(
             model,
@@ -117,9 +118,9 @@ def refuse_managed_collisions(model: nn.Module) -> None:
     """Raises UserError for TorchRec's managed collisions (ZCH): each rank routes raw ids to rows in its own way."""
     if routing := [name for name in model.state_dict() if "._mch_" in name or "._hash_zch_" in name]:
         raise UserError(
-            f"{routing[0]!r} is of managed collisions (ZCH), which lumrec neither shards nor keeps in its checkpoints: "
-            "on other ranks raw ids would find others' rows; use an EmbeddingBagCollection and rows by vocabulary "
-            "(docs/how-to/warm-start.md)"
+            f"{routing[0]!r} belongs to managed collisions (ZCH), which lumrec neither shards nor keeps in its "
+            "checkpoints: on other ranks, raw ids would map to other ids' rows. Use an EmbeddingBagCollection and rows "
+            "by vocabulary (docs/how-to/warm-start.md)"
         )
 
 
@@ -133,10 +134,10 @@ def _encoders(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fully_shard(encoder: nn.Module, device: torch.device) -> None:
-    """Shards each block, and what the encoder holds beside them, over all ranks (FSDP2)."""
+    """Shards each block, and the encoder's other parameters, over all ranks (FSDP2)."""
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*encoder.blocks, encoder):  # type: ignore[misc]
-        # Gradients are averaged over the ranks, as DDP and TorchRec do it: the loop counts on it.
+        # Gradients are averaged over the ranks, as DDP and TorchRec do; the training loop relies on it.
         fully_shard(module, mesh=mesh)
     for method in ("keys_and_values", "extend", "ask"):
         if hasattr(encoder, method):
@@ -144,7 +145,7 @@ def _fully_shard(encoder: nn.Module, device: torch.device) -> None:
 
 
 class _EqualStrides:
-    """Hooks that give the ranks' KJTs equally many bags, with empty ones behind, and cut these off the output again.
+    """Hooks that pad each rank's KJT with empty bags to the same number, and cut them off the output again.
 
     Row-wise sharding over gloo fails in the backward pass where ranks have different numbers of bags.
     """
@@ -174,7 +175,7 @@ class _EqualStrides:
 
 
 def _keep_row_wise_right(sharded: DistributedModelParallel, device: torch.device) -> None:
-    """Mends what goes wrong where tables are row_wise: unequal strides over gloo, and means beside other shardings."""
+    """Works around two bugs of row_wise tables: unequal strides over gloo, and means beside other shardings."""
     for module in sharded.modules():
         if not isinstance(module, ShardedEmbeddingBagCollection):
             continue
@@ -183,8 +184,9 @@ def _keep_row_wise_right(sharded: DistributedModelParallel, device: torch.device
         others = [config for config in configs if plan[config.name].sharding_type != "row_wise"]
         if len(others) == len(configs):
             continue
-        # TorchRec 1.8 divides row_wise means by the bags' lengths after the sum over ranks, and with them the features
-        # of all other tables, whose kernels have divided already. What it knows as sums, it leaves alone.
+        # TorchRec 1.8 divides row_wise means by the bags' lengths after the sum over ranks. It then divides the
+        # features of all other tables too, although their kernels have done so already. Listed as sums, they are left
+        # as they are.
         sums = module._pooling_type_to_rs_features[PoolingType.SUM.value]
         sums.extend(feature for config in others for feature in config.feature_names)
         if device.type == "cpu" and world_size() > 1:
@@ -194,7 +196,7 @@ def _keep_row_wise_right(sharded: DistributedModelParallel, device: torch.device
 
 
 def _keep_weights(sharded: DistributedModelParallel, given: dict[str, Tensor]) -> None:
-    """Puts back the weights that the tables had before DMP redrew them."""
+    """Restores the weights that the tables had before DMP initialised them again."""
     with torch.no_grad():
         for name, weight in sharded.state_dict().items():
             if name not in given:

@@ -1,12 +1,12 @@
-"""Sharding plans: which table lies on which ranks, by TorchRec's planner, one type for all tables, or a plan file.
+"""Sharding plans: which ranks hold which table, by TorchRec's planner, one type for all tables, or a plan file.
 
-A plan file is YAML or JSON, table → sharding type, or → type and ranks; tables that it does not name are the planner's:
+A plan file is YAML or JSON: table → sharding type, or table → type and ranks. The planner places all other tables:
 
     item: row_wise                                # over all ranks
     user: {sharding: column_wise, ranks: [0, 1]}  # equal parts of its columns
     genre: {sharding: table_wise, ranks: [1]}
 
-A run leaves the plan in use as plan.json, which is such a file.
+A run saves the plan that it uses as plan.json, which is such a file.
 """
 
 import json
@@ -36,17 +36,17 @@ SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
 @dataclass(frozen=True)
 class TableSharding:
-    """sharding: one of SHARDING_TYPES. ranks: where the table's shards lie; () leaves them to the planner."""
+    """sharding: one of SHARDING_TYPES. ranks: those that hold the table's shards; () leaves them to the planner."""
 
     sharding: str
     ranks: tuple[int, ...] = ()
 
 
 def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[str, TableSharding]:
-    """What `sharding` asks for, table name → TableSharding; a table that is not in it is left to the planner.
+    """The sharding that was asked for, table name → TableSharding; the planner places tables that are not in it.
 
-    "" asks for nothing, a sharding type for that type for all tables (row_wise: all that have rows for every rank, see
-    `_lacks_rows`; the others table_wise), anything else is the path of a plan file.
+    `sharding`: "" asks for nothing; a sharding type applies to all tables (with row_wise, tables without rows for every
+    rank become table_wise, see `_lacks_rows`); anything else is the path of a plan file.
     Raises UserError for what is neither, and for a plan that does not fit the model or the number of processes.
     """
     tables = _tables(model)
@@ -67,9 +67,9 @@ def read_sharding(sharding: str, model: nn.Module, *, world_size: int) -> dict[s
 def read_plan(
     sharding: str, widths: Mapping[str, int] | None = None, *, world_size: int, whose: str = ""
 ) -> dict[str, TableSharding]:
-    """What a plan file says, table name → TableSharding; {} for "" and for a sharding type.
+    """The contents of a plan file, table name → TableSharding; {} for "" and for a sharding type.
 
-    widths: of the tables that there are, which are those of `whose`; None where they are not known yet. Raises
+    widths: width of each table of the model (which messages call `whose`); None where they are not known yet. Raises
     UserError for what is neither a type nor a file, and for a plan that does not fit the tables' names and widths or
     the number of processes.
     """
@@ -79,7 +79,7 @@ def read_plan(
     if not os.path.lexists(path):
         raise UserError(
             f"sharding={sharding!r} is not one of {', '.join(SHARDING_TYPES)}{_nearest(sharding, SHARDING_TYPES)}, nor "
-            f"a plan file in {Path.cwd()}; '' is the planner's choice"
+            f"a plan file in {Path.cwd()}; '' lets the planner choose"
         )
     content = read(path, "sharding")
     if not isinstance(content, dict):
@@ -117,7 +117,7 @@ def _table_sharding(where: str, entry: Any) -> TableSharding:
 
 
 def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) -> None:
-    """Raises UserError for ranks that there are not, or that the sharding type cannot use. width: 0 = not known."""
+    """Raises UserError for ranks that do not exist, or that the sharding type cannot use. width: 0 = not known."""
     ranks = table.ranks
     if not ranks:
         return
@@ -128,10 +128,10 @@ def _check_ranks(where: str, table: TableSharding, width: int, world_size: int) 
             "start as many as the plan is for, or leave ranks out"
         )
     if table.sharding == "table_wise" and len(ranks) != 1:
-        raise UserError(f"{where}: table_wise lies whole on one rank; got ranks {list(ranks)}")
+        raise UserError(f"{where}: table_wise puts the whole table on one rank; got ranks {list(ranks)}")
     if table.sharding in ("row_wise", "data_parallel") and sorted(ranks) != list(range(world_size)):
         raise UserError(
-            f"{where}: {table.sharding} lies on all ranks, 0…{world_size - 1}; got ranks {list(ranks)}: leave them out"
+            f"{where}: {table.sharding} uses all ranks, 0…{world_size - 1}; got ranks {list(ranks)}: leave them out"
         )
     if table.sharding == "column_wise" and width % (4 * len(ranks)):
         raise UserError(
@@ -147,11 +147,10 @@ def _nearest(name: str, names: Collection[str]) -> str:
 def make_plan(
     model: nn.Module, chosen: Mapping[str, TableSharding], *, device: torch.device, world_size: int
 ) -> tuple[ShardingPlan, list[ModuleSharder[nn.Module]]]:
-    """TorchRec's plan that does what `chosen` (from `read_sharding`) asks for, and the sharders that carry it out.
+    """TorchRec's plan that follows `chosen` (from `read_sharding`), and the sharders that carry it out.
 
-    The planner places what `chosen` leaves open, by table_wise and, on CUDA, row_wise. Every rank computes the same
-    plan for itself: an error then shows on all of them and leaves none waiting. Raises UserError for a table width
-    that is no multiple of 4.
+    The planner places all other tables, by table_wise and, on CUDA, row_wise. Every rank computes the same plan, so an
+    error occurs on all of them and none is left waiting. Raises UserError for a table width that is no multiple of 4.
     """
     allowed = {}
     for name, table in _tables(model).items():
@@ -164,7 +163,7 @@ def make_plan(
         planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(model, allowed, world_size))
         plan = planner.plan(model, [sharder])  # type: ignore[list-item]
     modules = dict(model.named_modules())
-    # Tables that two parents share are in the plan once for each; DMP shards a module as the first path says.
+    # The plan lists a collection that two modules share under both paths; DMP shards it under the first.
     plan.plan = {path: shardings for path, shardings in plan.plan.items() if path in modules}
     for path, shardings in plan.plan.items():
         parameters = sharder.shardable_parameters(modules[path])
@@ -181,7 +180,7 @@ def make_plan(
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec leaves row_wise out on CPU, where it works: the types allowed are ours to say."""
+    """Allows the given sharding types on every device: TorchRec excludes row_wise on CPU, although it works there."""
 
     def __init__(self, allowed: list[str]) -> None:
         super().__init__()
@@ -205,7 +204,7 @@ def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
 def _constraints(
     model: nn.Module, allowed: Mapping[str, list[str]], world_size: int
 ) -> dict[str, ParameterConstraints]:
-    """Per table, what the planner may choose: only fused kernels, or it drops the fused optimizer without a word."""
+    """What the planner may choose for each table: only fused kernels, or it silently drops the fused optimizer."""
     constraints = {}
     for name, table in _tables(model).items():
         width, types = table.embedding_dim, allowed[name]

@@ -1,4 +1,4 @@
-"""Batches made one or two ahead by a background thread, with the loader state that belongs to each."""
+"""Loads batches ahead in a background thread, with the loader state that belongs to each."""
 
 import queue
 import threading
@@ -12,9 +12,9 @@ from lumrec.run.errors import UserError
 
 
 class Fetched(NamedTuple):
-    """A batch on its device, the loader's state behind it, whether it ends the epoch, and how long it was waited for.
+    """A batch on its device, the loader's state after it, whether it ends the epoch, and the time spent waiting for it.
 
-    The state of an epoch's last batch is that of the next epoch's beginning.
+    The state after an epoch's last batch is the beginning of the next epoch.
     """
 
     batch: Any
@@ -24,11 +24,11 @@ class Fetched(NamedTuple):
 
 
 def prefetch(loader: Any, device: torch.device, *, depth: int = 2) -> Generator[Fetched, None, None]:
-    """The rest of the loader's epoch, made in one thread while the caller computes; at most `depth` batches ahead.
+    """Yields the rest of the loader's epoch, which a thread loads at most `depth` batches ahead of the caller.
 
-    Close it (`contextlib.closing`) when leaving early: that ends the thread. The loader has then gone ahead of what was
-    consumed: give it the last `loader_state` to bring it back. An exception of the loader is raised here. Raises
-    UserError for an epoch without batches.
+    Close it (`contextlib.closing`) when leaving early: that ends the thread. The loader is then ahead of the caller:
+    load the last `loader_state` into it to bring it back. An exception of the loader is raised here. Raises UserError
+    for an epoch without batches.
     """
     ready: queue.Queue[tuple[Any, dict[str, Any], BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def seed_generators(seed: int, *key: int) -> None:
-    """Seeds every generator from `seed` and `key` (say, step and rank): other keys give independent numbers."""
+    """Seeds every generator from `seed` and `key` (say, step and rank): different keys give independent numbers."""
     words = np.random.SeedSequence([seed, *key]).generate_state(4, np.uint32)
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
     np.random.seed(words[2:])
@@ -19,7 +19,7 @@ def seed_generators(seed: int, *key: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every global random generator (torch on CPU and CUDA, numpy, python), as JSON can hold it."""
+    """State of every global random generator (torch on CPU and CUDA, numpy, python), JSON-compatible."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": _encode(torch.get_rng_state()),
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Sets every generator back to what `random_state` gave."""
+    """Sets every generator to a state from `random_state`."""
     torch.set_rng_state(_decode(state["torch"]))
     name, keys, position, has_gauss, gauss = state["numpy"]
     words = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)

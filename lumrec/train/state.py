@@ -12,7 +12,7 @@ _MOST = 2**53
 
 @dataclass
 class TrainState:
-    """Goes into every checkpoint, as JSON."""
+    """The loop's state; it is saved in every checkpoint, as JSON."""
 
     step: int = 0
     epoch: int = 0
@@ -28,7 +28,7 @@ class TrainState:
     best_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_gain: int = 0
     stopped: bool = False
-    # The schedule goes by steps as the run began to count them: step * rate + offset.
+    # The learning rate's schedule counts steps as the run's first start did: step * rate + offset.
     steps_per_epoch: int = 0
     schedule_rate: float = 1.0
     schedule_offset: float = 0.0
@@ -36,7 +36,7 @@ class TrainState:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "TrainState":
         """The state that a checkpoint holds. Raises UserError for a name or a kind of value that no state has."""
-        kinds = {name: type(getattr(cls(), name)) for name in (entry.name for entry in fields(cls))}
+        kinds = {entry.name: type(getattr(cls(), entry.name)) for entry in fields(cls)}
         for name, value in stored.items():
             kind = kinds.get(name)
             fits = type(value) in (float, int) if kind in (float, type(None)) else type(value) is kind
@@ -46,8 +46,8 @@ class TrainState:
                 fits = all(type(entry) in (float, int) for entry in value.values())
             if not fits or (kind is int and not 0 <= value < _MOST):
                 raise UserError(
-                    f"the checkpoint's state has {name}={value!r:.60}, which this lumrec cannot go on with: it is "
-                    "damaged, or of a newer version"
+                    f"the checkpoint's state has {name}={value!r:.60}, which this lumrec cannot continue from: it is "
+                    "damaged, or was written by a newer version"
                 )
         return cls(**stored)
 
@@ -55,10 +55,10 @@ class TrainState:
     def schedule_step(self) -> float:
         return round(self.step * self.schedule_rate + self.schedule_offset, 6)
 
-    def set_steps_per_epoch(self, number: int) -> None:
-        """Epochs have `number` steps from here on; the schedule goes on where it is."""
-        before, self.steps_per_epoch = self.steps_per_epoch or number, number
-        if before != number:
+    def set_steps_per_epoch(self, num_steps: int) -> None:
+        """Sets the number of steps of an epoch from here on; the position in the schedule does not change."""
+        before, self.steps_per_epoch = self.steps_per_epoch or num_steps, num_steps
+        if before != num_steps:
             position = self.schedule_step
-            self.schedule_rate *= before / number
+            self.schedule_rate *= before / num_steps
             self.schedule_offset = position - self.step * self.schedule_rate

@@ -391,7 +391,7 @@ def keep_scores(config, *, better: float, users: int = 60):
         (-0.5, 60, "", "worse"),
         (0.0, 60, "", "within noise"),
         (0.5, 20, "", "too few test rows to say"),
-        (0.5, 60, "4 steps of training are too few to learn in", "trained in too few steps to say"),
+        (0.5, 60, "4 steps of training are too few to learn from", "trained in too few steps to say"),
     ],
 )
 def test_each_gain_has_its_interval_and_a_verdict_in_words(config, better, users, note, verdict):

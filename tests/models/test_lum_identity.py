@@ -127,7 +127,7 @@ TEXTS = [
 def test_settings_that_cannot_be_read(experiment, text):
     config = experiment()
     rewrite(checkpoint_of(Path(config.runs_dir) / "tiny-pretrain"), model=text)
-    with pytest.raises(UserError, match="is damaged: of its model, its settings cannot be read"):
+    with pytest.raises(UserError, match="is damaged: model: its settings cannot be read"):
         READERS["load_lum"](config)
 
 

@@ -108,7 +108,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(forks, whole, tmp_path):
         step = lines(tmp_path)[-1]["step"]
         newest = complete_checkpoints(tmp_path / RUN / "checkpoints")[-1]
         assert newest.name in (f"step-{step:08d}", f"step-{step + 1:08d}")  # every second step is logged
-        assert f"{newest}, and the same command goes on from there" in run.text()
+        assert f"{newest}, and the same command continues from there" in run.text()
     forks.run("tiny_training:train_noisily", runs_dir=str(tmp_path), epochs=EPOCHS)
     assert_equal_to_the_bit(tmp_path, whole[0])
 

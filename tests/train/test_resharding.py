@@ -137,7 +137,7 @@ def test_state_that_does_not_fit_is_refused_unless_it_may_be_dropped(forks, whol
     assert "train.optimizer_state=drop" in message
     assert len(lines(tmp_path)) == 5
     dropped = forks.run(f"{THIS}:train", world_size=2, optimizer_state="drop", **arguments)
-    assert "optimizer state starts again, as asked" in dropped.text()
+    assert "optimizer state is reset (optimizer_state=drop)" in dropped.text()
     kept, anew = ([row["loss"] for row in lines(folder)] for folder in (whole["rowwise_adagrad"], tmp_path))
     # column_wise trains a little differently (up to 0.2% by here); sums that start again do so by more.
     assert anew[:5] == pytest.approx(kept[:5], rel=3e-3) and len(anew) == 16
@@ -152,7 +152,7 @@ def test_an_epoch_of_another_number_of_steps_keeps_the_schedule_in_place(forks, 
         run = forks.start(f"{THIS}:train", world_size=world_size, **arguments)
         assert run.wait() == [Enough.exit_code if stop_at else 0] * world_size, run.text()
         if world_size == 2:
-            assert "goes on with 2 process(es), not as many as before" in run.text()
+            assert "continues with 2 process(es), not as many as before" in run.text()
             assert "step 6/10" in run.text()  # 12 of 16 batches are left, in 6 steps
     places = [*range(4), 4, 6, *range(8, 16)]  # where each step stands among the 16 of one rank
     factors = [(place + 1) / 3 if place < 3 else 1 - (place - 3) / 13 for place in places]

@@ -110,7 +110,7 @@ def test_neither_shard_nor_lumrecs_checkpoints_take_managed_collisions(tmp_path)
         lambda: Checkpointer(tmp_path, model=routed(seed=1), optimizer=None),
         lambda: load_weights(tmp_path, routed(seed=1)),
     ):
-        with pytest.raises(UserError, match="is of managed collisions") as error:
+        with pytest.raises(UserError, match="belongs to managed collisions") as error:
             refused()
         assert "\n" not in str(error.value)
 

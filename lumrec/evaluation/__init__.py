@@ -1,1 +1,1 @@
-"""Evaluation of LUMs, rankers and retrieval."""
+"""Evaluation of LUMs, rankers and two-tower models."""

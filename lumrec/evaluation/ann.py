@@ -1,7 +1,7 @@
-"""Approximate nearest neighbours with FAISS: what an index of item vectors finds of the exact answer, and how fast.
+"""Approximate nearest neighbours with FAISS: how much of the exact answer an index of item vectors finds, and how fast.
 
-The index holds only the candidates (items with a training event) and searches by inner product, which is what both
-similarities come down to. Seen items are left out behind the search, which therefore asks for as many more.
+The index holds only the candidates (items with a training event) and searches by inner product, which covers both
+similarities. Seen items are removed after the search, so the search asks for as many items more.
 
 Shape suffixes: B users, I catalogue items, K results of a search, V width of vectors, P pairs of user and seen item.
 """
@@ -23,7 +23,7 @@ from lumrec.evaluation.retrieval import Targets, metric_sums
 from lumrec.run import limits
 from lumrec.run.limits import count
 
-# Users × items of the marks of seen items held at once (elements).
+# Largest size (users × items) of the mask of seen items.
 SEEN_BUDGET = 1 << 25
 
 
@@ -32,7 +32,7 @@ class AnnConfig:
     """The FAISS index of the item vectors.
 
     index: flat (exact), hnsw or ivf; "" = none is built.
-    k: number of items that are asked for when the index's recall and time are measured.
+    k: number of items that are searched when the index's recall and time are measured.
     links: HNSW's M.
     build_beam: HNSW's efConstruction.
     beam: HNSW's efSearch.
@@ -50,7 +50,7 @@ class AnnConfig:
 
 
 class ItemIndex:
-    """Catalogue items (int64) nearest to a user by inner product, out of those that `is_candidate_I` (bool [I]) marks.
+    """A FAISS index of the catalogue items that `is_candidate_I` (bool [I]) marks, by inner product.
 
     Raises UserError for settings that FAISS cannot work with.
     """
@@ -68,9 +68,9 @@ class ItemIndex:
         self.index.add(e)
 
     def search(self, o_BV: Tensor, k: int) -> Tensor:
-        """The k nearest items of each user, nearest first, int64 [B, min(k, candidates)]; -1 where fewer were found."""
-        _, place_BK = self.index.search(np.ascontiguousarray(o_BV.float().numpy()), min(k, len(self.items)))
-        return torch.from_numpy(np.where(place_BK >= 0, self.items[place_BK], -1))
+        """The k nearest items of each user, nearest first, int64 [B, min(k, candidates)]; -1 where fewer are found."""
+        _, index_BK = self.index.search(np.ascontiguousarray(o_BV.float().numpy()), min(k, len(self.items)))
+        return torch.from_numpy(np.where(index_BK >= 0, self.items[index_BK], -1))
 
 
 def _make_index(dim: int, num_items: int, config: AnnConfig) -> Any:
@@ -95,9 +95,9 @@ def ann_metrics(
 ) -> dict[str, float]:
     """{"ann/hr@10": …, "ann/ndcg@10": …, "ann/recall@50": …, "ann/ms_per_user": …, …} of these users' targets.
 
-    hr, ndcg: as exact evaluation has them, out of what the index finds. recall@k: share of the exact k nearest items
-    that the index gives, seen items included. ms_per_user, exact_ms_per_user: of these searches, by the index and by a
-    full product and top-k, on torch.get_num_threads() threads. build_s: of making the index.
+    hr, ndcg: as in the exact evaluation, but from the items that the index finds. recall@k: share of the exact k
+    nearest items that the index finds, seen items included. ms_per_user, exact_ms_per_user: time of these searches by
+    the index, and by a full product and top-k, on torch.get_num_threads() threads. build_s: time to build the index.
     """
     start = time.perf_counter()
     is_candidate_I = data.item_counts > 0
@@ -123,7 +123,7 @@ def ann_metrics(
 
 
 def exact_nearest(o_BV: Tensor, e_IV: Tensor, is_candidate_I: np.ndarray, k: int) -> Tensor:
-    """The k candidates with the highest inner product, int64 [B, min(k, candidates)]: what an index approximates."""
+    """The k candidates with the highest inner product, int64 [B, min(k, candidates)], which an index approximates."""
     items = torch.from_numpy(np.flatnonzero(is_candidate_I))
     e = e_IV[items]
     block = max(1, SEEN_BUDGET // (4 * max(1, len(e))))
@@ -131,10 +131,10 @@ def exact_nearest(o_BV: Tensor, e_IV: Tensor, is_candidate_I: np.ndarray, k: int
 
 
 def found_ranks(index: ItemIndex, o_BV: Tensor, data: PreparedData, targets: Targets, *, k: int) -> Tensor:
-    """Rank of each target in what the index finds without seen items, from 1 (int64 [B]); items + 1 behind the first k.
+    """Rank of each target among the found unseen items, from 1 (int64 [B]); num_items + 1 if not among the first k.
 
-    Each search asks for k items and as many more as the user with the most seen ones of its block has; users with like
-    many are asked together.
+    Each search asks for k items plus the highest number of seen items in its block; users with similar numbers of seen
+    items are in one block.
     """
     seen_B = targets.end_B - targets.first_B
     order = torch.argsort(seen_B, stable=True)
@@ -148,8 +148,8 @@ def found_ranks(index: ItemIndex, o_BV: Tensor, data: PreparedData, targets: Tar
         is_seen_BI[user_P, item_E[expand_ranges(first_B, num_seen_B)]] = True
         is_seen_BI.scatter_(1, item_E[row_B][:, None], False)  # a target is never left out
         is_left_BK = (found_BK >= 0) & ~is_seen_BI.gather(1, found_BK.clamp(min=0))
-        place_BK = is_left_BK.cumsum(1)
-        is_target_BK = is_left_BK & (found_BK == item_E[row_B][:, None]) & (place_BK <= k)
+        rank_BK = is_left_BK.cumsum(1)
+        is_target_BK = is_left_BK & (found_BK == item_E[row_B][:, None]) & (rank_BK <= k)
         found, at = is_target_BK.any(1), is_target_BK.long().argmax(1)
-        rank_B[block[found]] = place_BK.gather(1, at[:, None]).squeeze(1)[found]
+        rank_B[block[found]] = rank_BK.gather(1, at[:, None]).squeeze(1)[found]
     return rank_B

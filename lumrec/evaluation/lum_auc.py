@@ -1,4 +1,4 @@
-"""How well a LUM's answers rank by themselves, before any ranker has seen them.
+"""How well a LUM's answers rank the labels without a ranker.
 
 Shape suffixes: B rows, N conditions, D width, R rows of a part.
 """
@@ -16,10 +16,10 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
-    """Similarity of the item to the answer to the first condition, less its mean over the others', [B].
+    """Similarity of the item to the first condition's answer, minus its mean similarity to the other answers, [B].
 
-    With a wish and its opposite (feedback = like, dislike) this separates the one from the other; with a single
-    condition it is the similarity.
+    With a wish and its opposite (feedback = like, dislike), a higher score means that the first fits better. With a
+    single condition it is the similarity.
 
     >>> o_BND, e_BD = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[3.0, 1.0]])
     >>> wish_score(o_BND, e_BD)
@@ -33,8 +33,8 @@ def wish_score(o_BND: Tensor, e_BD: Tensor) -> Tensor:
 def rank_by_answers(knowledge: Knowledge, data: PreparedData) -> dict[str, float]:
     """{"valid/lum_auc", "valid/lum_gauc", "test/lum_auc", "test/lum_gauc"}: the labels ranked only by `wish_score`.
 
-    Where the first condition is none at all, the others are not its opposite: only its similarity ranks. Rows without
-    an answer are left out. A part without rows, or with one class, has nan.
+    If the first condition is {} (no condition), the others are not its opposite, and only its similarity is used. Rows
+    without an answer are left out. A part without rows, or with only one class, has nan.
     """
     num_read = len(knowledge.conditions) if knowledge.conditions[0] else 1
     result: dict[str, float] = {}

@@ -18,7 +18,7 @@ from lumrec.run.distributed import rank, world_size
 
 
 def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Logit of each of the rows `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
+    """Logits of `rows` (float64 [N]), on every rank; each rank computes its share. Collective."""
     was_training = dmp.training
     dmp.eval()
     average_moments(dmp)
@@ -26,9 +26,9 @@ def score(dmp: DistributedModelParallel, builder: RowBuilder, rows: np.ndarray, 
     times_N = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
         batches = evaluation_batches(builder, rows, batch_size=batch_size, rank=rank(), world_size=world_size())
-        for place_B, batch in batches:
-            logit_N[place_B] = dmp(batch.to(dmp.device)).double().cpu()
-            times_N[place_B] = 1.0
+        for index_B, batch in batches:
+            logit_N[index_B] = dmp(batch.to(dmp.device)).double().cpu()
+            times_N[index_B] = 1.0
     if world_size() > 1:
         dist.all_reduce(logit_N)
         dist.all_reduce(times_N)
@@ -41,7 +41,7 @@ def evaluate(
 ) -> dict[str, float | str]:
     """`ranking_metrics` of the rows of a part (TRAIN, VALID or TEST), on every rank. Collective.
 
-    keep_in: a run folder, where the scores are kept to be compared with another run's; intervals join the metrics.
+    keep_in: a run folder to save the scores in, for comparisons with other runs; then the metrics include intervals.
     """
     data = builder.data
     rows = data.with_negatives(np.flatnonzero(data.split == part))

@@ -1,12 +1,12 @@
 """Next-item retrieval over the full catalogue: HR@k and NDCG@k, exact.
 
-One question per user: the user's last event of a part of the log is the target, everything before it the history.
+One query per user: the user's last event of a part of the log is the target, everything before it the history.
 
     HR@k = share of users whose target ranks among the first k      NDCG@k = mean of [rank ≤ k] / log2(1 + rank)
     rank = 1 + number of candidates whose similarity is not below the target's (ties count against us)
 
-Candidates are all items with a training event, without those of the user's own history (the target itself stays in). An
-item that no training event holds has vectors nobody trained, so it is never recommended, and as a target it is a miss.
+Candidates are all items with a training event, without those in the user's history (the target stays in). An item
+without a training event has an untrained vector: it is never recommended, and as a target it counts as a miss.
 
 Shape suffixes: B users, I catalogue items, D width, Q queries, P pairs of user and seen item.
 """
@@ -34,7 +34,7 @@ from lumrec.run.distributed import rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count
 
-# Users × items of the scores held at once (elements).
+# Largest size (users × items) of the matrix of scores.
 SCORE_BUDGET = 1 << 23
 
 
@@ -42,12 +42,11 @@ SCORE_BUDGET = 1 << 23
 class RetrievalConfig:
     """Evaluation of the LUM by retrieval of the next item.
 
-    condition: what every user is asked with: raw values by condition feature, the same for every target; {} = no
-        condition.
+    condition: raw values by condition feature that every user is asked with, the same for every target; {} = none.
     oracle: ask a second time with the target's own condition, which nobody knows before the item is chosen: an upper
         bound, reported as oracle/hr@k and oracle/ndcg@k beside the honest figures.
-    request_time: true: the LUM knows when each target was asked for, as in serving. false: it is asked at the time of
-        the last event that it sees, as for answers that are stored beforehand. It matters only with model.time_bias.
+    request_time: true: a query has the time of its target, as in serving. false: it has the time of the last event
+        before it, as answers that are stored in advance. This only matters with model.time_bias.
     ks: cut-offs of HR@k and NDCG@k.
     max_users: a fixed sample of the users, for quick evaluations while training; 0 = all.
     tokens_per_pack: tokens of one forward pass.
@@ -61,32 +60,34 @@ class RetrievalConfig:
     tokens_per_pack: int = count(8192, least=1)
 
     def check(self, at: str) -> None:
-        """Raises UserError for cut-offs that are none (`at`: the section, with a dot)."""
+        """Raises UserError for invalid cut-offs (`at`: the section, with a dot)."""
         check_cut_offs(at, self.ks)
 
 
 def check_cut_offs(at: str, ks: Sequence[int]) -> None:
-    """Raises UserError for no cut-off, and for one that is named twice."""
+    """Raises UserError for an empty list and for a repeated cut-off."""
     if not ks or len(set(ks)) < len(ks):
         raise UserError(f"{at}ks: got {list(ks)}, expected one or more different cut-offs, such as [10, 50]")
 
 
 def retrieval_names(ks: Sequence[int], *, oracle: bool = False) -> list[str]:
-    """The metrics of retrieval by which weights can be chosen; all are better when higher."""
+    """The retrieval metrics that weights can be selected by; higher is better for all of them."""
     names = [f"{name}@{k}" for name in ("hr", "ndcg") for k in ks]
     return names + [f"oracle/{name}" for name in names if oracle]
 
 
 class Targets(NamedTuple):
-    """row_B: int64, event row of each user's target. first_B: int64, first event row of that user. end_B: int64, row
-    before which that user's history ends: the target's, or the first one of its moment."""
+    """Targets, one per user (all int64). row_B: event row of the target. first_B: the user's first event row.
+
+    end_B: end of the history (exclusive): the target's row, or the first row of its moment.
+    """
 
     row_B: Tensor
     first_B: Tensor
     end_B: Tensor
 
     def take(self, index: Tensor | slice) -> Targets:
-        """Some of them."""
+        """The targets at `index`."""
         return Targets(self.row_B[index], self.first_B[index], self.end_B[index])
 
 
@@ -101,10 +102,10 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """{"hr@10": …, "ndcg@10": …, …, "retrieval_users": …} of a LUM on `part` ("train", "valid" or "test") of its data.
 
-    A user's history is the last max_events - 1 events before the target, whatever part they are of; without any, the
-    LUM answers from only the condition. users: bool [U], who is asked about (None: everybody); a LUM of cross-fitting
-    must not be chosen by the users that it is kept from. Under DMP every rank calls this and gets the figures of all
-    users. Raises UserError where no user has an event in the part, or for a condition that the LUM does not know.
+    A user's history is the last max_events - 1 events before the target, whatever part they belong to; without events,
+    the LUM answers from the condition only. users: bool [U], the users to evaluate (None: all); a cross-fitted LUM must
+    not be selected by the users that are held out from it. Under DMP every rank calls this and gets the metrics over
+    all users. Raises UserError where no user has an event in the part, or for a condition that the LUM does not know.
     """
     data = builder.data
     targets = last_events(data, part, users=users, max_users=config.max_users)
@@ -117,8 +118,8 @@ def evaluate_retrieval(
         e_ID = encode_items(model, builder)
         for mine in _shares(targets, max_events=max_events, tokens_per_pack=config.tokens_per_pack):
             o_BND = _ask(model, builder, mine, fixed, config=config, max_events=max_events)
-            for place, name in enumerate(names):
-                ranks[name].append(rank_targets(o_BND[:, place], e_ID, data, mine))
+            for n, name in enumerate(names):
+                ranks[name].append(rank_targets(o_BND[:, n], e_ID, data, mine))
     finally:
         model.train(training)
     result: dict[str, float] = {}
@@ -137,11 +138,11 @@ def last_events(
     max_users: int = 0,
     strictly_earlier: bool = False,
 ) -> Targets:
-    """The last event of each of `users` (bool [U]) that has one in `part`; with `max_users`, of a fixed sample.
+    """The last event in `part` of each of `users` (bool [U]) that has one; with `max_users`, of a fixed sample.
 
-    among: bool [E], the events that may be a target; None = all. strictly_earlier: the history is what was before the
-    target's moment (lumrec/data/moments.py), as for rankers; else it goes by the order of the log, as in the published
-    protocols of sequence models.
+    among: bool [E], the events that may be a target; None = all. strictly_earlier: the history ends before the target's
+    moment (lumrec/data/moments.py), as for rankers; otherwise it ends before the target in the log's order, as in the
+    published protocols of sequence models.
     """
     if part not in PARTS:
         raise UserError(f"part is {part!r}; expected one of {PARTS}")
@@ -164,10 +165,10 @@ def last_events(
 def target_ranks(
     o_BD: Tensor, e_ID: Tensor, target_B: Tensor, *, is_candidate_I: Tensor, seen_user_P: Tensor, seen_item_P: Tensor
 ) -> Tensor:
-    """Rank of each user's target among the candidates, from 1 (int64 [B]); num_items + 1 for a target that is none.
+    """Rank of each user's target among the candidates, from 1 (int64 [B]); num_items + 1 if it is no candidate.
 
     is_candidate_I: bool. seen_user_P, seen_item_P: int64, items left out for a user; a target is never left out.
-    A similarity that is no number counts against us, as a tie does.
+    A similarity that is nan counts against us, as a tie does.
 
     >>> o, e = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0], [2.0, 0.0], [2.0, 1.0], [1.0, 0.0]])
     >>> every, nobody = torch.ones(4, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
@@ -194,7 +195,7 @@ def user_metrics(rank_B: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
 
 
 def metric_sums(rank_B: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Sums over users of what HR@k and NDCG@k average.
+    """HR@k and NDCG@k summed over users.
 
     >>> metric_sums(torch.tensor([1, 3, 11]), [10])
     {'hr@10': 2.0, 'ndcg@10': 1.5}
@@ -203,10 +204,10 @@ def metric_sums(rank_B: Tensor, ks: Sequence[int]) -> dict[str, float]:
 
 
 def _shares(targets: Targets, *, max_events: int, tokens_per_pack: int) -> Iterator[Targets]:
-    """This rank's targets in portions of one forward pass, equally many on all ranks, the last perhaps empty."""
+    """This rank's targets, split into forward passes: the same number on all ranks, and the last may be empty."""
     users = max(1, tokens_per_pack // (2 * max_events))
     num_users = len(targets.row_B)
-    # Histories alike in length go together, so that little is padded.
+    # Histories of similar length go together, so that there is little padding.
     order = torch.argsort((targets.end_B - targets.first_B).clamp(max=max_events), stable=True)
     targets = targets.take(order)
     for turn in range(math.ceil(num_users / (users * world_size()))):
@@ -223,7 +224,7 @@ def _ask(
     config: RetrievalConfig,
     max_events: int,
 ) -> Tensor:
-    """Answers o_BND given the history before each target: to the `fixed` condition and, if wished, to the true one."""
+    """Answers o_BND given the history before each target: to the `fixed` condition and, with `oracle`, the true one."""
     num_users, num_conditions = len(targets.row_B), 2 if config.oracle else 1
     length_B = (targets.end_B - targets.first_B).clamp(max=max_events - 1)
     user_B = torch.from_numpy(builder.data.user)[targets.row_B]
@@ -239,7 +240,7 @@ def _ask(
         conditions,
         builder.time_E[targets.row_B].repeat_interleave(num_conditions) if config.request_time else None,
     )
-    # TorchRec cannot look up nothing at all, so an empty pack reads one item.
+    # TorchRec cannot look up nothing, so an empty pack reads one item.
     nothing = torch.zeros(int(num_users == 0), dtype=torch.int64)
     pack = builder.pack(Windows(targets.end_B - length_B, length_B, user_B), queries=queries, candidates_C=nothing)
     device = next(model.parameters()).device
@@ -249,14 +250,14 @@ def _ask(
 
 
 def _in_turn(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Bags (values, lengths) of two equally long columns in turn: first 0, second 0, first 1, …"""
+    """Interleaves the bags (values, lengths) of two equally long columns: first 0, second 0, first 1, …"""
     values, lengths = (torch.cat(parts) for parts in zip(first, second))
     both = Column(values, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
     return both.take(torch.arange(len(lengths)).view(2, -1).T.flatten())
 
 
 def rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Targets) -> Tensor:
-    """Rank of each target (int64 [B]) among all items with a training event but those in the history before it."""
+    """Rank of each target (int64 [B]) among all items with a training event, without those in its history."""
     item_E = torch.from_numpy(data.item)
     is_candidate_I = torch.from_numpy(data.item_counts > 0)
     users = max(1, SCORE_BUDGET // len(e_ID))
@@ -278,10 +279,10 @@ def rank_targets(o_BD: Tensor, e_ID: Tensor, data: PreparedData, targets: Target
 
 
 def sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    """The figures of all ranks, added up, on every rank. Collective."""
+    """The sums over all ranks, on every rank. Collective."""
     if world_size() == 1:
         return sums
-    # Ranks hold different users; every process group of ours has a CPU backend.
+    # A CPU tensor: every process group of ours has a CPU backend.
     total = torch.tensor(list(sums.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(sums, total.tolist()))

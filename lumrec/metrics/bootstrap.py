@@ -1,9 +1,9 @@
-"""How sure a metric is, and whether one model is better than another: bootstrap over users.
+"""Confidence intervals of metrics, and of the difference of two models, by a bootstrap over users.
 
-A user's rows belong together, so users are resampled, with replacement, and never single rows (which would make the
-intervals too narrow). A resample is a weight for each user, how often they were drawn, and a metric of it the weighted
-metric: rows are sorted once, and no row is ever copied. Two models that scored the same rows are compared on the same
-resamples, so that what makes a resample hard for both cancels out.
+A user's rows belong together, so users are resampled (with replacement), not rows, which would give intervals that are
+too narrow. A resample gives each user a weight, the number of times they were drawn; its metric is the weighted metric.
+So rows are sorted once and never copied. Two models that scored the same rows are compared on the same resamples: what
+makes a resample hard for both cancels out.
 
 Shape suffixes: N rows, U users, R resamples, S score vectors, M metrics,
 P positive and Q negative rows in the order of their scores.
@@ -22,7 +22,7 @@ METRICS = ("auc", "gauc", "log_loss")
 
 
 class Interval(NamedTuple):
-    """value: of the rows as they are. low, high: ends of the percentile interval; nan where there is none."""
+    """value: without resampling. low, high: ends of the percentile interval; nan where there is none."""
 
     value: float
     low: float
@@ -46,14 +46,14 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """AUC, gAUC and log loss of logits, each with the bounds that hold `level` of the resamples (Efron's percentiles).
+    """AUC, gAUC and log loss of logits, each with the interval of `level` of the resamples (Efron's percentiles).
 
-    Resamples in which a metric is not defined (AUC where only one class was drawn) are left out of its interval. One
-    user alone (for gAUC: one with both classes) says nothing about another: the bounds are nan.
+    Resamples in which a metric is not defined (AUC where only one class was drawn) are left out of its interval. With
+    only one user (for gAUC: only one with both classes) the bounds are nan.
     Raises UserError for labels other than 0 and 1, lengths that differ, nan, a level outside 0 … 1, no resamples.
 
-    User 7 is in order, users 8 and 9 are not. Drawn three times, user 7 is there twice or more in 7 of 27 resamples,
-    thrice in 1 of 27.
+    User 7's rows are in the right order, those of users 8 and 9 are not. Of the 27 possible resamples, 7 have user 7
+    twice or more, and 1 three times.
 
     >>> intervals([1, 0, 1, 0, 1, 0], [2, 1, 1, 2, 1, 2], [7, 7, 8, 8, 9, 9], level=0.9)["gauc"]
     Interval(value=0.3333333333333333, low=0.0, high=0.6666666666666666)
@@ -75,9 +75,9 @@ def compare(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Comparison]:
-    """AUC, gAUC and log loss of two models' logits of the same rows, and of their difference (`intervals` says how).
+    """AUC, gAUC and log loss of two models' logits of the same rows, and their difference (see `intervals`).
 
-    An interval of the difference that leaves 0 out separates the two; those of a and b may overlap all the same.
+    The models differ if the interval of the difference excludes 0; the intervals of a and b may still overlap.
     """
     return compare_means(
         label_N, [logit_a_N], [logit_b_N], user_N, num_resamples=num_resamples, level=level, seed=seed
@@ -94,7 +94,7 @@ def compare_means(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
-    """As `compare`, of the mean of each metric over several seeds of a and as many of b; and b - a of each seed."""
+    """Like `compare`, for the mean of each metric over several seeds of a and as many of b; and b - a of each seed."""
     rows = _Rows(label_N, [*logits_a, *logits_b], user_N)
     return _compare(rows, METRICS, num_resamples=num_resamples, level=level, seed=seed)
 
@@ -107,7 +107,7 @@ def compare_user_means(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
-    """As `compare_means`, of metrics that are means of one value for each user: name → value_U, of each seed.
+    """Like `compare_means`, for metrics that are means of one value per user: for each seed, name → value_U.
 
     >>> hit = [{"hr@10": np.array([0.0, 1.0, 1.0, 0.0])}, {"hr@10": np.array([1.0, 1.0, 1.0, 0.0])}]
     >>> compare_user_means(hit[:1], hit[1:])[0]["hr@10"].difference
@@ -120,7 +120,7 @@ def compare_user_means(
 def _compare(
     rows: "_Rows | _Users", names: Sequence[str], *, num_resamples: int, level: float, seed: int
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
-    """`compare_means` of score vectors of which the first half is of a, the second of b."""
+    """`compare_means` of score vectors; the first half belongs to a, the second to b."""
     num = len(rows.scores) // 2
     each_SM, drawn_RSM = rows.metrics(np.ones(rows.num_users)), _resamples(rows, num_resamples, level, seed)
 
@@ -137,7 +137,7 @@ def _compare(
 
 
 class _Users:
-    """Metrics that are means over users, value_SMU, and their means by any weights of the users."""
+    """Metrics that are means over users, value_SMU, for any weights of the users."""
 
     def __init__(self, value_SMU: np.ndarray) -> None:
         self.scores, (_, num_metrics, self.num_users) = value_SMU, value_SMU.shape
@@ -163,7 +163,7 @@ class _Rows:
         self.num_usable = (self.num_users, num_both, self.num_users)
 
     def metrics(self, weight_U: np.ndarray) -> np.ndarray:
-        """[S, M]: METRICS of each score vector, where user u counts weight_U[u] times; nan where there is none."""
+        """[S, M]: METRICS of each score vector, where user u counts weight_U[u] times; nan where undefined."""
         return np.array([scores.metrics(weight_U) for scores in self.scores])
 
 
@@ -172,7 +172,8 @@ class _Scores:
         is_positive_N, order_N = label_N == 1, np.argsort(logit_N, kind="stable")
         order_P, order_Q = order_N[is_positive_N[order_N]], order_N[~is_positive_N[order_N]]
         self.user_P, self.user_Q = user_N[order_P], user_N[order_Q]
-        # Of each positive: how many negatives score lower, and how many not higher. Between them are those that tie.
+        # For each positive: how many negatives score lower, and how many do not score higher. The difference is the
+        # ties.
         self.lower_P, self.not_higher_P = (
             np.searchsorted(logit_N[order_Q], logit_N[order_P], side=side) for side in ("left", "right")
         )
@@ -200,7 +201,7 @@ def _resamples(rows: _Rows | _Users, num_resamples: int, level: float, seed: int
     if num_resamples < 1 or not 0 < level < 1:
         raise UserError(f"got {num_resamples} resamples and level={level}; expected at least 1, and between 0 and 1")
     generator, num = np.random.default_rng(seed), rows.num_users
-    # As many draws as there are users, counted: what a multinomial gives, and faster than NumPy's.
+    # Draws as many users as there are and counts them: a multinomial, but faster than NumPy's.
     draws = (np.bincount(generator.integers(num, size=num), minlength=num) for _ in range(num_resamples if num else 0))
     return np.array([rows.metrics(weight_U.astype(np.float64)) for weight_U in draws]).reshape(
         -1, len(rows.scores), len(rows.num_usable)

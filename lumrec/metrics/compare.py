@@ -1,9 +1,9 @@
-"""Two ranking runs over the same test rows: the metrics of both, and their difference with its interval.
+"""Compares two ranking runs over the same test rows: the metrics of both, and their difference with its interval.
 
     python -m lumrec.metrics.compare runs/ml-1m-rank-none runs/ml-1m-rank-both
 
-A finished run of apps/rank.py keeps the scores of its test rows in `scores.parquet`: row (of the prepared data),
-label (0 or 1), user (number in the prepared data), logit.
+A finished run of apps/rank.py has the scores of its test rows in `scores.parquet`: row (of the prepared data), label (0
+or 1), user (index in the prepared data), logit.
 
 Shape suffixes: N rows.
 """
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Of two towers: the rank of each test user's target among all items, from 1. row_N, user_N, rank_N: int64."""
+    """Ranks of a two-tower run: of each test user's target among all items, from 1. row_N, user_N, rank_N: int64."""
 
     row_N: np.ndarray
     user_N: np.ndarray
@@ -45,7 +45,7 @@ class Ranks(NamedTuple):
 
 
 def write_scores(folder: Path, scores: Scores | Ranks) -> None:
-    """Writes `scores` to the run folder, whole or not at all."""
+    """Writes `scores` to the run folder, atomically."""
     name = SCORES if isinstance(scores, Scores) else RANKS
     table = pa.table({name.removesuffix("_N"): value for name, value in scores._asdict().items()})
     with new_file(folder / name) as temporary:
@@ -55,7 +55,7 @@ def write_scores(folder: Path, scores: Scores | Ranks) -> None:
 def read_scores(folder: Path) -> Scores:
     """The scores of a finished run. Raises MissingFileError without them, UserError for another table."""
     if not (folder / "result.json").exists() or not (folder / SCORES).exists():
-        what = f"keeps no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
+        what = f"has no scores (no {SCORES})" if (folder / "result.json").exists() else "is no finished run"
         raise MissingFileError(f"{folder} {what}; train it again with: apps/rank.py … overwrite=true")
     return Scores(*_columns(folder / SCORES, Scores._fields))
 
@@ -83,7 +83,7 @@ def compare_runs(
 ) -> tuple[Scores, dict[str, Comparison]]:
     """The test rows (with the logits of a), and AUC, gAUC and log loss of a, of b and of b - a.
 
-    Raises MissingFileError where a run keeps no scores, UserError where the two scored different rows.
+    Raises MissingFileError where a run has no scores, UserError where the two scored different rows.
     """
     of_a, of_b = read_scores(a), read_scores(b)
     for name in ("row", "label", "user"):
@@ -100,7 +100,7 @@ def compare_runs(
 
 
 def better(metric: str, difference: Interval) -> int:
-    """1 where the interval of b - a says that b is better, -1 where a is, 0 where it holds 0 or there is none."""
+    """1 where the interval of b - a says that b is better, -1 where a is, 0 where it includes 0 or there is none."""
     side = int(difference.low > 0) - int(difference.high < 0)
     return -side if metric in LOWER_IS_BETTER else side
 
@@ -108,7 +108,7 @@ def better(metric: str, difference: Interval) -> int:
 def as_table(
     a: Path, b: Path, scores: Scores, found: dict[str, Comparison], *, num_resamples: int, level: float
 ) -> str:
-    """The comparison as a table of text."""
+    """The comparison as a text table."""
     verdicts = {1: "b is better", -1: "a is better", 0: "no difference shown"}
 
     def cell(interval: Interval, sign: str = "") -> str:
@@ -135,11 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("a", type=Path, help="folder of a finished ranking run")
     parser.add_argument("b", type=Path, help="folder of another, over the same test rows")
-    parser.add_argument(
-        "--resamples", type=int, default=1000, help="how often the users are drawn again (default 1000)"
-    )
+    parser.add_argument("--resamples", type=int, default=1000, help="number of resamples of the users (default 1000)")
     parser.add_argument("--level", type=float, default=0.95, help="share of the resamples within an interval")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples")
     given = parser.parse_args(arguments)
     with reported():
         scores, found = compare_runs(

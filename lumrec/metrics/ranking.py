@@ -1,7 +1,7 @@
 """Ranking metrics, exact and in NumPy: AUC, grouped AUC, log loss, normalized entropy, calibration.
 
-Every function takes arrays with one entry per scored row (an impression) and works in float64. What cannot be computed
-(AUC where all labels are equal, say) is `nan`, never a made-up number; `ranking_metrics` says why beside it.
+Every function takes arrays with one entry per scored row (an impression) and works in float64. A metric that is not
+defined (such as AUC where all labels are equal) is `nan`; `ranking_metrics` adds a sentence with the reason.
 
 Shape suffixes: N rows, G groups (users) that have rows.
 """
@@ -17,8 +17,9 @@ from lumrec.run.errors import UserError
 def auc(label_N: ArrayLike, score_N: ArrayLike) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs in the right order, a tie counting one half.
 
-    `nan` where there is no such pair (no rows, or one class only). Scores need an order only: logits or probabilities.
-    Raises UserError for labels other than 0 and 1, lengths that differ, or scores that are not numbers.
+    `nan` where there is no such pair (no rows, or only one class). Only the order of the scores matters, so logits and
+    probabilities give the same. Raises UserError for labels other than 0 and 1, lengths that differ, or scores that are
+    not numbers.
 
     Of the four pairs below one is tied and three are in order: (3 + 1/2) / 4.
 
@@ -42,10 +43,11 @@ class GroupedAuc(NamedTuple):
 def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> GroupedAuc:
     """Mean of the AUC within each group (user), weighted by its rows (impressions): the AUC of DIN (1706.06978).
 
-    A group whose rows are all of one class has no AUC: it is left out, weight included, and counted. `value` is `nan`
-    if none is left. All groups at once: one sort, no loop over users.
+    A group whose rows are all of one class has no AUC: it is left out, with its weight, and counted. `value` is `nan`
+    if no group is left. One sort handles all groups, without a loop over users.
 
-    User 7 is in order (AUC 1, three rows), user 8 in the wrong order (AUC 0, two rows), user 9 has one class: 3/5.
+    User 7 is in the right order (AUC 1, three rows), user 8 in the wrong one (AUC 0, two rows), user 9 has only one
+    class: the mean is 3/5.
 
     >>> grouped_auc([0, 0, 1, 0, 1, 1], [0.1, 0.2, 0.3, 0.9, 0.2, 0.5], [7, 7, 7, 8, 8, 9])
     GroupedAuc(value=0.6, num_groups=3, num_skipped=1)
@@ -64,7 +66,7 @@ def grouped_auc(label_N: ArrayLike, score_N: ArrayLike, group_N: ArrayLike) -> G
 
 
 def auc_by_group(label_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
-    """AUC within each group, [G], `nan` where a group has one class only. group_N: int64, 0 … G-1, none left out."""
+    """AUC within each group, [G], `nan` where a group has only one class. group_N: int64, 0 … G-1, each used."""
     order_N = np.lexsort((score_N, group_N))
     label_N, score_N, group_N = label_N[order_N], score_N[order_N], group_N[order_N]
     rows_G = np.bincount(group_N)
@@ -73,7 +75,7 @@ def auc_by_group(label_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) 
     positives_G = np.bincount(group_N, weights=label_N)
     negatives_G = rows_G - positives_G
     pairs_G = positives_G * negatives_G
-    # Mann-Whitney: the positives' ranks, less what they would be if all positives came first.
+    # Mann-Whitney: the sum of the positives' ranks, minus the sum that they would have if all positives came first.
     wins_G = np.bincount(group_N, weights=rank_N * label_N) - positives_G * (positives_G + 1) / 2
     return np.divide(wins_G, pairs_G, out=np.full(len(rows_G), np.nan), where=pairs_G > 0)
 
@@ -81,8 +83,8 @@ def auc_by_group(label_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) 
 def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
     """Mean negative log likelihood in nats; `nan` for no rows.
 
-    Probabilities are kept 2.2e-16 (float64's rounding unit, scikit-learn's choice) away from 0 and 1, so that a row
-    that is certain and wrong costs 36, not infinity.
+    Probabilities are clipped to 2.2e-16 (float64's rounding unit, as in scikit-learn) from 0 and 1, so that a row that
+    is certain and wrong costs 36, not infinity.
 
     >>> log_loss([1, 0], [0.5, 0.5])  # log 2
     0.6931471805599453
@@ -93,7 +95,7 @@ def log_loss(label_N: ArrayLike, probability_N: ArrayLike) -> float:
 
 
 def row_losses(label_N: np.ndarray, probability_N: np.ndarray) -> np.ndarray:
-    """What each row adds to the log loss, [N]."""
+    """The log loss of each row, [N]."""
     eps = np.finfo(np.float64).eps
     right_N = np.where(label_N == 1.0, probability_N, 1.0 - probability_N)
     return -np.log(np.clip(right_N, eps, 1 - eps))
@@ -105,9 +107,10 @@ def sigmoid(logit_N: np.ndarray) -> np.ndarray:
 
 
 def normalized_entropy(label_N: ArrayLike, probability_N: ArrayLike) -> float:
-    """Log loss over the entropy of the rows' positive rate (He et al., 2014, ADKDD): below 1 beats the constant rate.
+    """Log loss divided by the entropy of the rows' positive rate (He et al., 2014, ADKDD); 1 = no better than that
+    rate.
 
-    `nan` for no rows or one class only (its entropy is 0).
+    `nan` for no rows or only one class (its entropy is 0).
 
     >>> round(normalized_entropy([1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]), 12)
     1.0
@@ -121,7 +124,7 @@ def normalized_entropy(label_N: ArrayLike, probability_N: ArrayLike) -> float:
 
 
 def calibration_ratio(label_N: ArrayLike, probability_N: ArrayLike) -> float:
-    """Predicted positives over actual positives: 1 is calibrated, above 1 promises too much; `nan` without a positive.
+    """Predicted positives divided by actual positives: above 1 predicts too many; `nan` without a positive.
 
     >>> calibration_ratio([1, 0, 0, 1], [0.5, 0.5, 0.5, 1.0])
     1.25
@@ -134,7 +137,7 @@ def calibration_ratio(label_N: ArrayLike, probability_N: ArrayLike) -> float:
 def expected_calibration_error(label_N: ArrayLike, probability_N: ArrayLike, *, num_bins: int = 20) -> float:
     """Mean distance of predicted and actual rate over bins of equal width, weighted by rows; `nan` for no rows.
 
-    Bin b holds the probabilities in [b / num_bins, (b + 1) / num_bins), the last one 1.0 too; empty bins weigh nothing.
+    Bin b holds the probabilities in [b / num_bins, (b + 1) / num_bins), the last bin also 1.0; empty bins do not count.
 
     Two bins: |0.2 - 0| weighs two of four rows, |0.8 - 1/2| the others: 0.1 + 0.15.
 
@@ -153,10 +156,10 @@ def expected_calibration_error(label_N: ArrayLike, probability_N: ArrayLike, *, 
 
 
 def ranking_metrics(label_N: ArrayLike, logit_N: ArrayLike, user_N: ArrayLike) -> dict[str, float | str]:
-    """All metrics of one scored part, flat, as `result.json` holds them.
+    """All metrics of one scored part by name, as in `result.json`.
 
-    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped; and, only where some of
-    them are `nan`, a sentence `undefined`. logit_N: scores before the sigmoid.
+    Keys: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users, num_users_skipped; and, only if some of them
+    are `nan`, `undefined`, a sentence with the reason. logit_N: scores before the sigmoid.
     """
     label_N, logit_N = checked_rows(label_N, logit_N)
     probability_N = sigmoid(logit_N)
@@ -182,7 +185,7 @@ def ranking_metrics(label_N: ArrayLike, logit_N: ArrayLike, user_N: ArrayLike) -
 
 
 def _tie_averaged_rank(score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
-    """Ranks 1 … N of rows sorted by (group, score); rows of one group that tie share their mean rank."""
+    """Ranks 1 … N of rows sorted by (group, score); tied rows of a group share their mean rank."""
     is_new_N = np.ones(len(score_N), dtype=bool)
     is_new_N[1:] = (score_N[1:] != score_N[:-1]) | (group_N[1:] != group_N[:-1])
     first_of_run = np.flatnonzero(is_new_N)
@@ -191,7 +194,7 @@ def _tie_averaged_rank(score_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
 
 
 def checked_rows(label_N: ArrayLike, score_N: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 vectors. Raises UserError for labels but 0 and 1, lengths that differ, and nan."""
+    """Both as float64 vectors. Raises UserError for labels other than 0 and 1, lengths that differ, and nan."""
     label_N, score_N = np.asarray(label_N, dtype=np.float64), np.asarray(score_N, dtype=np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
         raise UserError(

@@ -32,7 +32,7 @@ LOG_EVERY_S = 30.0
 
 
 class Unit(NamedTuple):
-    """What is asked, written and marked as finished in one go: windows of one kind ("rows" or "users")."""
+    """The windows of one kind ("rows" or "users") that are asked, written and marked as finished together."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ NOTHING = behind(Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
 
 
 class Build:
-    """The build of one version on this rank: which units are left, and the asking and writing of each."""
+    """The build of one version on this rank: finds the units that are left, asks them and writes the answers."""
 
     def __init__(
         self,
@@ -75,45 +75,45 @@ class Build:
         self.answers, self.seconds = 0, 0.0
 
     def _unchanged(self) -> np.ndarray:
-        """Index in the earlier version of each user whose answers are still right, int64 [U]; -1 = has to be asked."""
+        """Each user's index in the earlier version if its answers are still valid, int64 [U]; -1 = has to be asked."""
         assert self.earlier is not None
-        place_U = self.earlier.places(self.index_U["key"])
-        same_U = (place_U >= 0) & (self.earlier.index_U["history"][place_U] == self.index_U["history"])
-        return np.where(same_U & self.answered_U, place_U, -1)
+        earlier_U = self.earlier.places(self.index_U["key"])
+        same_U = (earlier_U >= 0) & (self.earlier.index_U["history"][earlier_U] == self.index_U["history"])
+        return np.where(same_U & self.answered_U, earlier_U, -1)
 
-    def pending(self, place: int) -> list[Unit]:
-        """Units of LUM `place` that no build has finished, the same list on every rank."""
-        asked_U = (self.fold_U == place) & self.answered_U & (self.earlier_U < 0)
+    def pending(self, lum: int) -> list[Unit]:
+        """Units of LUM number `lum` that no build has finished, the same list on every rank."""
+        asked_U = (self.fold_U == lum) & self.answered_U & (self.earlier_U < 0)
         users = torch.from_numpy(np.flatnonzero(asked_U))
         window, kinds = self.identity["window"], {}
         if self.identity["rows"]:
             kinds["rows"] = row_windows(self.data, users, **window)
         if self.identity["users"]:
             kinds["users"] = serving_windows(self.data, users, max_events=window["max_events"])
-        units = [Unit(f"items/{place}", "items", NOTHING)]
+        units = [Unit(f"items/{lum}", "items", NOTHING)]
         for kind, answering in kinds.items():
             parts = packs(
                 answering,
                 num_conditions=len(self.identity["conditions"]),
                 tokens_per_pack=self.identity["tokens_per_pack"],
             )
-            units += [Unit(f"{kind}/{place}/{n}", kind, answering.take(index)) for n, index in enumerate(parts)]
+            units += [Unit(f"{kind}/{lum}/{n}", kind, answering.take(index)) for n, index in enumerate(parts)]
         return [unit for unit in units if unit.name not in self.writer.finished]
 
-    def ask(self, place: int, units: list[Unit], query: GroupQuery) -> None:
-        """Asks LUM `place` for this rank's share of the units. Lookups are collective: all ranks ask equally often."""
+    def ask(self, lum: int, units: list[Unit], query: GroupQuery) -> None:
+        """Asks LUM number `lum` for this rank's share of the units. Collective: all ranks ask equally often."""
         e_ID = self._as_stored(query.items(), "items")
         if rank() == 0:
-            self.writer.write_items(place, e_ID)
+            self.writer.write_items(lum, e_ID)
             if self.earlier:
-                taken_U = np.flatnonzero((self.earlier_U >= 0) & (self.fold_U == place))
+                taken_U = np.flatnonzero((self.earlier_U >= 0) & (self.fold_U == lum))
                 take_over(
-                    self.writer, self.earlier, place, self.earlier_U[taken_U], self.index_U["first_row"][taken_U], e_ID
+                    self.writer, self.earlier, lum, self.earlier_U[taken_U], self.index_U["first_row"][taken_U], e_ID
                 )
-            self.writer.commit(f"items/{place}")
+            self.writer.commit(f"items/{lum}")
         units = [unit for unit in units if unit.kind != "items"]
         mine = units[rank() :: world_size()]
-        progress = Progress(self.run_folder, f"query {place + 1}/{len(self.identity['lums'])}", len(mine))
+        progress = Progress(self.run_folder, f"query {lum + 1}/{len(self.identity['lums'])}", len(mine))
         for turn in range(-(-len(units) // world_size())):
             start = time.perf_counter()
             unit = mine[turn] if turn < len(mine) else Unit("", "", NOTHING)
@@ -125,7 +125,7 @@ class Build:
                 row_E, answer_E = answered_rows(self.data, unit.windows)
                 self.writer.write_rows(row_E.numpy(), o_RND[answer_E], None if log_z_RN is None else log_z_RN[answer_E])
             elif unit.kind == "users":
-                self._write_users(unit.windows, place, o_RND, log_z_RN)
+                self._write_users(unit.windows, lum, o_RND, log_z_RN)
             if unit.name:
                 self.writer.commit(unit.name)
             self.answers += o_RND.shape[0] * o_RND.shape[1]
@@ -134,10 +134,10 @@ class Build:
         progress.close()
 
     def _as_stored(self, x: Tensor, what: str = "answers") -> Tensor:
-        """`x` rounded as it is going to be stored, so that log_z is the sum over exactly what readers see."""
+        """`x` as readers will see it, rounded for storage, so that log_z is computed from exactly these values."""
         return torch.from_numpy(decode(*encode(x, self.identity["dtype"], what=what)))
 
-    def _write_users(self, asked: AnsweringWindows, place: int, o_BND: Tensor, log_z_BN: Tensor | None) -> None:
+    def _write_users(self, asked: AnsweringWindows, lum: int, o_BND: Tensor, log_z_BN: Tensor | None) -> None:
         users = asked.windows.user_W.numpy()
         record_B = self.writer.user_records(
             o_BND,
@@ -146,12 +146,12 @@ class Build:
             last_event_at=self.data.timestamp[self.data.user_offsets[users + 1] - 1],
             num_events=self.length_U[users],
             num_seen=asked.windows.length_W.numpy(),
-            fold=place,
+            fold=lum,
         )
         self.writer.write_users([user_key_bytes(self.user_keys[user]) for user in users], record_B)
 
     def publish(self) -> dict[str, Any]:
-        """The manifest of the published version."""
+        """Publishes the version and returns its manifest."""
         if rank() == 0:
             self.writer.write_item_keys(self.data.item_keys())
             self.writer.write_user_index(self.fold_U, self.index_U)
@@ -159,11 +159,11 @@ class Build:
         counts: dict[str, int] = {"users_asked": answered - taken, "users_taken_over": taken}
         if self.earlier:
             gone_U = (self.earlier.index_U["num_events"] > 0) & (self.earlier.index_U["key"] != b"")
-            place_U = self.earlier.places(self.index_U["key"][self.answered_U])
-            gone_U[place_U[place_U >= 0]] = False
+            earlier_U = self.earlier.places(self.index_U["key"][self.answered_U])
+            gone_U[earlier_U[earlier_U >= 0]] = False
             counts["users_removed"] = int(gone_U.sum())
         if self.identity["rows"]:
-            # A user's first moment has no history: the LUM was not asked, as it would not have been at that time.
+            # A user's first moment has no history, so the LUM is not asked about it.
             has_history_E = self.data.before > self.data.user_offsets[self.data.user]
             rows = int((has_history_E & self.answered_U[self.data.user]).sum())
             counts |= {"rows": rows, "rows_absent": self.data.num_events - rows}
@@ -176,7 +176,7 @@ class Build:
 
 
 class Progress:
-    """A progress bar on rank 0's terminal, a line every half minute where there is none; both go to metrics.jsonl."""
+    """A progress bar on rank 0's terminal, otherwise a log line every half minute; the rate goes to metrics.jsonl."""
 
     def __init__(self, run_folder: RunFolder, name: str, num_units: int) -> None:
         self.run_folder, self.name, self.num_units = run_folder, name, num_units

@@ -1,14 +1,14 @@
-"""Which conditions are asked: from the words of a config or a request to the vocabulary rows of each query.
+"""Turns the conditions of a config or a request into the vocabulary rows of each query.
 
-A condition holds raw values by feature. A value may mean several, each a separate condition:
+A condition holds raw values by feature. A value may mean several values, each in a condition by itself:
 
     {feedback: like}                    this condition
     {category: "*"}                     each value that training events have, the most frequent first
-    {category: top 3}                   the three most frequent of the history asked: the user's own, other ones for
-                                        each user and moment. `top 2 of 3` is only the second of them
-    {feedback: "*", category: top 3}    every combination of the one with the other
+    {category: top 3}                   the three most frequent values of the history, which differ by user and moment.
+                                        `top 2 of 3` is only the second of them
+    {feedback: "*", category: top 3}    every combination of both
 
-A value that the vocabulary knows is always itself, so a category called "top 40" can be asked.
+A value in the vocabulary always means itself, so a category called "top 40" can be asked.
 
 Shape suffixes: N conditions, R answers (moments asked), W windows, T events of these, V values, Q = R · N queries.
 """
@@ -36,8 +36,8 @@ from lumrec.run.errors import UserError, did_you_mean
 
 ALL = "*"
 TOP = re.compile(r"top (\d+)")
-TOP_PLACE = re.compile(r"top (\d+) of (\d+)")
-# Beyond this many, conditions that nobody chose would cost more than they are worth.
+TOP_RANK = re.compile(r"top (\d+) of (\d+)")
+# With more than this, default conditions would cost more than they are worth.
 MAX_DEFAULT_CONDITIONS = 16
 MAX_CONDITIONS = 256
 
@@ -48,13 +48,13 @@ Bags = tuple[Tensor, Tensor]
 
 
 class Conditions:
-    """N conditions for each history: the same for all of them, or a list for each (as of a request).
+    """N conditions for each history: the same for all histories, or a separate list for each (as in a request).
 
     features: the condition features that the LUM reads. slots: the conditions, expanded; where each history has its
-    own, those of all histories behind each other. unknown_as_zero: a value that is not known is read as the log reads
-    it, as row 0 ("unknown"); else it raises.
+    own, those of all histories one after another. unknown_as_zero: a value that is not known is read as row 0
+    ("unknown"), as in the log; otherwise it raises.
 
-    Raises UserError for a feature or value that is not known, naming the nearest.
+    Raises UserError for a feature or value that is not known, and names the nearest.
     """
 
     def __init__(
@@ -71,41 +71,41 @@ class Conditions:
         self.count = len(self.slots) // max(1, num_histories or 1)
         known = {name: _vocabulary(data, name) for name in features}
         fixed = [
-            {name: value for name, value in slot.items() if not _place(value, known.get(name, {}))}
+            {name: value for name, value in slot.items() if not _top_rank(value, known.get(name, {}))}
             for slot in self.slots
         ]
-        places = {
-            name: torch.tensor([_place(slot.get(name, ""), known[name]) for slot in self.slots], dtype=torch.int64)
+        ranks = {
+            name: torch.tensor([_top_rank(slot.get(name, ""), known[name]) for slot in self.slots], dtype=torch.int64)
             for name in features
         }
         _check_features(data, features, self.slots)
         self.columns = condition_columns(data, features, fixed, unknown_as_zero=unknown_as_zero)
-        self.places = {name: place_N for name, place_N in places.items() if bool(place_N.any())}
+        self.top_ranks = {name: rank_N for name, rank_N in ranks.items() if bool(rank_N.any())}
 
-    def bags(self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, number_W: Tensor) -> dict[str, Bags]:
+    def bags(self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, history_W: Tensor) -> dict[str, Bags]:
         """Feature -> bags of Q queries: the N conditions of each answer, answers in order.
 
-        number_W: int64, which of the histories each window is, where each has its own conditions.
+        history_W: int64, index of each window's history; used where each history has its own conditions.
         """
         entry_RN = torch.arange(self.count).repeat(len(window_R), 1)
         if self.per_history:
-            entry_RN += self.count * number_W[window_R][:, None]
+            entry_RN += self.count * history_W[window_R][:, None]
         entry_Q = entry_RN.flatten()
         bags = {name: column.take(entry_Q) for name, column in self.columns.items()}
-        for name, place_N in self.places.items():
-            place_Q = place_N[entry_Q]
-            top_RV = top_values(self.data.event_columns[name], windows, window_R, moment_R, k=int(place_N.max()))
+        for name, rank_N in self.top_ranks.items():
+            rank_Q = rank_N[entry_Q]
+            top_RV = top_values(self.data.event_columns[name], windows, window_R, moment_R, k=int(rank_N.max()))
             answer_Q = torch.arange(len(window_R)).repeat_interleave(self.count)
-            own_Q = F.pad(top_RV, (1, 0))[answer_Q, place_Q]
+            own_Q = F.pad(top_RV, (1, 0))[answer_Q, rank_Q]
             bags[name] = _filled(bags[name], own_Q)
         return bags
 
     def spelled(
-        self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, number_W: Tensor
+        self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, history_W: Tensor
     ) -> list[dict[str, str]]:
-        """Each query's condition in raw values: "top 2 of 3" as what it came to, row 0 as "(unknown)"."""
+        """Each query's condition in raw values: "top 2 of 3" is replaced by its value, row 0 by "(unknown)"."""
         found: list[dict[str, str]] = [{} for _ in range(self.count * len(window_R))]
-        for name, (values, lengths_Q) in self.bags(windows, window_R, moment_R, number_W=number_W).items():
+        for name, (values, lengths_Q) in self.bags(windows, window_R, moment_R, history_W=history_W).items():
             raw = {row: value for value, row in _vocabulary(self.data, name).items()}
             for condition, bag in zip(found, values.split(lengths_Q.tolist())):
                 if len(bag):
@@ -120,9 +120,9 @@ def expand(
     *,
     max_conditions: int = MAX_CONDITIONS,
 ) -> list[dict[str, str]]:
-    """The conditions with each "*" and "top k" replaced by its values; see the head of the file.
+    """The conditions with each "*" and "top k" replaced by its values; see the top of this file.
 
-    Raises UserError for an unknown feature, for more than `max_conditions` conditions, and for one named twice.
+    Raises UserError for an unknown feature, for more than `max_conditions` conditions, and for a repeated one.
     """
     _check_features(data, features, conditions)
     choices = [{name: _choices(data, name, value) for name, value in each.items()} for each in conditions]
@@ -153,34 +153,34 @@ def _choices(data: PreparedData, feature: str, value: str) -> list[str]:
     if match := TOP.fullmatch(value):
         if len(match[1]) > 9:
             raise UserError(f"condition {feature}: top {match[1][:20]}… asks for more than there can be")
-        number = int(match[1])
-        if number < 1:
+        k = int(match[1])
+        if k < 1:
             raise UserError(f"condition {feature}: {value!r} asks for nothing; expected top 1 or more")
-        return [f"top {place} of {number}" for place in range(1, number + 1)]
+        return [f"top {rank} of {k}" for rank in range(1, k + 1)]
     return [value]
 
 
-def _place(value: str, known: Mapping[str, int]) -> int:
-    """Place of "top 2 of 3" (here 2); 0 for any other value."""
-    match = TOP_PLACE.fullmatch(str(value))
+def _top_rank(value: str, known: Mapping[str, int]) -> int:
+    """Rank of "top 2 of 3" (here 2); 0 for any other value."""
+    match = TOP_RANK.fullmatch(str(value))
     if match is None or str(value) in known:
         return 0
     if max(len(match[1]), len(match[2])) > 9 or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"got the condition {value!r}; expected a place from 1 to {match[2]}")
+        raise UserError(f"got the condition {value!r}; expected a rank from 1 to {match[2]}")
     return int(match[1])
 
 
 def top_values(column: Column, windows: Windows, window_R: Tensor, moment_R: Tensor, *, k: int) -> Tensor:
-    """The k most frequent values of the events that each answer sees, the most frequent first (int64 [R, k]).
+    """The k most frequent values of the events before each answer, the most frequent first (int64 [R, k]).
 
-    Of equally frequent ones that which occurred last comes first; row 0 ("unknown") does not count, and is given where
-    there are fewer than k. Counts take events × (most different values in one window).
+    Of equally frequent values, the one that occurred last comes first. Row 0 ("unknown") does not count; it fills up
+    where there are fewer than k values. Memory: events × (highest number of different values in one window).
     """
     first_W = windows.length_W.cumsum(0) - windows.length_W
     rows, lengths_T = column.take(expand_ranges(windows.start_W, windows.length_W))
     event_V = torch.repeat_interleave(torch.arange(len(lengths_T)), lengths_T)[rows > 0]
     rows = rows[rows > 0]
-    # Values of each window get numbers of their own, so that the counts are as narrow as they can be.
+    # Values are numbered within each window, so that the count tensors are as narrow as possible.
     window_T = torch.repeat_interleave(torch.arange(windows.count), windows.length_W)
     key, number_V = torch.unique(torch.stack([window_T[event_V], rows]), dim=1, return_inverse=True)
     values_W = torch.bincount(key[0], minlength=windows.count)
@@ -201,7 +201,7 @@ def top_values(column: Column, windows: Windows, window_R: Tensor, moment_R: Ten
 
 
 def _filled(bags: Bags, own_Q: Tensor) -> Bags:
-    """Bags with one more value where `own` is not 0; those bags are empty so far."""
+    """The bags, with the value `own_Q` added where it is not 0 (those bags are empty before)."""
     values, lengths_Q = bags
     extra_Q = own_Q > 0
     of_query = torch.cat([torch.repeat_interleave(torch.arange(len(own_Q)), lengths_Q), extra_Q.nonzero().squeeze(1)])
@@ -209,10 +209,10 @@ def _filled(bags: Bags, own_Q: Tensor) -> Bags:
 
 
 def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict[str, str]]:
-    """What is asked where nobody says: each value of each wish among the condition `features`; without one, [{}].
+    """The conditions that are asked by default: each value of each wish among `features`; [{}] if there is none.
 
-    The value that training events like best comes first: `wish_score` holds it against the others. Raises UserError
-    where that makes more than 16 conditions: then somebody has to choose.
+    The value with the highest share of positive training events comes first: `wish_score` compares it with the others.
+    Raises UserError for more than 16 conditions: then the user has to choose.
     """
     wishes = [name for name in features if data.schema.features[name].wish]
     conditions = [{name: value} for name in wishes for value in _by_like_rate(data, name)]
@@ -225,7 +225,7 @@ def default_conditions(data: PreparedData, features: Sequence[str]) -> list[dict
 
 
 def _by_like_rate(data: PreparedData, feature: str) -> list[str]:
-    """Values of a condition feature, those with the highest share of positive training events first."""
+    """Values of a condition feature, in descending order of their share of positive training events."""
     rows, lengths = data.event_columns[feature].take(torch.from_numpy(np.flatnonzero(data.split == TRAIN)))
     label = np.repeat(data.label[data.split == TRAIN], lengths.numpy())
     vocabulary = _vocabulary(data, feature)
@@ -283,7 +283,7 @@ def _rows_of(
 
 
 def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
-    """Raw value -> row of a feature; read from its file once, for a request must not wait for it."""
+    """Raw value -> row of a feature; its file is read only once, so that requests do not wait for it."""
     tables = _VOCABULARIES.setdefault(data, {})
     name = data.schema.features[feature].table or feature
     if name not in tables:
@@ -292,5 +292,5 @@ def _vocabulary(data: PreparedData, feature: str) -> dict[str, int]:
 
 
 def spoken(condition: dict[str, str]) -> str:
-    """A condition as it is read out: feedback=like and scenario=home."""
+    """A condition as text: feedback=like and scenario=home."""
     return " and ".join(f"{name}={value}" for name, value in condition.items()) or "(no condition)"

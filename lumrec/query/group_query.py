@@ -1,13 +1,13 @@
-"""Group query: N conditions asked of each history, which is computed a single time (LUM section 4.2, figure 4).
+"""Group query: asks N conditions about each history, which is computed only once (LUM section 4.2, figure 4).
 
-    serving     c1 i1 c2 i2 c3 i3 | a b        the user's last events; a and b are both at the position behind them
+    serving     c1 i1 c2 i2 c3 i3 | a b        the user's last events; a and b both have the position after them
     rows        c1 i1 c2 i2 c3 i3              one pass for all rows of a window: row 2 is asked with only event 1,
-                      a b   a b                row 3 with events 1 and 2, as it would have been asked at that time
+                      a b   a b                row 3 with events 1 and 2, as a server would have asked at that time
 
-A query never sees another query, or an event of the moment that it asks for or of a later one. Rows of one moment
-(lumrec/data/moments.py) share one answer. Rows of a user's first moment have no history and are not asked.
+A query never sees another query, nor events of its own moment or later. Rows of one moment (lumrec/data/moments.py)
+share one answer. Rows of a user's first moment have no history and are not asked.
 
-From nothing to the ten best items for two users, each asked twice (`load_lum` gives a trained LUM):
+A complete example, the ten best items for two users under two conditions (`load_lum` gives a trained LUM):
 
 >>> import tempfile
 >>> from lumrec.experiments.config import load
@@ -54,16 +54,16 @@ _USERS: WeakKeyDictionary[PreparedData, dict[str, int]] = WeakKeyDictionary()
 
 
 class GroupQuery:
-    """Asks a LUM the same N conditions about many users, or about every row of the log.
+    """Asks a LUM about many users, or about every row of the log, under the same N conditions.
 
     model: a LargeUserModel (plain or under DMP) and the builder that came with it. conditions: raw values by condition
-    feature, such as {"feedback": "like"}; a feature that is left out is asked as "not given", {} asks without any. A
-    multi-valued feature takes several values with | between them, {"query": "red|shoes"}. "*" and "top 3" mean
-    several values (see conditions.py); self.conditions holds them expanded. stride: of `row_windows`; 0 = half a
+    feature, such as {"feedback": "like"}; a feature that is left out counts as "not given", and {} asks without any
+    condition. A multi-valued feature takes several values with | between them, {"query": "red|shoes"}. "*" and "top 3"
+    mean several values (see conditions.py); self.conditions holds them expanded. stride: see `row_windows`; 0 = half a
     window.
 
     Raises UserError for a feature or value that the LUM does not know, naming the nearest, and for more than
-    `max_conditions` of them.
+    `max_conditions` conditions.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class GroupQuery:
         if not 1 <= self.stride < max_events:
             raise UserError(
                 f"the stride of the windows is {self.stride}; expected 1 to {max_events - 1} (max_events - 1), so that "
-                "every row of a long history is asked with some of it"
+                "every row of a long history has some events before it"
             )
         self.tokens_per_pack = tokens_per_pack
         self.device = next(model.parameters()).device
@@ -103,22 +103,22 @@ class GroupQuery:
         asked_at_B: Tensor | None = None,
         unknown_as_zero: bool = False,
     ) -> Tensor:
-        """Answers to the conditions of a request at hand, such as its search query, o_BND (float32).
+        """Answers to the conditions of a request, such as its search query, o_BND (float32).
 
-        users: raw keys, each asked behind the last event; or stretches of the log's rows, each asked behind its end.
-        conditions: N for everyone, or a list of N for each. asked_at_B: int64, seconds, when each is asked (a LUM with
-        a bias of time reads it); None = at the time of the last event. unknown_as_zero: a value that the LUM does not
-        know, such as a new word of a search query, is read as the log reads it, as "unknown"; else it raises.
+        users: raw keys, each asked after the last event; or windows of the log's rows, each asked after its end.
+        conditions: N for everyone, or a list of N for each. asked_at_B: int64, seconds, the time of each query (read by
+        a LUM with model.time_bias); None = the time of the last event. unknown_as_zero: a value that the LUM does not
+        know, such as a new word of a search query, is read as "unknown", as in the log; otherwise it raises.
 
         Raises UserError for an unknown key, feature or value (naming the nearest), for lists of different lengths, and
-        for a stretch that is too long for the LUM.
+        for a window that is too long for the LUM.
         """
         if isinstance(users, Windows):
             windows = users
             if windows.count and int(windows.length_W.max()) >= self.max_events:
                 raise UserError(
-                    f"a history of {int(windows.length_W.max())} events is asked, but this LUM sees up to "
-                    f"{self.max_events - 1} before a query (model.max_events - 1); give the last ones"
+                    f"got a history of {int(windows.length_W.max())} events, but this LUM sees up to "
+                    f"{self.max_events - 1} before a query (model.max_events - 1); pass the last ones"
                 )
         else:
             windows = serving_windows(self.data, user_rows(self.data, users), max_events=self.max_events).windows
@@ -134,44 +134,44 @@ class GroupQuery:
         if len(conditions) != num_histories or len(counts) != 1:
             raise UserError(
                 f"{len(conditions)} lists of {sorted(counts)} conditions are given for {num_histories} users; expected "
-                "one list for each, all of the same length (a user with fewer may be asked {} too)"
+                "one list for each, all of the same length (fill up a shorter list with {})"
             )
         slots = [condition for each in conditions for condition in each]
         return Conditions(data, features, slots, num_histories=num_histories, unknown_as_zero=unknown_as_zero)
 
     def rows(self, user_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Every event row of these users but those of each one's first moment (int64 [E]), and its answers, o_END.
+        """The event rows of these users, without each user's first moment (int64 [E]), and their answers, o_END.
 
-        Each row is asked with the events before its moment, see `row_windows`.
+        Each row's history is the events before its moment, see `row_windows`.
         """
         answering = row_windows(self.data, user_B, max_events=self.max_events, stride=self.stride)
         row_E, answer_E = answered_rows(self.data, answering)
         return row_E, self._answer_all(answering, self.asked)[answer_E]
 
     def items(self) -> Tensor:
-        """Every catalogue item as the LUM sees it, e_ID (float32), to be matched with answers by a dot product."""
+        """The LUM's embedding of every catalogue item, e_ID (float32); similarity to an answer is the dot product."""
         return encode_items(self.model, self.builder)
 
     def answer(self, answering: AnsweringWindows) -> Tensor:
-        """One forward pass: the answers of these windows, in order, o_RND. No window at all is allowed.
+        """One forward pass: the answers of these windows, in order, o_RND. There may be no window.
 
-        Under DMP every rank has to call this equally often, with nothing to ask where it has run out of windows.
+        Under DMP every rank must call this equally often, without windows if it has none left.
         """
         return self._answer(answering, self.asked, torch.arange(answering.windows.count))
 
     @torch.no_grad()
     def _answer(
-        self, answering: AnsweringWindows, asked: Conditions, number_W: Tensor, asked_at_W: Tensor | None = None
+        self, answering: AnsweringWindows, asked: Conditions, history_W: Tensor, asked_at_W: Tensor | None = None
     ) -> Tensor:
         window_R, seen_R = answering.window_R, answering.seen_R
         window_Q = window_R.repeat_interleave(asked.count)
         queries = Queries(
             window_Q,
             seen_R.repeat_interleave(asked.count),
-            asked.bags(answering.windows, window_R, seen_R, number_W=number_W),
+            asked.bags(answering.windows, window_R, seen_R, history_W=history_W),
             None if asked_at_W is None else asked_at_W[window_Q],
         )
-        # TorchRec cannot look up nothing at all, so an empty pack reads one item.
+        # TorchRec cannot look up nothing, so an empty pack reads one item.
         nothing = torch.zeros(int(len(window_R) == 0), dtype=torch.int64)
         pack = self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
         o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
@@ -180,7 +180,7 @@ class GroupQuery:
     def _answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
         answers_W = answering.answers_W
         starts_W = answers_W.cumsum(0) - answers_W
-        places, parts = [], []
+        indices, parts = [], []
         training = self.model.training
         self.model.eval()
         try:
@@ -189,18 +189,18 @@ class GroupQuery:
             ]:
                 at = None if asked_at_W is None else asked_at_W[index]
                 parts.append(self._answer(answering.take(index), asked, index, at))
-                places.append(expand_ranges(starts_W[index], answers_W[index]))
+                indices.append(expand_ranges(starts_W[index], answers_W[index]))
         finally:
             self.model.train(training)
         o_RND = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
-        o_RND[torch.cat(places)] = torch.cat(parts)
+        o_RND[torch.cat(indices)] = torch.cat(parts)
         return o_RND
 
 
 def user_rows(data: PreparedData, keys: Sequence[str]) -> Tensor:
-    """The users (int64) with these raw keys. Raises UserError for one that the log does not hold, naming the nearest.
+    """The users (int64) with these raw keys. Raises UserError for one that is not in the log, naming the nearest.
 
-    The keys of all users are read once and kept.
+    The keys of all users are read once and cached.
     """
     if data not in _USERS:
         _USERS[data] = {key: user for user, key in enumerate(data.user_keys())}
@@ -213,14 +213,14 @@ def user_rows(data: PreparedData, keys: Sequence[str]) -> Tensor:
 
 
 def default_stride(max_events: int) -> int:
-    """Half a window: a row of a long history is then asked with at least half a window of events before it."""
+    """Half a window: every row of a long history then has at least half a window of events before it."""
     return max(1, max_events // 2)
 
 
 def serving_windows(data: PreparedData, user_B: Tensor, *, max_events: int) -> AnsweringWindows:
-    """Each user's last max_events - 1 events, asked once, behind the last of them.
+    """Windows of each user's last max_events - 1 events, asked once, after the last of them.
 
-    One less than a window: the query is where the next event's condition would be, and training saw no later position.
+    One less than a window: the query takes the position of the next event, and training saw no later position.
     """
     end_B = torch.from_numpy(data.user_offsets)[user_B + 1]
     length_B = (end_B - torch.from_numpy(data.user_offsets)[user_B]).clamp(max=max_events - 1)
@@ -228,10 +228,10 @@ def serving_windows(data: PreparedData, user_B: Tensor, *, max_events: int) -> A
 
 
 def row_windows(data: PreparedData, user_B: Tensor, *, max_events: int, stride: int) -> AnsweringWindows:
-    """Windows in which every moment of these users, but the first of each, is asked for exactly once.
+    """Windows that ask exactly once about every moment of these users, without each user's first.
 
-    A moment of a history that is longer than a window has between max_events - stride and max_events - 1 events before
-    it. Its time is that of its first row.
+    In a history longer than a window, a moment has between max_events - stride and max_events - 1 events before it. A
+    moment's time is that of its first row.
     """
     offsets = torch.from_numpy(data.user_offsets)
     start_B, end_B = offsets[user_B], offsets[user_B + 1]
@@ -245,30 +245,30 @@ def row_windows(data: PreparedData, user_B: Tensor, *, max_events: int, stride: 
 
 
 def answered_rows(data: PreparedData, answering: AnsweringWindows) -> tuple[Tensor, Tensor]:
-    """Event rows that these answers are for, and the number of each one's answer (both int64 [E]).
+    """The event rows that these answers are for, and the index of each row's answer (both int64 [E]).
 
-    An answer is for all rows of the moment that begins where its history ends, wherever these are recorded.
+    An answer is for all rows of the moment that begins where its history ends, wherever these are in the log.
     """
     offsets, users = torch.from_numpy(data.user_offsets), torch.unique(answering.windows.user_W)
     row_E = expand_ranges(offsets[users], offsets[users + 1] - offsets[users])
     before_E = torch.from_numpy(data.before)[row_E]
-    asked, number = torch.sort(answering.row_R)
-    place_E = torch.searchsorted(asked, before_E).clamp(max=max(0, len(asked) - 1))
-    is_answered_E = asked[place_E] == before_E if len(asked) else torch.zeros(len(row_E), dtype=torch.bool)
-    return row_E[is_answered_E], number[place_E[is_answered_E]]
+    asked, order = torch.sort(answering.row_R)
+    index_E = torch.searchsorted(asked, before_E).clamp(max=max(0, len(asked) - 1))
+    is_answered_E = asked[index_E] == before_E if len(asked) else torch.zeros(len(row_E), dtype=torch.bool)
+    return row_E[is_answered_E], order[index_E[is_answered_E]]
 
 
 def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: int) -> list[Tensor]:
-    """Windows (int64 indices) of each forward pass, of about `tokens_per_pack` tokens: two an event, one a query.
+    """Windows (int64 indices) of each forward pass, about `tokens_per_pack` tokens: two per event, one per query.
 
-    Windows alike in length and number of answers go together, so that little is padded; within blocks of neighbours
-    only, so that their answers are written near to each other.
+    Windows of similar length and number of answers go together, so that there is little padding, but only within blocks
+    of neighbours, so that their answers are written near each other.
     """
     length_W, answers_W = answering.windows.length_W, answering.answers_W
     block_W = torch.arange(len(length_W)) // SORTED_WINDOWS
     order = np.lexsort((-answers_W, -length_W, block_W))
     tokens = (2 * length_W + num_conditions * answers_W)[order]
-    # A pack ends with the window that fills it up, so one that is longer than a pack has one to itself.
+    # A pack ends with the window that fills it up, so a window that is longer than a pack fills one by itself.
     pack = (tokens.cumsum(0) - tokens) // tokens_per_pack
     _, sizes = torch.unique_consecutive(pack, return_counts=True)
     return list(torch.from_numpy(order).split(sizes.tolist())) if len(order) else []
@@ -276,7 +276,7 @@ def packs(answering: AnsweringWindows, *, num_conditions: int, tokens_per_pack: 
 
 @torch.no_grad()
 def encode_items(model: nn.Module, builder: PackBuilder, *, block: int = 32768) -> Tensor:
-    """Every catalogue item as the LUM sees it, e_ID (float32, on the CPU); the model should be in eval mode."""
+    """The LUM's embedding of every catalogue item, e_ID (float32, on the CPU); the model should be in eval mode."""
     nothing = Windows(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
     device = next(model.parameters()).device
     parts = []

@@ -1,7 +1,7 @@
-"""Histories that are kept: a user's new events are read behind what the LUM has read before (LUM section 4.2).
+"""Keeps attention keys and values of histories, so that only a user's new events are read (LUM section 4.2).
 
-    advance   c1 i1 c2 i2 c3 i3           | a b      read once, keys and values kept
-    advance   ...................  c4 i4  | a b      only c4 i4 are computed, and the queries
+    advance   c1 i1 c2 i2 c3 i3           | a b      read once; keys and values are kept
+    advance   ...................  c4 i4  | a b      only c4, i4 and the queries are computed
 
 Shape suffixes: B users, R those of them that are read again, N conditions, D width.
 """
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class KeptHistories:
-    """Asks a group query of the same users again and again while their histories grow.
+    """Asks a group query about the same users repeatedly while their histories grow.
 
-    query: what is asked, by which LUM. user_B: int64, the users, as many as one pass should read. The LUM keeps
-    2 · layers · tokens · width numbers for each (`num_bytes`).
+    query: the LUM and the conditions. user_B: int64, the users; one pass reads all of them. 2 · layers · tokens · width
+    numbers are kept for each (`num_bytes`).
 
-    A user with more events than the LUM sees (model.max_events - 1 before a query) cannot be kept: with each new event
-    the oldest goes, and all later ones were computed with it. Their last events are read again each time.
+    A user with more events than the LUM sees (model.max_events - 1 before a query) cannot be kept: each new event
+    removes the oldest, which all later ones depend on. The last events of such a user are read again each time.
     """
 
     def __init__(self, query: GroupQuery, user_B: Tensor) -> None:
@@ -51,18 +51,18 @@ class KeptHistories:
 
     @torch.no_grad()
     def advance(self, end_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Answers behind the event rows before `end_B`, o_BND (float32), and who was read again (bool [B]).
+        """Answers after the events before `end_B`, o_BND (float32), and which users were read again (bool [B]).
 
-        end_B: int64, row behind the last event that each user has by now; None = all of the log. Equal to asking
-        whole histories, to rounding. Raises UserError where an end lies before the last one or outside the user's
+        end_B: int64, the row after each user's last event so far; None = the end of the log. Equal to asking with whole
+        histories, up to rounding. Raises UserError where an end is before the previous one or outside the user's
         events.
         """
         query = self.query
         end_B = self.last_B if end_B is None else end_B
         if bool(((end_B < self.end_B) | (end_B > self.last_B)).any()):
             raise UserError(
-                "some end lies before the one that the history was read to, or behind the user's last event; histories "
-                "only grow, so begin again with a new KeptHistories"
+                "an end is before the one that the history was read to, or after the user's last event; histories only "
+                "grow, so start again with a new KeptHistories"
             )
         fits_B = end_B - self.first_B < query.max_events
         stays_K = fits_B[self.kept_K].nonzero().squeeze(1)
@@ -90,12 +90,12 @@ class KeptHistories:
         return o_BND, ~fits_B
 
     def _read_on(self, end_K: Tensor) -> Tensor:
-        """Answers of the kept users, whose histories then reach to `end`."""
+        """Answers of the kept users after extending their histories to `end_K`."""
         query, data, kept = self.query, self.query.data, self.kept_K
         first_K, user_K = self.first_B[kept], self.user_B[kept]
         whole = Windows(first_K, end_K - first_K, user_K)
         window_R = torch.arange(len(kept))
-        bags = query.asked.bags(whole, window_R, whole.length_W, number_W=window_R)
+        bags = query.asked.bags(whole, window_R, whole.length_W, history_W=window_R)
         new = Windows(self.end_B[kept], end_K - self.end_B[kept], user_K)
         window_Q = window_R.repeat_interleave(query.asked.count)
         time_K = torch.from_numpy(data.timestamp)[(end_K - 1).clamp(min=0)]

@@ -1,4 +1,4 @@
-"""The prepare stage: the log as prepared data, in a folder that every later stage reads."""
+"""The prepare stage: writes the log as prepared data into a folder that every later stage reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lumrec.data.prepare import prepare
 
 
 def run(common: Common) -> dict[str, Any]:
-    """Prepares the log into `runs/<run>` and returns what its result.json holds; under torchrun only rank 0 works."""
+    """Prepares the log into `runs/<run>` and returns the contents of result.json; under torchrun only rank 0 works."""
     if int(os.environ.get("RANK", "0")) > 0:
         return {}
     common.settings()

@@ -43,7 +43,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Counterfactual contrast, our extension of the paper: the same history is also asked with another condition.
+    """Counterfactual contrast, our extension of the paper: each history is also asked with another condition.
 
     feature: condition feature whose other values are asked; "" = no contrast.
     weight: weight of the contrast in the loss.
@@ -57,9 +57,9 @@ class ContrastConfig:
 class PretrainConfig:
     """Step 1: pre-training of the LUM.
 
-    time_share: the LUM learns only from this earliest share of the training events, over all users. Rankers that read
-        its answers then train on the later ones (knowledge split in time).
-    label_smoothing: share of InfoNCE's target that is spread over all candidates by their weights (see info_nce).
+    time_share: share of the training events, from the earliest on and over all users, that the LUM learns from. Rankers
+        that read its answers then train on the later events (knowledge split in time).
+    label_smoothing: share of InfoNCE's target that is spread over all candidates, by their weights (see info_nce).
     precision: float32, or bfloat16 for the dense part under autocast (tables and loss stay float32).
     start_from: run name of an earlier LUM to continue from (docs/how-to/continual-training.md); "" = none.
     table_state: "keep" the optimizer state of that LUM's tables, or start with a "fresh" one.
@@ -86,11 +86,11 @@ class PretrainConfig:
         if self.start_from and self.warm_start.source:
             raise UserError(f"{at}start_from and {at}warm_start.source both fill the weights: give one of them")
         if self.warm_start.scores:
-            raise UserError(f"{at}warm_start.scores compares a ranker's scores; a LUM has none: say check in its rules")
+            raise UserError(f"{at}warm_start.scores compares a ranker's scores; a LUM has none: use check in its rules")
 
 
 def training_users(data: PreparedData, fold: str) -> np.ndarray:
-    """Users that this LUM may learn from (bool [U]): all, or all outside of the fold that is held out."""
+    """Users that this LUM may learn from (bool [U]): all, or all outside the fold that is held out."""
     parsed = parse_fold(fold)
     if parsed is None:
         return np.ones(data.num_users, dtype=bool)
@@ -98,7 +98,7 @@ def training_users(data: PreparedData, fold: str) -> np.ndarray:
 
 
 def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]:
-    """The step function of the training loop: InfoNCE at condition tokens, plus the contrast where it is on."""
+    """The step function of the training loop: InfoNCE at condition tokens, plus the contrast if it is on."""
     dtype, negatives = PRECISIONS[config.precision], config.negatives
 
     def step(model: nn.Module, pack: Pack) -> StepOutput:
@@ -129,12 +129,12 @@ def make_step(config: PretrainConfig) -> Callable[[nn.Module, Pack], StepOutput]
 
 
 def _tokens_read(pack: Pack) -> int:
-    """Tokens that the encoder reads of a pack: of its events (one or two each, by model.tokens) and its queries."""
+    """Tokens that the encoder reads: one or two for each event of the pack (model.tokens), and one for each query."""
     return len(pack.layout.token_place_T) + pack.num_queries
 
 
-def _tell(model: LargeUserModel, config: PretrainConfig, device: torch.device) -> None:
-    """Logs the size of the user encoder, and what computes its attention here (see `causal_backend`)."""
+def _log_encoder(model: LargeUserModel, config: PretrainConfig, device: torch.device) -> None:
+    """Logs the size of the user encoder and the backend of its attention on this device (see `causal_backend`)."""
     if dist.get_rank() != 0:
         return
     encoder, precision = model.user_encoder, config.precision
@@ -144,7 +144,7 @@ def _tell(model: LargeUserModel, config: PretrainConfig, device: torch.device) -
 
 
 def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int) -> float:
-    """What a token of this model costs beside attention (see `token_cost`), with as many candidates as a pack has."""
+    """The cost of a token of this model without attention (see `token_cost`), for the candidates of one pack."""
     negatives, blocks = config.negatives, model.user_encoder.blocks
     candidates = negatives.sampled + (config.packing.events_per_pack if negatives.in_batch else 0)
     return token_cost(
@@ -156,7 +156,7 @@ def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int
 
 
 def check_inputs(common: Common, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
-    """Raises UserError for files and runs that the settings name and that are not there or cannot be; reads no data."""
+    """Raises UserError where a file or run that the settings name is missing or invalid; reads no data."""
     read_plan(pretrain.train.sharding, world_size=world_size())
     pretrain.warm_start.check_inputs("pretrain.warm_start.")
     if pretrain.start_from:
@@ -164,7 +164,7 @@ def check_inputs(common: Common, *, model: ModelConfig, pretrain: PretrainConfig
 
 
 def check_schema(schema: SchemaConfig, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
-    """Raises UserError for features and tables that the settings name and the schema does not have."""
+    """Raises UserError where the settings name a feature or table that the schema does not have."""
     read, contrast = condition_features(model, schema), pretrain.contrast.feature
     check_names("pretrain.contrast.feature", [contrast] if contrast else [], read, READ_BY_LUM)
     if contrast and schema.features[contrast].kind == "multi":
@@ -176,7 +176,7 @@ def check_schema(schema: SchemaConfig, *, model: ModelConfig, pretrain: Pretrain
 
 
 def check_data(common: Common, data: PreparedData, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
-    """Raises UserError where the prepared data leave nothing to train on, to choose the weights by, or to contrast."""
+    """Raises UserError where the prepared data have nothing to train on, to select weights by, or to contrast."""
     settings, users = pretrain, training_users(data, common.fold)
     split = leave_out_later(data.split, data.timestamp, settings.time_share)
     if not ((split == TRAIN) & users[data.user]).any():
@@ -186,8 +186,8 @@ def check_data(common: Common, data: PreparedData, *, model: ModelConfig, pretra
         )
     if settings.select and not has_events(data, "valid", users):
         raise UserError(
-            f"{data.path}: the validation part has no event{_of_fold(common.fold)}, and pretrain.select="
-            f"{settings.select} chooses the weights by it; choose another data.split, or say pretrain.select= to keep "
+            f"{data.path}: the validation part has no event{_of_fold(common.fold)}, but pretrain.select="
+            f"{settings.select} chooses the weights by it; choose another data.split, or set pretrain.select= to keep "
             "the last weights"
         )
     features = condition_features(model, data.schema)
@@ -201,7 +201,7 @@ def check_data(common: Common, data: PreparedData, *, model: ModelConfig, pretra
 
 
 def has_events(data: PreparedData, part: str, users: np.ndarray) -> bool:
-    """Whether some of `users` (bool [U]) have an event in the part."""
+    """Whether any of `users` (bool [U]) has an event in the part."""
     return bool(((data.split == PARTS.index(part)) & users[data.user]).any())
 
 
@@ -210,9 +210,9 @@ def _of_fold(fold: str) -> str:
 
 
 def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[str, float | str]:
-    """Pre-trains a LUM into `runs/<run>` and returns what its result.json holds.
+    """Pre-trains a LUM into `runs/<run>` and returns the contents of its result.json.
 
-    common.fold = "k/K" leaves the users of fold k out, for cross-fitted knowledge (see docs/concepts.md).
+    With common.fold = "k/K" it leaves out the users of fold k, for cross-fitted knowledge (see docs/concepts.md).
     """
     recorded = common.settings(model=model, pretrain=settings)
     device = init_distributed(threads=common.threads)
@@ -239,14 +239,14 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     train, size = fit_length(train, packing.events_per_pack, num_events, smallest=model.max_events)
     tell_length("pretrain", train, size, num_events, (settings.train, packing.events_per_pack))
     settings = dataclasses.replace(settings, packing=dataclasses.replace(packing, events_per_pack=size))
-    _tell(lum, settings, device)
+    _log_encoder(lum, settings, device)
     cost = _token_cost(lum, settings, num_items=data.num_items)
     dmp = shard(lum, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     result: dict[str, float | str] = {}
-    if earlier is not None:  # of a resumed run too: there may be no checkpoint yet, and `fit` loads one over this
+    if earlier is not None:  # also when resuming: if there is a checkpoint already, `fit` loads it over this
         growths = start_from(dmp, earlier, model, data.schema, table_state=settings.table_state)
         if dist.get_rank() == 0:
-            logger.info("goes on from %s, %s", earlier.run, growth_table(earlier, growths))
+            logger.info("continues from %s, %s", earlier.run, growth_table(earlier, growths))
     if production is not None:
         result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
     loader = PackLoader(
@@ -267,7 +267,7 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
         logger.warning("pretrain: %s", short)
 
     def evaluate(part: str) -> dict[str, float]:
-        # Not even its weights may be chosen by the users that a fold's LUM is kept from.
+        # Users that are held out from a fold's LUM must not choose its weights either.
         return evaluate_retrieval(
             dmp, builder, part=part, config=settings.evaluate, max_events=model.max_events, users=users
         )

@@ -1,4 +1,4 @@
-"""Step 2 as a stage: asks the LUM about every user and every row of the log, and publishes the answers (LUM 4.2)."""
+"""The query stage (step 2): asks the LUM about every user and row of the log, and publishes the answers (LUM 4.2)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,10 @@ from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, count
 
 logger = logging.getLogger(__name__)
-# In a version's identity: what was built by another rule is another version, of which nothing is taken over.
+# Part of a version's identity: answers that were built by another rule are never taken over.
 ROWS_SEE = "events before their moment"
-SERVED = (
-    MANIFEST,
-    "knowledge-*",
-    f"{FRESH}*",
-)  # what readers open until the next version is published, after overwrite=true too
+# Readers open these until the next version is published, even after overwrite=true.
+SERVED = (MANIFEST, "knowledge-*", f"{FRESH}*")
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,23 @@ class QueryConfig:
     """Step 2: what is asked, for whom, and how the answers are stored.
 
     conditions: raw values by condition feature, such as [{feedback: like}, {feedback: dislike, category: shoes}]; [{}]
-        asks without any; [] asks each value of each wish of the schema. One entry can mean several conditions:
-        "*" for each value that training events have, the most frequent first; "top 3" for the three most frequent
-        values of the history that is asked, different for each user and moment ("top 2 of 3" is only the second of
-        them; a history with fewer is asked without). Several such features are asked in every combination. In a
+        asks without a condition; [] asks each value of each wish of the schema. One entry can mean several conditions:
+        "*" means each value of the training events, the most frequent first; "top 3" means the three most frequent
+        values in the history, which differ by user and moment ("top 2 of 3" is only the second of them; where a history
+        has fewer values, the feature is not given). Several such features are asked in every combination. In a
         multi-valued feature, red|shoes is one condition with two values.
     max_conditions: largest number of conditions; more is an error.
     rows: ask for every row of the log, with the history before its moment (what rankers train on).
     users: ask for every user, after the last event (what serving reads).
-    stride: a history longer than model.max_events is read in windows that begin every `stride` events, so that a row is
-        asked with at least max_events - stride events before it; 0 = half a window.
-    log_normalizer: store log Σ over the catalogue of exp(similarity), which turns similarities into log-probabilities.
+    stride: a history longer than model.max_events is read in windows that begin every `stride` events, so that every
+        row has at least max_events - stride events before it; 0 = half a window.
+    log_normalizer: store log_z, the log of the sum of exp(similarity) over the catalogue, which turns similarities into
+        log-probabilities (docs/concepts.md).
     dtype: number format of the stored vectors; int8 has a scale for each vector.
     refresh_from: knowledge run whose answers are kept for users whose history has not changed; "" = this run's current
-        version, where it has one.
-    tokens_per_pack: tokens and queries of one forward pass. On a CPU the fastest is what fits a core's cache, on a GPU
-        more.
+        version, if it has one.
+    tokens_per_pack: tokens and queries of one forward pass. On a CPU, what fits into a core's cache is fastest; on a
+        GPU, more is.
     """
 
     conditions: list[dict[str, str]] = field(default_factory=list)
@@ -83,18 +81,18 @@ class QueryConfig:
 
 
 def run(common: Common, settings: QueryConfig) -> dict[str, float | str]:
-    """Publishes the knowledge that `settings` asks for in `<runs_dir>/<run>` and returns what its result.json holds.
+    """Publishes the knowledge that `settings` asks for in `<runs_dir>/<run>` and returns the contents of result.json.
 
-    Among it "test/lum_auc": how well the answers rank the labels by themselves (evaluation/lum_auc.py).
+    They include "test/lum_auc": how well the answers rank the labels without a ranker (evaluation/lum_auc.py).
 
-    The answers are kept where they were made from the same data, LUMs and settings; a killed build is continued; else
+    Answers that were made from the same data, LUMs and settings are kept, and a killed build is continued. Otherwise
     the next version is built beside the old one, which can be read meanwhile. Raises MissingFileError for a missing
     input (with the command that makes it), UserError for inputs that do not belong together.
     """
     recorded = common.settings(query=settings)
     device = init_distributed(threads=common.threads)
     if settings.refresh_from:
-        read_manifest(common.runs / settings.refresh_from)  # whether there is any, before data are read
+        read_manifest(common.runs / settings.refresh_from)  # raises, if there is none, before data are read
     open_lums(common)
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
@@ -143,14 +141,14 @@ def _build(
     run_id: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Asks the LUMs and publishes the answers; the manifest of the version."""
+    """Asks the LUMs and publishes the answers; returns the manifest of the version."""
     earlier_path = common.runs / settings.refresh_from if settings.refresh_from else run_folder.path
     own = earlier_path == run_folder.path
     earlier = find_earlier(earlier_path, identity, required=not own, made_by=run_id if own else None)
     with full_disk_told(run_folder.path):
         job = Build(data, identity, run_folder, lums[0].trained.model, earlier, run_id)
-        for place, lum in enumerate(lums):
-            if pending := job.pending(place):
+        for index, lum in enumerate(lums):
+            if pending := job.pending(index):
                 dmp, builder, _ = load_lum(lum.trained.folder, data, device=device)
                 query = GroupQuery(
                     dmp,
@@ -160,12 +158,12 @@ def _build(
                     tokens_per_pack=identity["tokens_per_pack"],
                     max_conditions=settings.max_conditions,
                 )
-                job.ask(place, pending, query)
+                job.ask(index, pending, query)
         return job.publish()
 
 
 def _identity(common: Common, config: QueryConfig, data: PreparedData, lums: list[AskedLum]) -> dict[str, Any]:
-    """Everything that decides the answers, as JSON holds it. Raises UserError for settings that cannot work."""
+    """Everything that determines the answers, JSON-compatible. Raises UserError for settings that cannot work."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) != world_size():
         raise UserError("the query stage runs on one machine (its processes write the same files): use -j 1xN")
     model = lums[0].trained.model
@@ -173,7 +171,7 @@ def _identity(common: Common, config: QueryConfig, data: PreparedData, lums: lis
     features = condition_features(model, data.schema)
     asked = config.conditions or default_conditions(data, features)
     conditions = expand(data, features, asked, max_conditions=config.max_conditions)
-    Conditions(data, features, conditions)  # what cannot be asked is an error before a LUM is loaded
+    Conditions(data, features, conditions)  # raises for what cannot be asked, before a LUM is loaded
     forgotten = on_rank_zero(lambda: forgotten_among(common.runs, key_digests(data.user_keys())))
     return {
         "data_fingerprint": data.fingerprint,
@@ -202,7 +200,7 @@ def check_inputs(common: Common, *, model: ModelConfig, query: QueryConfig) -> N
 
 
 def check_schema(schema: SchemaConfig, *, model: ModelConfig, query: QueryConfig) -> None:
-    """Raises UserError for conditions of features that the LUM does not read, and for windows that leave out events."""
+    """Raises UserError for conditions on features that the LUM does not read, and for windows that leave out events."""
     check_stride(query.stride, model)
     read = condition_features(model, schema)
     check_names("query.conditions", [name for each in query.conditions for name in each], read, READ_BY_LUM)
@@ -225,7 +223,7 @@ def check_stride(stride: int, model: ModelConfig) -> None:
 
 
 def _hazard(lums: list[AskedLum]) -> str:
-    """How the LUMs are kept from the rows that rankers train on (see Knowledge)."""
+    """How the LUMs' training data are separated from the rows that rankers train on (see Knowledge)."""
     if len({lum.trained.time_share for lum in lums}) > 1:
         raise UserError("the LUMs differ in pretrain.time_share; pre-train all folds with the same one")
     if len(lums) > 1:
@@ -234,12 +232,12 @@ def _hazard(lums: list[AskedLum]) -> str:
 
 
 def _learnt_until(data: PreparedData, share: float) -> dict[str, int]:
-    """The last second that a LUM of a share of the training events has learnt from; nothing for one of all of them."""
+    """Timestamp up to which the LUM was trained; empty if it was trained on all training events."""
     return {"learnt_until": moment_of_share(data.split, data.timestamp, share)} if share < 1.0 else {}
 
 
 def _published(run_folder: RunFolder, identity: dict[str, Any], run_id: str) -> dict[str, Any] | None:
-    """The manifest in force, where it is of this identity and this making of the run; None where it has to be built.
+    """The current manifest, if it has this identity and was made by this run; None where a version has to be built.
 
     Raises like `check_files` where a finished run is damaged.
     """
@@ -248,10 +246,10 @@ def _published(run_folder: RunFolder, identity: dict[str, Any], run_id: str) -> 
         return None
     try:
         manifest = read_manifest(path)
-        if manifest["made_by"] != run_id:  # overwrite=true: it serves until it is replaced
+        if manifest["made_by"] != run_id:  # after overwrite=true: it is served until it is replaced
             return None
         if version_name(identity_of(manifest)) != version_name(identity):
-            logger.info("%s was made from other inputs or settings; building the next version beside it", path)
+            logger.info("%s was made from other inputs or settings; the next version is built beside it", path)
             return None
         check_files(path / manifest["folder"], manifest["files"], checksums=False)
     except UserError:

@@ -1,4 +1,4 @@
-"""Step 3: a ranker on the log, without or with what the LUM knows (LUM section 4.3)."""
+"""Step 3: trains a ranker on the log, without or with the LUM's knowledge (LUM section 4.3)."""
 
 import dataclasses
 import logging
@@ -45,7 +45,7 @@ from lumrec.warm_start.scores import read_expected
 
 logger = logging.getLogger(__name__)
 
-# What weights can be chosen by; "-" before a metric that is better when it is lower.
+# Metrics that weights can be selected by, with "-" before those that are better when lower.
 SELECTABLE = ("auc", "gauc", "-log_loss", "-ne", "-ece")
 
 
@@ -53,12 +53,12 @@ SELECTABLE = ("auc", "gauc", "-log_loss", "-ne", "-ece")
 class RankConfig(RankerConfig):
     """Step 3: a ranker (see RankerConfig) and how it is trained.
 
-    tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) has too start with its weights.
-    time_window: shares of the training part by time, such as [0.75, 1]: only rows after the first and up to the second
-        train; [] = all of them.
+    tables: "fresh", or "lum": tables that the LUM (the first of inputs.lums) also has start with its weights.
+    time_window: train only on the rows between these two shares of the training part by time, such as [0.75, 1]; [] =
+        all of them.
     batch_size: rows of one step on each rank.
     select: validation metric that chooses the weights to keep and test ("auc", "gauc", "-log_loss", …).
-    test: evaluate the test part at the end; false while settings are being searched (lumrec/experiments/tune.py).
+    test: evaluate the test part at the end; false while settings are being tuned (lumrec/experiments/tune.py).
     """
 
     tables: Literal["fresh", "lum"] = "fresh"
@@ -87,23 +87,21 @@ class RankConfig(RankerConfig):
 
 
 def step(model: nn.Module, batch: RankBatch) -> StepOutput:
-    """The step function of the training loop: binary cross-entropy of the batch's rows, and the ranker's own losses."""
+    """The step function of the training loop: binary cross-entropy of the rows, plus the ranker's auxiliary loss."""
     logit_B, own_loss = model(batch, with_loss=True)
     loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="sum")
     return StepOutput(loss + len(batch) * own_loss, len(batch))
 
 
 def check_inputs(common: Common, *, rank: RankConfig) -> None:
-    """Raises UserError for files that the settings name and that are not there, or cannot be, and for settings that the
-    chosen ranker does not read; reads no data.
-    """
+    """Raises UserError for missing or invalid files and for settings that the chosen ranker does not read."""
     check_read(rank, "rank")
     read_plan(rank.train.sharding, world_size=world_size())
     rank.warm_start.check_inputs("rank.warm_start.")
 
 
 def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
-    """Raises UserError for features and tables that the settings name and the schema does not have."""
+    """Raises UserError where the settings name a feature or table that the schema does not have."""
     check_names("rank.leave_out", list(rank.leave_out), list(schema.features), "features of the schema")
     declared = features_by_role(schema, "item")
     items = [name for name in declared if name not in rank.leave_out]
@@ -115,7 +113,7 @@ def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
 
 
 def lum_of_tables(common: Common) -> TrainedLum:
-    """The LUM whose tables are taken, the first of `inputs.lums`. Raises as `open_lum_run` does."""
+    """The LUM whose tables the ranker takes: the first of `inputs.lums`. Raises like `open_lum_run`."""
     run = common.lums[0]
     return open_lum_run(
         common.runs / run,
@@ -126,7 +124,8 @@ def lum_of_tables(common: Common) -> TrainedLum:
 
 
 def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParallel) -> list[str]:
-    """Fills the tables that the LUM in `folder` has too with its weights; gives their names. Optimizer state restarts.
+    """Fills the tables that the LUM in `folder` also has with its weights; returns their names. Optimizer state
+    restarts.
 
     Raises UserError where the LUM was trained on other data.
     """
@@ -145,13 +144,13 @@ def load_lum_tables(folder: Path, data: PreparedData, dmp: DistributedModelParal
 
 
 def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
-    """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, once, and returns result.json.
+    """Trains a ranker into `runs/<run>`, tests the weights that were best on validation, and returns result.json.
 
-    Keys, of the test part and not with rank.test=false: auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
-    num_users_skipped; auc_low, auc_high, … of the first three (95 % intervals over users). Always: valid/… of the kept
-    weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
-    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has one class only.
-    The test rows' scores are kept for lumrec.metrics.compare.
+    Keys of the test part (not with rank.test=false): auc, gauc, log_loss, ne, calibration, ece, num_rows, num_users,
+    num_users_skipped; and auc_low, auc_high, … for the first three (95 % intervals over users). Other keys: valid/… of
+    the selected weights; rows_per_s of training, wall_s, best_step, …; and as text model, knowledge, knowledge_hazard,
+    tables_from_lum, warm_start (its source), and `note` and `undefined` where a part is empty or has only one class.
+    The test rows' scores are saved for lumrec.metrics.compare.
     Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
@@ -160,7 +159,7 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     check_inputs(common, rank=settings)
     lum = lum_of_tables(common) if settings.tables == "lum" else None
     if settings.knowledge != "none":
-        read_manifest(common.knowledge)  # whether there is any, before data are read
+        read_manifest(common.knowledge)  # raises, if there is none, before data are read
     data = open_or_prepare(common)
     check_schema(data.schema, rank=settings)
     inputs = {"data": data.fingerprint}
@@ -181,8 +180,8 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     num_searched = getattr(settings.own, "num_searched", None)
     if num_searched is not None and settings.max_history <= num_searched:
         logger.warning(
-            "rank: %s searches %d events in histories of %d, which leaves nothing out; it is made for long ones: "
-            "rank.max_history=1024, say",
+            "rank: %s selects %d events from histories of %d, so it leaves none out; it is made for long histories, "
+            "such as rank.max_history=1024",
             settings.model, num_searched, settings.max_history,
         )  # fmt: skip
     result: dict[str, float | str] = {"model": settings.model, "knowledge": settings.knowledge}
@@ -194,7 +193,7 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
         logits = partial(score, dmp, builder, batch_size=settings.batch_size)
         audit = settings.warm_start.fill(dmp, production, run_folder.path, expected=expected, score=logits)
         result["warm_start"] = audit.source
-    # The run folder compares how it is trained; a checkpoint belongs to what is trained.
+    # The run folder compares the settings of training; a checkpoint only depends on those of the model.
     model = Settings.of(settings, ignored=["train"])
     result |= _train(settings, dmp, builder, run_folder, common.seed, {**inputs, "model": model})
     if settings.test:
@@ -223,7 +222,7 @@ def _train(
     seed: int,
     fingerprint: Fingerprint,
 ) -> dict[str, float | str]:
-    """Metrics of `fit`; leaves the best weights in `dmp`. A validation that cannot choose any is noted."""
+    """Metrics of `fit`, with a note if the validation part cannot select weights; leaves the best weights in `dmp`."""
     select, notes = settings.select, []
     rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge, settings.time_window))
     train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))

@@ -1,4 +1,4 @@
-"""Every stage: its module, the sections of the config that it takes, and what its app shows."""
+"""All stages: the module of each, the sections of the config that it takes, and the figures that its app prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # so that --help comes without loading Polars and torch
+if TYPE_CHECKING:  # so that --help loads neither Polars nor torch
     from lumrec.data.common import Common
 
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:  # so that --help comes without loading Polars and torch
 class Stage:
     """A stage is the module lumrec/stages/<name>.py, or the one at `path`, with `run(common, *sections)`.
 
-    Where it has them, `check_inputs(common, **sections)`, `check_schema(schema, **sections)` and `check_data(common,
-    data, **sections)` find what is wrong with the settings before the stage begins. checked_with: sections that those
-    take; () = the same as `sections`. headline: figures of its result that the app prints at the end. check: module
-    whose `run` answers `--check`, and writes nothing. options: of the app, each for a key.
+    The module may have `check_inputs(common, **sections)`, `check_schema(schema, **sections)` and `check_data(common,
+    data, **sections)`, which find what is wrong with the settings before the stage begins. checked_with: sections that
+    these take; () = the same as `sections`. headline: figures of its result that the app prints at the end. check:
+    module whose `run` answers `--check` and writes nothing. options: option of the app → config key.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
-        """The module, imported when it is first asked for."""
+        """The module, imported at the first use."""
         return importlib.import_module(self.path or f"lumrec.stages.{self.name}")
 
     def settings(self, config: Common) -> Common:
-        """What the stage's config.yaml holds of a root config."""
+        """The part of a root config that the stage's config.yaml holds."""
         return config.settings(**self._sections(config, self.sections))
 
     def run(self, config: Common) -> dict[str, Any]:
@@ -45,17 +45,17 @@ class Stage:
         return result
 
     def check_schema(self, config: Common, schema: Any) -> None:
-        """Raises UserError for what the stage's sections name and the schema does not have."""
+        """Raises UserError where the stage's sections name something that the schema does not have."""
         if check := getattr(self.module, "check_schema", None):
             check(schema, **self._sections(config, self.checked_with or self.sections))
 
     def check_inputs(self, config: Common) -> None:
-        """Raises UserError for files and runs that the stage's sections name and that are not there, or cannot be."""
+        """Raises UserError where a file or run that the stage's sections name is missing or invalid."""
         if check := getattr(self.module, "check_inputs", None):
             check(config, **self._sections(config, self.checked_with or self.sections))
 
     def check_data(self, config: Common, data: Any) -> None:
-        """Raises UserError for what the stage's sections ask of prepared data that do not have it."""
+        """Raises UserError where the prepared data lack something that the stage's sections need."""
         self.check_schema(config, data.schema)
         if check := getattr(self.module, "check_data", None):
             check(config, data, **self._sections(config, self.checked_with or self.sections))

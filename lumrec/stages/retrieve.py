@@ -1,4 +1,4 @@
-"""Step 3 for retrieval: a two-tower model on the log, without or with what the LUM knows (LUM sections 3 and 4.3)."""
+"""Step 3 for retrieval: trains two towers on the log, without or with the LUM's knowledge (LUM sections 3 and 4.3)."""
 
 import json
 import logging
@@ -89,7 +89,7 @@ class RetrieveConfig(TowersConfig):
 
 
 def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepOutput]:
-    """The step function of the training loop: InfoNCE of the batch's rows, the loss of step 1."""
+    """The step function of the training loop: InfoNCE of the batch's rows, as in step 1."""
     negatives = config.negatives
 
     def step(model: nn.Module, batch: TowerBatch) -> StepOutput:
@@ -111,7 +111,7 @@ def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepO
 
 
 def positive_events(config: RetrieveConfig, data: PreparedData) -> np.ndarray:
-    """Events that are learned from and aimed at, bool [E]. Raises UserError for an unknown `positives`."""
+    """Events that are trained on and that may be targets, bool [E]."""
     return data.label > 0.5 if config.positives == "label" else np.ones(data.num_events, dtype=bool)
 
 
@@ -121,11 +121,11 @@ def user_vectors(dmp: DistributedModelParallel, builder: TowerBuilder, rows: np.
 
     The model should be in eval mode.
     """
-    first = np.zeros(1, np.int64)  # TorchRec cannot look up nothing at all, so a batch without histories reads one item
+    first = np.zeros(1, np.int64)  # TorchRec cannot look up nothing, so a batch without histories reads one item
     steps = -(-len(rows) // (batch_size * world_size()))
-    # Where rows do not suffice a rank has batches of none; sharded tables need every rank's call.
+    # If there are too few rows, some ranks get empty batches: with sharded tables every rank must call the model.
     mine = np.array_split(np.arange(len(rows)), steps * world_size())[rank() :: world_size()]
-    parts = [dmp(builder.towers(rows[place_B], first).to(dmp.device))[0].float().cpu() for place_B in mine]
+    parts = [dmp(builder.towers(rows[index_B], first).to(dmp.device))[0].float().cpu() for index_B in mine]
     o_NV = torch.zeros(len(rows), parts[0].shape[1])
     o_NV[np.concatenate(mine)] = torch.cat(parts)
     if world_size() > 1:
@@ -142,11 +142,10 @@ def item_vectors(dmp: DistributedModelParallel, builder: TowerBuilder) -> Tensor
 def retrieval_metrics(
     dmp: DistributedModelParallel, builder: TowerBuilder, part: str, config: RetrieveConfig, *, max_users: int = 0
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, Targets, Tensor]]:
-    """{"hr@10": …, "ndcg@10": …, "retrieval_users": …} of `part`, exact over the catalogue; vectors, targets and their
-    ranks.
+    """({"hr@10": …, "ndcg@10": …, "retrieval_users": …}, (o_BV, e_IV, targets, rank_B)) of `part`. Collective.
 
-    The target is each user's last positive event of the part, the history what is before its moment, and items of the
-    history are left out, as in lumrec/evaluation/retrieval.py. The same on every rank. Collective.
+    Exact over the catalogue and the same on every rank. The target is each user's last positive event of the part; the
+    history ends before its moment, and the history's items are not candidates, as in lumrec/evaluation/retrieval.py.
     Raises UserError where no user has such an event.
     """
     among = positive_events(config, builder.data)
@@ -175,39 +174,37 @@ def _ranks(o_BV: Tensor, e_IV: Tensor, data: PreparedData, targets: Targets) -> 
 
 
 def _in_key(value: str) -> str:
-    """A raw value as a part of a metric's name, in quotes where it could be taken for more than a value."""
+    """A raw value as a part of a metric's name, quoted if it has characters that separate the parts of a name."""
     return value if value.isprintable() and not set(value) & set(',=/"') else json.dumps(value)
 
 
 def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets, ks: list[int]) -> dict[str, float]:
-    """{"lum/feedback=like/hr@10": …, …}: retrieval by o · e of the stored answers themselves, for each condition.
+    """{"lum/feedback=like/hr@10": …, …}: retrieval by o · e of the stored answers, for each condition.
 
-    A user without an answer is a miss: all similarities are 0, and ties count against us. Collective.
+    A user without an answer counts as a miss. Collective.
     """
     answers = knowledge.for_rows(targets.row_B.numpy())
     result: dict[str, float] = {}
-    for place, condition in enumerate(knowledge.conditions):
+    for n, condition in enumerate(knowledge.conditions):
         name = ",".join(f"{feature}={_in_key(value)}" for feature, value in condition.items()) or "no condition"
         rank_B = torch.full((len(targets.row_B),), torch.iinfo(torch.int64).max)
         for fold in range(knowledge.num_folds):
             theirs = answers.fold_B == fold
             if bool(theirs.any()):
                 e_ID = knowledge.items_e[fold].float()
-                rank_B[theirs] = _ranks(answers.o_BND[theirs, place], e_ID, data, targets.take(theirs))
+                rank_B[theirs] = _ranks(answers.o_BND[theirs, n], e_ID, data, targets.take(theirs))
         result |= {f"lum/{name}/{metric}": value / len(rank_B) for metric, value in metric_sums(rank_B, ks).items()}
     return result
 
 
 def check_inputs(common: Common, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for a sharding plan that is not there, or cannot be, and for settings that these towers do not
-    read; reads no data.
-    """
+    """Raises UserError for a missing or invalid sharding plan and for settings that these towers do not read."""
     check_read(retrieve, "retrieve")
     read_plan(retrieve.train.sharding, world_size=world_size())
 
 
 def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for conditions and tables that the settings name and the schema does not have."""
+    """Raises UserError where the settings name a condition or table that the schema does not have."""
     conditions = features_by_role(schema, "condition")
     check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
     check_table_lrs("retrieve", retrieve.train, schema)
@@ -220,11 +217,11 @@ def check_data(common: Common, data: PreparedData, *, retrieve: RetrieveConfig) 
 
 
 def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
-    """Trains the towers into `runs/<run>`, tests the weights that were best on validation, once; returns result.json.
+    """Trains the towers into `runs/<run>`, tests the weights that were best on validation, and returns result.json.
 
-    Keys: hr@k, ndcg@k, retrieval_users of the test part, exact over the catalogue; valid/… of the kept weights; ann/…
-    of the FAISS index (see ann_metrics); lum/<condition>/… of the LUM's answers alone; rows_per_s, wall_s, best_step,
-    …; and as text knowledge and knowledge_hazard. The test users' ranks are kept for
+    Keys: hr@k, ndcg@k, retrieval_users of the test part, exact over the catalogue; valid/… of the selected weights;
+    ann/… of the FAISS index (see ann_metrics); lum/<condition>/… of the LUM's answers without towers; rows_per_s,
+    wall_s, best_step, …; and as text knowledge and knowledge_hazard. The test users' ranks are saved for
     lumrec/experiments/report_gains.py. Raises MissingFileError for a missing input, with the command that makes it.
     """
     started = time.perf_counter()
@@ -232,7 +229,7 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     device = init_distributed(threads=common.threads)
     check_inputs(common, retrieve=settings)
     if settings.knowledge != "none":
-        read_manifest(common.knowledge)  # whether there is any, before data are read
+        read_manifest(common.knowledge)  # raises, if there is none, before data are read
     data = open_or_prepare(common)
     check_schema(data.schema, retrieve=settings)
     check_data(common, data, retrieve=settings)
@@ -259,7 +256,7 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
         rank=rank(),
         world_size=world_size(),
     )
-    # The run folder compares how it is trained; a checkpoint belongs to what is trained.
+    # The run folder compares the settings of training; a checkpoint only depends on those of the model.
     model = Settings.of(settings, ignored=["train", "ann"])
     result: dict[str, float | str] = {"knowledge": settings.knowledge}
     if knowledge is not None:

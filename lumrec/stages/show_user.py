@@ -1,4 +1,4 @@
-"""What the LUM knows of one user: the last events and, for each condition, the items that it thinks fit best.
+"""Shows what the LUM knows about one user: the last events and, for each condition, the best-matching items.
 
     user 42: 51 events, the last 3
       2000-12-29  Toy Story (1995)                  feedback like, rating 5
@@ -7,7 +7,7 @@
        1. Toy Story 2 (1999)                        4.71 2.31% seen
        ...
 
-The LUM itself is asked, not the knowledge store, under any conditions that `query.conditions` names.
+It asks the LUM, not the knowledge store, so `query.conditions` can name any conditions.
 
 Shape suffixes: N conditions, D width, I catalogue items, k items shown.
 """
@@ -48,13 +48,13 @@ TITLE_WIDTH = 48
 
 @dataclass(frozen=True)
 class ShowUserConfig:
-    """Which user to show, and how much. The conditions asked are `query.conditions`.
+    """Which user to show, and how much. The conditions come from `query.conditions`.
 
     user: raw key of the user.
     top: items shown for each condition.
-    events: how many of the user's last events are shown.
+    events: number of the user's last events that are shown.
     leave_out_seen: show only items that the user has no event with; otherwise these are marked.
-    page: HTML file to write with the same; "" = none.
+    page: HTML file to write the same to; "" = none.
     """
 
     user: str = ""
@@ -64,13 +64,13 @@ class ShowUserConfig:
     page: str = ""
 
     def check(self, at: str) -> None:
-        """Raises UserError for a page that would be no HTML file (`at`: the section, with a dot)."""
+        """Raises UserError for a page whose name does not end with .html (`at`: the section, with a dot)."""
         if self.page and not self.page.endswith(".html"):
             raise UserError(f"{at}page: got {self.page!r}, expected the name of a file that ends with .html")
 
 
 class Event(NamedTuple):
-    """date: "" where the log's times are no dates. features: what came with the event, by feature, raw values."""
+    """date: "" where the log's times are no dates. features: feature → raw value of the event."""
 
     date: str
     title: str
@@ -78,7 +78,7 @@ class Event(NamedTuple):
 
 
 class Match(NamedTuple):
-    """similarity: o · e. share: exp(o · e − log_z), of all the catalogue under this condition."""
+    """similarity: o · e. share: exp(o · e − log_z), the item's probability among the catalogue under this condition."""
 
     title: str
     similarity: float
@@ -87,7 +87,7 @@ class Match(NamedTuple):
 
 
 class UserView(NamedTuple):
-    """What `look` found. conditions: as asked of this user. matches: the best items of each, the best first."""
+    """What `look` returns. conditions: as asked about this user. matches: the best items of each, best first."""
 
     user: str
     num_events: int
@@ -97,15 +97,15 @@ class UserView(NamedTuple):
 
 
 def run(common: Common, settings: ShowUserConfig, asked: QueryConfig) -> dict[str, float | str]:
-    """Prints what the LUM knows of the user `show_user.user`; returns how much that was.
+    """Prints what the LUM knows about the user `show_user.user`; returns the numbers of events and conditions.
 
-    With cross-fitted LUMs (inputs.lums), the one that was not trained on the user answers. Where apps/pretrain.py made
-    none of this name, the LUMs of the config's pipeline are asked. Raises MissingFileError for a missing input,
+    Of cross-fitted LUMs (inputs.lums), it asks the one that was not trained on the user. If apps/pretrain.py made no
+    LUM with this config's name, it asks those of the config's pipeline. Raises MissingFileError for a missing input,
     UserError for an unknown user (it names the nearest), condition or setting.
     """
     device = init_distributed(threads=common.threads)
     common = of_pipeline(common)
-    open_lums(common)  # whether they are there, before data are read
+    open_lums(common)  # raises, if one is missing, before data are read
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
     if not settings.user:
@@ -128,11 +128,11 @@ def run(common: Common, settings: ShowUserConfig, asked: QueryConfig) -> dict[st
 
 
 def of_pipeline(common: Common) -> Common:
-    """`common` with the data and the LUMs of its pipeline as inputs, where it names none and no LUM has its name."""
+    """`common` with the data and LUMs of its pipeline as inputs, if it names none and no LUM has its name."""
     inputs, name = common.inputs, common.name
     if inputs.prepared or inputs.lums or (common.runs / f"{name}-pretrain").exists():
         return common
-    # The last two are what a pipeline with pipeline.dataset=auto is called.
+    # The last two are the possible names of a pipeline with pipeline.dataset=auto.
     for run in [common.run] if common.run else [name, f"{name}-ml-1m", f"{name}-simulator"]:
         folder = common.runs / run
         lums = [f"{run}/{path.parent.name}" for path in sorted(folder.glob("lum*/result.json"))]
@@ -161,12 +161,12 @@ def look(
     ]
     events = last_events(query, range(max(start, end - num_events), end), titles)
     asked = serving_windows(data, torch.tensor([user]), max_events=query.max_events)
-    conditions = query.asked.spelled(asked.windows, asked.window_R, asked.seen_R, number_W=torch.tensor([0]))
+    conditions = query.asked.spelled(asked.windows, asked.window_R, asked.seen_R, history_W=torch.tensor([0]))
     return UserView(data.user_keys()[user], end - start, events, conditions, matches)
 
 
 def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[Event]:
-    """The events of these rows, with the conditions and the feedback that the LUM reads of them."""
+    """The events of these rows, with the condition and feedback features that the LUM reads."""
     data, names = query.data, [*query.builder.condition_features, *query.builder.feedback_features]
     raw = {name: {row: value for value, row in data.vocabulary(_table(data, name)).items()} for name in names}
     events = []
@@ -182,7 +182,7 @@ def last_events(query: GroupQuery, rows: range, titles: Sequence[str]) -> list[E
 
 
 def text(view: UserView) -> str:
-    """A view as lines to read."""
+    """A view as lines of text."""
     lines = [f"user {printable(view.user)}: {view.num_events:,} events, the last {len(view.events)}"]
     for date, title, features in view.events:
         said = ", ".join(f"{name} {printable(value)}" for name, value in features.items() if value)
@@ -190,8 +190,8 @@ def text(view: UserView) -> str:
     for condition, matches in zip(view.conditions, view.matches):
         lines.append(f"{printable(spoken(condition)):{TITLE_WIDTH + 5}} {'similarity':>10} {'share':>8}")
         lines += [
-            f"{number:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
-            for number, match in enumerate(matches, start=1)
+            f"{rank:4}. {_cut(match.title)}{match.similarity:10.3f} {match.share:8.2%}{' seen' * match.seen}"
+            for rank, match in enumerate(matches, start=1)
         ]
     return "\n".join(lines)
 

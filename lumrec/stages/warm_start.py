@@ -1,4 +1,4 @@
-"""The dry run of a warm start: what each parameter of a ranker, or of a LUM, would get, printed."""
+"""The dry run of a warm start: prints what each parameter of a ranker or a LUM would get."""
 
 from functools import partial
 
@@ -22,12 +22,13 @@ from lumrec.warm_start.scores import read_expected
 
 
 def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: RankConfig) -> dict[str, float | str]:
-    """Prints the audit of what the stage with a `warm_start` would take: apps/pretrain.py for pretrain.warm_start,
-    apps/rank.py for rank.warm_start. Nothing is written and no number is read; but with rank.warm_start.scores the
-    takeover is done, in memory, and what the rules and `scores` ask to compare is compared.
+    """Prints the audit of pretrain.warm_start (for apps/pretrain.py) or rank.warm_start (for apps/rank.py).
 
-    Raises MissingFileError for a missing input, and UserError for a source that cannot be read, for one of both
-    stages, and for rules that do not fit, after what fits has been printed; and for scores that are not production's.
+    Nothing is written, and no weights are read. But with rank.warm_start.scores the weights are copied in memory, and
+    everything is compared that the rules and `scores` ask to compare.
+
+    Raises MissingFileError for a missing input, and UserError for a source that cannot be read, for two sources, and
+    for scores that differ from production's. For rules that do not fit it raises after printing what does fit.
     """
     common.settings(model=model, pretrain=pretrain, rank=rank)
     device = init_distributed(threads=common.threads)
@@ -39,7 +40,7 @@ def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: Rank
     read_plan((pretrain if of_lum else rank).train.sharding, world_size=world_size())
     source = settings.open()
     if rank.knowledge != "none" and not of_lum:
-        read_manifest(common.knowledge)  # whether there is any, before data are read
+        read_manifest(common.knowledge)  # raises, if there is none, before data are read
     data = open_or_prepare(common)
     if of_lum:
         train = pretrain.train

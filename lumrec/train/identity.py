@@ -42,7 +42,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: Any, *, ignored: Collection[str] = (), partly: bool = False) -> "Settings":
-        """Those of a config (a dataclass whose fields have defaults), without the settings and sections in `ignored`."""
+        """Those of a config (a dataclass whose fields have defaults), without the settings and sections `ignored`."""
         values, defaults = _flat(config), _flat(type(config)())
         kept = {name for name in {**values, **defaults} if not _is_in(name, ignored)}
         changed = {name: values[name] for name in sorted(kept & {*values}) if values[name] != defaults.get(name)}

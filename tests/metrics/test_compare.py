@@ -64,7 +64,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     (old / "result.json").write_text("{}")
     for folder, message in (
         (unfinished, "is no finished run"),
-        (old, "keeps no scores"),
+        (old, "has no scores"),
         (tmp_path / "d", "no finish"),
     ):
         with pytest.raises(FileNotFoundError, match=f"{folder} .*{message}.*overwrite=true"):

@@ -106,7 +106,7 @@ def test_the_users_own_values_are_asked_and_told(lum):
     given_by_hand = query.ask([query.data.user_keys()[user] for user in users.tolist()], own)
     torch.testing.assert_close(o_BND, given_by_hand, atol=2e-5, rtol=0)
     nobody = Windows(torch.tensor([0]), torch.tensor([0]), users[:1])
-    told = query.asked.spelled(nobody, *torch.zeros(2, 1).long(), number_W=torch.tensor([0]))
+    told = query.asked.spelled(nobody, *torch.zeros(2, 1).long(), history_W=torch.tensor([0]))
     assert told == [{}, {}, {"feedback": "like"}]  # nobody's history has no values of its own
 
 
@@ -158,7 +158,7 @@ def test_a_value_of_the_vocabulary_is_itself(lum):
 
     data = Named(lum[1].data)
     assert expand(data, ["scenario"], [{"scenario": "top 3"}]) == [{"scenario": "top 3"}]
-    assert Conditions(data, ["scenario"], [{"scenario": "top 3"}]).places == {}
+    assert Conditions(data, ["scenario"], [{"scenario": "top 3"}]).top_ranks == {}
 
 
 def test_the_stage_stores_each_slot(experiment):

@@ -185,7 +185,7 @@ def test_a_fold_that_is_none_is_refused(fold):
     [
         (
             ["data.split.fractions=[0.5, 0, 0.5]"],
-            "the validation part has no event, and pretrain.select=ndcg@10 chooses",
+            "the validation part has no event, but pretrain.select=ndcg@10 chooses",
         ),
         (["data.split.fractions=[0, 0.5, 0.5]", "pretrain.select="], "there are no training events for this LUM"),
     ],

@@ -353,7 +353,10 @@ def test_tensor_files_that_are_not_as_torch_writes_them(folder):
             metadata.storage_data[index] = _StorageInfo("__1_0.distcp", 0, length)
 
         describe(folder, change)
-        refused(folder, "compressed, as torch.save never writes it|could run code|could not be loaded|as torch.save of")
+        refused(
+            folder,
+            "compressed, as torch.save never writes it|could run code|could not be loaded|as an archive of torch.save",
+        )
 
 
 META = {
@@ -450,15 +453,15 @@ class TestTheBestCheckpoint:
         """Of the best one, or of the newest, which names it."""
         (run / "checkpoints" / f"step-0000000{step}" / name).write_text("cut")
         other = 4 if step == 3 else 3
-        with pytest.raises(UserError, match=rf"step-0000000{step}.*step-0000000{other} is there.* not taken"):
+        with pytest.raises(UserError, match=rf"step-0000000{step}.*step-0000000{other} is complete.* not used"):
             best_checkpoint(run)
         (run / "checkpoints" / f"step-0000000{step}" / name).unlink()
-        with pytest.raises(UserError, match=rf"step-0000000{step}.*step-0000000{other} is there.* not taken"):
+        with pytest.raises(UserError, match=rf"step-0000000{step}.*step-0000000{other} is complete.* not used"):
             best_checkpoint(run)
 
     def test_the_best_one_is_gone(self, run):
         shutil.rmtree(run / "checkpoints" / "step-00000003")
-        with pytest.raises(UserError, match=r"step-00000003 holds the best weights.*step-00000004 is there"):
+        with pytest.raises(UserError, match=r"step-00000003 holds the best weights.*step-00000004 is complete"):
             best_checkpoint(run)
 
     def test_another_one_under_its_name(self, run):

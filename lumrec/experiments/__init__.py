@@ -1,1 +1,1 @@
-"""What runs several stages: pipeline, tuning, the paper's tables, reports."""
+"""Experiments, which run several stages: pipeline, tuning, the paper's tables, and reports."""

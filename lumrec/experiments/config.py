@@ -1,7 +1,7 @@
-"""The root config: what all stages have in common, and one section for each stage and experiment.
+"""The root config: the settings that all stages share, and one section for each stage and experiment.
 
-Each section is a dataclass beside the code that it configures. Only the entry points and the experiments know the root:
-a stage takes what is common and its own section.
+Each section is a dataclass beside the code that it configures. Only the entry points and the experiments know the root
+config: a stage takes the common settings and its own section.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lumrec.stages.show_user import ShowUserConfig
 
 @dataclass(frozen=True)
 class Config(Common):
-    """Settings of a run: what is common (see Common), and a section for each stage and experiment."""
+    """Settings of a run: the common ones (see Common), and a section for each stage and experiment."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -38,20 +38,20 @@ class Config(Common):
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
 
     def check(self, at: str) -> None:
-        """Raises UserError for names that no folder can have, and for sections that contradict one another."""
+        """Raises UserError for invalid folder names, and for sections that contradict one another."""
         super().check(at)
         pack, window = self.pretrain.packing.events_per_pack, self.model.max_events
         if pack < window:
             raise UserError(
-                f"pretrain.packing.events_per_pack is {pack}, less than model.max_events {window}: not even one full "
-                "window fits; raise the one or lower the other"
+                f"pretrain.packing.events_per_pack is {pack}, less than model.max_events {window}, so a pack cannot "
+                "hold a full window; raise the first or lower the second"
             )
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file or of a name such as "ml-1m" (None: only defaults) with `key=value` overrides.
+    """The config of a YAML file or of a name such as "ml-1m" (None: the defaults), with `key=value` overrides.
 
-    Raises as `config_file.load`.
+    Raises like `config_file.load`.
     """
     config = config_file.load(Config, path, overrides)
     if config.name:

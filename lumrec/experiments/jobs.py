@@ -1,4 +1,4 @@
-"""Runs commands that wait for one another, several at a time, each with a log file, and reports their progress."""
+"""Runs commands that depend on one another, several at a time, each with a log file, and reports their progress."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ ROOT = PACKAGE.parent
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20
 SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
-# What torchrun gives its processes: a job started by one of them must not take it for its own.
+# Variables that torchrun sets for its processes; a job that such a process starts must not inherit them.
 TORCHRUN_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE "
     "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCHELASTIC_ERROR_FILE TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
     "TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_SIGNALS_TO_HANDLE"
 ).split()
-# Colours, and "rank/0 " that TorchX puts in front of each line.
+# Colours, and the prefix "rank/0 " that TorchX adds to each line.
 _TORCHX_PREFIX = re.compile(r"^(?:\x1b\[[0-9;]*m)*[\w-]+/\d+(?:\x1b\[[0-9;]*m)* ", re.MULTILINE)
 
 
 class JobFailed(RuntimeError):
-    """A job ended with an error; the message holds the end of its log and the log's path."""
+    """A job ended with an error; the message has the end of its log and the log's path."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command. needs: names of jobs that must have ended well before. exclusive: nothing runs beside it.
+    """One command. needs: names of jobs that must have succeeded before. exclusive: no other job runs beside it.
 
-    then: called when it has ended well, before any other job starts.
+    then: called when the job has succeeded, before any other job starts.
     """
 
     name: str
@@ -59,10 +59,10 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job], *, parallel: int, cores: int, logs: Path, say: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """Runs all jobs, in the given order where nothing has to be waited for; gives the wall time of each in seconds.
+    """Runs all jobs, in the given order as far as their needs allow; returns the wall time of each in seconds.
 
-    Each process gets OMP_NUM_THREADS = cores / parallel, an exclusive one all cores. The first failure ends the
-    others (an unfinished stage continues when it is run again) and raises JobFailed.
+    Each process gets OMP_NUM_THREADS = cores / parallel, an exclusive one gets all cores. The first failure ends the
+    other jobs (an unfinished stage continues when it is run again) and raises JobFailed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, seconds = list(jobs), list[_Running](), dict[str, float]()
@@ -96,7 +96,7 @@ def run_jobs(
                 reported = time.monotonic()
             if time.monotonic() - reported > HEARTBEAT_S:
                 for one in running:
-                    say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150] or 'no word yet'}")
+                    say(f"{_clock(start)} {one.job.name}: {' '.join(tail(one.log, 1))[:150] or 'no output yet'}")
                 reported = time.monotonic()
     return seconds
 
@@ -124,7 +124,7 @@ def _start(job: Job, log: Path, threads: int) -> _Running:
 
 @contextmanager
 def _ended_with_us(running: list[_Running]) -> Iterator[None]:
-    """However this block is left, by SIGTERM too, what still runs gets SIGTERM, and SIGKILL ten seconds later."""
+    """When this block ends, also by SIGTERM, processes that still run get SIGTERM, and SIGKILL ten seconds later."""
 
     def leave(number: int, _: object) -> None:
         raise KeyboardInterrupt(f"signal {number}")
@@ -144,7 +144,7 @@ def _ended_with_us(running: list[_Running]) -> Iterator[None]:
 
 
 def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a TorchX job's log that say something, without TorchX's prefix."""
+    """The last non-empty lines of a TorchX job's log, without TorchX's own lines and prefixes."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
@@ -158,23 +158,24 @@ def _clock(start: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
-def torchx_command(stage: str, words: Sequence[str], *, config: Path, processes: int = 1) -> list[str]:
+def torchx_command(stage: str, overrides: Sequence[str], *, config: Path) -> list[str]:
     """`torchx run apps/<stage>.py …` on this interpreter, whether or not its folder is on PATH."""
     prefix = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "--scheduler", "local_cwd"]
-    return [*prefix, f"{script_of(stage)}:{stage}", "-j", f"1x{processes}", "--config", str(config), *words]
+    return [*prefix, f"{script_of(stage)}:{stage}", "-j", "1x1", "--config", str(config), *overrides]
 
 
 def script_of(stage: str) -> str:
-    """The app of a stage that comes with this package, whatever the working directory holds: `apps/<stage>.py` when
-    that is the checkout (remote jobs have it at the same place), else its whole path.
+    """Path of this package's app of a stage, whatever the working directory contains.
+
+    It is `apps/<stage>.py` if the working directory is the checkout (so that it is valid for remote jobs), otherwise
+    absolute.
     """
     app = shipped("apps") / f"{stage}.py"
     return str(app.relative_to(ROOT) if Path.cwd() == ROOT else app)
 
 
 def as_typed(command: Sequence[str]) -> str:
-    """The command of `torchx_command` as one types it."""
-    words = list(command)
-    place = words.index("local_cwd") + 1
-    app, *rest = words[place].split(":")[0], *words[place + 1 :]
+    """The command of `torchx_command` as a user would type it."""
+    component, *rest = command[list(command).index("local_cwd") + 1 :]
+    app = component.split(":")[0]
     return shlex.join(["torchx", "run", app, *(word for word in rest if word not in ("-j", "1x1"))])

@@ -1,10 +1,10 @@
-"""The leaderboard over all runs of a folder: runs/leaderboard.html, and the same tables on the terminal.
+"""The leaderboard of all runs in a folder, as runs/leaderboard.html and on the terminal.
 
     lumrec report runs
 
-Only runs that were tested on the same prepared data by the same protocol are in one table, the best first. Runs that
-differ only in the seed, or in the fold of users that a LUM leaves out, are one row. A run that is in no table is listed
-with the reason.
+A table compares only runs that were tested on the same prepared data by the same protocol, the best first. Runs that
+differ only in the seed, or in the fold of users that a LUM leaves out, form one row. Runs that are in no table are
+listed with the reason.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lumrec.run.printable import say
 NAME = "leaderboard.html"
 TITLES = {"rank": "Rankers", "pretrain": "LUMs: the next item among the whole catalogue", "retrieve": "Two towers"}
 HAZARDS = {"cross_fit": "cross-fitted", "time_split": "split in time", "in_sample": "in-sample"}
-# Settings that have a column.
+# Settings that have a column of the table.
 SHOWN = ("rank.model", "rank.knowledge", "retrieve.knowledge")
-# Settings that decide on what a run is tested: runs that differ in one of them are in different tables.
+# Settings that determine how a run is tested; runs that differ in one of them are in different tables.
 PROTOCOL = {"rank": (), "pretrain": ("pretrain.evaluate",), "retrieve": ("retrieve.positives", "retrieve.ks")}
 
 
@@ -61,29 +61,29 @@ class Row:
 
     @property
     def settings(self) -> dict[str, str]:
-        """key=value of each setting of the stage that differs from its default, by key."""
+        """key → "key=value" of each setting of the stage that differs from its default."""
         changed = self.runs[0].changed
         return {key: short(f"{key}={value}") for key, value in changed.items() if key not in SHOWN}
 
     @property
     def made(self) -> str:
-        """Day, seconds and commit."""
+        """Day, duration and commit of the row's runs."""
         commit, wall_s = self.runs[0].commit, self.mean("wall_s")
         day = max(run.started[:10] for run in self.runs)
-        short = f"{commit[:10]} dirty" if commit.endswith("-dirty") else commit[:10]
-        return f"{day}, {'' if wall_s is None else f'{wall_s:,.0f} s, '}commit {short}"
+        dirty = " dirty" if commit.endswith("-dirty") else ""
+        return f"{day}, {'' if wall_s is None else f'{wall_s:,.0f} s, '}commit {commit[:10]}{dirty}"
 
     @property
     def folders(self) -> list[str]:
         return [run.name for run in self.runs]
 
     def mean(self, metric: str) -> float | None:
-        """Of all runs of the row; None where one does not have it."""
+        """Mean over the row's runs; None where one of them does not have the metric."""
         values = [run.number(metric) for run in self.runs]
         return None if None in values else statistics.fmean(value for value in values if value is not None)
 
     def cell(self, metric: str) -> str:
-        """0.7988 ± 0.0004 [0.7950, 0.8021]; the interval is the mean of those of the seeds."""
+        """Such as 0.7988 ± 0.0004 [0.7950, 0.8021]; the interval is the mean of the seeds' intervals."""
         value, low, high = (self.mean(f"{metric}{end}") for end in ("", "_low", "_high"))
         if value is None:
             return "–"
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows that can be compared: of one stage, on the same prepared data, by the same protocol."""
+    """Rows that can be compared: of one stage, on the same prepared data, tested by the same protocol."""
 
     stage: str
     data: str
@@ -105,16 +105,16 @@ class Table:
 
     @property
     def shared(self) -> list[str]:
-        """The settings that all rows have, where there are several."""
+        """The settings that all rows have in common; [] for a single row."""
         first, *others = (row.settings.values() for row in self.rows)
         return [text for text in first if others and all(text in other for other in others)]
 
     def own(self, row: Row) -> list[str]:
-        """The settings of a row that not all have."""
+        """The settings of a row that not all rows have."""
         return [text for text in row.settings.values() if text not in self.shared]
 
     def sort(self) -> None:
-        """Puts the best row first."""
+        """Sorts the rows, best first."""
         metric = next(iter(self.metrics))
         self.rows.sort(key=lambda row: row.mean(metric) or 0.0, reverse=True)
 
@@ -122,8 +122,8 @@ class Table:
 def leaderboard(runs_dir: Path) -> Path:
     """Writes <runs_dir>/leaderboard.html, prints its tables, and returns its path.
 
-    Reads the config, versions, inputs and result of each run and nothing else; follows no link and executes nothing.
-    Raises MissingFileError where there is no such folder, UserError where it cannot be written.
+    It reads only the config, versions, inputs and result of each run, follows no link and executes nothing. Raises
+    MissingFileError where there is no such folder, UserError where it cannot be written.
     """
     runs, left_out = read_runs(runs_dir)
     tables, untested = make_tables(runs)
@@ -145,14 +145,14 @@ def leaderboard(runs_dir: Path) -> Path:
 
 
 def make_tables(runs: Iterable[StoredRun]) -> tuple[list[Table], list[LeftOut]]:
-    """The tables of rankers, LUMs and towers, the best row first; and the finished runs that no table can hold."""
+    """The tables of rankers, LUMs and towers, the best row first; and the finished runs that fit into no table."""
     tables: dict[tuple[Any, ...], Table] = {}
     rows: dict[tuple[Any, ...], Row] = {}
     left_out = []
     for run in sorted(runs, key=lambda run: (not re.search(r"-s\d+$", run.name), run.name)):  # a pipeline's seeds first
         metrics = _metrics(run)
         if not run.fingerprint or not metrics:
-            why = "has no figures of a test part" if run.fingerprint else "does not say on what data it was trained"
+            why = "has no test metrics" if run.fingerprint else "does not name the data that it was trained on"
             left_out.append(LeftOut(run.name, why))
             continue
         test = tuple(run.number(name) for name in ("num_rows", "num_users"))
@@ -161,7 +161,7 @@ def make_tables(runs: Iterable[StoredRun]) -> tuple[list[Table], list[LeftOut]]:
         at = (run.stage, run.fingerprint, run.split, test, folds, *settings.items(), *metrics)
         if at not in tables:
             tables[at] = Table(run.stage, run.data, _protocol(run, settings), metrics)
-        again = 0  # a seed that was run twice begins another row
+        again = 0  # a seed that was run twice starts another row
         while True:
             key = (*at, *_identity(run), again)
             row = rows.get(key)
@@ -178,13 +178,13 @@ def make_tables(runs: Iterable[StoredRun]) -> tuple[list[Table], list[LeftOut]]:
 
 
 def _identity(run: StoredRun) -> tuple[Any, ...]:
-    """What runs of one row have in common."""
+    """What all runs of one row have in common, as a key."""
     model, knowledge = (str(run.result.get(name)) for name in ("model", "knowledge"))
     return model, knowledge, run.commit, *sorted(run.changed.items()), *sorted(run.inputs.items())
 
 
 def _metrics(run: StoredRun) -> dict[str, str]:
-    """Metric → heading, the one that the rows are sorted by first; of rankers those three, else HR@k and NDCG@k."""
+    """Metric → heading, first the one to sort by: METRICS of rankers, NDCG@k and HR@k of LUMs and towers."""
     if run.stage == "rank":
         return {name: label for name, label in METRICS.items() if run.number("auc") is not None}
     names = [name for name in run.result if re.fullmatch(r"(hr|ndcg)@\d{1,6}", name) and run.number(name) is not None]
@@ -201,7 +201,7 @@ def _protocol(run: StoredRun, settings: dict[str, Any]) -> str:
 
 
 def as_text_tables(tables: Sequence[Table], left_out: Sequence[LeftOut]) -> str:
-    """The tables as lines for the terminal."""
+    """The tables as text for the terminal."""
     lines = []
     for table in tables:
         lines += ["", f"{TITLES[table.stage]} on {table.data}", f"  {table.protocol}"]

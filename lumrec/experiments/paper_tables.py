@@ -1,13 +1,13 @@
-"""The paper's tables of rankers on data that one can get, written to files beside the paper's own figures.
+"""The paper's tables on public data: runs the pipelines and writes our figures beside the paper's.
 
-    table 4   every ranker: Base, on the LUM's tables, with LUM knowledge; what it gains
-    retrieval two towers (EDB): by themselves, with LUM knowledge; the LUM by itself (ours): see two_towers.py
-    hazard    each ranker with knowledge that is in-sample, cross-fitted over users, or split in time (ours)
-    table 5   the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several);
-              warm-up (by itself, as its log is split by time): see lumrec/experiments/warm_up_rows.py
+    table 4    every ranker: base, with the LUM's tables, with LUM knowledge; and the gain
+    retrieval  two towers (EDB): without and with LUM knowledge; the LUM without towers (ours); see two_towers.py
+    hazard     each ranker with knowledge that is in-sample, cross-fitted over users, or split in time (ours)
+    table 5    the DLRM: scratch; utilization (direct; + matching); tokenization (without condition token; several);
+               warm-up (run separately, as its log is split by time), see warm_up_rows.py
 
-A table is rows of pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*: what is finished
-with the same settings is not run again, and what other settings affect is run again.
+The rows come from pipelines (configs/reproduce/<dataset>*.yaml), each in runs/reproduce-<dataset>*. A stage that is
+finished with the same settings is not run again; a stage whose settings have changed is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lumrec.experiments import two_towers as towers
 from lumrec.experiments import warm_up_rows as warm_up
 from lumrec.experiments.config import Config, load
 from lumrec.experiments.pipeline import say, write_json
+from lumrec.experiments.plan import PlannedStage, by_row
 from lumrec.experiments.report_plots import result_plot
 from lumrec.experiments.report_table import METRICS, RANKER_NAMES
 from lumrec.experiments.settings import KNOWLEDGE
@@ -40,8 +41,8 @@ TITLES = {
     "hazard": "Knowledge kept from the rows that rankers train on",
     "retrieval": "Two towers without and with a LUM",
 }
-BY_RANKER = ("4", "hazard")  # whose rows are those of pipeline.rankers
-# What the rows are compared by, the first of them in the plot and in the gains. There is one target, so that HR is R.
+BY_RANKER = ("4", "hazard")  # tables with rows for each of pipeline.rankers
+# Metrics of the table's columns; the plot and the gains use the first. With one target per user, HR equals R.
 RETRIEVED = {"hr@10": "R@10", "ndcg@10": "NDCG@10", "hr@50": "R@50", "ndcg@50": "NDCG@50"}
 # LUM (arXiv 2502.08309) table 4: AUC of Base and of Base + LUM on ML-1M.
 ML_1M = {"din": (0.7455, 0.7472), "dien": (0.7527, 0.7604), "sim": (0.7579, 0.7615), "twin": (0.7539, 0.7675)}
@@ -49,8 +50,11 @@ PAPER_4 = {"ml-1m": ML_1M, "ml-1m-plain": ML_1M}
 
 
 class Case(NamedTuple):
-    """One row: its name in the JSON, its label, the pipeline it is of, its ranker ("" = two towers), the paper's AUC
-    where it has one, which of warm_up.ROWS it is, and the key of the row that it gains over ("" = none)."""
+    """One row of a table.
+
+    key: its name in the JSON. variant: suffix of its pipeline's config. ranker: "" for two towers. paper: the paper's
+    AUC, if it has one. row: one of warm_up.ROWS, or "". over: key of the row that it is compared with, or "".
+    """
 
     key: str
     label: str
@@ -63,12 +67,12 @@ class Case(NamedTuple):
 
     @property
     def model(self) -> str:
-        """Whose row it is: the key's first part."""
+        """The first part of the key, such as the ranker."""
         return self.key.partition("/")[0]
 
 
 def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
-    """Base, the control on the LUM's tables, and Base + LUM of each ranker."""
+    """For each ranker: base, base with the LUM's tables (a control), and base + LUM."""
     cases = []
     for ranker in rankers:
         name = RANKER_NAMES[ranker]
@@ -79,7 +83,7 @@ def table_4(dataset: str, rankers: Sequence[str]) -> list[Case]:
     return cases
 
 
-# LUM table 5, industrial data: the model behind step 3 is the online DLRM (Embedding + MLP).
+# LUM table 5, industrial data: the ranker of step 3 is the online DLRM (Embedding + MLP).
 TABLE_5 = {
     "scratch": [
         Case("dlrm/scratch", "DLRM", "", "dlrm", "none", 0.7338),
@@ -107,7 +111,7 @@ WARM_UP = [
     for row, says, paper in zip(warm_up.ROWS, ("scratch", "feature", "param", "param + feature"), papers, strict=True)
 ]
 
-# Ours: how the LUM is kept from the rows that the ranker trains on, and the base, which trains on all of them.
+# Ours: three ways to separate the LUM's training data from the ranker's rows; the base trains on all rows.
 HAZARD = [
     Case("base", "base", "", "", "none"),
     Case("cross_fit", "+ LUM, cross-fitted over users", "", "", "both", over="base"),
@@ -125,19 +129,20 @@ RETRIEVAL = [
 def run(
     words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = OUT
 ) -> dict[str, float | str]:
-    """Runs what is missing, writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…), and gives what
-    the JSON holds.
+    """Runs what is missing and writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…).
 
-    words: settings over the configs, for all rows; pipeline.rankers chooses those of table 4 (else every one) and of
-    the hazard. rows: of table 5, one or more of scratch, utilization, tokenization, with commas ("" = these), or
-    warm-up.
-    The JSON is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over the seeds, "…/paper_auc", and as text
-    `protocol`, `dataset`, and "<ranker>/command" and "<ranker>/commit" (of its runs); where there is a base to gain
-    over also "<ranker>/gain/auc" and "average/gain/auc", warm-up "online/auc". Of each row that gains over another
-    "<row>/auc_gain", "…_gain_low", "…_gain_high", "…_gain_sd", "…_verdict", and "test_rows", "test_users".
-    Rows of other rankers (pipeline.rankers) that an earlier call left in the file stay there, with their command.
-    Raises UserError for a table, rows or data set that is not known, for a file of such rows by another protocol, and
-    as the pipeline does.
+    overrides: settings for all rows; pipeline.rankers chooses the rankers of table 4 (default: all) and of hazard.
+    rows: for table 5, some of scratch, utilization, tokenization, separated by commas ("" = all three), or warm-up.
+
+    Returns the contents of the JSON, which is flat: "<row>/auc" (retrieval: "<row>/hr@10", …), its "_sd" over the
+    seeds, "…/paper_auc", and as text `protocol`, `dataset`, "<ranker>/command" and "<ranker>/commit" (of its runs).
+    With a base also "<ranker>/gain/auc" and "average/gain/auc"; for warm-up also "online/auc". For each row that is
+    compared with another, "<row>/auc_gain", "…_gain_low", "…_gain_high", "…_gain_sd", "…_verdict", and once
+    "test_rows" and "test_users". Rows of other rankers that an earlier call wrote to the file are kept, with their
+    command.
+
+    Raises UserError for an unknown table, row or data set, for a file whose rows have another protocol, and like the
+    pipeline.
     """
     config = table_config(table, dataset, rows, words)
     cases = choose(table, dataset, rows, config)
@@ -157,15 +162,19 @@ def run(
     for variant, of_variant in by_variant.items():
         settings = read_config(dataset, variant, words)
         if table == "retrieval":
-            figures = towers.run(settings, list(metrics))
+            figures, stages = towers.run(settings, list(metrics)), towers.plan(settings)
         else:
             settings = only(settings, of_variant)
-            figures = warm_up.run(settings) if rows == "warm-up" else pipeline.run(settings)
+            study = warm_up if rows == "warm-up" else pipeline
+            figures, stages = study.run(settings), study.plan(settings)
+        of_row = by_row(stages)
         result |= {key: value for key, value in figures.items() if key == "dataset" or key.startswith("online/")}
         for case in of_variant:
             result |= _figures(case, figures, metrics)
-            commits.setdefault(case.model, set()).update(_commits(case, settings))
-            folders[case.key] = _folders(case, settings)
+            runs = of_row.get((case.ranker, case.knowledge, case.row), [])
+            folders[case.key] = [stage.path for stage in runs]
+            lum = [stage for stage in stages if case.knowledge != "none" and stage.app in ("pretrain", "query")]
+            commits.setdefault(case.model, set()).update(map(_commit, [*runs, *lum]))
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     options += ["--out", out] if out != OUT else []
     command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
@@ -187,26 +196,26 @@ def run(
 
 
 def others(path: Path, rankers: Sequence[str], protocol: str | float) -> dict[str, float | str]:
-    """What an earlier call's file has of other rankers. Raises UserError where that is by another protocol."""
+    """The rows of other rankers in an earlier call's file. Raises UserError if they have another protocol."""
     if not path.exists():
         return {}
     found = read_json(path, again="remove it, or give another folder as --out")
     kept = {key: value for key, value in found.items() if key.partition("/")[0] in set(RANKER_NAMES) - set(rankers)}
     if kept and found["protocol"] != protocol:
         raise UserError(
-            f"{path} has rows of {', '.join(models_of(kept))} by another protocol ({found['protocol']}) than is asked "
-            f"for now ({protocol}): give another folder as --out, or remove it"
+            f"{path} has rows of {', '.join(models_of(kept))} with another protocol ({found['protocol']}) than this "
+            f"call ({protocol}): give another folder as --out, or remove the file"
         )
     return kept
 
 
 def models_of(keys: Iterable[Case | str]) -> list[str]:
-    """The first part of each row's key, or of each key of a result, in order."""
+    """The first part of each row's key, or of each key of a result; each once, in order."""
     return list(dict.fromkeys(key.model if isinstance(key, Case) else key.partition("/")[0] for key in keys))
 
 
 def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
-    """The rows that are asked for. Raises UserError for what is not known."""
+    """The rows of the requested table. Raises UserError for an unknown table or unknown rows."""
     if rows and table != "5":
         raise UserError(f"--rows {rows}: the rows of table {table} are pipeline.rankers; --rows is for table 5")
     if table == "4":
@@ -236,25 +245,25 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
 
 
 def table_config(table: str, dataset: str, rows: str, words: Sequence[str]) -> Config:
-    """The config that says how a table is made and, by pipeline.rankers, what rows it has."""
+    """The config that determines a table's protocol and, by pipeline.rankers, its rows."""
     own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
     every = [f"pipeline.rankers={json.dumps(list(RANKER_NAMES))}"] if table == "4" else []
     return read_config(dataset, f"-{own}" if own else "", [*every, *words])
 
 
 def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:
-    """The config of a pipeline of the table, in its own run folder. Raises UserError where there is none."""
+    """The config of one of the table's pipelines, with its own run folder. Raises UserError where there is none."""
     path = CONFIGS / f"{dataset}{variant}.yaml"
     if not path.is_file():
         known = sorted({file.stem for file in CONFIGS.glob("*.yaml") if "-no-" not in file.stem})
-        raise UserError(f"no config {path}; data sets and variants that there are: {', '.join(known)}")
+        raise UserError(f"there is no config {path}; the data sets and variants are {', '.join(known)}")
     return with_overrides(
         load(path), [f"run=reproduce-{dataset}{variant}", "overwrite=true", *words], origin="the words"
     )
 
 
 def only(config: Config, cases: Sequence[Case]) -> Config:
-    """The config with the rankers and kinds of knowledge that the rows need."""
+    """The config with only the rankers and kinds of knowledge that the rows need."""
     rankers = list(dict.fromkeys(case.ranker for case in cases))
     kinds = [kind for kind in KNOWLEDGE if any(case.knowledge == kind for case in cases)]
     words = [f"pipeline.rankers={json.dumps(rankers)}", f"pipeline.knowledge={json.dumps(kinds)}"]
@@ -264,9 +273,9 @@ def only(config: Config, cases: Sequence[Case]) -> Config:
 def paired_gains(
     cases: Sequence[Case], folders: Mapping[str, Sequence[Path]], metrics: Sequence[str]
 ) -> dict[str, float | str]:
-    """ "<row>/<metric>_gain", … of each row of this call that gains over another, see report_gains.py.
+    """ "<row>/<metric>_gain", … of each row of this call that is compared with another; see report_gains.py.
 
-    "average/lum/…": of the mean over several models, where the folders of all of them are of this call.
+    "average/lum/…": the gain of the mean over several models, if this call made the rows of all of them.
     """
     found: dict[str, float | str] = {}
     pairs = [(case.over, case.key) for case in cases if case.over in folders and case.key in folders]
@@ -288,7 +297,7 @@ def paired_gains(
 def gains(
     cases: Sequence[Case], result: Mapping[str, float | str], metrics: Mapping[str, str] = METRICS
 ) -> dict[str, float]:
-    """What LUM knowledge adds to the first metric of each model and on average, ours and the paper's AUC."""
+    """The gain of LUM knowledge in the first metric, for each model and on average; also in the paper's AUC."""
     gained: dict[str, float] = {}
     for name in (next(iter(metrics)), "paper_auc"):
         found = []
@@ -303,15 +312,15 @@ def gains(
 
 
 def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = False) -> str:
-    """How the figures came about, in a sentence."""
+    """How the figures were measured, in a sentence."""
     settings, share = config.pipeline, config.warm_up.share
     folds = f"cross-fitted over {settings.folds} folds of users" if settings.folds > 1 else "in-sample"
     if is_warm_up:
         folds = (
             f"split in time: the online model and the LUM learn from the earliest {share:.0%} of the training events, "
             f"the rankers from the rest; engineered features are the statistics{_named(config.warm_up.engineered)}; "
-            "param rows begin from the online model and so from what it learnt of the earlier events, LUM rows without "
-            f"param from {'the tables of the LUM' if config.rank.tables == 'lum' else 'fresh tables'}"
+            "param rows start from the online model, which was trained on the earlier events, LUM rows without param "
+            f"from {'the tables of the LUM' if config.rank.tables == 'lum' else 'fresh tables'}"
         )
     drawn, rows = config.data.negatives, ""
     if drawn is not None:
@@ -335,7 +344,7 @@ def markdown(
     title: str,
     metrics: Mapping[str, str] = METRICS,
 ) -> str:
-    """The table with ± one standard deviation over the seeds, the gains, and the paper's figures beside ours."""
+    """The table in Markdown: our figures ± one standard deviation over the seeds, the gains, the paper's figures."""
     main = next(iter(metrics))
     labels = {case.key: case.label for case in cases}
     heads = [*metrics.values(), *(["the paper's AUC"] if any(case.paper is not None for case in cases) else [])]
@@ -344,7 +353,7 @@ def markdown(
         return f"| {' | '.join([label, *cells, *[''] * (len(heads) - len(cells))])} |"
 
     def gain(label: str, key: str, over: str = "") -> str:
-        """The gains of a row over another; of the average without those two, as it has no rows."""
+        """A line with the gains of a row over another; the average has no rows, so it has no `over`."""
         model = key.partition("/")[0]
         paper = [_spoken(result, f"{model}/gain", "paper_auc", "+.4f")] if f"{model}/gain/paper_auc" in result else []
         differences = {f"{key}/{main}_gain": result.get(f"{model}/gain/{main}")}
@@ -391,7 +400,7 @@ def _figures(
 
 
 def _commands(cases: Sequence[Case], result: Mapping[str, float | str]) -> list[str]:
-    """The command and commit of each group of rows that have them in common."""
+    """The command and commit of the rows, once for each group of models that share them."""
     groups: dict[tuple[float | str, float | str], list[str]] = {}
     for model in models_of(cases):
         groups.setdefault((result[f"{model}/commit"], result[f"{model}/command"]), []).append(model)
@@ -402,21 +411,10 @@ def _commands(cases: Sequence[Case], result: Mapping[str, float | str]) -> list[
     return lines
 
 
-def _folders(case: Case, config: Config) -> list[Path]:
-    """The runs of a row, one for each seed."""
-    parts = ("rank" if case.ranker else "retrieve", case.ranker, case.knowledge, case.row)
-    name = "-".join(filter(None, parts))
-    return [Path(config.runs_dir) / config.run / f"{name}-s{seed}" for seed in config.pipeline.seeds]
-
-
-def _commits(case: Case, config: Config) -> set[str]:
-    """What code made a row: the commits that its runs name, which may have been finished before this call."""
-    names = [f"rank-{case.ranker}-{case.knowledge}-*" if case.ranker else f"retrieve-{case.knowledge}-*"]
-    names += [] if case.knowledge == "none" else ["lum*", "query"]
-    folder = Path(config.runs_dir) / config.run
-    files = [file for name in names for file in folder.glob(f"{name}/versions.json")]
-    made_by = [read_json(file, again="make its run again with overwrite=true") for file in files]
-    return {versions.get("commit") or "unknown" for versions in made_by}
+def _commit(stage: PlannedStage) -> str:
+    """The commit that made the stage's run, which may have been finished before this call."""
+    versions = read_json(stage.path / "versions.json", again="make its run again with overwrite=true")
+    return versions.get("commit") or "unknown"
 
 
 def _named(features: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""All steps as one run: prepare → LUM per fold → query → rankers without and with knowledge → result and report.
+"""Runs all steps: prepare → LUM per fold → query → rankers without and with knowledge → result and report.
 
     runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/ rank-din-none-s0/ …  logs/  config.yaml result.json report.html
 
@@ -24,7 +24,7 @@ from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import Config
 from lumrec.experiments.jobs import Job, run_jobs, torchx_command
-from lumrec.experiments.plan import PlannedStage, check_read_by_some, plan, read_result, stage_words
+from lumrec.experiments.plan import PlannedStage, by_row, check_read_by_some, plan, read_result, stage_words
 from lumrec.experiments.report_gains import gains
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
@@ -43,13 +43,12 @@ MEASURED = ("auc", "gauc", "log_loss")
 
 
 def run(config: Config) -> dict[str, float | str]:
-    """Runs what is not finished yet, and gives the pipeline's flat result.json: "rank/<ranker>/<knowledge>/<metric>"
-    (means over seeds, with "…/auc_sd" beside), "lum/<metric>" (means over folds), "dataset", "wall_s/<stage>".
+    """Runs the stages that are not finished yet, and returns the pipeline's flat result.json.
 
-    Raises UserError for settings that cannot work and for a run folder of other settings; jobs.JobFailed where a
-    stage fails.
+    Keys: "rank/<ranker>/<knowledge>/<metric>" (means over seeds, and "…/auc_sd"), "lum/<metric>" (means over folds),
+    "dataset", "wall_s/<stage>", … Raises UserError for settings that cannot work and for a run folder with other
+    settings; jobs.JobFailed where a stage fails.
     """
-
     check(config)
     config, note = resolve_dataset(config)
     folder = Path(config.runs_dir) / config.run
@@ -68,18 +67,17 @@ def run(config: Config) -> dict[str, float | str]:
 def make(
     config: Config, stages: list[PlannedStage], note: str, *, only: Sequence[str] | None = None
 ) -> tuple[int, float, dict[str, float]]:
-    """Runs the stages that are not finished yet, in the pipeline's folder; how many those were, the wall time, and that
-    of each stage, in seconds, with those of earlier calls. only: names of those that run now, the others later.
-    Raises as `run` does.
-    """
+    """Runs the stages that are not finished yet; returns (num_stages, wall_s, wall_s_by_stage).
 
+    The times include those of stages that earlier calls ran. only: names of the stages to run now. Raises like `run`.
+    """
     check_stages(config, stages)
     left = pending(stages, overwrite=config.overwrite)
     reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
     if "prepare" not in left:
         check_prepared(stages[0], reads)
-    # All that is to be made again is marked before anything is made: after a kill, no stage that read the old one is
-    # taken for finished.
+    # All stages that must run again are discarded before any stage runs: after a kill, a stage that read an old result
+    # does not count as finished.
     for stage in stages:
         if left.get(stage.name):
             discard(stage)
@@ -109,19 +107,19 @@ def make(
 
 
 def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
-    """Raises UserError for what the settings of any stage name and the schema has not."""
+    """Raises UserError where the settings of a stage name something that the schema does not have."""
     schema, made = schema_in_use(config.data, config.schema), {stage.path for stage in stages}
     for stage in stages:
         limits.check(stage.config)
         named, rank = stage.config, stage.config.rank
-        if Path(rank.warm_start.source) in made:  # an earlier stage makes it, and its rules
+        if Path(rank.warm_start.source) in made:  # made by an earlier stage, as are its rules
             named = dataclasses.replace(named, rank=dataclasses.replace(rank, warm_start=WarmStartConfig()))
         STAGES[stage.app].check_inputs(named)
         STAGES[stage.app].check_schema(stage.config, schema)
 
 
 def check_prepared(prepared: PlannedStage, stages: Sequence[PlannedStage]) -> None:
-    """Raises UserError where one of the stages asks for what the prepared data have not."""
+    """Raises UserError where one of the stages needs something that the prepared data do not have."""
     if stages:
         data = PreparedData.open(prepared.path, verify=False)
         for stage in stages:
@@ -129,11 +127,10 @@ def check_prepared(prepared: PlannedStage, stages: Sequence[PlannedStage]) -> No
 
 
 def discard(stage: PlannedStage) -> None:
-    """Empties a stage's run folder, but for what is read until the stage replaces it: prepared data, published answers.
+    """Empties a stage's run folder, except for prepared data and published answers, which are read until replaced.
 
     Raises UserError where another process is writing it, or another stage has made it.
     """
-
     if not stage.path.exists():
         return
     if stage.app == "prepare":
@@ -151,12 +148,13 @@ def check(config: Config) -> None:
     limits.check(config)
     check_read_by_some(config)
     if config.fold:
-        raise UserError(f"fold={config.fold} is for apps/pretrain.py; the pipeline makes pipeline.folds of them itself")
+        raise UserError(
+            f"fold={config.fold} is for apps/pretrain.py; the pipeline trains a LUM for each of pipeline.folds folds"
+        )
 
 
 def resolve_dataset(config: Config) -> tuple[Config, str]:
-    """The config with its data source and run name settled, and what data that is, in a sentence."""
-
+    """The config with its data source and run name resolved, and a sentence about the data."""
     data, run_name = config.data, config.run or config.name
     if config.pipeline.dataset == "auto":
         try:
@@ -164,7 +162,7 @@ def resolve_dataset(config: Config) -> tuple[Config, str]:
             data = dataclasses.replace(data, source="movielens-1m", path=str(folder))
             note = f"MovieLens-1M from {folder} ({origin})"
         except DataSetMissing as error:
-            say(f"MovieLens-1M cannot be had here: {error}")
+            say(f"MovieLens-1M is not available here: {error}")
             data = dataclasses.replace(data, source="simulator")
             note = "a SIMULATED LOG in place of MovieLens-1M: its figures say nothing about real data"
         run_name = config.run or f"{config.name}-{'ml-1m' if data.source == 'movielens-1m' else data.source}"
@@ -174,17 +172,17 @@ def resolve_dataset(config: Config) -> tuple[Config, str]:
 
 
 def pending(stages: list[PlannedStage], *, overwrite: bool) -> dict[str, bool]:
-    """Stages to run, by name; True where the stage must replace what its folder holds.
+    """The stages to run, by name; True where the stage must replace the contents of its folder.
 
-    Raises UserError where a folder holds a run of other settings and `overwrite` is not given.
+    Raises UserError where a folder has a run with other settings and `overwrite` is not set.
     """
     again: dict[str, bool] = {}
     for stage in stages:
         changes = differences(stage)
         if changes and not overwrite:
             raise UserError(
-                f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Say overwrite=true to "
-                "make again what they touch, or run=<name> for another folder"
+                f"{stage.path} was made with other settings or files ({'; '.join(changes[:5])}). Use overwrite=true to "
+                "run again what they affect, or run=<name> for another folder"
             )
         upstream = any(need in again for need in stage.needs)
         replace = bool(changes) or (overwrite and upstream)
@@ -194,10 +192,10 @@ def pending(stages: list[PlannedStage], *, overwrite: bool) -> dict[str, bool]:
 
 
 def differences(stage: PlannedStage) -> list[str]:
-    """What the stage's folder was made with and its config do not share, as "key: stored → now", and the files of your
-    log that are not those it was prepared from; [] for no folder.
-    """
+    """How the stage's config differs from that of its folder, as "key: stored → now"; [] if there is no folder.
 
+    For prepare, also the files of your log that have changed since.
+    """
     if not (stage.path / "config.yaml").exists() or not has_work(stage.path):
         return []
     if stage.app == "prepare" and not (stage.path / "result.json").exists():  # see `discard`
@@ -206,15 +204,13 @@ def differences(stage: PlannedStage) -> list[str]:
     sections = {key.split(".")[0] for key in changes} - {"name"}
     if stage.app == "prepare":
         sections &= {"data", "schema", "seed"}
-    # data.path may be another one to the same published files.
+    # data.path may differ and still lead to the same published files.
     found = [text for key, text in changes.items() if key.split(".")[0] in sections and key != "data.path"]
     return found + (changed_files(stage.path, stage.config.data) if stage.app == "prepare" and not found else [])
 
 
 def collect(config: Config, stages: list[PlannedStage]) -> dict[str, float | str]:
     """The flat result of the pipeline from the stages' result.json; a metric that is not finite there is left out."""
-
-    paths = {stage.name: stage.path for stage in stages}
     results = {stage.name: read_result(stage) for stage in stages}
     prepared = results["prepare"]
     collected: dict[str, float | str] = {"dataset": prepared.get("dataset", config.data.source)}
@@ -225,23 +221,20 @@ def collect(config: Config, stages: list[PlannedStage]) -> dict[str, float | str
     collected |= {f"lum/{name}": value for name, value in _mean(lums).items()}
     if "query" in results:
         collected |= {f"query/{name}": value for name, value in results["query"].items() if name != "dataset"}
-    for ranker in config.pipeline.rankers:
-        for kind in config.pipeline.knowledge:
-            runs = [results[f"rank-{ranker}-{kind}-s{seed}"] for seed in config.pipeline.seeds]
-            collected |= mean_and_sd(runs, f"rank/{ranker}/{kind}")
-            if kind != "none" and "none" in config.pipeline.knowledge:
-                base, other = (
-                    [f"rank-{ranker}-{of}-s{seed}" for seed in config.pipeline.seeds] for of in ("none", kind)
-                )
-                found = gains([paths[name] for name in base], [paths[name] for name in other])
-                test = {f"rank/{name}": found.pop(name) for name in ("test_rows", "test_users") if name in found}
-                collected |= test | {f"rank/{ranker}/{kind}/{name}": value for name, value in found.items()}
+    rows = by_row(stages)
+    for (ranker, kind, _), of_row in rows.items():
+        prefix, base = f"rank/{ranker}/{kind}", rows.get((ranker, "none", ""), [])
+        collected |= mean_and_sd([results[stage.name] for stage in of_row], prefix)
+        if kind != "none" and base:
+            found = gains([stage.path for stage in base], [stage.path for stage in of_row])
+            test = {f"rank/{name}": found.pop(name) for name in ("test_rows", "test_users") if name in found}
+            collected |= test | {f"{prefix}/{name}": value for name, value in found.items()}
     collected |= {f"note/{name}": result["note"] for name, result in results.items() if result.get("note")}
     return collected
 
 
 def mean_and_sd(results: list[dict[str, Any]], prefix: str, *, measured: Sequence[str] = MEASURED) -> dict[str, float]:
-    """Means over the seeds of what all have, "<prefix>/<name>", and "…_sd" of what they are compared by."""
+    """ "<prefix>/<name>": means over the seeds; "<prefix>/<name>_sd": standard deviations of what is `measured`."""
     found = {f"{prefix}/{name}": value for name, value in _mean(results).items()}
     if len(results) > 1:
         for name in measured:
@@ -252,7 +245,7 @@ def mean_and_sd(results: list[dict[str, Any]], prefix: str, *, measured: Sequenc
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of each number that all results have."""
+    """The mean of each number that all results have."""
     names = [name for name in (results[0] if results else {}) if isinstance(results[0][name], (int, float))]
     shared = [name for name in names if all(isinstance(result.get(name), (int, float)) for result in results)]
     return {name: sum(result[name] for result in results) / len(results) for name in shared}
@@ -261,11 +254,11 @@ def _mean(results: list[dict[str, Any]]) -> dict[str, float]:
 def add_up(
     folder: Path, stages: list[PlannedStage], seconds: Mapping[str, float], wall_s: float
 ) -> tuple[float, dict[str, float]]:
-    """Wall time of the run and of each stage, those of earlier calls included where a stage is from one of them."""
+    """Wall time of the run and of each stage; for stages that an earlier call ran, it is their time then."""
     path = folder / "seconds.json"
     before: dict[str, Any] = {"wall_s": 0.0, "stages": {}}
     if path.exists() and len(seconds) < len(stages):
-        before |= read_json(path, again="remove it; it holds only how long the stages took")
+        before |= read_json(path, again="remove it; it only has the stages' durations")
     wall_s += before["wall_s"]
     known = {**before["stages"], **seconds}
     by_stage = {stage.name: float(known[stage.name]) for stage in stages if stage.name in known}
@@ -274,5 +267,5 @@ def add_up(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

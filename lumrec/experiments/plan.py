@@ -1,8 +1,9 @@
-"""The stages of a pipeline, as a plan."""
+"""Plans the stages of a pipeline."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from lumrec.run.unread import as_read, without_effect
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of the plan: the app that runs it, its config, and the stages it reads.
+    """One stage of the plan: the app that runs it, its config, and the names of the stages that it needs.
 
-    ranker, knowledge, seed: what a ranker's stage (or one of two towers) trains, for those that collect the results;
-    variant: a row of the warm-up table or the number of a trial. exclusive: nothing runs beside it.
+    ranker, knowledge, seed: what a stage of a ranker or of two towers (ranker = "") trains. variant: its row of the
+    warm-up table, or the number of its trial. exclusive: no other stage runs beside it.
     """
 
     name: str
@@ -38,7 +39,7 @@ class PlannedStage:
 
 
 def plan(config: Config) -> list[PlannedStage]:
-    """The stages of a pipeline run, in an order in which each comes after what it needs."""
+    """The stages of a pipeline run; each comes after the stages that it needs."""
     settings, run_name = config.pipeline, config.run
 
     def stage_config(name: str, **changes: Any) -> Config:
@@ -73,8 +74,17 @@ def plan(config: Config) -> list[PlannedStage]:
     return stages
 
 
+def by_row(stages: Sequence[PlannedStage]) -> dict[tuple[str, str, str], list[PlannedStage]]:
+    """The stages of rankers and towers by (ranker, knowledge, variant), one for each seed."""
+    rows: dict[tuple[str, str, str], list[PlannedStage]] = {}
+    for stage in stages:
+        if stage.knowledge:
+            rows.setdefault((stage.ranker, stage.knowledge, stage.variant), []).append(stage)
+    return rows
+
+
 def choice(ranker: str, kind: str) -> dict[str, Any]:
-    """The settings of rank that decide which of the others are read."""
+    """The settings of rank that determine which other settings are read."""
     return {"model": ranker, "knowledge": "none" if kind == "tables" else kind}
 
 
@@ -91,14 +101,14 @@ def check_read_by_some(config: Config) -> None:
             decides = {"model": "rankers"}.get(field, field)
             raise UserError(
                 f"rank.{key}={as_text(leaves(rank)[key])} has no effect with pipeline.{decides}="
-                f"{as_text(getattr(settings, decides))}: leave out the one or change the other"
+                f"{as_text(getattr(settings, decides))}: remove the first or change the second"
             )
 
 
 def with_tuned(config: Config, ranker: str, kind: str) -> Config:
-    """The config of a ranker's stage with what `pipeline.tuned` has for it.
+    """The config of a ranker's stage with its settings from `pipeline.tuned`.
 
-    Settings of knowledge that a ranker has for all its rows are not those of its base.
+    Settings of knowledge that are tuned for all rows of a ranker are left out of its base.
     """
     for name in (ranker, f"{ranker}/{kind}"):
         if words := config.pipeline.tuned.get(name):
@@ -109,12 +119,11 @@ def with_tuned(config: Config, ranker: str, kind: str) -> Config:
 
 
 def stage_words(stage: PlannedStage, base: Config) -> list[str]:
-    """key=value words that turn the pipeline's config into the stage's."""
-
+    """The key=value overrides that turn the pipeline's config into the stage's."""
     before = leaves(base)
     return [f"{key}={as_text(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]
 
 
 def read_result(stage: PlannedStage) -> dict[str, Any]:
-    """The stage's result.json; a metric that was not a number is None."""
+    """The stage's result.json; a metric that is not finite is None."""
     return read_json(stage.path / "result.json", again=f"make {stage.path} again: remove the file, and run this again")

@@ -1,6 +1,6 @@
-"""Run folders, found and read without trust: what lies there may be anything that anyone put there.
+"""Finds and reads run folders without trusting their contents.
 
-No link is followed, nothing but regular files of a few kilobytes is opened, and their contents are only shown.
+No link is followed, only small regular files are opened, and their contents are only displayed.
 """
 
 from __future__ import annotations
@@ -27,30 +27,32 @@ from lumrec.run.printable import printable
 from lumrec.run.typed_yaml import field_types, parse, plain
 from lumrec.stages.registry import STAGES
 
-MOST_BYTES = 1 << 18  # of a file: those of our runs have about ten thousand
+MOST_BYTES = 1 << 18  # of a file; those of real runs have about ten thousand
 MOST_FOLDERS = 20_000
 LONGEST = 300  # characters of a text that are shown
-COMPARED = ("rank", "pretrain", "retrieve")  # stages whose results are figures of a model
+COMPARED = ("rank", "pretrain", "retrieve")  # stages whose results are metrics of a model
 NO_RUNS = ("checkpoints", "tensorboard", "logs", "events", "vocabulary", "negatives")  # folders in a run's folder
 
 
 class LeftOut(NamedTuple):
-    """A run that no table holds. name: its folder below that of the runs."""
+    """A run that is in no table. name: its path below the folder of runs. why: the reason."""
 
     name: str
     why: str
 
 
 def short(text: object) -> str:
-    """One line of text to show, cut where it is long."""
+    """The text as one printable line, cut off if it is long."""
     shown = printable(text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A finished run. name: its folder below that of the runs. changed: dotted key → value, as text, of each setting of
-    the stage that differs from its default. inputs: fingerprints of what it read. data, split: in words."""
+    """A finished run. name: its path below the folder of runs. inputs: fingerprints of the data and models it read.
+
+    changed: dotted key → value as text, of the stage's settings that differ from their defaults. data, split: in words.
+    """
 
     name: str
     stage: str
@@ -65,7 +67,7 @@ class StoredRun:
 
     @property
     def fingerprint(self) -> str:
-        """Of the prepared data; "" where it is not known."""
+        """The fingerprint of the prepared data; "" where it is not known."""
         return self.inputs.get("data") or self.inputs.get("prepared") or ""
 
     @property
@@ -77,7 +79,7 @@ class StoredRun:
         return short(self.versions.get("started") or "unknown")
 
     def number(self, name: str) -> float | None:
-        """A finite number of the result; None for anything else."""
+        """The result's value if it is a finite number, otherwise None."""
         value = self.result.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         try:
@@ -87,11 +89,12 @@ class StoredRun:
 
 
 def read_runs(runs_dir: Path) -> tuple[list[StoredRun], list[LeftOut]]:
-    """The finished rankers, LUMs and towers below a folder; and the runs that are unfinished or cannot be read, each
-    with the reason. Raises MissingFileError where there is no such folder.
+    """The finished rankers, LUMs and towers below a folder; and the runs that were not read, with the reason.
+
+    Raises MissingFileError where there is no such folder.
     """
     if not runs_dir.is_dir():
-        raise MissingFileError(f"there is no folder {runs_dir}; expected that of the runs, such as runs")
+        raise MissingFileError(f"there is no folder {runs_dir}; expected the folder of the runs, such as runs")
     runs, left_out = [], []
     for folder, why in _folders(runs_dir):
         name = str(folder.relative_to(runs_dir))
@@ -106,7 +109,7 @@ def read_runs(runs_dir: Path) -> tuple[list[StoredRun], list[LeftOut]]:
 
 
 def _folders(runs_dir: Path) -> Iterator[tuple[Path, str]]:
-    """(folder, "") of each run, and (folder, why not) of what is not looked into."""
+    """(folder, "") for each run, and (folder, reason) for each folder that is not read."""
     errors: list[OSError] = []
     for number, (path, names, files) in enumerate(os.walk(runs_dir, onerror=errors.append)):
         folder = Path(path)
@@ -120,7 +123,7 @@ def _folders(runs_dir: Path) -> Iterator[tuple[Path, str]]:
                 yield folder / name, "is a link, which is not followed: run this again on the folder it leads to"
         if "versions.json" in files and depth:
             yield folder, ""
-            names.clear()  # a run holds no other
+            names.clear()  # a run contains no other run
         elif "manifest.json" in files:  # prepared data
             names.clear()
         elif depth >= MOST_NESTED:
@@ -131,14 +134,14 @@ def _folders(runs_dir: Path) -> Iterator[tuple[Path, str]]:
 
 
 def read_run(folder: Path, name: str) -> StoredRun | None:
-    """The finished run in a folder; None for a finished run of a stage that has no figures of a model.
+    """The finished run in a folder; None for a finished run of a stage without metrics of a model.
 
-    Raises UserError, which says why, for one that is unfinished or cannot be read.
+    Raises UserError with the reason for a run that is unfinished or cannot be read.
     """
     versions = _json(folder / "versions.json")
     stage = str(versions.get("stage"))
     if stage not in STAGES:
-        raise UserError("its versions.json names no stage: it is of an earlier version, or not of lumrec")
+        raise UserError("its versions.json names no stage: it is from an earlier version of lumrec, or not from lumrec")
     config = parse(_content(folder / "config.yaml"), "config.yaml")
     if not isinstance(config, Mapping):
         raise UserError("config.yaml holds no settings")
@@ -181,7 +184,7 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _unfinished(folder: Path) -> str:
-    """Why a run has no result, as far as its folder and its pipeline's log show."""
+    """The reason why a run has no result, as far as its folder and its pipeline's log show it."""
     if failed := sorted(name for name in os.listdir(folder) if name.startswith("non-finite-")):
         return f"failed: the loss or a gradient was not finite ({failed[0]})"
     logs = folder.parent / "logs"
@@ -211,7 +214,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, *, tail: bool = False) -> bytes:
-    """What a small regular file holds, or the end of a large one where `tail` is set.
+    """The contents of a small regular file; with `tail`, the end of a large one.
 
     Raises MissingFileError; UserError for links, pipes, devices, folders and large files.
     """

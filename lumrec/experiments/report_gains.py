@@ -1,4 +1,4 @@
-"""The gain of a model with LUM knowledge over its base: the paired interval over users, and a verdict in words."""
+"""The gain of a model with LUM knowledge over its base: the paired interval over users, and a verdict."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lumrec.metrics.bootstrap import METRICS, Comparison, Interval, compare_mean
 from lumrec.metrics.compare import RANKS, SCORES, Ranks, Scores, better, read_ranks, read_scores
 from lumrec.run.files import read_json
 
-LEAST_USERS = LEAST_OF_A_CLASS = 30  # of the test part: an interval over fewer users says little
-NO_SCORES = "no interval: not every run keeps its scores; train it again with overwrite=true"
-OTHER_ROWS = "no interval: the two were tested on other rows"
+LEAST_USERS = LEAST_OF_A_CLASS = 30  # in the test part: an interval over fewer users means little
+NO_SCORES = "no interval: not every run has its scores; train it again with overwrite=true"
+OTHER_ROWS = "no interval: the runs were tested on different rows"
 NO_STEPS = "trained in too few steps to say"
 NO_ROWS = "too few test rows to say"
 NO_HITS = "too few hits to say"
@@ -27,12 +27,12 @@ BETTER, WORSE, NOISE = "better", "worse", "within noise"
 def gains(
     base: Sequence[Path], other: Sequence[Path], metrics: Sequence[str] = METRICS, *, num_seeds: int = 0
 ) -> dict[str, float | str]:
-    """The gain of finished runs over others of the same seeds, in pairs, on the same test rows.
+    """The gain of the runs `other` over the runs `base`, paired by seed, on the same test rows.
 
     For each metric: "auc_gain" (mean over the pairs), "auc_gain_low", "auc_gain_high" (95 % over users, paired),
-    "auc_gain_sd" (over several seeds) and "auc_verdict"; and "test_rows" and "test_users". Where there can be no
-    interval, only the verdicts, which name the reason. metrics: those of rankers, or "hr@10", … of two towers.
-    num_seeds: seeds of each model, where the pairs are of several models, one after the other.
+    "auc_gain_sd" (over several seeds) and "auc_verdict"; and "test_rows" and "test_users". If no interval can be
+    computed, only the verdicts, which give the reason. metrics: those of rankers, or "hr@10", … for two towers.
+    num_seeds: number of seeds of each model, if the pairs are from several models, one after another.
     """
     runs, num = [*base, *other], len(base)
     kept, read = (RANKS, read_ranks) if "@" in metrics[0] else (SCORES, read_scores)
@@ -70,7 +70,7 @@ def _same_rows(one: Scores | Ranks, other: Scores | Ranks) -> bool:
 def _compared(
     scores: Sequence[Any], num: int, metrics: Sequence[str]
 ) -> tuple[dict[str, Comparison], dict[str, list[float]], dict[str, str]]:
-    """By metric: the comparison, the gain of each pair, and why an interval would say little, if so."""
+    """By metric: the comparison, the gain of each pair, and why an interval would mean little ("" = it does not)."""
     if isinstance(scores[0], Scores):
         label_N, user_N = scores[0].label_N, scores[0].user_N
         logits = [one.logit_N for one in scores]
@@ -92,7 +92,7 @@ def _compared(
 
 
 def verdict(metric: str, difference: Interval, by_seed: Sequence[float]) -> str:
-    """ "better" or "worse" where the interval leaves 0 out and every seed agrees, else "within noise"."""
+    """ "better" or "worse" if the interval excludes 0 and every seed agrees, otherwise "within noise"."""
     if not math.isfinite(difference.low):
         return NO_ROWS
     agrees = all(gain * difference.low > 0 for gain in by_seed)
@@ -100,7 +100,7 @@ def verdict(metric: str, difference: Interval, by_seed: Sequence[float]) -> str:
 
 
 def gain_text(result: Mapping[str, float | str], key: str) -> str:
-    """The gain of a metric (`key`_gain, …) in a table's cell: +0.0064 [+0.0050, +0.0075] ± 0.0004, better."""
+    """The gain of a metric (`key`_gain, …) as text: +0.0064 [+0.0050, +0.0075] ± 0.0004, better."""
     gain, low, high, sd = (result.get(f"{key}_{name}") for name in ("gain", "gain_low", "gain_high", "gain_sd"))
     text = f"{gain:+.4f}" if isinstance(gain, float) else "–"
     if isinstance(low, float) and isinstance(high, float):
@@ -111,19 +111,19 @@ def gain_text(result: Mapping[str, float | str], key: str) -> str:
 
 
 def measured(result: Mapping[str, float | str]) -> str:
-    """Sentences that follow a table's protocol: the test rows, and what its gains are; "" where that is not known."""
+    """Sentences to add to a table's protocol: the test rows, and how to read its gains; "" where that is not known."""
     rows, users = result.get("test_rows"), result.get("test_users")
     if not (isinstance(rows, (int, float)) and isinstance(users, (int, float))):
         return ""
     return (
         f" {rows:,.0f} test rows of {users:,.0f} users. Imp.: the gain, its 95 % interval over users (the same users "
-        "for both), ± one standard deviation over the seeds where there are several; better or worse where the "
-        "interval leaves 0 out and every seed agrees."
+        "for both), ± one standard deviation over the seeds if there are several; better or worse if the interval "
+        "excludes 0 and every seed agrees."
     )
 
 
 def notes_of(result: Mapping[str, Any]) -> list[str]:
-    """The notes of stages ("note/<stage>" of a pipeline's result), each once, with the names of its stages."""
+    """The notes of a pipeline's stages ("note/<stage>" of its result), each once, with the names of the stages."""
     stages: dict[str, list[str]] = {}
     for key, value in result.items():
         if key.startswith("note/"):

@@ -1,4 +1,4 @@
-"""report.html of a pipeline: the verdict, the figures, charts, and how it was made."""
+"""report.html of a pipeline: the verdict, the figures, charts, and how they were made."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MEANING = {
 def write_page(
     folder: Path, config: Config, stages: Sequence[PlannedStage], result: Mapping[str, Any], note: str
 ) -> Path:
-    """Writes report.html into `folder`; returns its path. note: what data the run is on, in a few words."""
+    """Writes report.html into `folder`; returns its path. note: a few words about the run's data."""
     table, seeds = rows(config, result), config.pipeline.seeds
     best_auc = result.get("prepare/best_auc")
     metrics = [
@@ -91,12 +91,12 @@ def write_page(
 
 
 def has_gains(table: Sequence[Row], metric: str) -> bool:
-    """Whether any row has a base to compare with."""
+    """Whether any row has a gain over a base."""
     return any(row.figures[metric].gain is not None for row in table if metric in row.figures)
 
 
 def _charts(stages: Sequence[PlannedStage], table: Sequence[Row]) -> list[dict[str, Any]]:
-    """The gains with their intervals, or, where there are none, the figures themselves; then the training curves."""
+    """Charts of the gains with their intervals (without a base: of the figures), then of the training curves."""
     charts = []
     for metric, label in METRICS.items():
         if has_gains(table, metric):
@@ -134,7 +134,7 @@ def _dot(row: Row, metric: str, *, is_gain: bool) -> Dot | None:
 
 
 def _series(stages: Sequence[PlannedStage], app: str, metric: str) -> list[Series]:
-    """One line for each stage; of several seeds only the first, so that the chart stays readable."""
+    """One line for each stage; only those with the first seed, so that the chart stays readable."""
     of_app = [stage for stage in stages if stage.app == app]
     rankers = list(dict.fromkeys(stage.ranker for stage in of_app))
     lines = []
@@ -152,7 +152,7 @@ def _series(stages: Sequence[PlannedStage], app: str, metric: str) -> list[Serie
 def _made(
     stages: Sequence[PlannedStage], config: Config, result: Mapping[str, Any], note: str
 ) -> list[tuple[str, str]]:
-    """(heading, text) of what the figures rest on."""
+    """(heading, text) about the data, the protocol and the LUM behind the figures."""
     prepared, split = stages[0].path, config.data.split
     facts = read_json(prepared / "result.json", again="prepare the data again with overwrite=true")
     counts = (
@@ -188,4 +188,4 @@ def _versions(stages: Sequence[PlannedStage]) -> dict[str, Any]:
         path = stage.path / "versions.json"
         if path.exists():
             found |= read_json(path, again=f"make {stage.path} again with overwrite=true")
-    return {name: value for name, value in found.items() if name not in ("stage", "id")}  # these are of one stage
+    return {name: value for name, value in found.items() if name not in ("stage", "id")}  # these differ by stage

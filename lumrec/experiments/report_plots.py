@@ -1,7 +1,7 @@
 """Charts as SVG: curves from metrics.jsonl, and figures with their intervals.
 
-Charts of a page are 360 points wide with text of 9 points, which is 11.7 pixels where a page 500 pixels wide shows
-them. Their text is text, and their colours are the variables of templates/base.html.j2, so they follow dark mode.
+Charts of a page are 360 points wide with text of 9 points, which is 11.7 pixels on a page that is 500 pixels wide.
+Their text is stored as text, and their colours are the variables of templates/base.html.j2, so they follow dark mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from lumrec.run.errors import UserError
 from lumrec.run.printable import printable
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. On a page, the n-th is the CSS variable --c<n>.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. On a page, the n-th is the CSS variable --c<n>.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31", "#7f7f7f")
 KNOWLEDGE_COLOURS = {"none": 8, "tables": 4, "direct": 0, "matching": 2, "both": 1}
 DASHES = ("-", "--", ":", "-.")  # one for each ranker
@@ -73,7 +73,7 @@ def read_series(path: Path, metric: str, label: str) -> Series:
 
 
 def curves(lines: Sequence[Series], *, ylabel: str) -> Markup:
-    """Lines over training steps, with a legend below; few points are marked. A chart of a page."""
+    """A page's chart of lines over training steps, with a legend below; lines with few points have markers."""
     figure = Figure(figsize=(5.0, 2.9 + 0.2 * -(-len(lines) // LEGEND_COLUMNS)), layout="constrained")
     axes = figure.add_subplot()
     handles: list[Artist] = []
@@ -104,22 +104,22 @@ def curves(lines: Sequence[Series], *, ylabel: str) -> Markup:
 
 
 def dots(labels: Sequence[str], panels: Mapping[str, Sequence[Dot | None]], *, zero: bool = False) -> Figure:
-    """Figures with their intervals, a panel for each title of an axis, one line for each label (from the top).
+    """Figures with their intervals: a panel for each axis title, and one line for each label, from the top.
 
-    zero: mark 0 by a line.
+    zero: draw a line at 0.
     """
     figure = Figure(figsize=(5.0 * len(panels), 0.75 + 0.3 * len(labels)), layout="constrained")
-    places = list(range(len(labels)))[::-1]
+    heights = list(range(len(labels)))[::-1]
     for number, (title, found) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
         if zero:
             axes.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
-        for place, dot in zip(places, found):
+        for y, dot in zip(heights, found):
             if dot is not None:
                 colour = COLOURS[dot.colour % len(COLOURS)]
-                axes.plot([dot.low, dot.high], [place, place], color=colour, linewidth=1.6, marker="|", markersize=8)
-                axes.plot([dot.value], [place], color=colour, marker="o", markersize=6)
-        axes.set_yticks(places, [printable(label) if number == 0 else "" for label in labels])
+                axes.plot([dot.low, dot.high], [y, y], color=colour, linewidth=1.6, marker="|", markersize=8)
+                axes.plot([dot.value], [y], color=colour, marker="o", markersize=6)
+        axes.set_yticks(heights, [printable(label) if number == 0 else "" for label in labels])
         axes.set_ylim(-0.6, len(labels) - 0.4)
         _finish(axes, title, grid="x")
         axes.tick_params(axis="y", left=False)
@@ -129,17 +129,17 @@ def dots(labels: Sequence[str], panels: Mapping[str, Sequence[Dot | None]], *, z
 
 
 def dot_chart(labels: Sequence[str], xlabel: str, found: Sequence[Dot | None], *, zero: bool = False) -> Markup:
-    """`dots` of one panel as a chart of a page."""
+    """`dots` with one panel, as a page's chart."""
     return Markup(_svg(dots(labels, {xlabel: found}, zero=zero), on_page=True))
 
 
 def result_plot(
     rows: Sequence[tuple[str, str]], result: Mapping[str, float | str], metric: str = "auc", title: str = "AUC"
 ) -> str:
-    """A metric of each row (label, key) of a flat result as dots with ± one standard deviation; an SVG file's text.
+    """A metric of each row (label, key) of a flat result as dots with ± one standard deviation, as the text of an SVG.
 
-    Rows of one model (the key's first part) have a colour. The paper's figures have a panel of their own: its logs and
-    splits differ from ours, and on a common scale the differences within ours could not be seen.
+    Rows of one model (the key's first part) share a colour. The paper's figures have a separate panel: its logs and
+    splits differ from ours, and on a common scale the differences between our rows would be invisible.
     """
     panels = {metric: f"{title} of the test part"}
     if any(f"{key}/paper_auc" in result for _, key in rows):
@@ -169,7 +169,7 @@ def _finish(axes: Axes, xlabel: str, *, grid: str) -> None:
 
 
 def _svg(figure: Figure, *, on_page: bool = False) -> str:
-    """The figure as an <svg> element that scales with the page, without the XML head that HTML does not take."""
+    """The figure as an <svg> element that scales with the page, without the XML header, which HTML does not accept."""
     for label in figure.findobj(Text):
         label.set_parse_math(False)  # a "$" in a name is a dollar
         label.set_text(printable(label.get_text()))

@@ -1,4 +1,4 @@
-"""The comparison of rankers without and with LUM knowledge: rows of figures, verdicts, and the terminal's table."""
+"""Compares rankers without and with LUM knowledge: rows of figures, verdicts, and a text table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = {
     "matching": "+ interest matching",
     "both": "+ both",
 }
-# As "DIN gains 0.0034 AUC from …" goes on.
+# Completes the sentence "DIN gains 0.0034 AUC from …".
 GIVEN = {
     "tables": "the LUM's embedding tables",
     "direct": "the LUM's direct features",
@@ -26,14 +26,14 @@ GIVEN = {
     "both": "the LUM (direct features and interest matching)",
 }
 RANKER_NAMES = {name: name.upper() for name in RANKERS}
-ONE_SEED = "One seed: how far another would differ is not measured."
+ONE_SEED = "One seed: the variation between seeds is not measured."
 
 
 class Figure(NamedTuple):
     """A metric's mean over seeds and its standard deviation (None for one seed).
 
-    gain: the difference to the base, None without one; low, high: its 95 % interval over users; gain_sd: its standard
-    deviation over the seeds; verdict: see report_gains.gains.
+    gain: the difference from the base, None without one. low, high: its 95 % interval over users. gain_sd: its standard
+    deviation over the seeds. verdict: see report_gains.gains.
     """
 
     value: float
@@ -69,14 +69,14 @@ class Row(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a kind of knowledge gives a ranker, in a sentence. verdict: as of report_gains.gains."""
+    """A sentence about what a kind of knowledge gives a ranker. verdict: see report_gains.gains."""
 
     verdict: str
     text: str
 
 
 def rows(config: Config, result: Mapping[str, float | str]) -> list[Row]:
-    """The rows of the comparison in the order of the config, from a pipeline's flat result."""
+    """The rows of the comparison from a pipeline's flat result, in the order of the config."""
 
     def number(name: str) -> float | None:
         value = result.get(name)
@@ -101,7 +101,7 @@ def rows(config: Config, result: Mapping[str, float | str]) -> list[Row]:
 
 
 def verdicts(config: Config, table: Sequence[Row]) -> list[Verdict]:
-    """What each kind of knowledge gives each ranker in AUC, a sentence each; [] where there is no base."""
+    """For each ranker and kind of knowledge, a sentence about its gain in AUC; [] where there is no base."""
     seeds = config.pipeline.seeds
     over = f"over {len(seeds)} seeds" if len(seeds) > 1 else "with one seed"
     said = []
@@ -159,7 +159,7 @@ def test_part(result: Mapping[str, float | str]) -> str:
 
 
 def gain_lines(table: Sequence[Row]) -> list[str]:
-    """A line for each metric of each row that has a base to compare with; [] without any."""
+    """A line for each metric of each row that has a gain over a base; [] if there is none."""
     lines, is_one_seed = [], True
     for row in table:
         name = row.name
@@ -176,7 +176,7 @@ def gain_lines(table: Sequence[Row]) -> list[str]:
 
 
 def lum_alone(result: Mapping[str, float | str]) -> list[str]:
-    """How well the LUM's answers rank without any ranker, in a sentence; [] where the LUM was not asked."""
+    """A sentence about how well the LUM's answers rank without a ranker; [] where the LUM was not asked."""
     auc, gauc = result.get("query/test/lum_auc"), result.get("query/test/lum_gauc")
     if not (isinstance(auc, float) and isinstance(gauc, float)):
         return []
@@ -184,7 +184,7 @@ def lum_alone(result: Mapping[str, float | str]) -> list[str]:
 
 
 def treatment(config: Config) -> list[str]:
-    """What the rows with knowledge have that the paper's do not, in sentences."""
+    """Sentences about what the rows with knowledge have that the paper's do not."""
     said = []
     if config.rank.tables == "lum":
         said.append("Rows with knowledge start from the LUM's tables, the base from fresh ones.")
@@ -201,12 +201,12 @@ def spoken(figure: Figure | None) -> str:
 
 
 def what_next(folder: Path, page: Path, *, is_movielens: bool) -> str:
-    """Where the results are, and commands to try next."""
+    """The paths of the results, and commands to try next."""
     config = "torchx run apps/pipeline.py --config configs/ml-1m"
     tries = {
         "both rankers, three seeds": f"{config}.yaml",
         "split by time": f"{config}-temporal.yaml",
-        "the LUM on its own": "torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml",
+        "the LUM without a ranker": "torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml",
         "other settings": f"{config}.yaml run=mine model.dim=96",
     }
     if not is_movielens:

@@ -14,7 +14,7 @@ from lumrec.run import limits
 from lumrec.run.errors import UserError
 from lumrec.run.limits import count, setting
 
-# none: the plain ranker on fresh tables. tables: it starts with the LUM's tables and reads nothing else of the LUM.
+# none: the plain ranker with fresh tables. tables: it starts with the LUM's tables and reads nothing else from the LUM.
 Knowledge = Literal["none", "tables", "direct", "matching", "both"]
 KNOWLEDGE = get_args(Knowledge)
 
@@ -26,15 +26,15 @@ DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 class PipelineConfig:
     """What the pipeline runs and compares.
 
-    dataset: "" = as in `data`; auto = MovieLens-1M where it is found or can be downloaded, else the simulator.
+    dataset: "" = as in `data`; auto = MovieLens-1M if it is found or can be downloaded, otherwise the simulator.
     folds: number of folds of users for cross-fitting: each user's answers come from a LUM that was not trained on that
         user; 1 = one LUM of all users (in-sample).
-    rankers: rankers to train. Every combination of rankers, knowledge and seeds is trained.
-    knowledge: none (the base; always on fresh tables), tables (the base on the LUM's tables: the control where
+    rankers: rankers to train; every combination of rankers, knowledge and seeds is trained.
+    knowledge: none (the base; always with fresh tables), tables (the base with the LUM's tables, the control if
         rank.tables is lum), direct, matching, both.
     seeds: seeds of the rankers.
-    tuned: settings of a ranker ("din"), or of one with a kind of knowledge ("din/both", over the former), as a list of
-        key=value; apps/tune.py finds them.
+    tuned: settings for a ranker ("din"), or for a ranker with a kind of knowledge ("din/both", which take precedence),
+        each a list of key=value; apps/tune.py finds them.
     jobs: stages that run at the same time; 0 = one for each core.
     """
 
@@ -51,7 +51,7 @@ class PipelineConfig:
         for name in ("rankers", "knowledge", "seeds"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
-                raise UserError(f"{at}{name}: got {list(given)}, expected one or more, none of them twice")
+                raise UserError(f"{at}{name}: got {list(given)}, expected one or more, without repetitions")
         for name, words in self.tuned.items():
             ranker, slash, kind = name.partition("/")
             if ranker not in RANKERS or (slash and kind not in KNOWLEDGE):
@@ -68,12 +68,12 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """A search of settings for pipeline.rankers and pipeline.knowledge, each trial with the first of pipeline.seeds.
+    """Search of settings for pipeline.rankers and pipeline.knowledge; each trial uses the first of pipeline.seeds.
 
     trials: number of trials for each ranker with each kind of knowledge. The first is the config itself; the others are
-        drawn, none twice, and the same for all.
+        drawn without repetition, and are the same for all.
     seed: seed of the draws.
-    space: settings that are varied, "key=a|b|c" each, with one value as likely as another.
+    space: settings to vary, each "key=a|b|c"; all values are equally likely.
     """
 
     trials: int = count(8, least=1, most=100_000)
@@ -93,7 +93,7 @@ class TuneConfig:
 
 
 def draw(config: TuneConfig) -> list[list[str]]:
-    """The words of each trial; the first has none. Raises UserError for a space that is not "key=a|b" or too small."""
+    """The overrides of each trial, the first without any. Raises UserError for an invalid or too small space."""
     choices = []
     for entry in config.space:
         key, equals, values = entry.partition("=")
@@ -103,21 +103,24 @@ def draw(config: TuneConfig) -> list[list[str]]:
         choices.append([f"{key}={option}" for option in options])
     size = math.prod(len(options) for options in choices) if choices else 0
     if not 1 <= config.trials <= size + 1:
-        raise UserError(f"tune.trials is {config.trials}; tune.space has {size} combinations, and the first is none")
+        raise UserError(
+            f"tune.trials is {config.trials}; expected at most {size + 1}: the config itself and the {size} "
+            "combinations of tune.space"
+        )
     random = np.random.default_rng(config.seed)
-    places = random.choice(size, config.trials - 1, replace=False).tolist() if size else []
+    indices = random.choice(size, config.trials - 1, replace=False).tolist() if size else []
     shape = tuple(len(options) for options in choices)
-    drawn = [np.unravel_index(place, shape) for place in places]
-    return [[], *([options[i] for options, i in zip(choices, place, strict=True)] for place in drawn)]
+    drawn = [np.unravel_index(index, shape) for index in indices]
+    return [[], *([options[i] for options, i in zip(choices, at, strict=True)] for at in drawn)]
 
 
 @dataclass(frozen=True)
 class WarmUpConfig:
     """The warm-up rows of Table 5.
 
-    share: share of the training part, by time, from which the online model and the LUM learn; the study's rankers train
-        on the rest.
-    engineered: features of the schema that, like rank.statistics, are read only by "feature" and the online model.
+    share: share of the training part, from the earliest on, that the online model and the LUM are trained on; the
+        study's rankers train on the rest.
+    engineered: features of the schema that, like rank.statistics, only the "feature" rows and the online model read.
     """
 
     share: float = setting(0.75, above=0, below=1)

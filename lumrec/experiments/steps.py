@@ -1,4 +1,4 @@
-"""The steps of the paper as Python functions: each takes the config, runs its stage, and gives back what it made.
+"""The steps of the paper as Python functions: each takes the config, runs its stage, and returns what it made.
 
     import lumrec
 
@@ -8,9 +8,9 @@
     knowledge = lumrec.build_knowledge(config)
     result = lumrec.fit_ranker(config)
 
-They write the same run folders as the apps, and follow the same rules: a finished run of the same config is read, not
-made again; an unfinished one goes on; one of another config is refused unless `overwrite=true`. Each raises UserError
-for settings and inputs that cannot be used.
+They write the same run folders as the apps and follow the same rules: a finished run with the same config is reused, an
+unfinished one continues, and one with another config is refused unless `overwrite=true`. Each raises UserError for
+settings and inputs that cannot be used.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from lumrec.stages.registry import STAGES
 
 
 def prepare_data(config: Config) -> PreparedData:
-    """The prepared data of `runs/<name>-prepare`, made from the log where they are not there yet."""
+    """The prepared data of `runs/<name>-prepare`, made from the log if they do not exist yet."""
     return open_or_prepare(config)
 
 
 def fit_lum(config: Config) -> tuple[DistributedModelParallel, PackBuilder, TrainedLum]:
-    """Step 1: the LUM that `config.model` and `config.pretrain` describe, trained; see `load_lum` for the three."""
+    """Step 1: trains the LUM that `config.model` and `config.pretrain` describe; returns what `load_lum` returns."""
     STAGES["pretrain"].run(config)
     return load_lum(config.folder("pretrain"), open_or_prepare(config))
 
 
 def build_knowledge(config: Config) -> Knowledge:
-    """Step 2: the LUM's answers to `config.query` for every row and user; `KnowledgeStore.open` reads the users'."""
+    """Step 2: stores the LUM's answers to `config.query` for every row and user, and opens those for the rows."""
     STAGES["query"].run(config)
     return Knowledge.open(config.folder("query"), open_or_prepare(config))
 
 
 def fit_ranker(config: Config) -> dict[str, Any]:
-    """Step 3: the metrics of the ranker that `config.rank` describes, trained; the same as in its result.json."""
+    """Step 3: trains the ranker that `config.rank` describes; returns its metrics, as in its result.json."""
     return STAGES["rank"].run(config)

@@ -1,7 +1,7 @@
-"""Settings of each ranker, searched with the same effort without and with knowledge: a plain seeded random search.
+"""Tunes each ranker with the same effort without and with knowledge: a seeded random search.
 
-Every ranker with every kind of knowledge gets the same trials, each the whole training of one seed, and the validation
-part chooses; no trial touches the test part. The stages before it are the pipeline's, in the same run folder::
+Every ranker with every kind of knowledge gets the same trials, each a full training with one seed. The best is chosen
+on the validation part; no trial reads the test part. The stages before are the pipeline's, in the same run folder::
 
     runs/<run>/  prepare/ lum-0of2/ lum-1of2/ query/  trial-din-none-0/ …  trials.json tuned.yaml
 """
@@ -24,11 +24,11 @@ from lumrec.run.typed_yaml import dump
 
 
 def run(config: Config) -> dict[str, float | str]:
-    """Runs the trials that are not finished yet, and gives for each "<ranker>/<knowledge>": "…/valid/<metric>" of the
-    best and of the first trial ("…/first/valid/<metric>"), and its number ("…/trial").
+    """Runs the trials that are not finished yet; returns the best trial of each ranker and kind of knowledge.
 
-    Writes trials.json (every trial with its words and figures) and tuned.yaml, a config's `pipeline.tuned` section.
-    Raises UserError for a space that cannot be drawn from and as the pipeline does.
+    Keys for each "<ranker>/<knowledge>": "…/trial" (index of the best), "…/valid/<metric>" of the best trial and
+    "…/first/valid/<metric>" of the first. Writes trials.json (overrides and metrics of all trials) and tuned.yaml, a
+    config's `pipeline.tuned` section. Raises UserError for a space that cannot be drawn from, and like the pipeline.
     """
     words = draw(config.tune)
     pipeline.check(config)
@@ -56,8 +56,7 @@ def run(config: Config) -> dict[str, float | str]:
 
 
 def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
-    """The pipeline's stages up to the knowledge, and the trials in place of its rankers."""
-
+    """The pipeline's stages up to the knowledge, and the trials instead of its rankers."""
     one_seed = dataclasses.replace(config.pipeline, seeds=config.pipeline.seeds[:1])
     stages = []
     for stage in pipeline.plan(dataclasses.replace(config, pipeline=one_seed)):
@@ -65,16 +64,16 @@ def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
             stages.append(stage)
             continue
         ranker, kind = stage.ranker, stage.knowledge
-        for place, of_trial in enumerate(words):
-            name = f"trial-{ranker}-{kind}-{place}"
+        for index, of_trial in enumerate(words):
+            name = f"trial-{ranker}-{kind}-{index}"
             trial = with_overrides(stage.config, [*of_trial, "rank.test=false"], origin="tune.space")
             trial = dataclasses.replace(trial, run=f"{config.run}/{name}", pipeline=config.pipeline)
-            stages.append(dataclasses.replace(stage, name=name, config=trial, variant=str(place)))
+            stages.append(dataclasses.replace(stage, name=name, config=trial, variant=str(index)))
     return stages
 
 
 def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
-    """The trials for the terminal, the winners marked."""
+    """The trials as text for the terminal, with the best ones marked."""
     lines = [f"{'':22}{'AUC':>8}{'gAUC':>8}{'log loss':>10}  of the validation part"]
     for trial in trials:
         figures = [trial[f"valid/{metric}"] for metric in ("auc", "gauc", "log_loss")]
@@ -86,16 +85,16 @@ def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
 
 
 def _trial(stage: PlannedStage, words: list[list[str]], config: Config) -> dict[str, Any]:
-    ranker, kind, place = stage.ranker, stage.knowledge, stage.variant
-    # Settings that the config has for this ranker already are a part of every trial, and stay with the winner.
+    ranker, kind, index = stage.ranker, stage.knowledge, int(stage.variant)
+    # Settings that the config already has for this ranker are part of every trial, and the best trial keeps them.
     before = [*config.pipeline.tuned.get(ranker, []), *config.pipeline.tuned.get(f"{ranker}/{kind}", [])]
-    keys = {word.partition("=")[0] for word in words[int(place)]}
+    keys = {word.partition("=")[0] for word in words[index]}
     kept = [word for word in before if word.partition("=")[0] not in keys]
     figures = {key: value for key, value in pipeline.read_result(stage).items() if key.startswith("valid/")}
     return {
         "name": f"{ranker}/{kind}",
-        "trial": int(place),
-        "words": [*kept, *words[int(place)]],
+        "trial": index,
+        "words": [*kept, *words[index]],
         **figures,
         "wall_s": pipeline.read_result(stage)["wall_s"],
     }

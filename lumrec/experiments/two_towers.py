@@ -1,4 +1,4 @@
-"""The two-tower's rows: EDB without and with a LUM's knowledge, over seeds, in one run folder.
+"""The rows of two towers (EDB) without and with a LUM's knowledge, over seeds, in one run folder.
 
 ::
 
@@ -13,17 +13,16 @@ from typing import Any
 
 from lumrec.experiments import pipeline
 from lumrec.experiments.config import Config
-from lumrec.experiments.plan import PlannedStage
+from lumrec.experiments.plan import PlannedStage, by_row
 from lumrec.run.unread import as_read
 
 
 def run(config: Config, measured: Sequence[str]) -> dict[str, float | str]:
-    """Runs what is not finished yet, and gives "retrieve/<knowledge>/<metric>" (means over the seeds, with "…_sd"
-    beside for what is `measured`), "retrieve/lum/<metric>" (the LUM by itself, asked without a condition, mean over the
-    folds) and "dataset".
+    """Runs the stages that are not finished yet, and returns the metrics of the towers and of the LUM.
 
-    The pipeline's `knowledge` is that of the towers, none and direct. Raises UserError for settings that cannot work,
-    and as the pipeline does.
+    Keys: "retrieve/<knowledge>/<metric>" (means over the seeds, with "…_sd" for what is `measured`),
+    "retrieve/lum/<metric>" (the LUM without towers, asked without a condition; means over the folds) and "dataset".
+    pipeline.knowledge is that of the towers: none and direct. Raises UserError like the pipeline.
     """
     pipeline.check(config)
     config, note = pipeline.resolve_dataset(config)
@@ -33,14 +32,14 @@ def run(config: Config, measured: Sequence[str]) -> dict[str, float | str]:
     collected: dict[str, float | str] = {"dataset": results["prepare"].get("dataset", config.data.source)}
     lums = [results[stage.name] for stage in stages if stage.app == "pretrain"]
     collected |= pipeline.mean_and_sd(lums, "retrieve/lum", measured=())
-    for kind in config.pipeline.knowledge:
-        runs = [results[f"retrieve-{kind}-s{seed}"] for seed in config.pipeline.seeds]
+    for (_, kind, _), of_row in by_row(stages).items():
+        runs = [results[stage.name] for stage in of_row]
         collected |= pipeline.mean_and_sd(runs, f"retrieve/{kind}", measured=measured)
     return collected
 
 
 def plan(config: Config) -> list[PlannedStage]:
-    """The pipeline's stages with the towers in place of its (one) ranker."""
+    """The pipeline's stages with the towers instead of its (one) ranker."""
     stages: list[PlannedStage] = []
     for stage in pipeline.plan(config):
         if stage.app == "rank":
@@ -48,6 +47,6 @@ def plan(config: Config) -> list[PlannedStage]:
             decided: dict[str, Any] = {"knowledge": stage.knowledge}
             settings = as_read(dataclasses.replace(stage.config.retrieve, **decided))
             towers = dataclasses.replace(stage.config, run=f"{config.run}/{name}", retrieve=settings)
-            stage = dataclasses.replace(stage, name=name, app="retrieve", config=towers)
+            stage = dataclasses.replace(stage, name=name, app="retrieve", ranker="", config=towers)
         stages.append(stage)
     return stages

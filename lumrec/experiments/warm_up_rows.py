@@ -1,4 +1,4 @@
-"""The warm-up rows of table 5 (LUM section 5.3): what a ranker gains from an online model, and a LUM beside it.
+"""The warm-up rows of table 5 (LUM section 5.3): the gain of a ranker from an online model, and from a LUM.
 
 ::
 
@@ -10,13 +10,13 @@
     param          the online model's weights, without them
     param_feature  the online model's weights, with them
 
-each for the plain ranker and with LUM knowledge, in one run folder::
+Each row is trained without and with LUM knowledge, all in one run folder::
 
     runs/<run>/  prepare/ online/ lum/ query/  rules/param-none.yaml …  rank-dlrm-none-scratch-s0/ …
 
-The online model is the ranker with all features, trained on the earlier days alone; it never sees an event of the
-study, not even to choose its weights by (its last ones are kept). What a study's ranker takes of it goes through the
-audited warm start: its first layer keeps the columns of what it still reads, and the LUM's start at zero.
+The online model is the ranker with all features, trained only on the earlier days. It never sees an event of the study,
+not even to select its weights (its last ones are kept). The study's rankers take its weights by the audited warm start:
+the first layer keeps the columns of the inputs that are left, and the LUM's columns start at zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import yaml
 from lumrec.data.prepared import PreparedData
 from lumrec.experiments import pipeline
 from lumrec.experiments.config import Config
-from lumrec.experiments.plan import PlannedStage
+from lumrec.experiments.plan import PlannedStage, by_row
 from lumrec.features.statistics import dense_inputs
 from lumrec.models.ranker import build_ranker
 from lumrec.run.config_file import with_overrides
@@ -45,10 +45,10 @@ FIRST_LAYER = "over_arch.0.weight"
 
 
 def run(config: Config) -> dict[str, float | str]:
-    """Runs what is not finished yet, and gives "rank/<ranker>/<knowledge>/<row>/<metric>" (means over the seeds, with
-    "…/auc_sd" beside), "online/<metric>" (the online model itself, on the test part) and "dataset".
+    """Runs the stages that are not finished yet, and returns the metrics of the rows and of the online model.
 
-    Raises UserError for settings that cannot work, and as the pipeline does.
+    Keys: "rank/<ranker>/<knowledge>/<row>/<metric>" (means over the seeds, and "…/auc_sd"), "online/<metric>" (the
+    online model on the test part) and "dataset". Raises UserError like the pipeline.
     """
     settings = config.warm_up
     config = dataclasses.replace(
@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, float | str]:
     pipeline.check(config)
     config, note = pipeline.resolve_dataset(config)
     stages = plan(config)
-    # The rules speak of columns, which are known once the data is.
+    # The rules contain columns, which are only known when the data are prepared.
     pipeline.make(config, stages, note, only=["prepare"])
     write_rules(stages)
     pipeline.make(config, stages, note)
@@ -67,8 +67,7 @@ def run(config: Config) -> dict[str, float | str]:
 
 
 def plan(config: Config) -> list[PlannedStage]:
-    """The pipeline's stages, the online model behind the first of them, and the rows in place of its rankers."""
-
+    """The pipeline's stages, with the online model after the first and the rows instead of its rankers."""
     folder, share = Path(config.runs_dir) / config.run, config.warm_up.share
     without = ["rank.statistics=none", f"rank.leave_out={list(config.warm_up.engineered)}"]
     source = [f"rank.warm_start.source={folder / 'online'}", "rank.tables=fresh"]
@@ -100,8 +99,7 @@ def plan(config: Config) -> list[PlannedStage]:
 
 
 def write_rules(stages: list[PlannedStage]) -> None:
-    """The rules files that the stages name: everything of the online model, by columns where the features differ."""
-
+    """Writes the rules files that the stages name: they copy the online model, by columns where the inputs differ."""
     online = next(stage for stage in stages if stage.name == "online")
     data = PreparedData.open(Path(online.config.runs_dir) / online.config.inputs.prepared)
     theirs = _layout(online.config, data)
@@ -115,14 +113,13 @@ def write_rules(stages: list[PlannedStage]) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """columns: width of each input of the first layer, by name, in order. parameters: names of all of them."""
+    """columns: name → width of each input of the first layer, in order. parameters: names of all parameters."""
 
     columns: dict[str, int]
     parameters: set[str]
 
 
 def _layout(config: Config, data: PreparedData) -> Layout:
-
     settings = as_read(dataclasses.replace(config.rank, knowledge="none"))
     data = data.without(settings.leave_out)
     statistics = dense_inputs(data, kind=settings.statistics).names
@@ -133,7 +130,7 @@ def _layout(config: Config, data: PreparedData) -> Layout:
 
 
 def rules(theirs: Layout, ours: Layout, *, knowledge: bool) -> dict[str, Any]:
-    """Rules by which a ranker takes over the online model: inputs of the same name keep their weights."""
+    """The rules by which a ranker starts from the online model: inputs of the same name keep their weights."""
     own = {name: (start, ours.columns[name]) for name, start in _starts(ours.columns).items()}
     parts: list[list[int]] = []
     for name, start in _starts(theirs.columns).items():
@@ -174,9 +171,6 @@ def collect(config: Config, stages: list[PlannedStage]) -> dict[str, float | str
     results = {stage.name: pipeline.read_result(stage) for stage in stages if stage.app in ("rank", "prepare")}
     collected: dict[str, float | str] = {"dataset": results["prepare"].get("dataset", config.data.source)}
     collected |= {f"online/{name}": results["online"][name] for name in pipeline.MEASURED}
-    for ranker in config.pipeline.rankers:
-        for kind in config.pipeline.knowledge:
-            for row in ROWS:
-                runs = [results[f"rank-{ranker}-{kind}-{row}-s{seed}"] for seed in config.pipeline.seeds]
-                collected |= pipeline.mean_and_sd(runs, f"rank/{ranker}/{kind}/{row}")
+    for row, of_row in by_row(stages).items():
+        collected |= pipeline.mean_and_sd([results[stage.name] for stage in of_row], "/".join(["rank", *row]))
     return collected

@@ -117,8 +117,8 @@ def test_runs_that_no_table_holds_are_listed_with_the_reason(make, tmp_path, cap
     main([str(tmp_path / "runs")])
     said = capsys.readouterr().out
     for name, why in {
-        "untested": "has no figures of a test part",
-        "old": "does not say on what data",
+        "untested": "has no test metrics",
+        "old": "does not name the data",
         "p/unfinished": "unfinished: ",
         "p/failed": "failed: no space left",
         "diverged": "failed: the loss or a gradient was not finite (non-finite-step-7.pt)",

@@ -235,7 +235,7 @@ def test_a_feature_that_is_gone_is_another_setting(config):
         ("pipeline.knowledge=[all]", "got 'all', expected one of none, tables, direct"),
         ("pipeline.dataset=ml", "pipeline.dataset: got 'ml'"),
         ("pipeline.seeds=[]", "pipeline.seeds: got [], expected one or more"),
-        ("pipeline.seeds=[1, 1]", "pipeline.seeds: got [1, 1], expected one or more, none of them twice"),
+        ("pipeline.seeds=[1, 1]", "pipeline.seeds: got [1, 1], expected one or more, without repetitions"),
         ("pipeline.folds=0", "pipeline.folds: got 0, expected at least 1"),
         ("fold=0/2", "fold=0/2 is for apps/pretrain.py"),
     ],
@@ -257,7 +257,7 @@ def test_settings_that_cannot_work(word, says):
         ("pretrain.train.optimizer.table_lrs={itm: 0.1}", "table_lrs: got 'itm'"),
         ("rank.leave_out=[mood]", "rank.leave_out: got 'mood'"),
         ("pipeline.rankers=[twin] rank.twin.category=mood", "rank.twin.category: got 'mood'"),
-        ("rank.sim.search=hard", "rank.sim.search=hard has no effect with pipeline.rankers=[din, dlrm]: leave out"),
+        ("rank.sim.search=hard", "rank.sim.search=hard has no effect with pipeline.rankers=[din, dlrm]: remove"),
         ("pipeline.knowledge=[none,tables] rank.knowledge_dim=9", "no effect with pipeline.knowledge=[none, tables]"),
         ("pipeline.tuned={din: [rank.sim.search=hard]}", "rank.sim.search=hard has no effect with rank.model=din"),
         ("pipeline.tuned={din/none: [rank.knowledge_dim=9]}", "rank.knowledge_dim=9 has no effect with rank.knowledge"),
@@ -304,7 +304,7 @@ def test_auto_falls_back_to_the_simulator_and_says_so(tmp_path, capsys):
     resolved, note = resolve_dataset(config)
     assert (resolved.data.source, resolved.run) == ("simulator", "quick-simulator")
     assert "SIMULATED LOG" in note
-    assert "MovieLens-1M cannot be had here" in capsys.readouterr().out
+    assert "MovieLens-1M is not available here" in capsys.readouterr().out
 
 
 def test_auto_takes_movielens_where_it_is(ml1m):
@@ -456,7 +456,7 @@ def test_from_a_simulated_log_to_the_report(tiny_words, stages_in_forks, tmp_pat
     told = capsys.readouterr().out
     assert "DIN base" in told
     assert "+ both" in told
-    assert "One seed: how far another would differ is not measured." in told
+    assert "One seed: the variation between seeds is not measured." in told
     stored = json.loads((tmp_path / "all" / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert stored["dataset"] == "simulator"

@@ -65,7 +65,7 @@ def test_the_hazard_is_shown_for_each_ranker():
     ("options", "says"),
     [
         ({"table": "7"}, "--table 7: expected 4, 5, retrieval or hazard"),
-        ({"dataset": "netflix"}, "data sets and variants that there are: beauty, kuairand"),
+        ({"dataset": "netflix"}, "the data sets and variants are beauty, kuairand"),
         ({"table": "5", "rows": "utilisation"}, "'utilisation' is none of scratch, utilization"),
         ({"rows": "scratch"}, "--rows is for table 5"),
     ],
@@ -132,7 +132,7 @@ def test_a_table_on_the_simulator(tiny_words, stages_in_forks, tmp_path):
     assert text.index("| DIN + LUM |") < text.index("| DLRM + LUM |") < text.index("| average Imp. |")
     assert "], " + both["dlrm/lum/gauc_verdict"] in text and f", {reproduce.EARLIER} |" in text
     assert "DIN: commit" in text and "DLRM: commit" in text and "pipeline.rankers=[dlrm]" in text
-    with pytest.raises(ValueError, match="rows of din by another protocol .*seeds .0., .* seeds .0, 1., "):
+    with pytest.raises(ValueError, match="rows of din with another protocol .*seeds .0., .* seeds .0, 1., "):
         reproduce.run([*words, "pipeline.seeds=[0,1]"], table="4", dataset="simulator", out=str(tmp_path / "results"))
 
 

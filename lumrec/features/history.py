@@ -294,7 +294,7 @@ class UserHistory:
 
     def to_bytes(self) -> bytes:
         """What `from_bytes` reads: a header with the length of each array, and the arrays, each at a multiple of 8."""
-        both = zip(self._arrays(), _dtypes(self.layout), strict=True)
+        both = zip(self.arrays(), _dtypes(self.layout), strict=True)
         arrays = [array.astype(dtype, copy=False) for array, dtype in both]
         lengths = np.array([len(array) for array in arrays], "<i8").tobytes()
         parts = [array.tobytes() for array in arrays]
@@ -322,8 +322,8 @@ class UserHistory:
             raise UserError("the state of a user is damaged: build it again")
         return cls._of_arrays(layout, iter(arrays))
 
-    def _arrays(self) -> Iterator[np.ndarray]:
-        """All that the state holds, in the order of `_dtypes`."""
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All that the state holds, in the order in which it is written."""
         yield np.array([self.count, self.label, self.excess])
         yield np.array([self.folded_until])
         yield np.array(list(self.dense.values()))

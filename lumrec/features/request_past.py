@@ -61,8 +61,9 @@ class RequestPast(Past):
         slot_V = self.request_B[row_V] * num_slots + slots[value_V]
         slots[value_V] = 0
         num = len(self.histories) * num_slots
-        of_V = [np.bincount(slot_P, minlength=num)[slot_V].astype(np.float64)]
-        of_V += [np.bincount(slot_P, values_T[event_P], num)[slot_V] for values_T in self.values.values()]
+        weights = [None, *(values_T[event_P] for values_T in self.values.values())]
+        # Without events, bincount gives integers whatever the weights.
+        of_V = [np.bincount(slot_P, weight_P, num)[slot_V].astype(np.float64) for weight_P in weights]
         for q, history in enumerate(self.histories):
             if history.count:
                 first, last = np.searchsorted(self.request_B[row_V], [q, q + 1])

@@ -93,7 +93,7 @@ class NegativeRows:
         """
         if wrong := int((block["label"] != 1).sum()):
             raise UserError(
-                f"data.negatives is for a log of positives only, and {wrong:,} of {len(block):,} events of a block "
+                f"data.negatives is for a log of positives only, and {wrong:,} of {len(block):,} events "
                 "have label 0: those are the negatives. Leave data.negatives out, or let data.label make all events "
                 "positive"
             )

@@ -273,6 +273,13 @@ def warnings(manifest: dict[str, Any]) -> list[str]:
     split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
     found = split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
     found += seen_warnings(manifest["facts"]["no_history_share"])
+    least = manifest["request"]["data"]["min_count"]
+    found += [
+        f"no value of table {table!r} occurs {least:,} times in the training part (data.min_count): all of them share "
+        "the row of unknown values"
+        for table, rows in manifest["table_rows"].items()
+        if rows == 1 and least > 1
+    ]
     return found + (draw_warnings(NegativeRowsConfig(**negatives), manifest["facts"]) if negatives else [])
 
 

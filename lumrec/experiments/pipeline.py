@@ -30,6 +30,7 @@ from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
 from lumrec.run import limits
 from lumrec.run.changes import config_differences
+from lumrec.run.config_file import as_text
 from lumrec.run.errors import UserError
 from lumrec.run.files import read_json, write_atomically
 from lumrec.run.folder import RunFolder, check_made_by, clear, has_work
@@ -50,6 +51,11 @@ def run(config: Config) -> dict[str, float | str]:
     settings; jobs.JobFailed where a stage fails.
     """
     check(config)
+    if given := [f"inputs.{key}={as_text(value)}" for key, value in vars(config.inputs).items() if value]:
+        raise UserError(
+            f"{given[0]} has no effect in the pipeline, whose stages read each other's results: leave it out, or run "
+            "the stages one by one"
+        )
     config, note = resolve_dataset(config)
     folder = Path(config.runs_dir) / config.run
     stages = plan(config)
@@ -60,7 +66,7 @@ def run(config: Config) -> dict[str, float | str]:
     write_json(folder / "result.json", result)
     page = write_page(folder, config, stages, result, note)
     say("\n" + comparison(config, result) + "\n")
-    say(what_next(folder, page, is_movielens=config.data.source == "movielens-1m"))
+    say(what_next(folder, page, config))
     return result
 
 
@@ -119,9 +125,12 @@ def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
 
 
 def check_prepared(prepared: PlannedStage, stages: Sequence[PlannedStage]) -> None:
-    """Raises UserError where one of the stages needs something that the prepared data do not have."""
+    """Raises UserError where a stage asks for what the prepared data do not have, or nothing could be measured."""
     if stages:
         data = PreparedData.open(prepared.path, verify=False)
+        measures = any(stage.app in ("rank", "retrieve") and not stage.variant for stage in stages)
+        if measures and not data.manifest["counts"]["test_events"]:
+            raise UserError(f"{prepared.path}: the test part has no events to measure by; choose another data.split")
         for stage in stages:
             STAGES[stage.app].check_data(stage.config, data)
 

@@ -90,7 +90,14 @@ def choice(ranker: str, kind: str) -> dict[str, Any]:
 
 def check_read_by_some(config: Config) -> None:
     """Raises UserError for a setting of rank that none of the pipeline's rankers reads."""
-    settings, rank = config.pipeline, config.rank
+    settings, rank, default = config.pipeline, config.rank, type(config.rank)()
+    for key, instead in (("model", "rankers"), ("knowledge", "knowledge")):
+        given, chosen = getattr(rank, key), getattr(settings, instead)
+        if given not in (getattr(default, key), *chosen):
+            raise UserError(
+                f"rank.{key}={given} has no effect in the pipeline: pipeline.{instead}={as_text(chosen)} decides what "
+                "is compared; change that, or leave the other out"
+            )
     lost = [
         without_effect(dataclasses.replace(rank, **choice(ranker, kind)))
         for ranker in settings.rankers

@@ -200,19 +200,22 @@ def spoken(figure: Figure | None) -> str:
     return figure.text if figure.gain is None else f"{figure.text} ({figure.gain:+.4f})"
 
 
-def what_next(folder: Path, page: Path, *, is_movielens: bool) -> str:
+def what_next(folder: Path, page: Path, config: Config) -> str:
     """The paths of the results, and commands to try next."""
-    config = "torchx run apps/pipeline.py --config configs/ml-1m"
+    movielens = "torchx run apps/pipeline.py --config configs/ml-1m"
     tries = {
-        "both rankers, three seeds": f"{config}.yaml",
-        "split by time": f"{config}-temporal.yaml",
+        "both rankers, three seeds": f"{movielens}.yaml",
+        "split by time": f"{movielens}-temporal.yaml",
         "the LUM without a ranker": "torchx run apps/pretrain.py --config configs/ml-1m-leave-one-out.yaml",
-        "other settings": f"{config}.yaml run=mine model.dim=96",
+        "other settings": f"{movielens}.yaml run=mine model.dim=96",
     }
-    if not is_movielens:
+    if config.data.source != "movielens-1m":
         again = "the same command with run=more 'pipeline.rankers=[din,dlrm]' 'pipeline.seeds=[0,1,2]'"
-        tries = {"the other ranker, seeds": again}
-    tries["your own log"] = "torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"
+        tries = {"two rankers, three seeds": again}
+    if config.data.source == "log":
+        tries["the answers for one user"] = "torchx run apps/show_user.py --config <this config> --user <id>"
+    else:
+        tries["your own log"] = "torchx run apps/prepare.py --check data.log.events=<files>   (docs/how-to/own-data.md)"
     return "\n".join(
         [
             f"report   {page}",

@@ -287,6 +287,6 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     if has_events(data, "test", users):
         result |= evaluate("test")
     else:
-        result["note"] = " ".join(filter(None, [str(result.get("note", "")), "The test part has no events."]))
+        result["note"] = "; ".join(filter(None, [str(result.get("note", "")), "the test part has no events"]))
     run_folder.finish(result)
     return result

@@ -22,7 +22,7 @@ from lumrec.data.config import DataConfig
 from lumrec.data.convert import convert
 from lumrec.data.manifest import PreparedDataError, write_manifest
 from lumrec.data.open_log import read_source
-from lumrec.data.prepare import open_or_prepare, prepare
+from lumrec.data.prepare import open_or_prepare, prepare, warnings
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig, validate
 from lumrec.data.simulator.config import SimulatorConfig
@@ -148,6 +148,9 @@ def test_min_count_makes_rare_values_unknown(make_config: Callable):
     counts = pl.read_parquet(data.path / "vocabulary" / "item_id.parquet")["count"]
     assert counts.min() >= 12
     assert (data.item_columns["item_id"].values == 0).any()
+    assert "data.min_count" not in "".join(warnings(data.manifest))
+    none = open_or_prepare(make_config(replace(SMALL, min_count=10**6), name="none"))
+    assert "no value of table 'item_id' occurs 1,000,000 times in the training part" in "".join(warnings(none.manifest))
 
 
 def raw_log(events: list[tuple], items: dict, users: list[str]) -> RawLog:

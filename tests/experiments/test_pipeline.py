@@ -29,7 +29,7 @@ from lumrec.experiments.pipeline import (
 )
 from lumrec.experiments.plan import plan, stage_words
 from lumrec.experiments.report_page import write_page
-from lumrec.experiments.report_table import comparison, rows
+from lumrec.experiments.report_table import comparison, rows, what_next
 from lumrec.metrics.compare import Scores, read_scores, write_scores
 from lumrec.run.config_file import with_overrides
 from lumrec.run.errors import UserError
@@ -261,6 +261,9 @@ def test_settings_that_cannot_work(word, says):
         ("pipeline.knowledge=[none,tables] rank.knowledge_dim=9", "no effect with pipeline.knowledge=[none, tables]"),
         ("pipeline.tuned={din: [rank.sim.search=hard]}", "rank.sim.search=hard has no effect with rank.model=din"),
         ("pipeline.tuned={din/none: [rank.knowledge_dim=9]}", "rank.knowledge_dim=9 has no effect with rank.knowledge"),
+        ("inputs.lums=[a, b]", "inputs.lums=[a, b] has no effect in the pipeline"),
+        ("rank.model=twin", "rank.model=twin has no effect in the pipeline: pipeline.rankers=[din, dlrm] decides"),
+        ("pipeline.knowledge=[none,direct] rank.knowledge=both", "rank.knowledge=both has no effect in the pipeline"),
         ("query.stride=32", "query.stride: got 32, expected less than the LUM's model.max_events=32"),
         ("pipeline.tuned={din: [rank.droput=0]}", "unknown key 'rank.droput'"),
         ("pipeline.tuned={din: [rank.dropout=2]}", "rank.dropout: got 2.0"),
@@ -286,6 +289,14 @@ def test_values_are_checked_once_the_data_are_prepared(config):
             run(wrong)
         assert says in str(error.value)
     assert {path.name for path in (Path(config.runs_dir) / "all").iterdir()} == {"prepare"}
+
+
+def test_without_test_events_no_stage_is_begun(config):
+    config = with_overrides(config, ["data.split.fractions=[0.9, 0.1, 0.0]"], origin="test")
+    stages = plan(config)
+    prepare(stages[0].config, stages[0].path)
+    with pytest.raises(UserError, match="the test part has no events to measure by; choose another data.split"):
+        run(config)
 
 
 def test_what_a_failed_stage_left_does_not_stop_the_corrected_command(config):
@@ -426,6 +437,12 @@ def test_a_base_that_is_chance_is_named(config):
             scores = read_scores(stage.path)
             write_scores(stage.path, scores._replace(logit_N=-scores.logit_N))
     assert collect(config, stages)["rank/din/both/auc_verdict"] == "the base is no better than chance"
+
+
+def test_what_to_run_next_is_for_the_log_at_hand(config):
+    assert "prepare.py --check" in what_next(Path("runs/x"), Path("report.html"), config)
+    on_log = what_next(Path("runs/x"), Path("report.html"), with_overrides(config, ["data.source=log"], origin="test"))
+    assert "apps/show_user.py --config <this config>" in on_log and "--check" not in on_log
 
 
 def test_wall_time_adds_up_over_calls(config, tmp_path):

@@ -200,7 +200,7 @@ def test_an_empty_part_is_found_before_the_first_step(tiny_words, tmp_path, word
 def test_without_validation_and_test_the_last_weights_are_kept(tiny_words, tmp_path):
     words = ["data.split.fractions=[1, 0, 0]", "pretrain.select=", "pretrain.train.max_steps=2", "model.tokens=merged"]
     result = STAGES["pretrain"].run(load(None, [*tiny_words, *words, f"runs_dir={tmp_path}"]))
-    assert result["note"].endswith("The test part has no events.")
+    assert result["note"].endswith("the test part has no events")
     assert not any(name.startswith(("valid/", "hr@")) for name in result)
     assert result["tokens_per_s"] == result["events_per_s"]  # merged: one token an event
 

@@ -21,6 +21,7 @@ from lumrec.stages.query import QueryConfig
 from lumrec.stages.rank import RankConfig
 from lumrec.stages.retrieve import RetrieveConfig
 from lumrec.stages.show_user import ShowUserConfig
+from lumrec.stages.user_state import UserStateConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Config(Common):
     show_user: ShowUserConfig = field(default_factory=ShowUserConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
+    user_state: UserStateConfig = field(default_factory=UserStateConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)

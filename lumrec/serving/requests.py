@@ -144,12 +144,16 @@ class RequestSpec:
             table_rows=data.table_rows,
         )
 
+    @property
+    def least_kept(self) -> int:
+        """How many of a user's last events a batch reads one by one."""
+        return max(1, self.max_history, 0 if self.statistics.kind == "none" else LONGEST_WINDOW)
+
     def layout(self, *, keep: int) -> Layout:
         """What the states of users hold. Raises UserError where that is not enough for the ranker."""
-        least = max(self.max_history, 0 if self.statistics.kind == "none" else LONGEST_WINDOW)
-        if keep < least:
+        if keep < self.least_kept:
             raise UserError(
-                f"{keep} events of a user are to be kept, and this ranker reads {least}: keep at least those"
+                f"{keep} events of a user are to be kept, and this ranker reads {self.least_kept}: keep at least those"
             )
         return Layout.of(self.schema, keep=keep, has_clock=self.has_clock, category=self.category)
 

@@ -43,7 +43,7 @@ FORMAT = 1
 STATE = "state.json"
 KIND = "state"
 USERS_AT_ONCE = 256
-AGAIN = "build it with: lumrec user_state --config <yours> run=<ranker's run>"
+AGAIN = "build it with: lumrec user_state --config <yours> run=<ranker's run> overwrite=true"
 _MARK = struct.Struct("<d8s")  # when the user's newest events came, and what makes each mark another one
 
 

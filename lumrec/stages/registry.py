@@ -87,6 +87,7 @@ STAGES = {
             ("retrieve",),
             headline=("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
         ),
+        Stage("user_state", ("user_state",), headline=("users", "keep", "last_event_at", "users_per_s", "wall_s")),
         Stage("warm_start", ("model", "pretrain", "rank")),
     )
 }

@@ -35,8 +35,8 @@ class Batcher(Generic[Request, Answer]):
     """Calls `compute` with several requests at a time, in one worker thread, and gives each caller its own answer.
 
     weigh: what a request costs, such as its number of candidates. max_weight: of one call (a heavier request is
-    computed by itself). max_waiting: requests in the queue, those being computed left out. on_call: is given the number
-    of requests of each call and its seconds. Used by one event loop only.
+    computed by itself). max_waiting: requests in the queue, those being computed left out. on_call: is given the
+    answers of each call (an exception for a request that failed) and its seconds. Used by one event loop only.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Batcher(Generic[Request, Answer]):
         weigh: Callable[[Request], int] = lambda _: 1,
         max_weight: int,
         max_waiting: int,
-        on_call: Callable[[int, float], Any] = lambda _num, _seconds: None,
+        on_call: Callable[[Sequence[Answer | Exception], float], Any] = lambda _answers, _seconds: None,
     ) -> None:
         self.compute, self.weigh, self.max_weight, self.max_waiting = compute, weigh, max_weight, max_waiting
         self.on_call = on_call
@@ -95,7 +95,7 @@ class Batcher(Generic[Request, Answer]):
                 answers = await loop.run_in_executor(self._thread, self._compute, requests)
                 seconds, self._began = time.monotonic() - self._began, None
                 self._seconds_per_request += 0.2 * (seconds / len(batch) - self._seconds_per_request)
-                self.on_call(len(batch), seconds)
+                self.on_call(answers, seconds)
                 for (_, future), answer in zip(batch, answers):
                     if future.done():
                         continue

@@ -1,0 +1,129 @@
+"""What requests and answers hold, as the OpenAPI page shows it. Unknown fields and wrong types are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lumrec.run.errors import did_you_mean
+from lumrec.run.printable import printable
+
+MOST_SECONDS = 2**43  # of a time: as microseconds, it fits 64 bits
+User = Annotated[str, Field(description="raw key of the user, as in the log", examples=["42"])]
+Items = Annotated[list[str], Field(min_length=1, description="raw keys of the candidates", examples=[["1", "2", "3"]])]
+Features = Annotated[
+    dict[str, str | float | list[str]],
+    Field(description="raw value (or list of values) of each feature", examples=[{}]),
+]
+Context = Annotated[Features, Field(description="raw value, or list of values, of each context feature")]
+Time = Annotated[
+    float | None,
+    Field(ge=-MOST_SECONDS, le=MOST_SECONDS, description="seconds since 1970 (UTC), fractions allowed; null = now"),
+]
+Timeout = Annotated[float | None, Field(ge=1, description="ask for an answer in less time than serve.timeout_ms")]
+RequestId = Annotated[str, Field(max_length=128, description='name of this request in the log; "" = a random one')]
+
+
+class Strict(BaseModel):
+    """A body of which every field is known and has its type: 42 is no text, and NaN is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ScoreBody(Strict):
+    """One user, and the items to score."""
+
+    user: User
+    items: Items
+    context: Context = {}
+    time: Time = None
+    timeout_ms: Timeout = None
+    request_id: RequestId = ""
+
+
+class RankBody(ScoreBody):
+    """One user, and the items to rank."""
+
+    k: Annotated[int, Field(ge=1, description="items to answer with, the best first")] = 10
+
+
+class KnowledgeUsed(BaseModel):
+    """Whether the LUM's answers for this user were there, and how old they are."""
+
+    present: bool
+    age_s: float | None = Field(description="seconds since the LUM was asked")
+
+
+class Answer(BaseModel):
+    """What every answer says of its request. unknown_items: candidates that the ranker has never seen."""
+
+    request_id: str
+    bundle: str = Field(description="version of the bundle that scored")
+    unknown_user: bool
+    unknown_items: list[str]
+    knowledge: KnowledgeUsed
+
+
+class Scores(Answer):
+    """The probability of each item, in the order of the request."""
+
+    scores: list[float]
+
+
+class RankedItem(BaseModel):
+    """An item and its probability."""
+
+    item: str
+    score: float
+
+
+class Ranking(Answer):
+    """The best items, the best first. Items with the same score keep their order."""
+
+    items: list[RankedItem]
+
+
+class Problem(BaseModel):
+    """Why there is no answer, in one sentence."""
+
+    detail: str
+
+
+class Ready(BaseModel):
+    """Whether this process takes requests, and what it serves. problems: what it has to do without."""
+
+    ready: bool
+    bundle: str
+    problems: list[str]
+
+
+class Alive(BaseModel):
+    """This process runs."""
+
+    alive: bool = True
+
+
+def example(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A body with the fields that a schema requires, of its own examples."""
+    fields = schema.get("properties", {})
+    return {name: fields[name].get("examples", [None])[0] for name in schema.get("required", []) if name in fields}
+
+
+def sentence(errors: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> str:
+    """What is wrong with a body, in one sentence: pydantic's first error. fields: the known ones, for a hint."""
+    first = errors[0]
+    said, path = first["msg"][:1].lower() + printable(first["msg"][1:])[:200], first["loc"][1:]
+    if path[2:3] and path[2] in ("str", "float", "list[str]"):  # of a value of `Features`, which may be any of these
+        said, path = "input should be text, a number or a list of texts", path[:2]
+    where = ""
+    for part in path:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    where = printable(where)[:120] or "the body"
+    if first["type"] == "extra_forbidden":
+        return f"{where} is no field of this request{did_you_mean(where, fields)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    got = "" if isinstance(first["input"], dict) else f", got {printable(repr(first['input'])[:60])}"
+    return f"{where}: {said}{got}"

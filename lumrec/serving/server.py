@@ -1,0 +1,261 @@
+"""The HTTP server of a bundle: scores and rankings as JSON, health, counters, and a page that explains the API.
+
+    POST /v1/score     the probability of each candidate
+    POST /v1/rank      the best candidates
+    GET  /healthz      this process runs        GET /readyz   it takes requests        GET /metrics   Prometheus
+    GET  /openapi.json the API, for programs    GET /docs     the API, for people; loads nothing from the internet
+
+Requests are computed in batches (batching.py), on the newest version of bundle and store (live.py). Every refusal is
+one sentence: {"detail": "..."}. An endpoint that the running server cannot serve answers 404 and says what to start it
+with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+
+import lumrec
+from lumrec.run.errors import UserError
+from lumrec.run.page import render
+from lumrec.run.printable import printable
+from lumrec.serving.api import (
+    Alive,
+    KnowledgeUsed,
+    Problem,
+    RankBody,
+    RankedItem,
+    Ranking,
+    Ready,
+    ScoreBody,
+    Scores,
+    example,
+    sentence,
+)
+from lumrec.serving.batching import Batcher, QueueFull
+from lumrec.serving.guard import Guard
+from lumrec.serving.live import Live
+from lumrec.serving.metrics import Metrics
+from lumrec.serving.requests import ScoreRequest
+from lumrec.serving.settings import ServeConfig
+
+logger = logging.getLogger(__name__)
+STUCK_S = 10.0  # a call of the ranker that takes longer means that this process is not ready
+BAD = {
+    400: "The body is no JSON",
+    401: "The token is missing or wrong",
+    404: "This server was not started with what the endpoint needs",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    422: "The body does not hold what it should",
+    503: "Too many requests wait; Retry-After says when to come back",
+    504: "The answer was not there in time",
+}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text} for status, text in BAD.items()
+}
+
+
+class Api:
+    """The endpoints. live: the scorer in force."""
+
+    def __init__(self, live: Live, settings: ServeConfig, metrics: Metrics) -> None:
+        self.live, self.settings, self.metrics = live, settings, metrics
+
+    @contextlib.asynccontextmanager
+    async def running(self, _: FastAPI) -> AsyncIterator[None]:
+        """While entered, requests are computed, and new versions looked for."""
+        self.batcher = Batcher(
+            self._score_many,
+            weigh=lambda request: len(request.items),
+            max_weight=self.settings.max_batch_candidates,
+            max_waiting=self.settings.queue,
+            on_call=self._called,
+        )
+        watching = asyncio.create_task(self._watch())
+        yield
+        watching.cancel()
+        self.batcher.close()
+
+    async def score(self, body: ScoreBody) -> Scores:
+        """The probability of each item, in the order of the request."""
+        scored, answer = await self._scored(body)
+        return Scores(**answer, scores=scored.scores.tolist())
+
+    async def rank(self, body: RankBody) -> Ranking:
+        """The items with the highest probability, the best first."""
+        scored, answer = await self._scored(body)
+        best = (-scored.scores).argsort(kind="stable")[: body.k].tolist()
+        items = [RankedItem(item=body.items[place], score=float(scored.scores[place])) for place in best]
+        return Ranking(**answer, items=items)
+
+    async def healthz(self) -> Alive:
+        """200 while this process runs."""
+        return Alive()
+
+    async def readyz(self, response: Response) -> Ready:
+        """200 while this process takes requests; what it has to do without is in `problems`."""
+        problems = [f"the {what} cannot be read: {why}" for what, why in sorted(self.live.problems.items())]
+        if (stuck := self.batcher.busy_s) > STUCK_S:
+            problems.append(f"the ranker has been computing for {stuck:.0f} s")
+            response.status_code = 503
+        return Ready(ready=response.status_code != 503, bundle=self.live.scorer.version, problems=problems)
+
+    async def metrics_text(self) -> Response:
+        """Counters and times, for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.reload_s)
+            try:
+                await asyncio.to_thread(self.live.look)
+            except Exception:  # the next look may work
+                logger.exception("looking for new versions failed")
+
+    async def _scored(self, body: ScoreBody) -> tuple[Any, dict[str, Any]]:
+        """What the scorer gave for a request, and the fields that all answers share."""
+        if len(body.items) > self.settings.max_candidates:
+            raise HTTPException(
+                422,
+                f"items has {len(body.items):,} entries, expected at most {self.settings.max_candidates:,} "
+                "(serve.max_candidates of this server)",
+            )
+        timeout_ms = min(body.timeout_ms or math.inf, self.settings.timeout_ms)
+        request = ScoreRequest(body.user, body.items, body.context, body.time)
+        version, scored = await self.batcher.submit(request, timeout_s=timeout_ms / 1000)
+        age_s = None if math.isnan(scored.knowledge_age_s) else float(scored.knowledge_age_s)
+        return scored, {
+            "request_id": body.request_id or uuid.uuid4().hex,
+            "bundle": version,
+            "unknown_user": scored.unknown_user,
+            "unknown_items": scored.unknown_items,
+            "knowledge": KnowledgeUsed(present=scored.knowledge_present, age_s=age_s),
+        }
+
+    def _score_many(self, requests: list[ScoreRequest]) -> Sequence[tuple[str, Any]]:
+        scorer = self.live.scorer  # a new one may take its place meanwhile
+        return [(scorer.version, scored) for scored in scorer.score_many(requests)]
+
+    def _called(self, answers: Sequence[Any], seconds: float) -> None:
+        metrics = self.metrics
+        metrics.queue.set(len(self.batcher))
+        metrics.call_s.observe(seconds)
+        metrics.call_requests.observe(len(answers))
+        good = [scored for answer in answers if not isinstance(answer, Exception) for scored in answer[1:]]
+        metrics.candidates.inc(sum(len(scored.scores) for scored in good))
+        metrics.unknown_users.inc(sum(scored.unknown_user for scored in good))
+        metrics.unknown_items.inc(sum(len(scored.unknown_items) for scored in good))
+        for scored in good:
+            self.live.note("store", scored.store_error)
+            self.live.note("state", scored.state_error)
+            if not scored.knowledge_present:
+                metrics.no_knowledge.inc()
+            elif not math.isnan(scored.knowledge_age_s):
+                metrics.knowledge_age_s.observe(scored.knowledge_age_s)
+
+
+class JsonRequest(Request):
+    """A request whose body is read as JSON only: no NaN, no half of a surrogate pair, no nesting without an end."""
+
+    async def json(self) -> Any:
+        """Raises HTTPException for anything else."""
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is no JSON: {printable(error)}") from None
+
+
+class JsonRoute(APIRoute):
+    """A route that takes a JsonRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of FastAPI, given another kind of request."""
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def make_app(live: Live, settings: ServeConfig, *, token: str = "", metrics: Metrics | None = None) -> FastAPI:
+    """The ASGI application. token: what requests must bring; "" = nothing."""
+    metrics = metrics or Metrics()
+    api = Api(live, settings, metrics)
+    app = FastAPI(
+        title="lumrec",
+        description="Scores candidates for a user, with what a Large User Model knows of them.",
+        version=lumrec.__version__,
+        lifespan=api.running,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.router.route_class = JsonRoute
+    app.post("/v1/score", tags=["ranking"], responses=PROBLEMS)(api.score)
+    app.post("/v1/rank", tags=["ranking"], responses=PROBLEMS)(api.rank)
+    app.get("/healthz", tags=["operation"])(api.healthz)
+    app.get("/readyz", tags=["operation"], responses={503: {"model": Ready}})(api.readyz)
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    app.get("/metrics", tags=["operation"], response_class=Response, responses=text)(api.metrics_text)
+    app.get("/docs", include_in_schema=False)(docs)
+    _say_in_one_sentence(app, metrics)
+    body_timeout_s = settings.timeout_ms / 1000
+    app.add_middleware(
+        Guard, token=token, max_body_kib=settings.max_body_kib, body_timeout_s=body_timeout_s, metrics=metrics
+    )
+    return app
+
+
+async def docs(request: Request) -> HTMLResponse:
+    """The API as a page."""
+    api = request.app.openapi()
+    examples = {name: example(schema) for name, schema in api["components"]["schemas"].items()}
+    base = str(request.base_url).rstrip("/")
+    return HTMLResponse(render("api.html.j2", api=api, examples=examples, base=base))
+
+
+def _say_in_one_sentence(app: FastAPI, metrics: Metrics) -> None:
+    """Makes every refusal {"detail": one sentence}."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _refused(422, sentence(error.errors(), list(RankBody.model_fields)))
+
+    @app.exception_handler(UserError)
+    async def unusable(_: Request, error: UserError) -> JSONResponse:
+        return _refused(422, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return _refused(error.status_code, error.detail, error.headers)
+
+    @app.exception_handler(QueueFull)
+    async def full(_: Request, error: QueueFull) -> JSONResponse:
+        metrics.refused.labels("queue").inc()
+        return _refused(503, str(error), {"Retry-After": str(error.retry_after_s)})
+
+    @app.exception_handler(asyncio.TimeoutError)
+    async def late(_: Request, error: asyncio.TimeoutError) -> JSONResponse:
+        metrics.refused.labels("deadline").inc()
+        return _refused(504, "the answer was not there in time (serve.timeout_ms, or timeout_ms of the request)")
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> JSONResponse:
+        return _refused(500, f"an error of the server ({type(error).__name__}); its log has the trace")
+
+
+def _refused(status: int, says: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse({"detail": says}, status, headers)

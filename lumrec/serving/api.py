@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lumrec.run.errors import did_you_mean
 from lumrec.run.printable import printable
 
 MOST_SECONDS = 2**43  # of a time: as microseconds, it fits 64 bits
+MOST_ITEMS = 1_000_000  # of an answer
+
 User = Annotated[str, Field(description="raw key of the user, as in the log", examples=["42"])]
 Items = Annotated[list[str], Field(min_length=1, description="raw keys of the candidates", examples=[["1", "2", "3"]])]
 Features = Annotated[
@@ -26,10 +28,22 @@ Timeout = Annotated[float | None, Field(ge=1, description="ask for an answer in 
 RequestId = Annotated[str, Field(max_length=128, description='name of this request in the log; "" = a random one')]
 
 
+def _whole(number: object) -> object:
+    """10 of 10.0, which JSON holds to be the same."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 class Strict(BaseModel):
     """A body of which every field is known and has its type: 42 is no text, and NaN is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+K = Annotated[
+    int,
+    BeforeValidator(_whole),
+    Field(ge=1, le=MOST_ITEMS, description="items to answer with, the best first"),
+]
 
 
 class ScoreBody(Strict):
@@ -46,7 +60,7 @@ class ScoreBody(Strict):
 class RankBody(ScoreBody):
     """One user, and the items to rank."""
 
-    k: Annotated[int, Field(ge=1, description="items to answer with, the best first")] = 10
+    k: K = 10
 
 
 class KnowledgeUsed(BaseModel):

@@ -7,48 +7,34 @@ and a store that cannot be read is absent knowledge.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lumrec.run.errors import UserError
 from lumrec.serving.metrics import Metrics
-from lumrec.serving.requests import ScoreRequest
 
 logger = logging.getLogger(__name__)
 REPEAT_S = 60.0  # between two log lines about the same failure
 Stamp = tuple[int, int, int] | None
 
 
-class Scorer(Protocol):
-    """What the server needs of lumrec.Scorer."""
-
-    version: str
-    store: Any
-    state: Any
-
-    def score_many(self, requests: Sequence[ScoreRequest]) -> Sequence[Any]:
-        """One `Scored` for each request."""
-
-    def check_store(self, store: Any) -> str:
-        """Why this store does not fit the ranker; "" if it does."""
-
-
 class Live:
     """The scorer, and what looks for newer versions of what it reads.
 
-    open_scorer, open_store: open the newest version; open_store is None where the ranker reads no knowledge.
+    open_scorer, open_store: open the newest version; the store is opened only for a ranker that reads knowledge.
     stamps: of "bundle" and "store", something that changes with each new version.
     """
 
     def __init__(
         self,
         *,
-        open_scorer: Callable[[], Scorer],
-        open_store: Callable[[], Any] | None,
+        open_scorer: Callable[[], Any],
+        open_store: Callable[[], Any],
         stamps: dict[str, Callable[[], Any]],
         metrics: Metrics,
     ) -> None:
@@ -59,16 +45,15 @@ class Live:
         self._looking = threading.Lock()
         self.scorer = open_scorer()
         self._metrics.readable.labels("bundle").set(1)
-        if open_store is not None:
-            self._renew_store(open_store)
+        self._renew_store()
 
     def look(self) -> None:
         """Opens what has a new version, and a store that could not be read before."""
         with self._looking:
             if self._changed("bundle"):
                 self._renew_scorer()
-            if self._open_store is not None and (self._changed("store") or self.scorer.store is None):
-                self._renew_store(self._open_store)
+            if self._changed("store") or self.scorer.store is None:
+                self._renew_store()
 
     def note(self, what: str, problem: str) -> None:
         """Takes in whether `what` could be read for a request ("" = it could), counts it and logs what has changed."""
@@ -96,21 +81,30 @@ class Live:
         except Exception as error:  # whatever is wrong with the new version, the old one serves on
             self._failed("bundle", error)
             return
-        scorer.store = before.store if before.store is not None and not scorer.check_store(before.store) else None
+        if before.store is not None and not scorer.check_store(before.store):
+            scorer.store = before.store
         self.scorer = scorer
         self._opened("bundle", scorer.version)
 
-    def _renew_store(self, open_store: Callable[[], Any]) -> None:
+    def _renew_store(self) -> None:
+        if not self.scorer.needs_knowledge:
+            return
         try:
-            store = open_store()
+            store = self._open_store()
             if problem := self.scorer.check_store(store):
                 raise UserError(problem)
         except Exception as error:  # a server answers without knowledge, whatever is wrong with it
-            self.scorer.store = None
+            self._read(None)
             self._failed("store", error)
             return
-        self.scorer.store = store
-        self._opened("store", str(store.path))
+        self._read(store)
+        self._opened("store", str(store.manifest["folder"]))
+
+    def _read(self, store: Any) -> None:
+        """Lets a copy of the scorer take its place, so that a call that runs reads the same store to its end."""
+        scorer = copy.copy(self.scorer)
+        scorer.store = store
+        self.scorer = scorer
 
     def _opened(self, what: str, version: str) -> None:
         self.problems.pop(what, None)

@@ -162,7 +162,7 @@ class Api:
             self.live.note("store", scored.store_error)
             self.live.note("state", scored.state_error)
             if not scored.knowledge_present:
-                metrics.no_knowledge.inc()
+                metrics.no_knowledge.inc(self.live.scorer.needs_knowledge)
             elif not math.isnan(scored.knowledge_age_s):
                 metrics.knowledge_age_s.observe(scored.knowledge_age_s)
 
@@ -191,9 +191,8 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-def make_app(live: Live, settings: ServeConfig, *, token: str = "", metrics: Metrics | None = None) -> FastAPI:
+def make_app(live: Live, settings: ServeConfig, *, token: str, metrics: Metrics) -> FastAPI:
     """The ASGI application. token: what requests must bring; "" = nothing."""
-    metrics = metrics or Metrics()
     api = Api(live, settings, metrics)
     app = FastAPI(
         title="lumrec",

@@ -6,6 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.limits import count, setting
@@ -14,14 +15,23 @@ TOKEN_VARIABLE = "LUMREC_TOKEN"
 SHORTEST_TOKEN = 16  # characters
 
 
+class Places(NamedTuple):
+    """What is served. store, state: folders or redis:// places; "" = none."""
+
+    bundle: Path
+    store: str
+    state: str
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """The server of a bundle: what it serves, where it listens, and its limits.
 
-    bundle: run name or folder of the bundle; "" = that of the ranker "<name>-rank".
+    bundle: run name or folder of the bundle; "" = "<run>-bundle", where run names the ranker ("" = "<name>-rank").
     store: run name, folder or redis:// place of the knowledge store; "" = inputs.knowledge. Read only where the bundle
         was trained with knowledge.
-    state: run name, folder or redis:// place of the users' state; "" = "<name>-user_state".
+    state: run name, folder or redis:// place of the users' state; "" = "<run>-user_state" if it
+        is there, else every user is unknown.
     host: address to listen on. Any but a loopback address needs a token.
     port: 0 = one that is free.
     token_file: file that holds the token which requests must bring; "" = the environment variable LUMREC_TOKEN.

@@ -41,6 +41,7 @@ class SmallScorer:
     store: Any = None
     state: Any = None
     delay_s: float = 0.0
+    needs_knowledge: bool = False
     calls: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class SmallScorer:
     def _score(self, request: ScoreRequest) -> Scored:
         if "wrong" in request.context:
             raise UserError("context.wrong is no context feature of this ranker")
-        present, age_s, store_error = False, float("nan"), "" if self.store is not None else "there is no store"
+        present, age_s, store_error = False, float("nan"), ""
         if self.store is not None:
             try:
                 answers = self.store.get([request.user])
@@ -90,12 +91,10 @@ def small_live(
     bundle = folder / "bundle.json"
     if not bundle.exists():
         write_bundle(bundle)
-    stamps = {"bundle": lambda: stamp_of(bundle)}
-    if store is not None:
-        stamps["store"] = lambda: stamp_of(store / "manifest.json")
+    stamps = {"bundle": lambda: stamp_of(bundle), "store": lambda: stamp_of(Path(store or "") / "manifest.json")}
     return Live(
-        open_scorer=lambda: SmallScorer(bundle, delay_s=delay_s),
-        open_store=None if store is None else lambda: KnowledgeStore.open(store),
+        open_scorer=lambda: SmallScorer(bundle, delay_s=delay_s, needs_knowledge=store is not None),
+        open_store=lambda: KnowledgeStore.open(str(store)),
         stamps=stamps,
         metrics=metrics,
     )

@@ -1,0 +1,29 @@
+"""python tests/helpers/serve_small.py FOLDER WORKERS DELAY_S: the small server in a process that a test can end."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from fastapi import FastAPI
+from small_server import small_live
+
+from lumrec.run.logs import start_logging
+from lumrec.serving.metrics import Metrics
+from lumrec.serving.processes import run
+from lumrec.serving.server import make_app
+from lumrec.serving.settings import ServeConfig
+
+
+def make(folder: Path, settings: ServeConfig, delay_s: float) -> FastAPI:
+    """The application; called in each worker."""
+    metrics = Metrics()
+    live = small_live(folder, delay_s=delay_s, metrics=metrics)
+    return make_app(live, settings, token="", metrics=metrics)
+
+
+if __name__ == "__main__":
+    start_logging()
+    settings = ServeConfig(port=0, workers=int(sys.argv[2]), drain_s=10)
+    run(partial(make, Path(sys.argv[1]), settings, float(sys.argv[3])), settings, threads=1)

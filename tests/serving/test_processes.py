@@ -1,0 +1,116 @@
+"""The server's processes: SIGTERM drains, a killed worker is replaced, a killed parent leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lumrec.run.errors import UserError
+from lumrec.serving.processes import run
+from lumrec.serving.settings import ServeConfig
+
+HELPER = Path(__file__).parents[1] / "helpers" / "serve_small.py"
+
+
+@contextmanager
+def server(folder: Path, *, workers: int = 1, delay_s: float = 0.0) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process of a small server, and its address."""
+    words = [sys.executable, str(HELPER), str(folder), str(workers), str(delay_s)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = re.search(r"http://\S+", line)
+        assert url, line
+        _until(lambda: httpx.get(f"{url[0]}/healthz", timeout=60).status_code == 200)
+        yield process, url[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def post(url: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/score", json={"user": "1", "items": ["3"]}, timeout=30)
+
+
+def _drains(process: subprocess.Popen, url: str) -> None:
+    """SIGTERM, while six requests wait for an answer: each gets it, and the server ends with 0."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    body = '{"user": "1", "items": ["3"]}'
+    head = f"POST /v1/score HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    asking = [socket.create_connection((host, int(port))) for _ in range(6)]
+    for each in asking:
+        each.sendall(f"{head}\r\n\r\n{body}".encode())
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    for each in asking:
+        each.settimeout(20)
+        assert each.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        each.close()
+    assert process.wait(20) == 0
+    with pytest.raises(httpx.ConnectError):
+        post(url)
+
+
+def test_one_process_drains_and_its_address_is_taken_meanwhile(tmp_path: Path) -> None:
+    with server(tmp_path, delay_s=0.5) as (process, url):
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(UserError, match=f"serve.port={port}: Address already in use; choose"):
+            run(lambda: pytest.fail("is not made"), ServeConfig(port=port), threads=1)
+        _drains(process, url)
+
+
+def test_a_killed_worker_is_replaced_counters_are_of_all_and_all_drain(tmp_path: Path) -> None:
+    with server(tmp_path, workers=2, delay_s=0.2) as (process, url):
+        _until(lambda: len(_children(process.pid)) == 2)
+        for _ in range(5):
+            assert post(url).status_code == 200
+        assert "lumrec_candidates_total 5.0" in httpx.get(f"{url}/metrics").text
+        first = _children(process.pid)[0]
+        os.kill(first, signal.SIGKILL)
+        _until(lambda: len(_children(process.pid)) == 2 and first not in _children(process.pid))
+        assert [post(url).status_code for _ in range(5)] == [200] * 5
+        assert "lumrec_candidates_total 10.0" in httpx.get(f"{url}/metrics").text
+        _drains(process, url)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    with server(tmp_path, workers=2) as (process, _):
+        _until(lambda: len(_children(process.pid)) == 2)
+        workers = _children(process.pid)
+        process.kill()
+        process.wait()
+        _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def _children(pid: int) -> list[int]:
+    """Worker processes: children that are no resource tracker of Python's."""
+    tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return [int(each) for each in tasks if "spawn_main" in _command(int(each))]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _until(true: Callable[[], Any]) -> None:
+    """Waits for something to come true, at most thirty seconds."""
+    ends = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)

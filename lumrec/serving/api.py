@@ -15,14 +15,17 @@ MOST_ITEMS = 1_000_000  # of an answer
 
 User = Annotated[str, Field(description="raw key of the user, as in the log", examples=["42"])]
 Items = Annotated[list[str], Field(min_length=1, description="raw keys of the candidates", examples=[["1", "2", "3"]])]
-Features = Annotated[
-    dict[str, str | float | list[str]],
-    Field(description="raw value (or list of values) of each feature", examples=[{}]),
-]
+Number = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Value = str | bool | Number | float | None
+Features = dict[str, Value | list[Value]]
 Context = Annotated[Features, Field(description="raw value, or list of values, of each context feature")]
+PerItem = Annotated[
+    dict[str, list[Value | list[Value]]],
+    Field(description="the same for context that differs by candidate: one value for each item"),
+]
 Time = Annotated[
     float | None,
-    Field(ge=-MOST_SECONDS, le=MOST_SECONDS, description="seconds since 1970 (UTC), fractions allowed; null = now"),
+    Field(ge=-MOST_SECONDS, le=MOST_SECONDS, description="seconds since 1970 (UTC), with fractions; null = now"),
 ]
 Timeout = Annotated[float | None, Field(ge=1, description="ask for an answer in less time than serve.timeout_ms")]
 RequestId = Annotated[str, Field(max_length=128, description='name of this request in the log; "" = a random one')]
@@ -52,6 +55,7 @@ class ScoreBody(Strict):
     user: User
     items: Items
     context: Context = {}
+    per_item: PerItem = {}
     time: Time = None
     timeout_ms: Timeout = None
     request_id: RequestId = ""
@@ -61,6 +65,37 @@ class RankBody(ScoreBody):
     """One user, and the items to rank."""
 
     k: K = 10
+
+
+class EventBody(Strict):
+    """What a user did with an item that was shown."""
+
+    user: User
+    item: Annotated[str, Field(description="raw key of the item")]
+    label: Annotated[float, Field(ge=0, le=1, description="1 = the user liked it, as the log has it")]
+    time: Time = None
+    features: Annotated[Features, Field(description="raw values of the features of events, by name")] = {}
+    event_id: Annotated[str, Field(max_length=1024, description="an event with an id counts once")] = ""
+    request_id: Annotated[str, Field(max_length=128, description="of the answer that showed the item")] = ""
+
+
+class EventsBody(Strict):
+    """Events of any users, in the order in which they happened."""
+
+    events: Annotated[
+        list[EventBody],
+        Field(min_length=1, examples=[[{"user": "42", "item": "1", "label": 1, "event_id": "e-17"}]]),
+    ]
+    timeout_ms: Timeout = None
+
+
+class EventsTaken(BaseModel):
+    """What became of events. late: too old to tell from repeated ones, and left out. forgotten: of forgotten users."""
+
+    new: int
+    known: int
+    late: int
+    forgotten: int
 
 
 class KnowledgeUsed(BaseModel):
@@ -129,8 +164,10 @@ def sentence(errors: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) ->
     """What is wrong with a body, in one sentence: pydantic's first error. fields: the known ones, for a hint."""
     first = errors[0]
     said, path = first["msg"][:1].lower() + printable(first["msg"][1:])[:200], first["loc"][1:]
-    if path[2:3] and path[2] in ("str", "float", "list[str]"):  # of a value of `Features`, which may be any of these
-        said, path = "input should be text, a number or a list of texts", path[:2]
+    for place, part in enumerate(path[:-2]):
+        if part in ("context", "features", "per_item"):  # a value may be any of several types: the errors are of each
+            said, path = "input should be text, a number, true, false, null or a list of these", path[: place + 2]
+            break
     where = ""
     for part in path:
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)

@@ -1,8 +1,8 @@
-"""The scorer in force: a new version of the bundle or the store takes its place while requests go on.
+"""The scorer in force: a new version of the bundle, the store or the state takes its place while requests go on.
 
-Opening happens beside the requests, in another thread; then one assignment puts the new one in force, between two calls
-of the ranker. What cannot be opened is counted and logged, once for each version: the bundle before it stays in force,
-and a store that cannot be read is absent knowledge.
+Opening happens beside the requests, in another thread; then one assignment puts a new scorer in force, so that a call
+of the ranker reads the same bundle, store and state to its end. What cannot be opened is counted and logged: the bundle
+before it stays in force, a store that cannot be read is absent knowledge, and without a state every user is unknown.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,94 +19,108 @@ from lumrec.run.errors import UserError
 from lumrec.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+RETRY_S = 10.0  # after which what could not be opened is tried again, though it has no new version
 REPEAT_S = 60.0  # between two log lines about the same failure
-Stamp = tuple[int, int, int] | None
 
 
 class Live:
     """The scorer, and what looks for newer versions of what it reads.
 
-    open_scorer, open_store: open the newest version; the store is opened only for a ranker that reads knowledge.
-    stamps: of "bundle" and "store", something that changes with each new version.
+    openers: of "bundle" (gives the scorer), and of "store" and "state", which are given the scorer; those left out are
+    not read. versions: for each opener, something that changes with each new version, and is None where there is none.
+    problems: why something cannot be read now, by its name.
     """
 
     def __init__(
         self,
+        openers: Mapping[str, Callable[..., Any]],
+        versions: Mapping[str, Callable[[], Any]],
         *,
-        open_scorer: Callable[[], Any],
-        open_store: Callable[[], Any],
-        stamps: dict[str, Callable[[], Any]],
         metrics: Metrics,
     ) -> None:
-        self._open_scorer, self._open_store, self._stamps, self._metrics = open_scorer, open_store, stamps, metrics
-        self._seen = {what: stamp() for what, stamp in stamps.items()}
-        self.problems: dict[str, str] = {}  # by what cannot be read: why
+        """Raises what the bundle's opener raises, and UserError of the state's: both are mistakes of the start."""
+        self._openers, self._versions, self._metrics = openers, versions, metrics
+        self._seen = {what: version() for what, version in versions.items()}
+        self.problems: dict[str, str] = {}
+        self._retry_at: dict[str, float] = {}
         self._told: dict[str, float] = {}
         self._looking = threading.Lock()
-        self.scorer = open_scorer()
-        self._metrics.readable.labels("bundle").set(1)
-        self._renew_store()
+        self.scorer = openers["bundle"]()
+        self._opened("bundle", self.scorer.version)
+        for what in self._others():
+            self._renew(what, raised=UserError if what == "state" else ())
 
     def look(self) -> None:
-        """Opens what has a new version, and a store that could not be read before."""
+        """Opens what has a new version, and again what could not be read."""
         with self._looking:
-            if self._changed("bundle"):
-                self._renew_scorer()
-            if self._changed("store") or self.scorer.store is None:
-                self._renew_store()
+            if self._is_due("bundle"):
+                self._renew_bundle()
+            for what in self._others():
+                if self._is_due(what):
+                    self._renew(what)
 
     def note(self, what: str, problem: str) -> None:
         """Takes in whether `what` could be read for a request ("" = it could), counts it and logs what has changed."""
         if problem:
             self._metrics.failures.labels(what).inc()
-            self._metrics.readable.labels(what).set(0)
-            self.problems[what] = problem
-            self._log(what, problem)
+            self._failed(what, UserError(problem))
         elif what in self.problems and getattr(self.scorer, what) is not None:
-            self._metrics.readable.labels(what).set(1)
-            del self.problems[what]
-            logger.info("the %s can be read again", what)
+            self._opened(what, "as before")
 
-    def _changed(self, what: str) -> bool:
-        stamp = self._stamps[what]()
-        if stamp == self._seen[what] or stamp is None:
+    def _others(self) -> list[str]:
+        return [what for what in ("store", "state") if what in self._openers and self._is_read(what)]
+
+    def _is_read(self, what: str) -> bool:
+        return what != "store" or self.scorer.needs_knowledge
+
+    def _is_due(self, what: str) -> bool:
+        version, before = self._versions[what](), self._seen[what]
+        self._seen[what] = version
+        if version is not None and version != before:
+            return True
+        now = time.monotonic()
+        if what not in self.problems or now < self._retry_at.get(what, 0.0):
             return False
-        self._seen[what] = stamp
+        self._retry_at[what] = now + RETRY_S
         return True
 
-    def _renew_scorer(self) -> None:
+    def _renew_bundle(self) -> None:
         before = self.scorer
         try:
-            scorer = self._open_scorer()
+            scorer = self._openers["bundle"]()
+            if "state" in self._openers:
+                scorer.state = self._fitting("state", scorer)
+            if before.store is not None and not scorer.check_store(before.store):
+                scorer.store = before.store
         except Exception as error:  # whatever is wrong with the new version, the old one serves on
             self._failed("bundle", error)
             return
-        if before.store is not None and not scorer.check_store(before.store):
-            scorer.store = before.store
         self.scorer = scorer
         self._opened("bundle", scorer.version)
+        if scorer.store is None and "store" in self._others():
+            self._renew("store")
 
-    def _renew_store(self) -> None:
-        if not self.scorer.needs_knowledge:
-            return
-        try:
-            store = self._open_store()
-            if problem := self.scorer.check_store(store):
-                raise UserError(problem)
-        except Exception as error:  # a server answers without knowledge, whatever is wrong with it
-            self._read(None)
-            self._failed("store", error)
-            return
-        self._read(store)
-        self._opened("store", str(store.manifest["folder"]))
-
-    def _read(self, store: Any) -> None:
-        """Lets a copy of the scorer take its place, so that a call that runs reads the same store to its end."""
+    def _renew(self, what: str, *, raised: Any = ()) -> None:
         scorer = copy.copy(self.scorer)
-        scorer.store = store
+        try:
+            setattr(scorer, what, self._fitting(what, scorer))
+        except raised:
+            raise
+        except Exception as error:  # a server answers without it, whatever is wrong with it
+            setattr(scorer, what, None)
+            self._failed(what, error)
+        else:
+            self._opened(what, self._seen[what])
         self.scorer = scorer
 
-    def _opened(self, what: str, version: str) -> None:
+    def _fitting(self, what: str, scorer: Any) -> Any:
+        """The store or state, opened. Raises UserError where it does not fit the scorer's bundle."""
+        opened = self._openers[what](scorer)
+        if problem := getattr(scorer, f"check_{what}")(opened):
+            raise UserError(problem)
+        return opened
+
+    def _opened(self, what: str, version: Any) -> None:
         self.problems.pop(what, None)
         self._told.pop(what, None)
         self._metrics.reloads.labels(what, "opened").inc()
@@ -119,16 +133,14 @@ class Live:
             self._metrics.reloads.labels(what, "failed").inc()
         self.problems[what] = problem
         self._metrics.readable.labels(what).set(0)
-        self._log(what, problem, None if isinstance(error, (UserError, OSError)) else error)
-
-    def _log(self, what: str, problem: str, bug: Exception | None = None) -> None:
         now = time.monotonic()
         if now - self._told.get(what, -REPEAT_S) >= REPEAT_S:
             self._told[what] = now
+            bug = None if isinstance(error, (UserError, OSError)) else error
             logger.error("the %s cannot be read: %s", what, problem, exc_info=bug)
 
 
-def stamp_of(file: Path) -> Stamp:
+def stamp_of(file: Path) -> tuple[int, int, int] | None:
     """Changes whenever another file takes the place of this one; None where there is none."""
     try:
         facts = file.stat()

@@ -29,7 +29,7 @@ from lumrec.run.printable import say
 from lumrec.serving.metrics import FOLDER
 from lumrec.serving.settings import ServeConfig
 
-STARTS_WITHIN_S = 120.0  # a worker that does not answer its parent for so long is replaced
+STARTS_WITHIN_S = 120  # a worker that does not answer its parent for so long is replaced
 BACKLOG = 2048  # connections that wait until a worker takes them
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, which close idle connections first
 

@@ -2,6 +2,7 @@
 
     POST /v1/score     the probability of each candidate
     POST /v1/rank      the best candidates
+    POST /v1/events    what users did, for the requests that follow
     GET  /healthz      this process runs        GET /readyz   it takes requests        GET /metrics   Prometheus
     GET  /openapi.json the API, for programs    GET /docs     the API, for people; loads nothing from the internet
 
@@ -29,10 +30,13 @@ from starlette.exceptions import HTTPException
 
 import lumrec
 from lumrec.run.errors import UserError
+from lumrec.run.key_value import Unavailable
 from lumrec.run.page import render
 from lumrec.run.printable import printable
 from lumrec.serving.api import (
     Alive,
+    EventsBody,
+    EventsTaken,
     KnowledgeUsed,
     Problem,
     RankBody,
@@ -48,7 +52,7 @@ from lumrec.serving.batching import Batcher, QueueFull
 from lumrec.serving.guard import Guard
 from lumrec.serving.live import Live
 from lumrec.serving.metrics import Metrics
-from lumrec.serving.requests import ScoreRequest
+from lumrec.serving.requests import Event, ScoreRequest
 from lumrec.serving.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -84,10 +88,13 @@ class Api:
             max_waiting=self.settings.queue,
             on_call=self._called,
         )
+        # One request at a time: its counts are its own, and what is wrong with one is no matter of another.
+        self.appender = Batcher(self._append, max_weight=1, max_waiting=self.settings.queue)
         watching = asyncio.create_task(self._watch())
         yield
         watching.cancel()
         self.batcher.close()
+        self.appender.close()
 
     async def score(self, body: ScoreBody) -> Scores:
         """The probability of each item, in the order of the request."""
@@ -100,6 +107,22 @@ class Api:
         best = (-scored.scores).argsort(kind="stable")[: body.k].tolist()
         items = [RankedItem(item=body.items[place], score=float(scored.scores[place])) for place in best]
         return Ranking(**answer, items=items)
+
+    async def events(self, body: EventsBody) -> EventsTaken:
+        """Adds what users did to the state that later requests are scored by. Sending an event again is safe."""
+        if self.live.scorer.state is None:
+            raise HTTPException(
+                404, "this server reads no user state: start it with serve.state=<what lumrec user_state has built>"
+            )
+        self._check_number("events", len(body.events))
+        events = [
+            Event(each.user, each.item, each.time, each.label, each.features, each.event_id, each.request_id)
+            for each in body.events
+        ]
+        taken = await self.appender.submit(events, timeout_s=self._timeout_s(body.timeout_ms))
+        for outcome, number in taken._asdict().items():
+            self.metrics.events.labels(outcome).inc(number)
+        return EventsTaken(**taken._asdict())
 
     async def healthz(self) -> Alive:
         """200 while this process runs."""
@@ -127,15 +150,9 @@ class Api:
 
     async def _scored(self, body: ScoreBody) -> tuple[Any, dict[str, Any]]:
         """What the scorer gave for a request, and the fields that all answers share."""
-        if len(body.items) > self.settings.max_candidates:
-            raise HTTPException(
-                422,
-                f"items has {len(body.items):,} entries, expected at most {self.settings.max_candidates:,} "
-                "(serve.max_candidates of this server)",
-            )
-        timeout_ms = min(body.timeout_ms or math.inf, self.settings.timeout_ms)
-        request = ScoreRequest(body.user, body.items, body.context, body.time)
-        version, scored = await self.batcher.submit(request, timeout_s=timeout_ms / 1000)
+        self._check_number("items", len(body.items))
+        request = ScoreRequest(body.user, body.items, body.context, body.time, body.per_item)
+        version, scored = await self.batcher.submit(request, timeout_s=self._timeout_s(body.timeout_ms))
         age_s = None if math.isnan(scored.knowledge_age_s) else float(scored.knowledge_age_s)
         return scored, {
             "request_id": body.request_id or uuid.uuid4().hex,
@@ -144,6 +161,23 @@ class Api:
             "unknown_items": scored.unknown_items,
             "knowledge": KnowledgeUsed(present=scored.knowledge_present, age_s=age_s),
         }
+
+    def _check_number(self, of: str, number: int) -> None:
+        if number > self.settings.max_candidates:
+            raise HTTPException(
+                422,
+                f"{of} has {number:,} entries, expected at most {self.settings.max_candidates:,} "
+                "(serve.max_candidates of this server)",
+            )
+
+    def _timeout_s(self, asked_ms: float | None) -> float:
+        return min(asked_ms or math.inf, self.settings.timeout_ms) / 1000
+
+    def _append(self, requests: list[list[Event]]) -> list[Any]:
+        state = self.live.scorer.state
+        if state is None:
+            raise Unavailable(self.live.problems.get("state", "the user state cannot be read"))
+        return [state.append(events) for events in requests]
 
     def _score_many(self, requests: list[ScoreRequest]) -> Sequence[tuple[str, Any]]:
         scorer = self.live.scorer  # a new one may take its place meanwhile
@@ -205,6 +239,7 @@ def make_app(live: Live, settings: ServeConfig, *, token: str, metrics: Metrics)
     app.router.route_class = JsonRoute
     app.post("/v1/score", tags=["ranking"], responses=PROBLEMS)(api.score)
     app.post("/v1/rank", tags=["ranking"], responses=PROBLEMS)(api.rank)
+    app.post("/v1/events", tags=["events"], responses=PROBLEMS)(api.events)
     app.get("/healthz", tags=["operation"])(api.healthz)
     app.get("/readyz", tags=["operation"], responses={503: {"model": Ready}})(api.readyz)
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -235,7 +270,7 @@ def _say_in_one_sentence(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(UserError)
     async def unusable(_: Request, error: UserError) -> JSONResponse:
-        return _refused(422, str(error))
+        return _refused(422, printable(error))
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -245,6 +280,10 @@ def _say_in_one_sentence(app: FastAPI, metrics: Metrics) -> None:
     async def full(_: Request, error: QueueFull) -> JSONResponse:
         metrics.refused.labels("queue").inc()
         return _refused(503, str(error), {"Retry-After": str(error.retry_after_s)})
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(_: Request, error: Unavailable) -> JSONResponse:
+        return _refused(503, printable(error), {"Retry-After": "1"})
 
     @app.exception_handler(asyncio.TimeoutError)
     async def late(_: Request, error: asyncio.TimeoutError) -> JSONResponse:

@@ -36,7 +36,7 @@ class ServeConfig:
     port: 0 = one that is free.
     token_file: file that holds the token which requests must bring; "" = the environment variable LUMREC_TOKEN.
     workers: processes that share the port. Each has its own queue.
-    max_candidates: items of one request.
+    max_candidates: items, or events, of one request.
     max_body_kib: size of a request's body.
     max_batch_candidates: items that are scored in one call of the ranker.
     queue: requests that wait in one process; further ones are refused with 503.
@@ -57,7 +57,7 @@ class ServeConfig:
     max_batch_candidates: int = count(4000, least=1, most=10_000_000)
     queue: int = count(256, least=1, most=1_000_000)
     timeout_ms: float = setting(1000.0, least=1, most=3_600_000)
-    drain_s: float = setting(30.0, least=0, most=86_400)
+    drain_s: int = count(30, most=86_400)
     reload_s: float = setting(1.0, least=0.01, most=86_400)
 
     @property

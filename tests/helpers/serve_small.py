@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
-from small_server import small_live
+from small_server import small_live, write_bundle
 
 from lumrec.run.logs import start_logging
 from lumrec.serving.metrics import Metrics
@@ -25,5 +25,6 @@ def make(folder: Path, settings: ServeConfig, delay_s: float) -> FastAPI:
 
 if __name__ == "__main__":
     start_logging()
+    write_bundle(Path(sys.argv[1]) / "bundle.json")
     settings = ServeConfig(port=0, workers=int(sys.argv[2]), drain_s=10)
     run(partial(make, Path(sys.argv[1]), settings, float(sys.argv[3])), settings, threads=1)

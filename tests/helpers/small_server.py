@@ -65,11 +65,8 @@ class SmallScorer:
             raise UserError("context.wrong is no context feature of this ranker")
         present, age_s, store_error = False, float("nan"), ""
         if self.store is not None:
-            try:
-                answers = self.store.get([request.user])
-                present, age_s = bool(answers.present_BN[0, 0]), float(answers.age_s_B[0])
-            except Exception as error:
-                store_error = str(error)
+            answers, store_error = self.store.get_or_absent([request.user])
+            present, age_s = bool(answers.present_BN[0, 0]), float(answers.age_s_B[0])
         numbers = [int(item) if item.isdecimal() else -1 for item in request.items]
         scores = np.array([self.factor * number / 1000 for number in numbers], np.float32) + np.float32(present) / 2
         unknown = [item for item, number in zip(request.items, numbers) if number < 0]
@@ -91,10 +88,9 @@ def small_live(
     bundle = folder / "bundle.json"
     if not bundle.exists():
         write_bundle(bundle)
-    stamps = {"bundle": lambda: stamp_of(bundle), "store": lambda: stamp_of(Path(store or "") / "manifest.json")}
-    return Live(
-        open_scorer=lambda: SmallScorer(bundle, delay_s=delay_s, needs_knowledge=store is not None),
-        open_store=lambda: KnowledgeStore.open(str(store)),
-        stamps=stamps,
-        metrics=metrics,
-    )
+    openers = {"bundle": lambda: SmallScorer(bundle, delay_s=delay_s, needs_knowledge=store is not None)}
+    versions = {"bundle": lambda: stamp_of(bundle)}
+    if store is not None:
+        openers["store"] = lambda _: KnowledgeStore.open(store)
+        versions["store"] = lambda: stamp_of(store / "manifest.json")
+    return Live(openers, versions, metrics=metrics)

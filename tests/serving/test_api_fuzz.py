@@ -21,7 +21,7 @@ from lumrec.serving.settings import ServeConfig
 
 ROOT = tempfile.TemporaryDirectory(prefix="lumrec-api-")
 METRICS = Metrics()
-APP = make_app(small_live(Path(ROOT.name), metrics=METRICS), ServeConfig(), metrics=METRICS)
+APP = make_app(small_live(Path(ROOT.name), metrics=METRICS), ServeConfig(), token="", metrics=METRICS)
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP, headers={"Host": "localhost"})
 
 

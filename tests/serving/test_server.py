@@ -99,6 +99,12 @@ def test_scores_are_in_the_order_of_the_request_and_rankings_are_the_best_first(
         ('{"user": "\\ud800", "items": ["1"]}', 400, "no JSON"),
         ('{"user": "\\u202e", "items": ["1"], "\\u001b[2J": 1}', 422, "is no field"),
         ('{"user": "1", "items": ["1"], "context": {"wrong": "x"}}', 422, "context.wrong is no context feature"),
+        (
+            '{"user": "1", "items": ["1"], "context": {"a": 1e9, "b": [true, null, [1]]}}',
+            422,
+            "context.b: input",
+        ),
+        ('{"user": "1", "items": ["1"], "per_item": {"a": ' + "9" * 99 + "}}", 422, "per_item.a"),
         (b"\xff\xfe\x00", 400, "no JSON"),
         (json.dumps({"user": "1", "items": ["1"] * 1001}), 422, "1,001 entries, expected at most 1,000"),
         (json.dumps({"user": "1" * 300_000, "items": ["1"]}), 413, "larger than 256 KiB"),
@@ -110,6 +116,11 @@ def test_a_body_that_cannot_be_used_gets_one_sentence(client: TestClient, body: 
         assert answer.status_code == status, answer.text
         detail = answer.json()["detail"]
         assert says in detail and detail.isprintable() and len(detail) < 400
+
+
+def test_an_endpoint_without_its_engine_says_what_to_start_it_with(client: TestClient) -> None:
+    answer = client.post("/v1/events", json={"events": [{"user": "1", "item": "2", "label": 1}]})
+    assert answer.status_code == 404 and "serve.state=" in answer.json()["detail"]
 
 
 def test_a_body_of_another_kind_a_wrong_path_and_a_wrong_method_get_one_sentence(client: TestClient) -> None:

@@ -19,6 +19,7 @@ import logging
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -28,7 +29,6 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-import lumrec
 from lumrec.run.errors import UserError
 from lumrec.run.key_value import Unavailable
 from lumrec.run.page import render
@@ -231,7 +231,7 @@ def make_app(live: Live, settings: ServeConfig, *, token: str, metrics: Metrics)
     app = FastAPI(
         title="lumrec",
         description="Scores candidates for a user, with what a Large User Model knows of them.",
-        version=lumrec.__version__,
+        version=metadata.version("lumrec"),
         lifespan=api.running,
         docs_url=None,
         redoc_url=None,

@@ -99,7 +99,12 @@ class KnowledgeFusion(nn.Module):
         self.dropout = dropout
         if mode not in MODES:
             raise ValueError(f"the knowledge mode is {mode!r}; expected one of {', '.join(MODES)}")
-        self.mode, self.num_conditions, self.has_log_z = mode, num_conditions, has_log_z
+        self.mode, self.num_conditions, self.knowledge_dim, self.has_log_z = (
+            mode,
+            num_conditions,
+            knowledge_dim,
+            has_log_z,
+        )
         self.num_features = num_conditions
         if mode != "matching":
             in_dim = (num_conditions + 1) * knowledge_dim

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from lumrec.modules.kernels.jagged import row_chunks
 
@@ -56,6 +57,26 @@ def plain_recurrence(
             h_H = (1 - u) * h_H + u * torch.tanh(x_c + torch.sigmoid(x_r + h_r) * h_c)
             states.append(h_H)
     return torch.stack(states) if states else gate_XG.new_zeros(0, width) + 0 * weight_GH.sum()
+
+
+def scanned_recurrence(gate_GLX: Tensor, weight_XH: Tensor, group_N: Tensor, attention_NL: Tensor) -> Tensor:
+    """The same for N rows that share the inputs of G groups, all of L events, in a loop that torch.export takes.
+
+    gate_GLX: the inputs. group_N: int64, the group of each row. attention_NL: a, 0 where a row's state stays as it is.
+    Gives the states, [N, L, H]. Not for training. G, N and L must be at least 2: torch.export takes it that they are.
+    """
+    width = weight_XH.shape[1]
+
+    def step(h_NH: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        gate_NX, hidden_NX = inputs[0].index_select(0, group_N), h_NH @ weight_XH.t()
+        ur_NX = torch.sigmoid(gate_NX[:, : 2 * width] + hidden_NX[:, : 2 * width])
+        candidate_NH = torch.tanh(gate_NX[:, 2 * width :] + ur_NX[:, width:] * hidden_NX[:, 2 * width :])
+        h_NH = torch.lerp(h_NH, candidate_NH, ur_NX[:, :width] * inputs[1][:, None])
+        return h_NH, h_NH.clone()
+
+    first_NH = gate_GLX.new_zeros(group_N.shape[0], width)
+    inputs = gate_GLX.transpose(0, 1).contiguous(), attention_NL.t().contiguous()
+    return scan(step, first_NH, inputs)[1].transpose(0, 1)
 
 
 def _in_time_order(place_RL: Tensor, num_events: int) -> tuple[Tensor, list[int]]:

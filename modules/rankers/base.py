@@ -22,10 +22,11 @@ Shape suffixes: B rows, T history events of all rows, concatenated; U unique tok
 (its item and feedback features), I width of its item features, R width of the row's user and context features, X any.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,9 @@ class RankBatch:
     tokens: KJT of all features, with U + B bags. target_B, history_T: int64. offsets_B1: int64.
     dense_BF: float32, statistics of the events before the row (F may be 0). label_B: float32, 0 or 1.
     row_B: int64, the index of each row in the prepared events. knowledge: a LUM's answers for the rows, or None.
+    history_of_B: int64, ascending, where rows share histories, as the candidates of a request do: the history that each
+    row reads. offsets_B1 and the fields of events then have one entry for each history, not for each row. None: each
+    row has its own, in order.
 
     Only some rankers read these (Ranker.reads); otherwise they may be None. item_U: int64, the index of each token's
     item. category_U: int64, its category. age_T: float32, seconds from the event to the row. category_count_T: int64,
@@ -91,6 +95,7 @@ class RankBatch:
     category_U: Tensor | None = None
     age_T: Tensor | None = None
     category_count_T: Tensor | None = None
+    history_of_B: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -143,6 +148,83 @@ class RankBatch:
     def to(self, device: torch.device | str) -> "RankBatch":
         """The same batch on `device`."""
         return moved(self, device)
+
+    def expanded(self) -> "RankBatch":
+        """The same batch with a history for each row, also where rows share one.
+
+        >>> none = torch.zeros(2, 0)
+        >>> offsets_B1, target_B = torch.tensor([0, 2]), torch.tensor([2, 3])
+        >>> of_one_user = RankBatch(None, 4, target_B, torch.tensor([0, 1]), offsets_B1, none, none, none)
+        >>> plain = dataclasses.replace(of_one_user, history_of_B=torch.tensor([0, 0])).expanded()
+        >>> plain.history_T.tolist(), plain.offsets_B1.tolist()
+        ([0, 1, 0, 1], [0, 2, 4])
+        """
+        if self.history_of_B is None:
+            return self
+        length_B = self.offsets_B1.diff()[self.history_of_B]
+        offsets_B1 = nn.functional.pad(length_B.cumsum(0), (1, 0))
+        shift_B = self.offsets_B1[self.history_of_B] - offsets_B1[:-1]
+        event_T = torch.arange(int(offsets_B1[-1]), device=shift_B.device) + shift_B.repeat_interleave(length_B)
+        of_events = {name: getattr(self, name) for name in ("history_T", "age_T", "category_count_T")}
+        taken: dict[str, Any] = {name: None if value is None else value[event_T] for name, value in of_events.items()}
+        return dataclasses.replace(self, offsets_B1=offsets_B1, history_of_B=None, **taken)
+
+
+class Histories(NamedTuple):
+    """The histories of G groups of rows, padded, as an exported ranker reads them (see Ranker.shared_interest).
+
+    A group's rows share one history: they are the candidates of a request. Two groups, with histories of 3 and 1 events
+    and 2 and 1 rows, over 5 tokens; token 5 and row 3 are padding::
+
+        history_GL   0 2 1        target_GR   3 4        place_B   0 1 2
+                     2 5 5                    4 5
+
+    token_ZD: the tokens, then zeros. history_GL, target_GR: int64, tokens. place_B: int64, where each row is in the
+    flattened [G, R]. age_GL, count_GL, category_Z: see age_T, category_count_T and category_U of RankBatch; padding is
+    -1. They are None for rankers that do not read them.
+    """
+
+    token_ZD: Tensor
+    history_GL: Tensor
+    target_GR: Tensor
+    place_B: Tensor
+    age_GL: Tensor | None = None
+    count_GL: Tensor | None = None
+    category_Z: Tensor | None = None
+
+    @property
+    def is_event_GL(self) -> Tensor:
+        """Which places are events: bool, False for padding."""
+        return self.history_GL < self.token_ZD.shape[0] - 1
+
+    @property
+    def group_B(self) -> Tensor:
+        """The group of each row, int64."""
+        return self.place_B // self.target_GR.shape[1]
+
+    def of_targets(self, layer: nn.Module, item_dim: int) -> Tensor:
+        """What `layer` makes of each target item, [G, R, X]."""
+        # Flat: with three dimensions torch.export takes it that R is not 1.
+        x_XI = nn.functional.embedding(self.target_GR.flatten(), self.token_ZD[:, :item_dim])
+        return layer(x_XI).unflatten(0, self.target_GR.shape)
+
+    def led_by_padding(self, num: int) -> "Histories":
+        """The same with `num` places of padding before each history, so that a search always finds as many places."""
+        history_GL = self.history_GL.new_full((self.history_GL.shape[0], num), self.token_ZD.shape[0] - 1)
+        return self._replace(
+            history_GL=torch.cat([history_GL, self.history_GL], dim=1),
+            age_GL=None if self.age_GL is None else nn.functional.pad(self.age_GL, (num, 0), value=-1),
+            count_GL=None if self.count_GL is None else nn.functional.pad(self.count_GL, (num, 0), value=-1),
+        )
+
+    def flat_places(self, place_GRS: Tensor) -> Tensor:
+        """Places within a history as places in the flattened [G, L], int64 [B, S]."""
+        return self.of_rows(place_GRS) + self.group_B[:, None] * self.history_GL.shape[1]
+
+    def of_rows(self, x_GRX: Tensor) -> Tensor:
+        """What belongs to each row, [B, X]."""
+        # Not flattened: for a slice torch.export then takes it that R is not 1.
+        return x_GRX[self.group_B, self.place_B % self.target_GR.shape[1]]
 
 
 def _first(rows: int | Sequence[int]) -> int:
@@ -199,7 +281,11 @@ class Ranker(nn.Module, ABC):
         self.features = feature_order(tables)
         self.token_features = [*item_features, *feedback_features]
         self.row_features = list(row_features)
-        width = feature_widths(tables)
+        # Kept, since tables that were sharded no longer have their configs.
+        self.table_of = {
+            name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names
+        }
+        self.width_of = width = feature_widths(tables)
         self.item_dims = [width[f] for f in item_features]
         self.row_dims = [width[f] for f in row_features]
         self.feedback_dims = [width[f] for f in feedback_features]
@@ -227,6 +313,13 @@ class Ranker(nn.Module, ABC):
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """Features of the history for the target, [B, X], and in training the ranker's auxiliary loss, if any."""
 
+    @abstractmethod
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """The features that `interest` has, [B, X], for rows that share histories: what torch.export is given.
+
+        Only for serving: what all rows of a group need is computed once, and no size depends on a value.
+        """
+
     def forward(self, batch: RankBatch, *, with_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B], float32; with_loss: and a scalar to add to the mean cross-entropy of the rows in training.
 
@@ -237,22 +330,27 @@ class Ranker(nn.Module, ABC):
             raise ValueError(
                 f"this ranker reads {', '.join(missing)} and the batch has none: give `reads` to RowBuilder"
             )
+        batch = batch.expanded()
         looked = self.look_up(batch)
         interest_BX, own_loss = self.interest(looked, batch)
-        x = [looked.row_BR, looked.target_BI, interest_BX, batch.dense_BF]
-        if self.knowledge is not None:
-            if batch.knowledge is None:
-                raise ValueError(
-                    "this ranker reads a LUM's knowledge and the batch has none: give it to the RowBuilder"
-                )
-            x.append(self.knowledge(*batch.knowledge))
-        logit_B = self.over_arch(torch.cat(x, dim=1)).squeeze(1)
+        logit_B = self.logit(looked, interest_BX, batch.dense_BF, batch.knowledge)
         if not with_loss:
             return logit_B
         loss = logit_B.new_zeros(()) if own_loss is None else own_loss
         if self.token_l2:
             loss = loss + self.token_l2 / 2 * token_penalty(looked.token_UD, batch)
         return logit_B, loss
+
+    def logit(self, looked: Looked, interest_BX: Tensor, dense_BF: Tensor, knowledge: KnowledgeBatch | None) -> Tensor:
+        """Logits [B] from all inputs of the over-arch. Raises ValueError where it reads knowledge and none is given."""
+        x = [looked.row_BR, looked.target_BI, interest_BX, dense_BF]
+        if self.knowledge is not None:
+            if knowledge is None:
+                raise ValueError(
+                    "this ranker reads a LUM's knowledge and the batch has none: give it to the RowBuilder"
+                )
+            x.append(self.knowledge(*knowledge))
+        return self.over_arch(torch.cat(x, dim=1)).squeeze(1)
 
     def look_up(self, batch: RankBatch) -> Looked:
         """The embeddings of all tokens and rows of the batch, from one call of the tables."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.kernels.jagged import indexed_dot, row_of_event, segment_softmax
-from lumrec.modules.kernels.recurrence import recurrence
-from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
+from lumrec.modules.kernels.recurrence import recurrence, scanned_recurrence
+from lumrec.modules.rankers.base import Histories, Interest, Looked, RankBatch, Ranker
 
 
 class Dien(Ranker):
@@ -71,7 +71,28 @@ class Dien(Ranker):
         loss = None
         if self.training and self._auxiliary_weight:
             loss = self._auxiliary_weight * self.auxiliary_loss(state_TH, looked.token_UD, batch)
-        return Interest(torch.cat([last_BH, last_BH * looked.target_BI], dim=1), loss)
+        return Interest(self._with_target(last_BH, looked.target_BI), loss)
+
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """See Ranker; interests are extracted once for a history."""
+        token_ZD, is_event_GL = histories.token_ZD, histories.is_event_GL
+        # One group and one row more than there are, so that there are two: see scanned_recurrence.
+        gate_GLX = F.pad(F.embedding(histories.history_GL, self.extractor_input(token_ZD)), (0, 0, 0, 0, 0, 1))
+        group_G, one_GL = torch.arange(gate_GLX.shape[0], device=gate_GLX.device), gate_GLX.new_ones(gate_GLX.shape[:2])
+        state_GLH = scanned_recurrence(gate_GLX, self.extractor_weight_GH, group_G, one_GL)
+        query_GRH = histories.of_targets(self.attention, self.item_dim)
+        logit_GRL = torch.bmm(query_GRH, state_GLH[:-1].transpose(1, 2))
+        # Padding comes last and has no weight: it leaves the state as it is.
+        is_event_G1L = is_event_GL[:, None]
+        attention_GRL = logit_GRL.masked_fill(~is_event_G1L, -1e30).softmax(dim=2) * is_event_G1L
+        group_B, attention_BL = F.pad(histories.group_B, (0, 1)), F.pad(histories.of_rows(attention_GRL), (0, 0, 0, 1))
+        evolved_BLH = scanned_recurrence(
+            self.evolution_input(state_GLH), self.evolution_weight_GH, group_B, attention_BL
+        )
+        return self._with_target(evolved_BLH[:-1, -1], looked.target_BI)
+
+    def _with_target(self, last_BH: Tensor, target_BI: Tensor) -> Tensor:
+        return torch.cat([last_BH, last_BH * target_BI], dim=1)
 
     def auxiliary_loss(self, state_TH: Tensor, token_UD: Tensor, batch: RankBatch) -> Tensor:
         """Mean over pairs of -log σ(h_t · e_{t+1}) - log(1 - σ(h_t · e_negative)) (eq. 2); 0 without pairs."""

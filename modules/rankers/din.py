@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lumrec.modules.kernels.activation_unit import ActivationUnit
 from lumrec.modules.kernels.jagged import row_of_event, segment_softmax
-from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, make_activation
+from lumrec.modules.rankers.base import Histories, Interest, Looked, RankBatch, Ranker, make_activation
 
 
 class Din(Ranker):
@@ -51,7 +51,14 @@ class Din(Ranker):
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The weighted sum of the history, and its product with the target: [B, D + I]."""
         interest_BD = self.local_activation(looked.token_UD, looked.target_BI, batch.history_T, batch.offsets_B1)
-        return Interest(torch.cat([interest_BD, interest_BD[:, : self.item_dim] * looked.target_BI], dim=1))
+        return Interest(self._with_target(interest_BD, looked.target_BI))
+
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """See Ranker; the rows of a group are computed as one matrix product."""
+        return self._with_target(self.local_activation.shared(histories, histories.history_GL), looked.target_BI)
+
+    def _with_target(self, interest_BD: Tensor, target_BI: Tensor) -> Tensor:
+        return torch.cat([interest_BD, interest_BD[:, : self.item_dim] * target_BI], dim=1)
 
 
 class LocalActivation(nn.Module):
@@ -102,3 +109,18 @@ class LocalActivation(nn.Module):
         return F.embedding_bag(
             history_T, token_UD, offsets_B1, mode="sum", per_sample_weights=weight_T, include_last_offset=True
         )
+
+    def shared(self, histories: Histories, history_GL: Tensor) -> Tensor:
+        """The same for rows that share histories, [B, D]: see Ranker.shared_interest. history_GL: int64, tokens."""
+        history_GLD = F.embedding(history_GL, histories.token_ZD)
+        target_GRI = F.embedding(histories.target_GR, histories.token_ZD[:, : self.item_dim])
+        product_GRHI = target_GRI[:, :, None] * self.product_HI
+        product_GRHD = F.pad(product_GRHI, (0, history_GLD.shape[2] - self.item_dim))
+        matrix_GXD = (self.token_HD + product_GRHD).flatten(1, 2)
+        hidden_GLX = torch.baddbmm(self.target(target_GRI).flatten(1)[:, None], history_GLD, matrix_GXD.transpose(1, 2))
+        hidden_XH = hidden_GLX.view(-1, len(self.output_H))
+        weight_GLR = (self.activation(hidden_XH) @ self.output_H).view(*hidden_GLX.shape[:2], -1) + self.bias
+        if self.softmax:
+            is_event_GL1 = (history_GL < histories.token_ZD.shape[0] - 1)[:, :, None]
+            weight_GLR = weight_GLR.masked_fill(~is_event_GL1, -1e30).softmax(dim=1)
+        return histories.of_rows(torch.bmm(weight_GLR.transpose(1, 2), history_GLD))

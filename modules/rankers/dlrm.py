@@ -19,7 +19,7 @@ torch.Size([2])
 import torch
 from torch import Tensor, nn
 
-from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker, mean_history
+from lumrec.modules.rankers.base import Histories, Interest, Looked, RankBatch, Ranker, mean_history
 
 
 class Dlrm(Ranker):
@@ -53,12 +53,20 @@ class Dlrm(Ranker):
 
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The mean history, its product with the target, their dot product, cross features: [B, D + I + 1 + P]."""
-        mean_BD = mean_history(looked.token_UD, batch)
+        return Interest(self._with_target(looked, mean_history(looked.token_UD, batch), batch.dense_BF))
+
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """See Ranker; each history is pooled once."""
+        sum_GD = nn.functional.embedding(histories.history_GL, histories.token_ZD).sum(dim=1)
+        mean_GD = sum_GD / histories.is_event_GL.sum(dim=1, keepdim=True).clamp(min=1)
+        return self._with_target(looked, mean_GD.index_select(0, histories.group_B), dense_BF)
+
+    def _with_target(self, looked: Looked, mean_BD: Tensor, dense_BF: Tensor) -> Tensor:
         product_BI = mean_BD[:, : self.item_dim] * looked.target_BI
         x = [mean_BD, product_BI, product_BI.sum(dim=1, keepdim=True)]
         if self._cross_dim:
-            x.append(self.cross_features(looked, mean_BD, batch.dense_BF))
-        return Interest(torch.cat(x, dim=1))
+            x.append(self.cross_features(looked, mean_BD, dense_BF))
+        return torch.cat(x, dim=1)
 
     def cross_features(self, looked: Looked, mean_BD: Tensor, dense_BF: Tensor) -> Tensor:
         """The dot product of every two fields, [B, P]."""

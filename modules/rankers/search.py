@@ -65,6 +65,36 @@ def top_search(
     return found_BS
 
 
+def shared_hard_search(is_same_GRL: Tensor, num: int) -> Tensor:
+    """Places of the latest `num` events that are `is_same_GRL` for a row, int64 [G, R, S]: hard_search for Histories.
+
+    The first `num` places of each history must be padding; it is found where there are fewer events.
+    """
+    from_end_GRL = is_same_GRL.flip(2).cumsum(2).flip(2)
+    return _places(is_same_GRL & (from_end_GRL <= num), num - from_end_GRL, num)
+
+
+def shared_top_search(score_GRL: Tensor, is_event_GL: Tensor, num: int) -> Tensor:
+    """Places of each row's `num` events with the highest score, int64 [G, R, S]: top_search for Histories.
+
+    The first `num` places of each history must be padding; it is found where there are fewer events.
+    """
+    score_GRL = score_GRL.masked_fill(~is_event_GL[:, None], -torch.inf)
+    lowest_GR1 = score_GRL.topk(num, dim=2).values[:, :, -1:]
+    above_GRL, equal_GRL = score_GRL > lowest_GR1, score_GRL == lowest_GR1
+    from_end_GRL = equal_GRL.flip(2).cumsum(2).flip(2)
+    is_found_GRL = above_GRL | (equal_GRL & (from_end_GRL <= num - above_GRL.sum(dim=2, keepdim=True)))
+    return _places(is_found_GRL, is_found_GRL.cumsum(2) - 1, num)
+
+
+def _places(is_found_GRL: Tensor, rank_GRL: Tensor, num: int) -> Tensor:
+    """The places found, each at its rank below `num`; place 0, which is padding, where there is none."""
+    rank_GRL = torch.where(is_found_GRL, rank_GRL, num)
+    place_L = torch.arange(rank_GRL.shape[2], device=rank_GRL.device)
+    place_GRS = rank_GRL.new_zeros(*rank_GRL.shape[:2], num + 1)
+    return place_GRS.scatter(2, rank_GRL, place_L.expand_as(rank_GRL))[:, :, :num]
+
+
 def plain_hard_search(
     category_U: Tensor, target_B: Tensor, history_T: Tensor, offsets_B1: Tensor, num: int
 ) -> list[list[int]]:
@@ -107,7 +137,7 @@ def sum_by_bucket(weight_BHS: Tensor, bucket_BS: Tensor) -> Tensor:
 
 def head_logits(query_BX: Tensor, key_BSX: Tensor, num_heads: int) -> Tensor:
     """q · k / sqrt(K) of each head, [B, S, H]."""
-    query_BKH = query_BX.view(len(query_BX), -1, num_heads)
+    query_BKH = query_BX.unflatten(1, (-1, num_heads))
     # A block-diagonal query serves all heads in one product, without a reordering of the keys.
     query_BXH = torch.diag_embed(query_BKH * query_BKH.shape[1] ** -0.5).flatten(1, 2)
     return torch.bmm(key_BSX, query_BXH)

@@ -1,6 +1,7 @@
 """Search-based Interest Model: attention over the events that a search finds in a long history (Pi et al., 2006.05639).
 
-Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P = T + 1 places, with padding's.
+Shape suffixes: see rankers/base.py and rankers/search.py; G width of a time gap; P = T + 1 places, with padding's;
+Z = U + 1 tokens, with padding's.
 
 Two rows, with histories of two and no events::
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.kernels.jagged import indexed_dot, latest, lookup
-from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
+from lumrec.modules.rankers.base import Histories, Interest, Looked, RankBatch, Ranker
 from lumrec.modules.rankers.din import LocalActivation
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
@@ -31,6 +32,8 @@ from lumrec.modules.rankers.search import (
     log_bucket,
     masked_softmax,
     padded,
+    shared_hard_search,
+    shared_top_search,
     top_search,
 )
 
@@ -100,12 +103,47 @@ class Sim(Ranker):
         """The short-term interest, its product with the target, the long-term interest: [B, D + I + H (D + G)]."""
         token_UD, target_BI = looked.token_UD, looked.target_BI
         recent_BD = self.recent(token_UD, target_BI, *latest(batch.history_T, batch.offsets_B1, self._num_recent))
-        long_BX = self.exact(looked, batch, self.search(looked, batch))
+        place_BS, index_P = self.search(looked, batch), padded(batch.history_T, batch.num_tokens)
+        assert batch.age_T is not None
+        token_ZD = F.pad(token_UD, (0, 0, 0, 1))
+        long_BX = self.exact(token_ZD, target_BI, index_P[place_BS], padded(batch.age_T, -1)[place_BS])
         loss = None
         if self.training and self._search == "soft":
             loss = self._auxiliary_weight * self.search_loss(looked, batch)
-        product_BI = recent_BD[:, : self.item_dim] * target_BI
-        return Interest(torch.cat([recent_BD, product_BI, long_BX], dim=1), loss)
+        return Interest(self._with_target(recent_BD, target_BI, long_BX), loss)
+
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """See Ranker; the keys of the search are computed once for a history."""
+        num_events_G1 = histories.is_event_GL.sum(dim=1, keepdim=True)
+        num = max(self._num_searched, self._num_recent)
+        histories = histories.led_by_padding(num)
+        recent_GL = histories.history_GL.gather(
+            1, num_events_G1 + num - self._num_recent + torch.arange(self._num_recent, device=num_events_G1.device)
+        )
+        recent_BD = self.recent.shared(histories, recent_GL)
+        place_BS = histories.flat_places(self.shared_search(histories))
+        assert histories.age_GL is not None
+        index_BS, age_BS = histories.history_GL.flatten()[place_BS], histories.age_GL.flatten()[place_BS]
+        long_BX = self.exact(histories.token_ZD, looked.target_BI, index_BS, age_BS)
+        return self._with_target(recent_BD, looked.target_BI, long_BX)
+
+    def shared_search(self, histories: Histories) -> Tensor:
+        """Places of the events that are relevant to each row's target, int64 [G, R, S]."""
+        is_event_GL, token_ZD = histories.is_event_GL, histories.token_ZD
+        if self._search == "hard":
+            assert histories.category_Z is not None
+            category_GL, category_GR = (
+                histories.category_Z[histories.history_GL],
+                histories.category_Z[histories.target_GR],
+            )
+            is_same_GRL = (category_GR[:, :, None] == category_GL[:, None]) & is_event_GL[:, None]
+            return shared_hard_search(is_same_GRL, self._num_searched)
+        key_GLK = F.embedding(histories.history_GL, self.search_key(token_ZD))
+        query_GRK = histories.of_targets(self.search_query, self.item_dim)
+        return shared_top_search(torch.bmm(query_GRK, key_GLK.transpose(1, 2)), is_event_GL, self._num_searched)
+
+    def _with_target(self, recent_BD: Tensor, target_BI: Tensor, long_BX: Tensor) -> Tensor:
+        return torch.cat([recent_BD, recent_BD[:, : self.item_dim] * target_BI, long_BX], dim=1)
 
     def search(self, looked: Looked, batch: RankBatch) -> Tensor:
         """Places of the events that are relevant to each row's target, int64 [B, S], padded with T."""
@@ -129,18 +167,20 @@ class Sim(Ranker):
             num=self._num_searched,
         )
 
-    def exact(self, looked: Looked, batch: RankBatch, place_BS: Tensor) -> Tensor:
-        """Each head's weighted sum of the events at the places, [B, H (D + G)] (eq. 5 and 6)."""
-        assert batch.age_T is not None
-        index_BS = padded(batch.history_T, batch.num_tokens)[place_BS]
-        event_BSD = lookup(F.pad(looked.token_UD, (0, 0, 0, 1)), index_BS)
-        gap_BSG = lookup(F.pad(self.gap_NG, (0, 0, 0, 1)), log_bucket(padded(batch.age_T, -1)[place_BS]))
+    def exact(self, token_ZD: Tensor, target_BI: Tensor, index_BS: Tensor, age_BS: Tensor) -> Tensor:
+        """Each head's weighted sum of the events found, [B, H (D + G)] (eq. 5 and 6).
+
+        token_ZD: the tokens, then zeros. index_BS: int64, the token of each event, the last one for padding. age_BS:
+        seconds to the row, -1 for padding.
+        """
+        event_BSD = lookup(token_ZD, index_BS)
+        gap_BSG = lookup(F.pad(self.gap_NG, (0, 0, 0, 1)), log_bucket(age_BS))
         # q · (W z) = (q W) · z: one matrix per row instead of one key per event.
-        query_BKH = self.query(looked.target_BI).view(len(batch), -1, self._num_heads)
+        query_BKH = self.query(target_BI).unflatten(1, (-1, self._num_heads))
         key_KHX = self.key.weight.view(*query_BKH.shape[1:], -1) * self._head_dim**-0.5
         event_BDH, gap_BGH = torch.einsum("bkh,khx->bxh", query_BKH, key_KHX).split([self.token_dim, GAP_DIM], dim=1)
         logit_BSH = torch.bmm(event_BSD, event_BDH) + torch.bmm(gap_BSG, gap_BGH)
-        weight_BHS = masked_softmax(logit_BSH, place_BS < len(batch.history_T)).transpose(1, 2)
+        weight_BHS = masked_softmax(logit_BSH, index_BS < token_ZD.shape[0] - 1).transpose(1, 2)
         return torch.cat([torch.bmm(weight_BHS, event_BSD), torch.bmm(weight_BHS, gap_BSG)], dim=2).flatten(1)
 
     def search_loss(self, looked: Looked, batch: RankBatch) -> Tensor:

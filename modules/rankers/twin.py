@@ -1,7 +1,7 @@
 """TWIN: one target attention both searches a long history and sums the events found (Chang et al., 2302.02352).
 
 Shape suffixes: see rankers/base.py and rankers/search.py; J cross features, N buckets, V = X width of values;
-P = T + 1 places, with padding's.
+P = T + 1 places, with padding's; Z = U + 1 tokens, with padding's.
 
 Two rows, with histories of two and no events::
 
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lumrec.modules.kernels.jagged import lookup
-from lumrec.modules.rankers.base import Interest, Looked, RankBatch, Ranker
+from lumrec.modules.rankers.base import Histories, Interest, Looked, RankBatch, Ranker
 from lumrec.modules.rankers.search import (
     NUM_BUCKETS,
     head_logits,
     log_bucket,
     masked_softmax,
     padded,
+    shared_top_search,
     sum_by_bucket,
     top_search,
 )
@@ -39,14 +40,15 @@ from lumrec.modules.rankers.search import (
 class Read(NamedTuple):
     """The inputs of search and sum.
 
-    query_BX: of each row. key_UX, bias_UH: of each token (the bias of its feedback), then zeros for padding.
+    query_BX: of each row. key_ZX, value_ZV, bias_ZH: of each token (the bias of its feedback), then zeros for padding.
     age_NH, count_NH: the bias of each bucket, then zeros for padding. index_P: int64, the token at each place, U for
     padding. age_P, count_P: int64, the buckets of its time gap and of its category's count, NUM_BUCKETS for padding.
     """
 
     query_BX: Tensor
-    key_UX: Tensor
-    bias_UH: Tensor
+    key_ZX: Tensor
+    value_ZV: Tensor
+    bias_ZH: Tensor
     age_NH: Tensor
     count_NH: Tensor
     index_P: Tensor
@@ -102,46 +104,68 @@ class Twin(Ranker):
     def interest(self, looked: Looked, batch: RankBatch) -> Interest:
         """The attention's output, [B, H K]."""
         # Search and sum read the same inputs; the search has no gradient.
-        read = self.project(looked, batch)
-        place_BS = self.search(read, batch)
+        assert batch.age_T is not None and batch.category_count_T is not None
+        history_P = padded(batch.history_T, batch.num_tokens)
+        age_P, count_P = padded(batch.age_T, -1), padded(batch.category_count_T, -1)
+        read = self.project(F.pad(looked.token_UD, (0, 0, 0, 1)), looked.target_BI, history_P, age_P, count_P)
+        return Interest(self.attend(read, self.search(read, batch)))
+
+    def shared_interest(self, looked: Looked, histories: Histories, dense_BF: Tensor) -> Tensor:
+        """See Ranker; keys and biases of the search are computed once for a history."""
+        histories = histories.led_by_padding(self._num_searched)
+        assert histories.age_GL is not None and histories.count_GL is not None
+        token_ZD, history_GL = histories.token_ZD, histories.history_GL
+        age_P, count_P = histories.age_GL.flatten(), histories.count_GL.flatten()
+        read = self.project(token_ZD, looked.target_BI, history_GL.flatten(), age_P, count_P)
+        query_GRX = histories.of_targets(self.query, self.item_dim)
+        query_GHRK = query_GRX.unflatten(2, (-1, self._num_heads)).permute(0, 3, 1, 2) * self._head_dim**-0.5
+        key_GHKL = lookup(read.key_ZX, history_GL).unflatten(2, (-1, self._num_heads)).permute(0, 3, 2, 1)
+        bias_GLH = _bias(read, read.index_P, read.age_P, read.count_P).view(*history_GL.shape, self._num_heads)
+        logit_GHRL = query_GHRK @ key_GHKL + bias_GLH.permute(0, 2, 1)[:, :, None]
+        is_event_GL = histories.is_event_GL
+        score_GRL = logit_GHRL.masked_fill(~is_event_GL[:, None, None], -1e30).softmax(dim=3).sum(dim=1)
+        place_GRS = shared_top_search(score_GRL, is_event_GL, self._num_searched)
+        return self.attend(read, histories.flat_places(place_GRS))
+
+    def attend(self, read: Read, place_BS: Tensor) -> Tensor:
+        """The attention's output over the events at the places, [B, H K]."""
         weight_BHS = self.attention(read, place_BS).transpose(1, 2)
-        value_UV = F.pad(self.value(looked.token_UD), (0, 0, 0, 1))
         # One product sums all of V for each head, and the diagonal takes the head's part: no weighted copy of values.
-        sum_BHV = torch.bmm(weight_BHS, lookup(value_UV, read.index_P[place_BS]))
+        sum_BHV = torch.bmm(weight_BHS, lookup(read.value_ZV, read.index_P[place_BS]))
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.age_P[place_BS]) @ self.age_value_NV
         sum_BHV = sum_BHV + sum_by_bucket(weight_BHS, read.count_P[place_BS]) @ self.count_value_NV
         own_BKH = sum_BHV.unflatten(2, (self._head_dim, self._num_heads)).diagonal(dim1=1, dim2=3)
-        return Interest(self.output(own_BKH.flatten(1)))
+        return self.output(own_BKH.flatten(1))
 
-    def project(self, looked: Looked, batch: RankBatch) -> Read:
-        """The inputs of search and sum, computed once for all occurrences of a token in the batch."""
-        assert batch.age_T is not None and batch.category_count_T is not None
-        key_UX = F.pad(self.key(looked.token_UD[:, : self.item_dim]), (0, 0, 0, 1))
-        bias_UH = looked.token_UD.new_zeros(len(looked.token_UD), self._num_heads)
+    def project(self, token_ZD: Tensor, target_BI: Tensor, history_P: Tensor, age_P: Tensor, count_P: Tensor) -> Read:
+        """The inputs of search and sum, computed once for all occurrences of a token in the batch.
+
+        history_P: int64, the token at each place. age_P, count_P: of RankBatch. Padding has the last token, and -1.
+        """
+        bias_ZH = token_ZD.new_zeros(token_ZD.shape[0], self._num_heads)
         if self.feedback_dims:
-            feedback = looked.token_UD[:, self.item_dim :].split(self.feedback_dims, dim=1)
-            cross_UJ = torch.cat([compress(x) for compress, x in zip(self.compress, feedback, strict=True)], dim=1)
-            bias_UH = cross_UJ @ self.beta_JH[2:]
+            feedback = token_ZD[:, self.item_dim :].split(self.feedback_dims, dim=1)
+            cross_ZJ = torch.cat([compress(x) for compress, x in zip(self.compress, feedback, strict=True)], dim=1)
+            bias_ZH = cross_ZJ @ self.beta_JH[2:]
         return Read(
-            self.query(looked.target_BI),
-            key_UX,
-            F.pad(bias_UH, (0, 0, 0, 1)),
+            self.query(target_BI),
+            self.key(token_ZD[:, : self.item_dim]),
+            self.value(token_ZD),
+            bias_ZH,
             F.pad(self.age_N[:, None] * self.beta_JH[0], (0, 0, 0, 1)),
             F.pad(self.count_N[:, None] * self.beta_JH[1], (0, 0, 0, 1)),
-            padded(batch.history_T, batch.num_tokens),
-            log_bucket(padded(batch.age_T, -1)),
-            log_bucket(padded(batch.category_count_T, -1)),
+            history_P,
+            log_bucket(age_P),
+            log_bucket(count_P),
         )
 
     def attention(self, read: Read, place_RL: Tensor, rows: Tensor | None = None) -> Tensor:
         """The weight of each head for the events at the places, [R, L, H]. rows: int64; None: all rows."""
         index_RL = read.index_P[place_RL]
         query_RX = read.query_BX if rows is None else read.query_BX[rows]
-        logit_RLH = head_logits(query_RX, lookup(read.key_UX, index_RL), self._num_heads)
-        logit_RLH = logit_RLH + lookup(read.bias_UH, index_RL)
-        logit_RLH = logit_RLH + lookup(read.age_NH, read.age_P[place_RL])
-        logit_RLH = logit_RLH + lookup(read.count_NH, read.count_P[place_RL])
-        return masked_softmax(logit_RLH, place_RL < len(read.index_P) - 1)
+        logit_RLH = head_logits(query_RX, lookup(read.key_ZX, index_RL), self._num_heads)
+        logit_RLH = logit_RLH + _bias(read, index_RL, read.age_P[place_RL], read.count_P[place_RL])
+        return masked_softmax(logit_RLH, index_RL < read.key_ZX.shape[0] - 1)
 
     def search(self, read: Read, batch: RankBatch) -> Tensor:
         """Places of the events with the largest attention, int64 [B, S], padded with T."""
@@ -149,6 +173,11 @@ class Twin(Ranker):
             lambda rows, place_RL: self.attention(read, place_RL, rows).sum(dim=2),
             batch.offsets_B1,
             num_events=len(batch.history_T),
-            event_bytes=read.key_UX.element_size() * read.key_UX.shape[1],
+            event_bytes=read.key_ZX.element_size() * read.key_ZX.shape[1],
             num=self._num_searched,
         )
+
+
+def _bias(read: Read, index: Tensor, age: Tensor, count: Tensor) -> Tensor:
+    """The bias of each head for events with these tokens and buckets, [*index, H]."""
+    return lookup(read.bias_ZH, index) + lookup(read.age_NH, age) + lookup(read.count_NH, count)

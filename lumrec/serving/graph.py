@@ -1,0 +1,302 @@
+"""A trained ranker as one file that torch runs without lumrec: the whole graph, exported, with its tables as inputs.
+
+    graph.pt2     operators and dense weights (torch.export, or a package compiled by AOTInductor)
+    graph.json    what the graph reads: features, fields, the dtype of its tables
+    tables/       one .npy file for each table, memory-mapped, so that workers share them (tables.py)
+
+Rows that share a history, such as the candidates of a request, are computed together: see Histories in rankers/base.py.
+
+Shape suffixes: see rankers/base.py; G groups of rows that share a history, R rows of the largest group, L events of the
+longest history, U unique tokens.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from lumrec.modules.knowledge import KnowledgeBatch
+from lumrec.modules.rankers.base import Histories, Looked, RankBatch, Ranker
+from lumrec.modules.tokens import kjt_from_lists
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import read_json, sync_file, write_atomically
+from lumrec.serving.tables import TableDtype, Tables, pooled
+
+Compile = Literal["none", "aoti"]
+Inputs = dict[str, Tensor]
+LEAST_EVENTS = 2  # places of a padded history: AOTInductor's code fails for 0, and torch.export's scan refuses 1
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What an exported ranker reads.
+
+    features: the order of a batch's keys. token_features, row_features: those of them that it reads. tables: feature →
+    table. reads: see Ranker.reads. num_statistics: columns of dense_BF. knowledge: (conditions, width) or None.
+    dtype: of the tables. compiled: by AOTInductor.
+    """
+
+    features: list[str]
+    token_features: list[str]
+    row_features: list[str]
+    tables: dict[str, str]
+    reads: list[str]
+    num_statistics: int
+    knowledge: list[int] | None
+    has_log_z: bool
+    dtype: TableDtype
+    compiled: bool
+
+    @classmethod
+    def of(cls, ranker: Ranker, dtype: TableDtype = "float32", compile: Compile = "none") -> "GraphSpec":
+        """The spec of a ranker whose tables will have this dtype."""
+        fusion = ranker.knowledge
+        return cls(
+            features=ranker.features,
+            token_features=ranker.token_features,
+            row_features=ranker.row_features,
+            tables=ranker.table_of,
+            reads=list(ranker.reads),
+            num_statistics=ranker.num_statistics,
+            knowledge=None if fusion is None else [fusion.num_conditions, fusion.knowledge_dim],
+            has_log_z=fusion is not None and fusion.has_log_z,
+            dtype=dtype,
+            compiled=compile == "aoti",
+        )
+
+
+class RankerGraph(nn.Module):
+    """A ranker over plain tensors, with its tables as inputs: probabilities [B], float32.
+
+    inputs: as `graph_inputs` makes them. tables: by name, [rows, width]; scales: of int8 tables, [rows].
+    """
+
+    def __init__(self, ranker: Ranker, spec: GraphSpec) -> None:
+        super().__init__()
+        if ranker.training:
+            raise ValueError("the ranker is in training mode, and what is served is not: call eval() first")
+        self.ranker, self.spec = copy.copy(ranker), spec
+        self.ranker._modules = {name: module for name, module in ranker._modules.items() if name != "tables"}
+
+    def forward(self, inputs: Inputs, tables: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
+        def embedded(names: Sequence[str]) -> Tensor:
+            bags = []
+            for name in names:
+                table = self.spec.tables[name]
+                values, offsets = inputs[f"values:{name}"], inputs[f"offsets:{name}"]
+                bags.append(pooled(tables[table], scales.get(table), values, offsets))
+            return torch.cat(bags, dim=1)
+
+        token_UD, dense_BF = embedded(self.spec.token_features), inputs["dense_BF"]
+        row_BR = embedded(self.spec.row_features) if self.spec.row_features else dense_BF[:, :0]
+        token_ZD = F.pad(token_UD, (0, 0, 0, 1))
+        target_BI = F.embedding(inputs["target_B"], token_UD[:, : self.ranker.item_dim])
+        histories = Histories(
+            token_ZD,
+            *(inputs[name] for name in ("history_GL", "target_GR", "place_B")),
+            *(inputs.get(name) for name in ("age_GL", "count_GL", "category_Z")),
+        )
+        looked = Looked(token_UD, target_BI, row_BR)
+        knowledge = None
+        if self.spec.knowledge is not None:
+            knowledge = KnowledgeBatch(
+                inputs["o_BND"], inputs["e_BD"], inputs.get("log_z_BN"), inputs["present_BN"], inputs["fold_B"]
+            )
+        interest_BX = self.ranker.shared_interest(looked, histories, dense_BF)
+        return torch.sigmoid(self.ranker.logit(looked, interest_BX, dense_BF, knowledge))
+
+
+def graph_inputs(batch: RankBatch, spec: GraphSpec) -> Inputs:
+    """The tensors that an exported ranker reads for `batch`, by name, on the CPU.
+
+    Raises ValueError for a batch with other features, or without a field that the ranker reads.
+    """
+    if batch.tokens.keys() != spec.features:
+        raise ValueError(f"the batch has the keys {batch.tokens.keys()}; this graph is called with {spec.features}")
+    missing = [name for name in spec.reads if getattr(batch, name) is None]
+    missing += ["knowledge"] if spec.knowledge is not None and batch.knowledge is None else []
+    if missing:
+        raise ValueError(f"this ranker reads {', '.join(missing)} and the batch has none")
+    inputs = _feature_inputs(batch.tokens, batch.num_tokens, spec)
+    inputs |= _history_inputs(batch, spec)
+    inputs |= {"target_B": batch.target_B, "dense_BF": batch.dense_BF}
+    if spec.knowledge is not None:
+        assert batch.knowledge is not None
+        inputs |= {name: value for name, value in batch.knowledge._asdict().items() if value is not None}
+        if not spec.has_log_z:
+            inputs.pop("log_z_BN", None)
+    return inputs
+
+
+def _feature_inputs(tokens: KeyedJaggedTensor, num_tokens: int, spec: GraphSpec) -> Inputs:
+    """Values and offsets of the bags of each feature: tokens' or rows' (see RankBatch)."""
+    inputs, stride, values = {}, tokens.stride(), tokens.values().numpy()
+    offsets = np.concatenate([[0], np.cumsum(tokens.lengths().numpy(), dtype=np.int64)])
+    for names, bags in ((spec.token_features, (0, num_tokens)), (spec.row_features, (num_tokens, stride))):
+        for name in names:
+            first = spec.features.index(name) * stride
+            own = offsets[first + bags[0] : first + bags[1] + 1]
+            inputs[f"values:{name}"] = torch.from_numpy(values[own[0] : own[-1]])
+            inputs[f"offsets:{name}"] = torch.from_numpy(own - own[0])
+    return inputs
+
+
+def _history_inputs(batch: RankBatch, spec: GraphSpec) -> Inputs:
+    """The padded histories and rows of each group."""
+    offsets, num_rows = batch.offsets_B1.numpy(), len(batch)
+    group_B = np.arange(num_rows) if batch.history_of_B is None else batch.history_of_B.numpy()
+    length_G = np.diff(offsets)
+    is_event_GL = np.arange(max(LEAST_EVENTS, length_G.max(initial=0))) < length_G[:, None]
+    count_G = np.bincount(group_B, minlength=len(length_G))
+    most_rows = max(1, count_G.max(initial=0))
+    place_B = np.arange(num_rows) + (np.arange(len(length_G)) * most_rows - (count_G.cumsum() - count_G))[group_B]
+    target_GR = np.full(len(length_G) * most_rows, batch.num_tokens)
+    target_GR[place_B] = batch.target_B.numpy()
+
+    def padded(values_T: Tensor, fill: int) -> Tensor:
+        values_GL = np.full(is_event_GL.shape, fill, values_T.numpy().dtype)
+        values_GL[is_event_GL] = values_T.numpy()
+        return torch.from_numpy(values_GL)
+
+    inputs = {
+        "history_GL": padded(batch.history_T, batch.num_tokens),
+        "target_GR": torch.from_numpy(target_GR.reshape(-1, most_rows)),
+        "place_B": torch.from_numpy(place_B),
+    }
+    if "age_T" in spec.reads:
+        assert batch.age_T is not None
+        inputs["age_GL"] = padded(batch.age_T, -1)
+    if "category_count_T" in spec.reads:
+        assert batch.category_count_T is not None
+        inputs["count_GL"] = padded(batch.category_count_T, -1)
+    if "category_U" in spec.reads:
+        assert batch.category_U is not None
+        inputs["category_Z"] = F.pad(batch.category_U, (0, 1), value=-1)
+    return inputs
+
+
+def export_graph(
+    ranker: Ranker, path: str | Path, *, dtype: TableDtype = "float32", compile: Compile = "none"
+) -> GraphSpec:
+    """Writes the graph of `ranker` to `path` (.pt2) and what it reads beside it (.json).
+
+    Every size may differ from call to call: rows, histories, events, tokens, values. dtype: of the tables it will be
+    given (write_tables). compile: "aoti" compiles it for this kind of machine by AOTInductor.
+    Raises UserError for "aoti" without a C++ compiler.
+    """
+    path, spec = Path(path), GraphSpec.of(ranker, dtype, compile)
+    arguments = _example(ranker, spec)
+    every_size = torch.export.Dim.DYNAMIC
+    fixed = {"dense_BF": 1, "o_BND": 1, "e_BD": 1, "log_z_BN": 1, "present_BN": 1}  # their first size only is dynamic
+    shapes = [
+        {name: dict.fromkeys(range(fixed.get(name, x.ndim)), every_size) for name, x in arguments[0].items()},
+        *({name: {0: every_size} for name in named} for named in arguments[1:]),
+    ]
+    # Without this option an exported graph is only right for sizes of at least 2.
+    general_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with general_sizes, torch.no_grad():
+        exported = torch.export.export(RankerGraph(ranker, spec), arguments, dynamic_shapes=shapes, strict=False)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".graph-") as scratch:
+            made = Path(scratch) / "graph.pt2"  # torch wants this ending
+            if compile == "aoti":
+                _compile(exported, made)
+            else:
+                torch.export.save(exported, made)
+            sync_file(made)
+            os.replace(made, path)
+    write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
+    return spec
+
+
+def _compile(exported: torch.export.ExportedProgram, path: Path) -> None:
+    try:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    except torch._inductor.exc.InvalidCxxCompiler as error:
+        raise UserError(
+            f"compile=aoti needs a C++ compiler: install g++, or export with compile=none ({error})"
+        ) from None
+
+
+def _example(ranker: Ranker, spec: GraphSpec) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+    """Arguments for the graph. A size that equals another one, or a width of the ranker, may be taken for it: so all
+    are primes that no one chooses.
+    """
+    tables = {
+        table: torch.zeros(139, ranker.width_of[feature], dtype=getattr(torch, spec.dtype))
+        for feature, table in spec.tables.items()
+    }
+    scales = {name: torch.ones(139) for name in tables} if spec.dtype == "int8" else {}
+    num_rows, num_tokens, lengths = 109, 113, [127, *[0] * 12]
+    stride, num_events = num_tokens + num_rows, sum(lengths)
+    knowledge = None
+    if spec.knowledge is not None:
+        conditions, width = spec.knowledge
+        log_z_BN = torch.zeros(num_rows, conditions) if spec.has_log_z else None
+        present_BN, fold_B = (
+            torch.ones(num_rows, conditions, dtype=torch.bool),
+            torch.zeros(num_rows, dtype=torch.int64),
+        )
+        o_BND, e_BD = torch.zeros(num_rows, conditions, width), torch.zeros(num_rows, width)
+        knowledge = KnowledgeBatch(o_BND, e_BD, log_z_BN, present_BN, fold_B)
+    batch = RankBatch(
+        tokens=kjt_from_lists(spec.features, [dict.fromkeys(spec.features, 1)] * stride),
+        num_tokens=num_tokens,
+        target_B=torch.arange(num_rows),
+        history_T=torch.arange(num_events) % num_tokens,
+        offsets_B1=torch.tensor([0, *lengths]).cumsum(0),
+        dense_BF=torch.zeros(num_rows, spec.num_statistics),
+        label_B=torch.zeros(num_rows),
+        row_B=torch.arange(num_rows),
+        knowledge=knowledge,
+        item_U=torch.zeros(num_tokens, dtype=torch.int64),
+        category_U=torch.zeros(num_tokens, dtype=torch.int64),
+        age_T=torch.ones(num_events),
+        category_count_T=torch.zeros(num_events, dtype=torch.int64),
+        history_of_B=torch.tensor([*[0] * 97, *range(1, 13)]),
+    )
+    return graph_inputs(batch, spec), tables, scales
+
+
+class Graph:
+    """An exported ranker with its tables: `graph(batch)` gives the probability of each row, float32 [B], on the CPU."""
+
+    def __init__(self, run: Callable[..., Tensor], spec: GraphSpec, tables: Tables) -> None:
+        self.run, self.spec, self.tables = run, spec, tables
+
+    def __call__(self, batch: RankBatch) -> Tensor:
+        with torch.inference_mode():
+            return self.run(graph_inputs(batch, self.spec), *self.tables)
+
+
+def load_graph(path: str | Path, tables: Tables) -> Graph:
+    """The graph that `export_graph` wrote to `path`, ready to run. tables: of open_tables.
+
+    A .pt2 file is code: load only those of people whom you would let run code on this machine.
+    Raises MissingFileError where there is none, UserError where its spec is damaged or the tables are not its own.
+    """
+    path = Path(path)
+    stored = read_json(path.with_suffix(".json"), again="export the ranker again")
+    names = [field.name for field in dataclasses.fields(GraphSpec)]
+    if sorted(stored) != sorted(names):
+        raise UserError(f"{path.with_suffix('.json')} has the keys {sorted(stored)}, expected {sorted(names)}")
+    spec = GraphSpec(**stored)
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing; export the ranker again")
+    for name in set(spec.tables.values()):
+        dtype = str(tables.rows[name].dtype).removeprefix("torch.") if name in tables.rows else "missing"
+        if dtype != spec.dtype:
+            raise UserError(f"table {name!r} is {dtype}, and {path} was exported for {spec.dtype}")
+    if spec.compiled:
+        return Graph(torch._inductor.aoti_load_package(str(path)), spec, tables)
+    return Graph(torch.export.load(path).module(), spec, tables)

@@ -1,0 +1,104 @@
+"""Exported rankers give the scores of the rankers themselves, for any sizes, and run where lumrec is not."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_rankers import MODELS, make_batch, make_ranker, make_rows, random_knowledge
+
+from lumrec.modules.knowledge import KnowledgeFusion
+from lumrec.modules.rankers.base import RankBatch, Ranker
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.serving.graph import Graph, export_graph, load_graph
+from lumrec.serving.tables import open_tables, write_tables
+
+SIZES = [[5, 0, 2], [0], [1], [40], [0, 0, 30, 1, 9, 17, 8, 8, 3]]
+
+
+def exported(ranker: Ranker, folder, *, dtype="float32", compile="none") -> Graph:
+    write_tables(folder / "tables", ranker.tables, dtype=dtype)
+    export_graph(ranker, folder / "graph.pt2", dtype=dtype, compile=compile)
+    return load_graph(folder / "graph.pt2", open_tables(folder / "tables"))
+
+
+def trained(name: str, **keywords) -> Ranker:
+    """With moments and weights that are none of those it began with."""
+    ranker = make_ranker(name, **keywords)
+    for seed in range(3):
+        rows = make_rows([9, 0, 30, 12], seed)
+        ranker(make_batch(rows, knowledge=random_knowledge(4) if ranker.knowledge else None))
+    with torch.no_grad():
+        for parameter in ranker.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return ranker.eval()
+
+
+def batch_of(lengths: list[int], ranker: Ranker, seed: int = 0) -> RankBatch:
+    knowledge = random_knowledge(len(lengths)) if ranker.knowledge else None
+    if knowledge and len(lengths) > 1:
+        knowledge.present_BN[0], knowledge.present_BN[1, 0] = False, False
+        knowledge.o_BND[0] = torch.nan
+    return make_batch(make_rows(lengths, seed), knowledge=knowledge)
+
+
+def shared(batch: RankBatch, num: int) -> RankBatch:
+    """`batch`, whose rows are `num` candidates of each user, with each history once."""
+    first_G = torch.arange(0, len(batch), num)
+    ends = batch.offsets_B1[first_G + 1]
+    begins = batch.offsets_B1[first_G]
+    event_T = torch.cat([torch.arange(a, b) for a, b in zip(begins.tolist(), ends.tolist())])
+    fields = {name: getattr(batch, name)[event_T] for name in ("history_T", "age_T", "category_count_T")}
+    offsets_B1 = torch.nn.functional.pad((ends - begins).cumsum(0), (1, 0))
+    return dataclasses.replace(batch, offsets_B1=offsets_B1, history_of_B=torch.arange(len(batch)) // num, **fields)
+
+
+@torch.no_grad()
+def assert_same(graph: Graph, ranker: Ranker, batch: RankBatch, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(graph(batch), torch.sigmoid(ranker(batch)), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "with_knowledge"), [*((name, True) for name in MODELS), ("din", False), ("dlrm", False)]
+)
+def test_a_graph_scores_as_its_ranker(name, with_knowledge, tmp_path):
+    ranker = trained(name, knowledge=KnowledgeFusion("both", 2, 4, 2, 3, attention=True) if with_knowledge else None)
+    graph = exported(ranker, tmp_path)
+    for lengths in SIZES:
+        assert_same(graph, ranker, batch_of(lengths, ranker))
+    # Candidates of two users, and of one, who share their history.
+    rows = make_rows([40, 3])
+    for users in (rows, rows[:1], rows[1:]):
+        candidates = [type(row)(target, row.history, row.user) for row in users for target in (3, 7, 7, 30, 11)]
+        knowledge = random_knowledge(len(candidates)) if with_knowledge else None
+        plain = make_batch(candidates, knowledge=knowledge)
+        assert torch.equal(shared(plain, 5).expanded().history_T, plain.history_T)
+        assert_same(graph, ranker, shared(plain, 5))
+        torch.testing.assert_close(graph(plain), graph(shared(plain, 5)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float16", 1e-3), ("int8", 2e-2)])
+def test_smaller_tables_give_nearly_the_same_scores(dtype, atol, tmp_path):
+    ranker = trained("din")
+    graph, batch = exported(ranker, tmp_path, dtype=dtype), batch_of(SIZES[-1], ranker)
+    assert graph.tables.rows["item"].dtype == getattr(torch, dtype)
+    assert_same(graph, ranker, batch, atol=atol)
+    assert not torch.equal(graph(batch), torch.sigmoid(ranker(batch)))
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    ranker = trained("dlrm")
+    graph = exported(ranker, tmp_path)
+    with pytest.raises(ValueError, match="call eval"):
+        export_graph(make_ranker("dlrm"), tmp_path / "other.pt2")
+    write_tables(tmp_path / "half", ranker.tables, dtype="float16")
+    with pytest.raises(UserError, match="is float16, and .* was exported for float32"):
+        load_graph(tmp_path / "graph.pt2", open_tables(tmp_path / "half"))
+    with pytest.raises(MissingFileError, match="other.json is missing"):
+        load_graph(tmp_path / "other.pt2", graph.tables)
+    (tmp_path / "half" / "0.npy").write_bytes(b"cut")
+    with pytest.raises(UserError, match="0.npy cannot be read"):
+        open_tables(tmp_path / "half")
+    with torch.no_grad():
+        ranker.tables.embedding_bags["user"].weight[3, 1] = 1e6
+    with pytest.raises(UserError, match="'user' has values that float16 cannot hold"):
+        write_tables(tmp_path / "half", ranker.tables, dtype="float16")

@@ -25,7 +25,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from lumrec.data.columns import Column, expand_ranges
+from lumrec.data.columns import Column
 from lumrec.data.log_columns import DERIVED_AFTER, TIMES_OF_DAY
 from lumrec.data.prepared import PreparedData
 from lumrec.data.scaling import MAX_SCALED
@@ -465,12 +465,6 @@ class RequestBuilder:
             column, index_B = context[name]
             values, lengths = column.take(torch.from_numpy(index_B))
             columns[name] = values, torch.cat([no_bags, lengths])
-        begin_Q1 = np.concatenate([[0], np.cumsum(length_Q)])
-
-        def of_rows(values_T: Tensor) -> Tensor:
-            begin_B, length_B = (torch.from_numpy(each[request_B]) for each in (begin_Q1, length_Q))
-            return values_T[expand_ranges(begin_B, length_B)]
-
         extras: dict[str, Any] = {}
         if "item_U" in spec.reads:
             extras["item_U"] = item_U
@@ -479,16 +473,17 @@ class RequestBuilder:
         if "age_T" in spec.reads:
             time_T = np.concatenate([state.events.time[span] for state, span in zip(states, spans)])
             age_T = np.repeat(second_Q, length_Q) - (time_T // SECOND if spec.has_clock else 0)
-            extras["age_T"] = of_rows(torch.from_numpy(age_T.astype(np.float32)))
+            extras["age_T"] = torch.from_numpy(age_T.astype(np.float32))
         if "category_count_T" in spec.reads:
             count_T = np.concatenate([state.earlier[span] for state, span in zip(states, spans)])
-            extras["category_count_T"] = of_rows(torch.from_numpy(count_T))
+            extras["category_count_T"] = torch.from_numpy(count_T)
         return RankBatch(
             tokens=make_kjt(spec.features, columns, stride=num_tokens + num_rows),
             num_tokens=num_tokens,
             target_B=torch.arange(num_events, num_tokens),
-            history_T=of_rows(torch.arange(num_events)),
-            offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(length_Q[request_B])])),
+            history_T=torch.arange(num_events),
+            offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(length_Q)])),
+            history_of_B=torch.from_numpy(request_B),
             dense_BF=dense_BF,
             label_B=torch.zeros(num_rows),
             row_B=torch.arange(num_rows),

@@ -181,6 +181,7 @@ def rows_of_events(data: PreparedData) -> dict[int, np.ndarray]:
 
 def said(batch: RankBatch) -> tuple[list, list[np.ndarray]]:
     """All that a batch says of its rows but labels and numbers of rows: whole numbers, row by row; and floats."""
+    batch = batch.expanded()
     bags = [
         [part.tolist() for part in batch.tokens[name].values().split(batch.tokens[name].lengths().tolist())]
         for name in batch.tokens.keys()

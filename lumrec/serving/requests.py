@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column
 from lumrec.data.log_columns import DERIVED_AFTER, TIMES_OF_DAY
@@ -35,7 +36,6 @@ from lumrec.features.items import Catalogue, ItemHistory, LiveCounts, categories
 from lumrec.features.request_past import RequestPast
 from lumrec.features.statistics import WINDOWS, Scale, StatisticsModel, raw_columns
 from lumrec.modules.rankers.base import RankBatch
-from lumrec.modules.tokens import make_kjt
 from lumrec.run.errors import UserError
 
 LONGEST_WINDOW = max(WINDOWS)
@@ -452,19 +452,25 @@ class RequestBuilder:
         item_T = np.concatenate([state.events.item[span] for state, span in zip(states, spans)])
         num_events, num_tokens = len(item_T), len(item_T) + num_rows
         item_U = torch.from_numpy(np.concatenate([item_T, item_B]))
-        no_bags = torch.zeros(num_tokens, dtype=torch.int64)
-        columns = {}
+        values: dict[str, Tensor] = {}
+        lengths_FS = torch.zeros(len(spec.features), num_tokens + num_rows, dtype=torch.int32)
+        lengths = dict(zip(spec.features, lengths_FS, strict=True))
+
+        def put(name: str, first: int, column: Column, index_N: Tensor) -> None:
+            """Fills the bags of a feature from `first` on; all others are empty."""
+            values[name], length_N = (column.values[index_N], 1) if column.offsets is None else column.take(index_N)
+            lengths[name][first : first + len(index_N)] = length_N
+
         for name in self.item_features:
-            values, lengths = self.catalogue.columns[name].take(item_U)
-            columns[name] = values, torch.cat([lengths, no_bags[:num_rows]])
+            put(name, 0, self.catalogue.columns[name], item_U)
         for name in self.feedback_features:
-            of = [_span(state.events.features[name], span) for state, span in zip(states, spans)]
-            values, lengths = (torch.cat(parts) for parts in zip(*of, strict=True))
-            columns[name] = values, torch.cat([lengths, no_bags[:num_rows], no_bags[:num_rows]])
+            parts = [_span(state.events.features[name], span) for state, span in zip(states, spans)]
+            values[name] = torch.cat([part.values for part in parts])
+            of_list = [part.offsets.diff() for part in parts if part.offsets is not None]
+            lengths[name][:num_events] = torch.cat(of_list) if of_list else 1
         for name in spec.row_features:
             column, index_B = context[name]
-            values, lengths = column.take(torch.from_numpy(index_B))
-            columns[name] = values, torch.cat([no_bags, lengths])
+            put(name, num_tokens, column, torch.from_numpy(index_B))
         extras: dict[str, Any] = {}
         if "item_U" in spec.reads:
             extras["item_U"] = item_U
@@ -478,7 +484,12 @@ class RequestBuilder:
             count_T = np.concatenate([state.earlier[span] for state, span in zip(states, spans)])
             extras["category_count_T"] = torch.from_numpy(count_T)
         return RankBatch(
-            tokens=make_kjt(spec.features, columns, stride=num_tokens + num_rows),
+            tokens=KeyedJaggedTensor(
+                keys=spec.features,
+                values=torch.cat([values[name] for name in spec.features]),
+                lengths=lengths_FS.view(-1),
+                stride=num_tokens + num_rows,
+            ),
             num_tokens=num_tokens,
             target_B=torch.arange(num_events, num_tokens),
             history_T=torch.arange(num_events),
@@ -610,10 +621,9 @@ def _offsets(lengths_N: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths_N.cumsum(0), (1, 0))
 
 
-def _span(column: Column, span: slice) -> tuple[Tensor, Tensor]:
-    """Values and lengths of consecutive entries."""
+def _span(column: Column, span: slice) -> Column:
+    """Consecutive entries; offsets do not begin at 0."""
     if column.offsets is None:
-        values = column.values[span]
-        return values, torch.ones_like(values)
+        return Column(column.values[span])
     offsets = column.offsets[span.start : span.stop + 1]
-    return column.values[offsets[0] : offsets[-1]], offsets.diff()
+    return Column(column.values[offsets[0] : offsets[-1]], offsets)

@@ -198,7 +198,7 @@ def test_what_is_unknown_is_served_and_counted(builder: RequestBuilder):
     assert made.item_B.tolist() == [0, builder.catalogue.num_items, 1, 0]
     assert bags(made.rank, "device")[:3] == [[0]] * 3
     assert bags(made.rank, "user_id") == [[0]] * 4 and bags(made.rank, "hobbies") == [[]] * 4
-    assert made.rank.offsets_B1.tolist() == [0] * 5
+    assert made.rank.offsets_B1.tolist() == [0] * 3 and made.rank.history_of_B.tolist() == [0, 0, 0, 1]
     assert torch.isfinite(made.rank.dense_BF).all()
 
 

@@ -31,6 +31,7 @@ from lumrec.data.log_columns import DERIVED_AFTER, TIMES_OF_DAY
 from lumrec.data.prepared import PreparedData
 from lumrec.data.scaling import MAX_SCALED
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig, features_by_role, schema_from_dict
+from lumrec.data.sources.raw_log import FIRST_POSSIBLE_S, LAST_POSSIBLE_S
 from lumrec.features.history import SECOND, EventRows, Known, Layout, UserHistory, content_ids
 from lumrec.features.items import Catalogue, ItemHistory, LiveCounts, categories
 from lumrec.features.request_past import RequestPast
@@ -560,6 +561,8 @@ def text(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is MISSING or value is None or value != value:
         return ""
     if isinstance(value, bool):
@@ -587,10 +590,13 @@ def scaled_number(value: Any, scale: Scale) -> float:
 
 
 def _microseconds(seconds: float) -> int:
+    """Raises UserError for a time that no log has (milliseconds, say)."""
     try:
-        return round(float(seconds) * SECOND)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"a time is {seconds!r:.80}; expected seconds since 1970") from None
+        if FIRST_POSSIBLE_S <= float(seconds) < LAST_POSSIBLE_S:
+            return round(float(seconds) * SECOND)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"a time is {seconds!r:.80}; expected seconds since 1970, UTC, before the year 2100")
 
 
 def hashed(key: str) -> int:

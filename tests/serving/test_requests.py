@@ -223,6 +223,8 @@ def test_features_of_a_user_may_come_with_the_request(log: RichLog, builder: Req
         (ScoreRequest("1", ["1", "2"], per_item={"mood": [1]}), "'mood' has 1 values per item; expected 2"),
         (ScoreRequest("1", ["1"], time="noon"), "a time is 'noon'; expected seconds"),
         (ScoreRequest("1", ["1"], time=float("nan")), "a time is nan"),
+        (ScoreRequest("1", ["1"], time=START_US / 1e3), "expected seconds since 1970, UTC, before the year 2100"),
+        (ScoreRequest("1", ["1"], time=1e300), "a time is 1e+300"),
     ],
 )
 def test_a_request_that_cannot_be_read(builder: RequestBuilder, request_: ScoreRequest, says: str):
@@ -232,9 +234,9 @@ def test_a_request_that_cannot_be_read(builder: RequestBuilder, request_: ScoreR
 
 def test_an_event_that_cannot_be_read(builder: RequestBuilder):
     with pytest.raises(UserError, match="the label of an event is 3; expected 0 or 1"):
-        builder.encode([Event("1", "1", 0.0, label=3)])
+        builder.encode([Event("1", "1", label=3)])
     with pytest.raises(UserError, match="no feature 'age'; the features of events are: "):
-        builder.encode([Event("1", "1", 0.0, features={"age": 3})])
+        builder.encode([Event("1", "1", features={"age": 3})])
 
 
 def test_likes_after_the_log_count_where_they_are_given(builder: RequestBuilder):

@@ -7,6 +7,8 @@
     query = lumrec.GroupQuery(lum, builder, [{"feedback": "like"}], max_events=trained.model.max_events)
     ranker, rows, run = lumrec.load_ranker("runs/my-rank")
     logits = ranker(rows.batch(numpy.array([0, 5])))
+    scorer = lumrec.Scorer.open("runs/my-rank-bundle", store="runs/my-query", state="runs/my-user_state")
+    probabilities = scorer.score(user="42", items=["7", "9"])
 
 What is listed here is the public Python API; each name is imported when it is first used. `lumrec.modules` has the
 nn.Modules.
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lumrec.models.ranker import load_ranker
     from lumrec.query.group_query import GroupQuery
     from lumrec.run.errors import MissingFileError, UserError
+    from lumrec.serving.scorer import Scorer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "KnowledgeStore",
     "MissingFileError",
     "PreparedData",
+    "Scorer",
     "UserError",
     "build_knowledge",
     "fit_lum",
@@ -52,6 +56,7 @@ _MODULES = {
     "KnowledgeStore": "lumrec.knowledge.store",
     "MissingFileError": "lumrec.run.errors",
     "PreparedData": "lumrec.data.prepared",
+    "Scorer": "lumrec.serving.scorer",
     "UserError": "lumrec.run.errors",
     "build_knowledge": "lumrec.experiments.steps",
     "fit_lum": "lumrec.experiments.steps",

@@ -16,7 +16,14 @@ from lumrec.stages.registry import STAGES
 if TYPE_CHECKING:
     from lumrec.data.prepared import PreparedData
 
-pytest_plugins = ["published_logs", "small_experiments", "production", "two_rank_job", "stages_in_forks"]
+pytest_plugins = [
+    "published_logs",
+    "small_bundle",
+    "small_experiments",
+    "production",
+    "two_rank_job",
+    "stages_in_forks",
+]
 pytest_plugins += ["redis_servers"]
 
 # `make test` draws the same examples on every machine, and does not shrink one that fails: that takes minutes.

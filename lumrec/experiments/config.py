@@ -16,10 +16,12 @@ from lumrec.experiments.settings import PipelineConfig, TuneConfig, WarmUpConfig
 from lumrec.models.lum import ModelConfig
 from lumrec.run import config_file
 from lumrec.run.errors import UserError
+from lumrec.stages.export import ExportConfig
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.query import QueryConfig
 from lumrec.stages.rank import RankConfig
 from lumrec.stages.retrieve import RetrieveConfig
+from lumrec.stages.score import ScoreConfig
 from lumrec.stages.show_user import ShowUserConfig
 from lumrec.stages.user_state import UserStateConfig
 
@@ -35,6 +37,8 @@ class Config(Common):
     rank: RankConfig = field(default_factory=RankConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     user_state: UserStateConfig = field(default_factory=UserStateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)

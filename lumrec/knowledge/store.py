@@ -370,10 +370,22 @@ class KnowledgeStore:
 
     def items(self) -> tuple[list[str], Tensor]:
         """Raw key of each item, and its embedding by each LUM, e_KID (float32)."""
+        keys = self.item_keys()
+        assert self._items is not None
+        return keys, torch.from_numpy(decode(*self._items[1:]))
+
+    def item_keys(self) -> list[str]:
+        """Raw key of each item."""
         if self._items is None:
             raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
-        keys, values, scale = self._items
-        return keys.read()["item_key"].to_pylist(), torch.from_numpy(decode(values, scale))
+        return self._items[0].read()["item_key"].to_pylist()
+
+    def item_embeddings(self, row_B: np.ndarray, fold_B: np.ndarray) -> Tensor:
+        """Embedding of some items, by their index in `items` (-1 is any), each by its LUM, float32 [B, D]. Reads no
+        more of the file than these."""
+        assert self._items is not None
+        _, values, scale = self._items
+        return torch.from_numpy(decode(values[fold_B, row_B], None if scale is None else scale[fold_B, row_B]))
 
 
 def _batch(answers: RowKnowledge | UserKnowledge, e_KID: Tensor, item_B: Tensor) -> KnowledgeBatch:

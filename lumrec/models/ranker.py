@@ -27,7 +27,7 @@ from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json
 from lumrec.run.unread import as_read, check_read
 from lumrec.train.checkpoint import load_weights
-from lumrec.train.checkpoint_meta import best_checkpoint
+from lumrec.train.checkpoint_meta import Fingerprint, best_checkpoint
 from lumrec.train.identity import Settings
 from lumrec.train.parallel import shard
 
@@ -162,6 +162,21 @@ def load_ranker(
     """
     trained = open_ranker_run(Path(folder))
     device = init_distributed(device)
+    ranker, builder, fingerprint = _untrained(trained, data)
+    dmp = shard(ranker, device=device)
+    load_weights(trained.checkpoint, dmp, fingerprint=fingerprint)
+    return dmp.eval(), builder, trained
+
+
+def plain_ranker(trained: TrainedRanker, data: PreparedData | None = None) -> tuple[Ranker, RowBuilder]:
+    """As `load_ranker`, the ranker as a plain module on the CPU, whose tables are whole."""
+    ranker, builder, fingerprint = _untrained(trained, data)
+    load_weights(trained.checkpoint, ranker, fingerprint=fingerprint)
+    return ranker.eval(), builder
+
+
+def _untrained(trained: TrainedRanker, data: PreparedData | None) -> tuple[Ranker, RowBuilder, Fingerprint]:
+    """A ranker as it was before training, the builder of its batches, and the fingerprint of its checkpoint."""
     common, config = trained.common, trained.config
     if data is None:
         data = PreparedData.open(common.prepared)
@@ -170,7 +185,4 @@ def load_ranker(
     if config.knowledge != "none":
         knowledge = Knowledge.open(common.knowledge, data)
         fingerprint["knowledge"] = knowledge.path.name
-    ranker, builder = make_ranker(config, data, knowledge)
-    dmp = shard(ranker, device=device)
-    load_weights(trained.checkpoint, dmp, fingerprint=fingerprint)
-    return dmp.eval(), builder, trained
+    return *make_ranker(config, data, knowledge), fingerprint

@@ -31,6 +31,7 @@ from lumrec.modules.rankers.base import Histories, Looked, RankBatch, Ranker
 from lumrec.modules.tokens import kjt_from_lists
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json, sync_file, write_atomically
+from lumrec.serving.graph_file import read_graph, save_graph
 from lumrec.serving.tables import TableDtype, Tables, pooled
 
 Compile = Literal["none", "aoti"]
@@ -212,7 +213,7 @@ def export_graph(
             if compile == "aoti":
                 _compile(exported, made)
             else:
-                torch.export.save(exported, made)
+                save_graph(exported, made)
             sync_file(made)
             os.replace(made, path)
     write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
@@ -279,10 +280,10 @@ class Graph:
             return self.run(graph_inputs(batch, self.spec), *self.tables)
 
 
-def load_graph(path: str | Path, tables: Tables) -> Graph:
+def load_graph(path: str | Path, tables: Tables, *, trust_compiled: bool = True) -> Graph:
     """The graph that `export_graph` wrote to `path`, ready to run. tables: of open_tables.
 
-    A .pt2 file is code: load only those of people whom you would let run code on this machine.
+    A compiled graph is code: where not `trust_compiled`, it is refused; an exported one is checked (graph_file.py).
     Raises MissingFileError where there is none, UserError where its spec is damaged or the tables are not its own.
     """
     path = Path(path)
@@ -298,5 +299,7 @@ def load_graph(path: str | Path, tables: Tables) -> Graph:
         if dtype != spec.dtype:
             raise UserError(f"table {name!r} is {dtype}, and {path} was exported for {spec.dtype}")
     if spec.compiled:
+        if not trust_compiled:
+            raise UserError(f"{path} was compiled: it is machine code, and is not loaded")
         return Graph(torch._inductor.aoti_load_package(str(path)), spec, tables)
-    return Graph(torch.export.load(path).module(), spec, tables)
+    return Graph(read_graph(path).module(), spec, tables)

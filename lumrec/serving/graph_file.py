@@ -32,7 +32,8 @@ _FILES = re.compile(
 )
 _SYMBOLIC = "eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|not_|getitem"
 _TARGET = re.compile(
-    rf"torch\.ops\.(aten|fbgemm)\.\w+\.\w+|_operator\.({_SYMBOLIC})|torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
+    r"torch\.ops\.(aten|fbgemm)\.\w+\.\w+|torch\.ops\.higher_order\.scan|"
+    rf"_operator\.({_SYMBOLIC})|torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
 )
 _REFUSED_OPERATORS = ("from_file",)
 _NAMES = re.compile(r"[\w.+\-]*")
@@ -97,7 +98,10 @@ def _walk(value: Any, key: str) -> str:
     if isinstance(value, dict):
         if key == "custom_obj_values" and value:
             return "it holds objects, which would be unpickled"
-        return next((found for name, inner in value.items() if (found := _text(name, "") or _walk(inner, name))), "")
+        of_names = "expr_str" if key == "range_constraints" else ""
+        return next(
+            (found for name, inner in value.items() if (found := _text(name, of_names) or _walk(inner, name))), ""
+        )
     if isinstance(value, list):
         if key == "guards_code" and value:
             return "it holds guards, which would be executed"
@@ -112,6 +116,8 @@ def _text(text: str, key: str) -> str:
         known = bool(_TARGET.fullmatch(text)) and text.split(".")[-2] not in _REFUSED_OPERATORS
     elif key == "expr_str":
         known = _is_expression(text)
+    elif key == "as_string":  # of an operator: how it sums or rounds
+        known = bool(re.fullmatch(r"[\w,.> -]*", text))
     elif key in ("in_spec", "out_spec"):
         return _walk_spec(json.loads(text))
     else:
@@ -141,7 +147,7 @@ def _walk_spec(spec: Any) -> str:
     if isinstance(spec, dict):
         if spec.get("type") not in (None, "builtins.tuple", "builtins.list", "builtins.dict"):
             return f"its inputs or outputs are of the type {spec['type']!r:.80}"
-        if not re.fullmatch(r'[\w\[\]", ]*', str(spec.get("context"))):
+        if not re.fullmatch(r'[\w\[\]", :-]*', str(spec.get("context"))):
             return f"its inputs or outputs are named {spec['context']!r:.80}"
         return _walk_spec(spec.get("children_spec", []))
     return "" if isinstance(spec, int) else f"its inputs are {spec!r:.80}"

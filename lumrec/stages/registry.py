@@ -89,5 +89,12 @@ STAGES = {
         ),
         Stage("user_state", ("user_state",), headline=("users", "keep", "last_event_at", "users_per_s", "wall_s")),
         Stage("warm_start", ("model", "pretrain", "rank")),
+        Stage("export", ("export",), headline=("bundle", "bytes", "golden_difference", "sha256", "wall_s")),
+        Stage(
+            "score",
+            ("score",),
+            headline=("output", "rows", "users_unknown", "items_unknown", "without_knowledge", "rows_per_s", "wall_s"),
+            options={"bundle": "score.bundle", "input": "score.input"},
+        ),
     )
 }

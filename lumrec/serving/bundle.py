@@ -1,0 +1,198 @@
+"""A scorer bundle: everything that scoring with a trained ranker needs, in one folder that is published whole.
+
+    <ranker run>-bundle/manifest.json   names the version in force and holds its own hash; replaced by one atomic rename
+                        bundle-<id>/    one version, never changed after it was published
+        graph.pt2, graph.json   the ranker (lumrec/serving/graph.py)
+        tables/                 its embedding tables, memory-mapped (lumrec/serving/tables.py)
+        keys/data.mdb           raw values to rows of the tables, item keys to items (lumrec/serving/keys.py)
+        items/                  features of the items, and how each was liked over time (lumrec/features/items.py)
+        items/titles.parquet    raw key and title of each item
+        golden.parquet          rows with their inputs and scores, checked at opening (lumrec/serving/golden.py)
+        MODEL_CARD.md           data, metrics and limits, to read
+
+What requests are made of (schema, statistics, history) and the knowledge that the ranker reads are in the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumrec.data.prepared import PreparedData
+from lumrec.features.items import Catalogue, ItemHistory
+from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import leftovers, read_json, sync_tree, write_atomically
+from lumrec.run.listed_files import file_problem, list_problem, listed, own_hash
+from lumrec.serving.graph import Graph, load_graph
+from lumrec.serving.keys import Keys
+from lumrec.serving.requests import RequestBuilder, RequestSpec
+from lumrec.serving.tables import open_tables
+
+FORMAT = 1
+MANIFEST, GRAPH, TABLES, ITEMS, TITLES = "manifest.json", "graph.pt2", "tables", "items", "items/titles.parquet"
+CARD = "MODEL_CARD.md"
+VERSION = "bundle-[0-9a-f]{12}"
+AGAIN = "export the ranker again: lumrec export, with overwrite=true"
+# Of a manifest, what it must hold and of which type.
+_KINDS = {
+    "ranker": dict,
+    "data": dict,
+    "spec": dict,
+    "needs": (dict, type(None)),
+    "table_rows": dict,
+    "num_items": int,
+    "compile": str,
+    "tolerance": float,
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One version, opened. folder: its files. builder: makes batches of requests. graph: scores them."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    builder: RequestBuilder
+    graph: Graph
+
+    @property
+    def version(self) -> str:
+        """Another one for each export."""
+        return self.folder.name
+
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Raw key and title of each item, by index. Read from the file at each call."""
+        table = pq.read_table(self.folder / TITLES, columns=["item_key", "title"])
+        return table["item_key"].to_pylist(), table["title"].to_pylist()
+
+
+def folder_of(ranker: Path) -> Path:
+    """Where the bundle of a ranker's run folder lies: beside it."""
+    return ranker.with_name(f"{ranker.name}-bundle")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the version in force; no other file is opened.
+
+    Raises MissingFileError without one, UserError where one bit has changed, for another format, and for what is no
+    manifest of a bundle.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        raise MissingFileError(
+            f"there is no bundle in {path} (no {MANIFEST}); make it with: lumrec export run=<ranker>"
+        )
+    manifest = read_json(file, again=AGAIN)
+    if "spec" not in manifest or "folder" not in manifest:
+        raise UserError(f"{file} is no manifest of a bundle: name the folder that lumrec export wrote")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{file} has the format {manifest.get('format')!r}; this lumrec reads format {FORMAT}: {AGAIN}")
+    if manifest.get("sha256") != own_hash(manifest):
+        raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
+    if problem := _malformed(path, manifest):
+        raise UserError(f"{file} is damaged: {problem}; {AGAIN}")
+    return manifest
+
+
+def _malformed(path: Path, manifest: dict[str, Any]) -> str:
+    """What no manifest says that `publish` wrote, in words; "" where there is nothing."""
+    for name, kind in _KINDS.items():
+        if not isinstance(manifest.get(name), kind):
+            return f"it lacks {name}, or has another kind of value there"
+    if not re.fullmatch(VERSION, str(manifest["folder"])):
+        return f"it names the folder {manifest['folder']!r:.80}"
+    if not all(type(rows) is int and 0 < rows < 2**31 for rows in manifest["table_rows"].values()):
+        return "a table has no number of rows"
+    return list_problem(path / manifest["folder"], manifest.get("files"))
+
+
+def open_bundle(path: Path, *, sha256: str = "", trust_compiled: bool = False, verify: bool = True) -> Bundle:
+    """The version in force in `path`, memory-mapped; it reads on after a newer one took its place.
+
+    sha256: that of the manifest, as the export printed it; "" = any. trust_compiled: open a bundle that was compiled
+    (export.compile=aoti), whose graph is a library of machine code. verify: compare every file's SHA-256 with the
+    manifest's. Raises MissingFileError for a missing file, UserError for whatever is not as it was published.
+    """
+    for attempt in (0, 1):
+        manifest = read_manifest(path)
+        if sha256 and manifest["sha256"] != sha256:
+            raise UserError(f"the bundle in {path} has the SHA-256 {manifest['sha256']}, expected {sha256}")
+        if manifest["compile"] != "none" and not trust_compiled:
+            raise UserError(
+                f"the bundle in {path} was compiled: it holds machine code, which runs with your rights. Open it with "
+                "trust_compiled=true where you know who made it, or export it with export.compile=none"
+            )
+        try:
+            return _open_version(path / manifest["folder"], manifest, verify=verify)
+        except (OSError, lmdb.Error, pa.ArrowException) as error:
+            # A new version may have been published, and the old one removed, since the manifest was read.
+            if attempt or read_manifest(path)["folder"] == manifest["folder"]:
+                if isinstance(error, (lmdb.Error, pa.ArrowException)):
+                    raise UserError(f"the bundle in {path} is damaged ({error}); {AGAIN}") from None
+                raise
+    raise AssertionError("unreachable")
+
+
+def _open_version(folder: Path, manifest: dict[str, Any], *, verify: bool) -> Bundle:
+    for name, facts in manifest["files"].items():
+        if not (folder / name).exists():
+            raise MissingFileError(f"the bundle lacks {folder / name}; {AGAIN}")
+        if problem := file_problem(folder / name, facts, verify=verify):
+            raise UserError(f"{problem}; {AGAIN}")
+    return open_parts(folder, manifest)
+
+
+def open_parts(folder: Path, manifest: dict[str, Any]) -> Bundle:
+    """A version whose files have been checked, or are being made: all but the golden rows is read."""
+    spec = RequestSpec.from_json(manifest["spec"])
+    keys = Keys(folder, manifest["table_rows"], num_items=manifest["num_items"])
+    items = ItemHistory.open(folder / ITEMS) if spec.statistics.kind == "all" else None
+    builder = RequestBuilder(spec, keys, Catalogue.open(folder / ITEMS, spec.schema), items)
+    compiled = manifest["compile"] != "none"  # whether these are trusted was asked of the manifest
+    graph = load_graph(folder / GRAPH, open_tables(folder / TABLES), trust_compiled=compiled)
+    return Bundle(folder, manifest, builder, graph)
+
+
+def write_titles(folder: Path, data: PreparedData) -> None:
+    """Writes raw key and title of each item of the data."""
+    table = pa.table({"item_key": data.item_keys(), "title": data.item_titles()})
+    pq.write_table(table, folder / TITLES, write_page_checksum=True)
+
+
+@contextlib.contextmanager
+def new_version(path: Path) -> Iterator[Path]:
+    """An empty folder for the files of the next version; it is removed where the block fails."""
+    folder = path / f"bundle-{uuid.uuid4().hex[:12]}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(path: Path, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The manifest: `content`, the checksum of every file and its own; from here on readers open this version.
+
+    Versions before it are removed; who has opened one reads on.
+    """
+    sync_tree(folder)
+    files = listed(folder, (file for file in folder.rglob("*") if file.is_file()))
+    manifest = {"format": FORMAT, "folder": folder.name, **content, "files": files}
+    manifest["sha256"] = own_hash(manifest)
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+    for other in (*path.glob("bundle-*"), *leftovers(path)):
+        if other != folder and (re.fullmatch(VERSION, other.name) or other.name.startswith(".")):
+            shutil.rmtree(other)
+    return manifest

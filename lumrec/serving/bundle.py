@@ -45,7 +45,7 @@ CARD = "MODEL_CARD.md"
 VERSION = "bundle-[0-9a-f]{12}"
 AGAIN = "export the ranker again: lumrec export, with overwrite=true"
 # Of a manifest, what it must hold and of which type.
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "ranker": dict,
     "data": dict,
     "spec": dict,

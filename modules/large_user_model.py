@@ -221,6 +221,21 @@ class History:
     item_BD: Tensor
     time_B: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence["History"]) -> "History":
+        """The histories of all parts, one or more, in this order."""
+        layers = [
+            (torch.cat([k_THK for k_THK, _ in layer]), torch.cat([v_THK for _, v_THK in layer]))
+            for layer in zip(*(part.layers for part in parts), strict=True)
+        ]
+        names = ("lengths_B", "asked_T", "seen_T", "item_BD", "time_B")
+        return cls(layers, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+
     def select(self, index_B: Tensor) -> "History":
         """The histories of the users index_B (int64, on the CPU), in this order."""
         starts_B = self.lengths_B.cumsum(0) - self.lengths_B

@@ -3,6 +3,7 @@
 Shape suffixes: W windows, T events, Q queries, C candidates, I catalogue items.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,6 +61,12 @@ class PackBuilder:
         self.feedback_features = list(feedback_features)
         self.condition_features = list(condition_features)
         self.item_E = torch.from_numpy(data.item)
+
+    def of_other_events(self, data: PreparedData) -> "PackBuilder":
+        """The builder for the events in `data`, which has the same features and vocabularies."""
+        other = copy.copy(self)
+        other.data, other.time_E, other.item_E = data, torch.from_numpy(data.timestamp), torch.from_numpy(data.item)
+        return other
 
     def pack(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,22 @@ def identity_user_dtype(identity: dict) -> np.dtype:
     return user_dtype(
         len(identity["conditions"]), identity["dim"], identity["dtype"], with_log_z=identity["log_normalizer"]
     )
+
+
+def make_records(record: np.dtype, dtype: str, o_BND: Tensor, log_z_BN: Tensor | None, **fields: Any) -> np.ndarray:
+    """Records [B] of `user_dtype` with these answers. fields: asked_at, last_event_at, num_events, num_seen, fold.
+
+    Raises UserError like `encode`.
+    """
+    record_B = np.zeros(len(o_BND), record)
+    record_B["o"], scale = encode(o_BND, dtype)
+    if scale is not None:
+        record_B["scale"] = scale
+    if log_z_BN is not None:
+        record_B["log_z"] = log_z_BN.numpy()
+    for name, value in fields.items():
+        record_B[name] = value
+    return record_B
 
 
 def records_to_bytes(record_B: np.ndarray) -> list[bytes]:

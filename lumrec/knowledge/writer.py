@@ -33,7 +33,7 @@ from torch import Tensor
 from lumrec.knowledge.answers import FRESH
 from lumrec.knowledge.digests import USER_INDEX
 from lumrec.knowledge.manifest import FORMAT, ITEMS_FILE, MANIFEST, USERS_FILE, read_manifest, version_name
-from lumrec.knowledge.records import encode, identity_user_dtype, records_to_bytes
+from lumrec.knowledge.records import encode, identity_user_dtype, make_records, records_to_bytes
 from lumrec.run import files
 from lumrec.run.distributed import barrier, on_rank_zero, rank
 from lumrec.run.errors import UserError
@@ -212,15 +212,7 @@ class KnowledgeWriter:
 
     def user_records(self, o_BND: Tensor, log_z_BN: Tensor | None, **fields: Any) -> np.ndarray:
         """Records [B] of these answers; `fields`: asked_at, last_event_at, num_events, num_seen, fold."""
-        record_B = np.zeros(len(o_BND), self.record)
-        record_B["o"], scale = encode(o_BND, self.identity["dtype"])
-        if scale is not None:
-            record_B["scale"] = scale
-        if log_z_BN is not None:
-            record_B["log_z"] = log_z_BN.numpy()
-        for name, value in fields.items():
-            record_B[name] = value
-        return record_B
+        return make_records(self.record, self.identity["dtype"], o_BND, log_z_BN, **fields)
 
     def commit(self, unit: str) -> None:
         """Marks `unit` as finished, once everything written before has reached the disk."""

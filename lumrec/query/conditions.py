@@ -15,6 +15,7 @@ Shape suffixes: N conditions, R answers (moments asked), W windows, T events of 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
@@ -81,6 +82,12 @@ class Conditions:
         _check_features(data, features, self.slots)
         self.columns = condition_columns(data, features, fixed, unknown_as_zero=unknown_as_zero)
         self.top_ranks = {name: rank_N for name, rank_N in ranks.items() if bool(rank_N.any())}
+
+    def of_other_events(self, data: PreparedData) -> Conditions:
+        """The same conditions for the events in `data`, which has the same vocabularies."""
+        other = copy.copy(self)
+        other.data = data
+        return other
 
     def bags(self, windows: Windows, window_R: Tensor, moment_R: Tensor, *, history_W: Tensor) -> dict[str, Bags]:
         """Feature -> bags of Q queries: the N conditions of each answer, answers in order.

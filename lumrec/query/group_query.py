@@ -33,6 +33,7 @@ Shape suffixes: B users, R answers (moments asked), E event rows, N conditions, 
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,6 +79,7 @@ class GroupQuery:
         max_conditions: int = MAX_CONDITIONS,
     ) -> None:
         self.model, self.builder, self.data = model, builder, builder.data
+        self._words = builder.data  # whose vocabularies are read
         features = builder.condition_features
         self.conditions = expand(builder.data, features, conditions, max_conditions=max_conditions)
         self.asked = Conditions(builder.data, features, self.conditions)
@@ -90,6 +92,13 @@ class GroupQuery:
             )
         self.tokens_per_pack = tokens_per_pack
         self.device = next(model.parameters()).device
+
+    def of_other_events(self, data: PreparedData) -> GroupQuery:
+        """The same query for the events in `data`, which has the vocabularies of this query's data."""
+        other = copy.copy(self)
+        other.data, other.builder = data, self.builder.of_other_events(data)
+        other.asked = self.asked.of_other_events(data)
+        return other
 
     def users(self, user_B: Tensor) -> Tensor:
         """Answers after the last event of each user, o_BND (float32): what serving reads."""
@@ -122,14 +131,15 @@ class GroupQuery:
                 )
         else:
             windows = serving_windows(self.data, user_rows(self.data, users), max_events=self.max_events).windows
-        asked = self._of_request(windows.count, conditions, unknown_as_zero)
+        asked = self.of_request(windows.count, conditions, unknown_as_zero=unknown_as_zero)
         return self._answer_all(behind(windows), asked, asked_at_B)
 
-    def _of_request(self, num_histories: int, conditions: Sequence[Any], unknown_as_zero: bool) -> Conditions:
-        data, features = self.data, self.builder.condition_features
+    def of_request(self, num_histories: int, conditions: Sequence[Any], *, unknown_as_zero: bool = False) -> Conditions:
+        """The conditions of a request, see `ask`."""
+        data, features = self._words, self.builder.condition_features
         if not conditions or isinstance(conditions[0], Mapping):
             slots = expand(data, features, conditions, max_conditions=self.max_conditions)
-            return Conditions(data, features, slots, unknown_as_zero=unknown_as_zero)
+            return Conditions(data, features, slots, unknown_as_zero=unknown_as_zero).of_other_events(self.data)
         counts = {len(each) for each in conditions}
         if len(conditions) != num_histories or len(counts) != 1:
             raise UserError(
@@ -137,7 +147,8 @@ class GroupQuery:
                 "one list for each, all of the same length (fill up a shorter list with {})"
             )
         slots = [condition for each in conditions for condition in each]
-        return Conditions(data, features, slots, num_histories=num_histories, unknown_as_zero=unknown_as_zero)
+        asked = Conditions(data, features, slots, num_histories=num_histories, unknown_as_zero=unknown_as_zero)
+        return asked.of_other_events(self.data)
 
     def rows(self, user_B: Tensor) -> tuple[Tensor, Tensor]:
         """The event rows of these users, without each user's first moment (int64 [E]), and their answers, o_END.

@@ -17,6 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from lumrec.batches.packs import Queries
 from lumrec.batches.windows import Windows, behind
 from lumrec.modules.large_user_model import History, LargeUserModel
+from lumrec.query.conditions import Conditions
 from lumrec.query.group_query import GroupQuery
 from lumrec.run.errors import UserError
 
@@ -34,9 +35,7 @@ class KeptHistories:
     """
 
     def __init__(self, query: GroupQuery, user_B: Tensor) -> None:
-        model = query.model.module if isinstance(query.model, DistributedModelParallel) else query.model
-        assert isinstance(model, LargeUserModel)
-        self.query, self.lum, self.user_B = query, model, user_B
+        self.query, self.lum, self.user_B = query, plain_lum(query), user_B
         offsets = torch.from_numpy(query.data.user_offsets)
         self.first_B, self.last_B = offsets[user_B], offsets[user_B + 1]
         self.end_B = self.first_B.clone()
@@ -46,8 +45,7 @@ class KeptHistories:
     @property
     def num_bytes(self) -> int:
         """Bytes of the keys and values that are kept."""
-        layers = self.history.layers if self.history else []
-        return sum(x.numel() * x.element_size() for layer in layers for x in layer)
+        return self.history.num_bytes if self.history else 0
 
     @torch.no_grad()
     def advance(self, end_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -91,14 +89,34 @@ class KeptHistories:
 
     def _read_on(self, end_K: Tensor) -> Tensor:
         """Answers of the kept users after extending their histories to `end_K`."""
-        query, data, kept = self.query, self.query.data, self.kept_K
-        first_K, user_K = self.first_B[kept], self.user_B[kept]
-        whole = Windows(first_K, end_K - first_K, user_K)
-        window_R = torch.arange(len(kept))
-        bags = query.asked.bags(whole, window_R, whole.length_W, history_W=window_R)
-        new = Windows(self.end_B[kept], end_K - self.end_B[kept], user_K)
-        window_Q = window_R.repeat_interleave(query.asked.count)
-        time_K = torch.from_numpy(data.timestamp)[(end_K - 1).clamp(min=0)]
-        pack = query.builder.pack(new, queries=Queries(window_Q, new.length_W[window_Q], bags, time_K[window_Q]))
-        self.history, o_QD = self.lum.read(pack.to(query.device), self.history)
-        return o_QD.float().cpu().view(len(kept), query.asked.count, -1)
+        kept, first_K = self.kept_K, self.first_B[self.kept_K]
+        whole = Windows(first_K, end_K - first_K, self.user_B[kept])
+        read_K = self.end_B[kept] - first_K
+        self.history, o_KND = read_on(self.query, self.lum, self.history, whole, read_K, self.query.asked)
+        return o_KND
+
+
+@torch.no_grad()
+def read_on(
+    query: GroupQuery, lum: LargeUserModel, history: History | None, whole: Windows, read_K: Tensor, asked: Conditions
+) -> tuple[History, Tensor]:
+    """The histories of these windows, and the answers after them, o_KND (float32, on the CPU).
+
+    history: of the first read_K (int64) events of each window; None = of none. The LUM should be in eval mode.
+    """
+    window_R = torch.arange(whole.count)
+    bags = asked.bags(whole, window_R, whole.length_W, history_W=window_R)
+    new = Windows(whole.start_W + read_K, whole.length_W - read_K, whole.user_W)
+    window_Q = window_R.repeat_interleave(asked.count)
+    last_K = (whole.start_W + whole.length_W - 1).clamp(min=0)
+    time_K = torch.from_numpy(query.data.timestamp)[last_K]
+    pack = query.builder.pack(new, queries=Queries(window_Q, new.length_W[window_Q], bags, time_K[window_Q]))
+    history, o_QD = lum.read(pack.to(query.device), history)
+    return history, o_QD.float().cpu().view(whole.count, asked.count, -1)
+
+
+def plain_lum(query: GroupQuery) -> LargeUserModel:
+    """The LUM that a group query asks, without DMP around it."""
+    model = query.model.module if isinstance(query.model, DistributedModelParallel) else query.model
+    assert isinstance(model, LargeUserModel)
+    return model

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lumrec.knowledge.manifest import MANIFEST, read_manifest
 from lumrec.run.errors import MissingFileError
-from lumrec.run.key_value import LmdbKeyValue, RedisKeyValue, is_redis, without_password
+from lumrec.run.key_value import Changes, LmdbKeyValue, RedisKeyValue, is_redis, without_password
 from lumrec.run.redis_versions import RedisVersions
 from lumrec.run.shared_lmdb import DATA_FILE, read_only
 
@@ -43,6 +43,10 @@ class Answers(abc.ABC):
     @abc.abstractmethod
     def put_fresh(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         """Puts records over the published ones. Raises Unavailable."""
+
+    @abc.abstractmethod
+    def remove_fresh(self, keys: Sequence[bytes]) -> None:
+        """Removes records that lie over the published ones. Raises Unavailable."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -70,9 +74,17 @@ class LmdbAnswers(Answers):
         return [old if new is None else new for new, old in zip(self._fresh.get(keys), values)]
 
     def put_fresh(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        if pairs:
+            self._opened().put(pairs)
+
+    def remove_fresh(self, keys: Sequence[bytes]) -> None:
+        if keys:
+            self._opened().update([], lambda _: Changes(delete=keys))
+
+    def _opened(self) -> LmdbKeyValue:
         if self._fresh is None:
             self._fresh = LmdbKeyValue(self._fresh_folder)
-        self._fresh.put(pairs)
+        return self._fresh
 
     def __len__(self) -> int:
         return self._published.stat()["entries"]
@@ -90,6 +102,10 @@ class RedisAnswers(Answers):
 
     def put_fresh(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         self._store.put([(b"f" + key, record) for key, record in pairs])
+
+    def remove_fresh(self, keys: Sequence[bytes]) -> None:
+        if keys:
+            self._store.update([], lambda _: Changes(delete=[b"f" + key for key in keys]))
 
     def __len__(self) -> int:
         return sum(key[:1] in (b"u", b"h") for block in self._store.scan() for key, _ in block)

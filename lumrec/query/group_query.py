@@ -102,7 +102,7 @@ class GroupQuery:
 
     def users(self, user_B: Tensor) -> Tensor:
         """Answers after the last event of each user, o_BND (float32): what serving reads."""
-        return self._answer_all(serving_windows(self.data, user_B, max_events=self.max_events), self.asked)
+        return self.answer_all(serving_windows(self.data, user_B, max_events=self.max_events), self.asked)
 
     def ask(
         self,
@@ -132,7 +132,7 @@ class GroupQuery:
         else:
             windows = serving_windows(self.data, user_rows(self.data, users), max_events=self.max_events).windows
         asked = self.of_request(windows.count, conditions, unknown_as_zero=unknown_as_zero)
-        return self._answer_all(behind(windows), asked, asked_at_B)
+        return self.answer_all(behind(windows), asked, asked_at_B)
 
     def of_request(self, num_histories: int, conditions: Sequence[Any], *, unknown_as_zero: bool = False) -> Conditions:
         """The conditions of a request, see `ask`."""
@@ -157,7 +157,7 @@ class GroupQuery:
         """
         answering = row_windows(self.data, user_B, max_events=self.max_events, stride=self.stride)
         row_E, answer_E = answered_rows(self.data, answering)
-        return row_E, self._answer_all(answering, self.asked)[answer_E]
+        return row_E, self.answer_all(answering, self.asked)[answer_E]
 
     def items(self) -> Tensor:
         """The LUM's embedding of every catalogue item, e_ID (float32); similarity to an answer is the dot product."""
@@ -188,7 +188,8 @@ class GroupQuery:
         o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
         return o_QD.float().cpu().view(len(window_R), asked.count, o_QD.shape[1])
 
-    def _answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
+    def answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
+        """The answers of these windows to `asked`, in order, o_RND, in as many packs as it takes."""
         answers_W = answering.answers_W
         starts_W = answers_W.cumsum(0) - answers_W
         indices, parts = [], []

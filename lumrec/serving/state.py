@@ -78,6 +78,7 @@ class UserState:
 
     def __init__(self, store: KeyValue, identity: dict[str, Any], builder: RequestBuilder | None = None) -> None:
         self.store, self.identity, self.builder = store, identity, builder
+        self._place: tuple[str | Path, float] = "", 0.0
         try:
             self.layout = Layout(**identity["layout"])
         except TypeError as error:
@@ -91,7 +92,16 @@ class UserState:
         that does not answer.
         """
         identity = read_identity(place)
-        return cls(_store(place, identity["version"], timeout_s=timeout_s), identity, builder)
+        state = cls(_store(place, identity["version"], timeout_s=timeout_s), identity, builder)
+        state._place = place, timeout_s
+        return state
+
+    def current(self) -> UserState:
+        """This state, or the one that was built in its stead since it was opened."""
+        place, timeout_s = self._place
+        if read_identity(place)["version"] == self.identity["version"]:
+            return self
+        return UserState.open(place, self.builder, timeout_s=timeout_s)
 
     def get(self, user_keys: Sequence[str]) -> list[UserHistory | None]:
         """The state of each user, None for one of whom nothing is known."""

@@ -25,7 +25,7 @@ TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constra
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
-	@echo "  variables: DEVICE=cpu|cuda  TORCH_INDEX=URL  PYTHON=...  ARGS=\"...\"  MINUTES=60  (see the top of the Makefile)"
+	@echo "  variables: DEVICE=cpu|cuda  TORCH_INDEX=URL  PYTHON=...  ARGS=\"...\"  MINUTES=60  (see the Makefile)"
 
 setup: $(STAMP) ## create .venv with the pinned versions (DEVICE=cuda for the CUDA build)
 

@@ -29,6 +29,19 @@ QUERY_BUDGET = {"cpu": 1 << 23, "cuda": 1 << 26}
 NEVER = torch.iinfo(torch.int64).min
 
 
+def check_similarity(similarity: str, temperature: float) -> None:
+    """Raises ValueError for an unknown similarity, and for a temperature that is not positive."""
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity is {similarity!r}; expected one of {SIMILARITIES}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature is {temperature}; expected a positive number")
+
+
+def scaled(x: Tensor, similarity: str, temperature: float) -> Tensor:
+    """Outputs [..., D], scaled so that the dot product of two of them is their similarity."""
+    return x if similarity == "dot" else F.normalize(x, dim=-1) * temperature**-0.5
+
+
 @dataclass
 class Pack:
     """The input of one step: concatenated histories of B users (T events), Q queries and C candidate items.
@@ -277,10 +290,7 @@ class LargeUserModel(nn.Module):
         super().__init__()
         if tokens not in TOKENS_PER_EVENT:
             raise ValueError(f"tokens is {tokens!r}; expected one of {sorted(TOKENS_PER_EVENT)}")
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity is {similarity!r}; expected one of {SIMILARITIES}")
-        if not temperature > 0:
-            raise ValueError(f"the temperature is {temperature}; expected a positive number")
+        check_similarity(similarity, temperature)
         self.token_encoder = token_encoder
         self.user_encoder = user_encoder
         self.output = nn.Linear(dim, dim)
@@ -430,9 +440,7 @@ class LargeUserModel(nn.Module):
         return TokenTimes(pack.time_T, seen_T, pack.time_Q, seen_Q)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        if self.similarity == "dot":
-            return x
-        return F.normalize(x, dim=-1) * self.temperature**-0.5
+        return scaled(x, self.similarity, self.temperature)
 
 
 def _before(pack: Pack) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ listed with the reason.
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 from lumrec.experiments.read_runs import LeftOut, StoredRun, read_runs, short
 from lumrec.experiments.report_table import METRICS, RANKER_NAMES
 from lumrec.run import page
-from lumrec.run.failures import reported
-from lumrec.run.printable import say
+from lumrec.run.failures import command_parser, reported
+from lumrec.run.printable import say, text_table
 
 NAME = "leaderboard.html"
 TITLES = {"rank": "Rankers", "pretrain": "LUMs: the next item among the whole catalogue", "retrieve": "Two towers"}
@@ -216,9 +215,8 @@ def as_text_tables(tables: Sequence[Table], left_out: Sequence[LeftOut]) -> str:
             ]
             for row in table.rows
         ]
-        widths = [max(map(len, column)) for column in zip(heads, *body)]
-        for cells, row in zip([heads, *body], [None, *table.rows]):
-            lines.append("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths)).rstrip())
+        for line, row in zip(text_table([heads, *body]), [None, *table.rows]):
+            lines.append(f"  {line}")
             if row is not None:
                 lines.append("    " + " ".join([f"{', '.join(row.folders)}:", row.made, *table.own(row)]))
     if left_out:
@@ -227,11 +225,7 @@ def as_text_tables(tables: Sequence[Table], left_out: Sequence[LeftOut]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="lumrec report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("lumrec report", __doc__)
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of the runs (default runs)")
     given = parser.parse_args(arguments)
     with reported():

@@ -25,7 +25,7 @@ from lumrec.experiments.config import Config, load
 from lumrec.experiments.pipeline import say, write_json
 from lumrec.experiments.plan import PlannedStage, by_row
 from lumrec.experiments.report_plots import result_plot
-from lumrec.experiments.report_table import METRICS, RANKER_NAMES
+from lumrec.experiments.report_table import METRICS, RANKER_NAMES, split_text
 from lumrec.experiments.settings import KNOWLEDGE
 from lumrec.run.config_file import with_overrides
 from lumrec.run.errors import UserError
@@ -329,10 +329,8 @@ def protocol(config: Config, trained: str = "ranker", *, is_warm_up: bool = Fals
     extension = f"; with counterfactual contrast of {contrast}, which the paper does not have" if contrast else ""
     if config.rank.statistics == "none":
         extension += "; rankers read no statistics of users and items"
-    split = config.data.split
-    moved = ", ".join(f"{key} {value}" for key, value in (("seed", split.seed), ("rotation", split.rotation)) if value)
     return (
-        f"{split.kind} split{f' ({moved})' if moved else ''}, test part{rows}, mean over the {trained} seeds "
+        f"{split_text(config.data.split)}, test part{rows}, mean over the {trained} seeds "
         f"{settings.seeds}, LUM seed {config.seed}, rows see strictly earlier moments, knowledge {folds}{extension}"
     )
 

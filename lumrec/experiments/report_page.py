@@ -18,6 +18,7 @@ from lumrec.experiments.report_table import (
     Row,
     lum_alone,
     rows,
+    split_text,
     test_part,
     treatment,
     verdicts,
@@ -153,20 +154,17 @@ def _made(
     stages: Sequence[PlannedStage], config: Config, result: Mapping[str, Any], note: str
 ) -> list[tuple[str, str]]:
     """(heading, text) about the data, the protocol and the LUM behind the figures."""
-    prepared, split = stages[0].path, config.data.split
+    prepared = stages[0].path
     facts = read_json(prepared / "result.json", again="prepare the data again with overwrite=true")
     counts = (
         f"{facts['events']:,} events of {facts['users']:,} users on {facts['items']:,} items; "
         f"{facts['train_events']:,} to train, {facts['valid_events']:,} to validate, {facts['test_events']:,} to test"
     )
-    moved = ", ".join(
-        f"{name} {value}" for name, value in (("seed", split.seed), ("rotation", split.rotation)) if value
-    )
     drawn = config.data.negatives
     rows_of = f"positives, and {drawn.per_positive} drawn beside each ({drawn.sampling})" if drawn else "the log's rows"
     made = [
         ("Data", f"{note}, {counts}."),
-        ("Protocol", f"{split.kind} split{f' ({moved})' if moved else ''}; tested on {rows_of}."),
+        ("Protocol", f"{split_text(config.data.split)}; tested on {rows_of}."),
     ]
     if "same_moment_share" in facts:
         manifest = read_json(prepared / "manifest.json", again="prepare the data again with overwrite=true")

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lumrec.data.splits import SplitConfig
 from lumrec.experiments.config import Config
 from lumrec.experiments.report_gains import BETTER, NOISE, WORSE, notes_of
 from lumrec.models.ranker_config import RANKERS
+from lumrec.run.printable import text_table
 
 METRICS = {"auc": "AUC", "gauc": "gAUC", "log_loss": "log loss"}
 LABELS = {
@@ -131,12 +133,10 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
         f"LUM knowledge cross-fitted over {folds} folds of users" if folds > 1 else "LUM knowledge in-sample (folds=1)",
         f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}",
     ]
-    width = 31 if len(seeds) > 1 else 22
-    lines = ["; ".join(head), f"{'':28}" + "".join(f"{label:<{width}}" for label in METRICS.values())]
-    for row in rows(config, result):
-        cells = "".join(f"{spoken(row.figures.get(metric)):<{width}}" for metric in METRICS)
-        lines.append(f"{row.name:28}{cells}".rstrip())
-    lines += ["", *gain_lines(rows(config, result))] + [f"! {note}" for note in notes_of(result)]
+    table = rows(config, result)
+    body = [[row.name, *(spoken(row.figures.get(metric)) for metric in METRICS)] for row in table]
+    lines = ["; ".join(head), *text_table([["", *METRICS.values()], *body])]
+    lines += ["", *gain_lines(table)] + [f"! {note}" for note in notes_of(result)]
     lines += lum_alone(result) + treatment(config)
     if "prepare/best_auc" in result:
         lines.append(
@@ -150,6 +150,12 @@ def comparison(config: Config, result: Mapping[str, float | str]) -> str:
     return "\n".join(lines)
 
 
+def split_text(split: SplitConfig) -> str:
+    """Such as "user split (rotation 0.36)"."""
+    moved = ", ".join(f"{key} {value}" for key, value in (("seed", split.seed), ("rotation", split.rotation)) if value)
+    return f"{split.kind} split{f' ({moved})' if moved else ''}"
+
+
 def test_part(result: Mapping[str, float | str]) -> str:
     """The test part, with its rows and users where they are known."""
     rows, users = result.get("rank/test_rows"), result.get("rank/test_users")
@@ -160,7 +166,7 @@ def test_part(result: Mapping[str, float | str]) -> str:
 
 def gain_lines(table: Sequence[Row]) -> list[str]:
     """A line for each metric of each row that has a gain over a base; [] if there is none."""
-    lines, is_one_seed = [], True
+    cells, is_one_seed = [], True
     for row in table:
         name = row.name
         for metric, figure in row.figures.items():
@@ -168,11 +174,12 @@ def gain_lines(table: Sequence[Row]) -> list[str]:
                 interval = f"{figure.gain:+.4f} {figure.interval}"
                 is_one_seed = is_one_seed and figure.gain_sd is None
                 spread = "" if figure.gain_sd is None else f"± {figure.gain_sd:.4f} over seeds"
-                lines.append(f"{name:28}{METRICS[metric]:10}{interval:28}{spread:22}{figure.verdict}".rstrip())
+                cells.append([name, METRICS[metric], interval, spread, figure.verdict])
                 name = ""
-    if lines and is_one_seed:
-        lines.append(ONE_SEED)
-    return ["gain over the base, 95 % interval over users (the same users for both)", *lines] if lines else []
+    if not cells:
+        return []
+    title = "gain over the base, 95 % interval over users (the same users for both)"
+    return [title, *text_table(cells), *([ONE_SEED] if is_one_seed else [])]
 
 
 def lum_alone(result: Mapping[str, float | str]) -> list[str]:

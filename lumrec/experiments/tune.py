@@ -17,9 +17,11 @@ from lumrec.experiments import pipeline
 from lumrec.experiments.config import Config
 from lumrec.experiments.pipeline import say, write_json
 from lumrec.experiments.plan import PlannedStage
+from lumrec.experiments.report_table import METRICS
 from lumrec.experiments.settings import draw
 from lumrec.run.config_file import with_overrides
 from lumrec.run.files import write_atomically
+from lumrec.run.printable import text_table
 from lumrec.run.typed_yaml import dump
 
 
@@ -74,14 +76,13 @@ def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
 
 def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
     """The trials as text for the terminal, with the best ones marked."""
-    lines = [f"{'':22}{'AUC':>8}{'gAUC':>8}{'log loss':>10}  of the validation part"]
+    rows = [["", "", *METRICS.values(), "of the validation part"]]
     for trial in trials:
-        figures = [trial[f"valid/{metric}"] for metric in ("auc", "gauc", "log_loss")]
-        numbers = f"{figures[0]:8.4f}{figures[1]:8.4f}{figures[2]:10.4f}"
+        figures = [f"{trial[f'valid/{metric}']:.4f}" for metric in METRICS]
         mark = "best " if tuned[trial["name"]] == trial["words"] else ""
         settings = " ".join(word.removeprefix("rank.").removeprefix("train.") for word in trial["words"])
-        lines.append(f"{trial['name']:18}{trial['trial']:4}{numbers}  {mark}{settings or 'the config unchanged'}")
-    return "\n".join(lines)
+        rows.append([trial["name"], str(trial["trial"]), *figures, mark + (settings or "the unchanged config")])
+    return "\n".join(text_table(rows))
 
 
 def _trial(stage: PlannedStage, words: list[list[str]], config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a knowledge store's files may hold: looked at before it is used, whoever wrote them and their checksums."""
+"""Checks the files of a knowledge store before they are used, whoever wrote them and their checksums."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lumrec.knowledge.records import DTYPES
 from lumrec.run.errors import UserError
 from lumrec.run.listed_files import list_problem
 
-MOST = 2**20  # of conditions, numbers of a vector, LUMs
+MOST = 2**20  # largest number of conditions, of LUMs, and of elements of a vector
 _FILE = re.compile(r"\w+\.(npy|parquet)|store/data\.mdb", re.ASCII)
 
 
 def identity_problem(identity: Any) -> str:
-    """What no identity of a version says, in words; "" where there is nothing."""
+    """What is wrong with the identity of a version, in words; "" if nothing is."""
     if not isinstance(identity, dict):
-        return "it says nothing of what it holds"
+        return "it does not describe its contents"
     conditions, lums = identity.get("conditions"), identity.get("lums")
     if not (isinstance(conditions, list) and 0 < len(conditions) <= MOST and all(map(_is_condition, conditions))):
         return "its conditions are not features and values"
@@ -31,14 +31,14 @@ def identity_problem(identity: Any) -> str:
     if not isinstance(identity.get("dtype"), str) or identity["dtype"] not in DTYPES:
         return f"its dtype is {identity.get('dtype')!r:.40}"
     if any(type(identity.get(name)) is not bool for name in ("rows", "users", "log_normalizer")):
-        return "rows, users or log_normalizer is no truth value"
+        return "rows, users or log_normalizer is neither true nor false"
     if any(not isinstance(identity.get(name), str) for name in ("hazard", "data_fingerprint")):
-        return "its hazard or the fingerprint of its data is no text"
+        return "its hazard or the fingerprint of its data is not text"
     if type(identity.get("learnt_until", 0)) is not int:
-        return "learnt_until is no time"
+        return "learnt_until is not a time"
     forgotten = identity.get("forgotten", [])
     if not (isinstance(forgotten, list) and all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in forgotten)):
-        return "its list of forgotten users holds other than SHA-256"
+        return "its list of forgotten users has entries that are not SHA-256"
     return ""
 
 
@@ -47,14 +47,14 @@ def _is_condition(condition: Any) -> bool:
 
 
 def files_problem(folder: Path, files: Any) -> str:
-    """Why a manifest's list of the version's files cannot be right, in words; "" if it can."""
+    """What is wrong with a manifest's list of the version's files, in words; "" if nothing is."""
     if isinstance(files, dict) and (others := [name for name in files if not _FILE.fullmatch(name)]):
-        return f"it lists {others[0]!r:.80}, which is no file of a version"
+        return f"it lists {others[0]!r:.80}, which is not a file of a version"
     return list_problem(folder, files)
 
 
 def read_array(file: Path, shape: Sequence[int | None], dtype: Any, *, mapped: bool = True) -> np.ndarray:
-    """An array from a .npy file, memory-mapped or not; objects are never read. shape: None is any length.
+    """An array from a .npy file, memory-mapped or not; pickled objects are never read. shape: None means any length.
 
     Raises UserError for another shape or dtype, and for a damaged file.
     """
@@ -62,7 +62,7 @@ def read_array(file: Path, shape: Sequence[int | None], dtype: Any, *, mapped: b
         array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # a damaged header can make NumPy's reader raise almost anything
         raise UserError(
-            f"{file} is no array of numbers ({' '.join(str(error).split())[:200]}): it is damaged"
+            f"{file} is not an array of numbers ({' '.join(str(error).split())[:200]}): it is damaged"
         ) from None
     fits = isinstance(array, np.ndarray) and array.ndim == len(shape)
     if not fits or array.dtype != dtype or any(n not in (None, m) for n, m in zip(shape, array.shape)):

@@ -1,4 +1,4 @@
-"""A digest of each user's history as a LUM reads it, by which two versions of a log tell who has new events.
+"""A digest of each user's history as a LUM reads it: comparing two versions of a log shows whose history has changed.
 
 Shape suffixes: E events, U users, I items.
 """
@@ -35,9 +35,9 @@ def key_digests(keys: Sequence[str]) -> np.ndarray:
 
 
 def history_digests(data: PreparedData, features: Sequence[str]) -> np.ndarray:
-    """uint64 [U]: changes with the number, order, times and moments of a user's events, and with what `features` hold.
+    """uint64 [U]: changes with the number, order, times and moments of a user's events, and with their `features`.
 
-    It does not change with other users, or with an item's place in the catalogue.
+    It does not change with other users or with an item's index in the catalogue.
     """
     rows_back_E = np.arange(data.num_events) - data.before  # rows of one moment share an answer
     event_E = mix(mix(data.timestamp.astype(np.uint64)) ^ rows_back_E.astype(np.uint64))
@@ -48,12 +48,12 @@ def history_digests(data: PreparedData, features: Sequence[str]) -> np.ndarray:
             value_E = _entry_digests(data.event_columns[name])
         event_E = mix(event_E ^ (value_E + np.uint64(number)))
     length_U = np.diff(data.user_offsets)
-    place_E = np.arange(data.num_events) - np.repeat(data.user_offsets[:-1], length_U)
-    return mix(_sums(mix(event_E + mix(place_E.astype(np.uint64))), data.user_offsets) ^ length_U.astype(np.uint64))
+    index_E = np.arange(data.num_events) - np.repeat(data.user_offsets[:-1], length_U)
+    return mix(_sums(mix(event_E + mix(index_E.astype(np.uint64))), data.user_offsets) ^ length_U.astype(np.uint64))
 
 
 def _entry_digests(column: Column) -> np.ndarray:
-    """uint64 of each entry of a column, whatever the order within its list."""
+    """uint64 digest of each entry of a column; it does not depend on the order within a list."""
     value = mix(column.values.numpy().astype(np.uint64))
     if column.offsets is None:
         return value

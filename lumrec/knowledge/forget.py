@@ -1,26 +1,25 @@
-"""Forgets users for good: out of every knowledge store under a runs folder, and never asked about again.
+"""Forgets users permanently: removes them from every knowledge store in a runs folder and never asks about them again.
 
-    python -m lumrec.knowledge.forget runs --keys-file keys.txt       one raw user key a line
+    python -m lumrec.knowledge.forget runs --keys-file keys.txt       one raw user key per line
     python -m lumrec.knowledge.forget runs 17 4711
 
-First the SHA-256 of each key goes into <runs>/forgotten.txt; from then on no query run, refresh, import or prepare in
-this folder takes these users in. Then each published version is written again without them, and the old one removed,
-so that neither their keys nor their answers are in any file of it; unfinished builds, and what killed commands left,
-are removed. A process that had a store open reads the old version until it opens the store again.
+First it writes the SHA-256 of each key to <runs>/forgotten.txt; from then on every query run, refresh, import and
+prepare in this folder leaves these users out. Then it writes each published version again without them and removes the
+old one, so that none of its files has their keys or answers. It also removes unfinished builds and the leftovers of
+killed commands. A process that has a store open reads the old version until it opens the store again.
 
-Then everything else under the folder is searched (links are followed) for what still names the users: prepared data,
-exported Parquet files, logs, configs. This command does not rewrite those, as other models and figures rest on them. It
-names each, with what to do, and ends with exit code 2 until nothing is left. With --prepare it prepares data that hold
-them again, from the log that their config names; models and figures of these data are then to be made again too. A
-command that was killed is completed by the same command.
+Then it searches everything else in the folder (following links) for the users' keys: prepared data, exported Parquet
+files, logs, configs. It does not rewrite these, because other models and results were made from them. It lists each
+with what to do, and ends with exit code 2 until none is left. With --prepare it prepares data that contain the users
+again, from the log that their config names; models and results of these data must then be made again too. If the
+command is killed, run it again to complete it.
 
-Files that are not Parquet are searched for the keys of this call that have at least 8 bytes: shorter ones, such as 42,
-occur in any file. Not searched: weights of a LUM that was trained on the users, and whatever is outside the folder.
+Files other than Parquet are searched for the keys of this call that have at least 8 bytes: shorter ones, such as 42,
+occur in any file. Not searched: weights of a LUM that was trained on the users, and anything outside the folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -57,7 +56,7 @@ from lumrec.knowledge.writer import (
 )
 from lumrec.run.config_file import stored
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.failures import reported
+from lumrec.run.failures import command_parser, reported
 from lumrec.run.files import leftovers, locked, write_atomically
 from lumrec.run.folder import RunFolder
 from lumrec.run.logs import start_logging
@@ -70,7 +69,7 @@ BLOCK = 1 << 24
 
 
 class Incomplete(UserError):
-    """Something under the runs folder still names forgotten users; `removed` is what `forget` gives back otherwise."""
+    """Files in the runs folder still contain forgotten users; `removed` is what `forget` would have returned."""
 
     def __init__(self, message: str, removed: dict[str, int]) -> None:
         super().__init__(message)
@@ -78,28 +77,28 @@ class Incomplete(UserError):
 
 
 def forgotten_among(runs_dir: Path, digest_X: np.ndarray) -> list[str]:
-    """SHA-256 (sorted) of those among the users with these digests (S16) who were forgotten in this runs folder."""
+    """SHA-256 (sorted) of the users with these digests (S16) who were forgotten in this runs folder."""
     forgotten = sorted(read_forgotten(runs_dir))
     known = set(digest_X.tolist())
     return [digest for digest, half in zip(forgotten, halves(forgotten).tolist()) if half in known]
 
 
 def drop_forgotten(index_U: np.ndarray, fold_U: np.ndarray, forgotten: Sequence[str]) -> None:
-    """Blanks the entries of forgotten users (SHA-256) in a version's index, in place; where their rows were is left."""
+    """Blanks the entries of forgotten users (SHA-256) in a version's index, in place; their row ranges are kept."""
     gone_U = np.isin(index_U["key"], halves(forgotten))
     index_U["key"][gone_U], index_U["history"][gone_U], fold_U[gone_U] = b"", 0, 0
 
 
 def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = False) -> dict[str, int]:
-    """Users removed from each knowledge store under `runs_dir`, by the run's name; see the top of this file.
+    """Forgets users in `runs_dir`; returns run name → number of users removed. See the top of this file.
 
-    user_keys: raw keys; none at all completes what a killed call left. Everyone who was forgotten before is looked for
-    too. prepare_again: prepare data that hold one of them again, in the same place and from the same log. Keys that
-    nothing here holds are logged as a warning. Raises Incomplete, after all else is done, which names the stores that
-    are being written or cannot be read, and everything else that still holds one of the users.
+    user_keys: raw keys; an empty list completes a killed call. Users who were forgotten earlier are removed too.
+    prepare_again: prepare data that contain one of them again, in the same folder and from the same log. Keys that are
+    in no store are logged as a warning. Raises Incomplete, after everything else is done; it names the stores that are
+    being written or cannot be read, and everything else that still contains one of the users.
     """
     if not runs_dir.is_dir():
-        raise MissingFileError(f"there is no runs folder {runs_dir}; name the one that holds the query runs")
+        raise MissingFileError(f"there is no runs folder {runs_dir}; expected the folder of the query runs")
     digests = {user_digest(key): key for key in user_keys}
     with closing(RunFolder.locked(runs_dir)):
         before = read_forgotten(runs_dir)
@@ -120,18 +119,18 @@ def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = Fa
     left += _still_named(runs_dir, forgotten, user_keys, prepare_again)
     new = {digest: key for digest, key in digests.items() if digest not in before}
     if nobody := [key for key, half in zip(new.values(), halves([*new]).tolist()) if half not in held]:
-        logger.warning("no store holds %d of the keys: %s", len(nobody), ", ".join(map(repr, nobody[:100])))
+        logger.warning("%d of the keys are in no store: %s", len(nobody), ", ".join(map(repr, nobody[:100])))
     if left:
         raise Incomplete(
-            f"{len(forgotten)} users are noted in {runs_dir / FORGOTTEN} and will not be asked about again, but some "
-            f"files still hold them; mend these and run the same command again: {'; '.join(left)}",
+            f"{len(forgotten)} users are listed in {runs_dir / FORGOTTEN} and will not be asked about again, but some "
+            f"files still contain them; correct these and run the same command again: {'; '.join(left)}",
             removed,
         )
     return removed
 
 
 def _folders(root: Path, left: list[str]) -> list[Path]:
-    """`root` and every folder under it, links followed, each once; what cannot be read is added to `left`."""
+    """`root` and every folder in it, following links, each once; adds folders that cannot be read to `left`."""
     found, seen = [], set()
 
     def unreadable(error: OSError) -> None:
@@ -149,7 +148,7 @@ def _folders(root: Path, left: list[str]) -> list[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what killed commands left in a folder: they hold users, and nothing reads them."""
+    """Removes the leftovers of killed commands in a folder: they contain users, and nothing reads them."""
     if not path.exists():  # it was itself such a leftover
         return
     for folder in leftovers(path):
@@ -165,12 +164,12 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _holds_knowledge(path: Path) -> bool:
-    """Whether a folder holds knowledge, published or unfinished."""
+    """Whether a folder contains knowledge, published or unfinished."""
     return bool(versions(path)) or (path / BUILDING / IDENTITY).exists()
 
 
 def _forget_in(path: Path, forgotten: Sequence[str]) -> np.ndarray:
-    """Digests (S16) of the users whom the version published in `path` held; it is written again without them."""
+    """Writes the version published in `path` again without the users; returns the digests (S16) of those it had."""
     with closing(RunFolder.locked(path)):
         published = in_force(path)
         if (path / BUILDING).exists():
@@ -188,8 +187,8 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
     folder, identity = path / manifest["folder"], identity_of(manifest)
     if ITEMS_FILE not in manifest["files"] or (identity["rows"] and "users.npy" not in manifest["files"]):
         raise UserError(
-            f"the knowledge in {path} was made by an older version of lumrec, and does not say whose its rows are: run "
-            "its query stage again with overwrite=true"
+            f"the knowledge in {path} was made by an older version of lumrec and does not record the users of its "
+            "rows: run its query stage again with overwrite=true"
         )
     earlier = Earlier(folder, manifest)
     index_U, fold_U, wanted = earlier.index_U.copy(), earlier.fold_U.copy(), halves(forgotten)
@@ -235,14 +234,14 @@ def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[s
 
 
 def halves(digests: Sequence[str]) -> np.ndarray:
-    """What a version's index holds of each SHA-256, S16."""
+    """The first half of each SHA-256, as in a version's index, S16."""
     return np.array([bytes.fromhex(digest)[:16] for digest in digests], "S16")
 
 
 def _still_named(
     runs_dir: Path, forgotten: Collection[str], user_keys: Sequence[str], prepare_again: bool
 ) -> list[str]:
-    """What under the runs folder still names forgotten users, a sentence each."""
+    """A sentence for each file in the runs folder that still contains forgotten users."""
     named: list[str] = []
     for path in _folders(runs_dir, []):
         if (path / "users.parquet").exists():
@@ -251,7 +250,7 @@ def _still_named(
                     _prepare_again(path, runs_dir)
                 named += _in_users_file(path, forgotten)
             except (UserError, OSError, pa.ArrowException) as error:
-                named.append(f"whether {path} holds them is unknown: {error}")
+                named.append(f"it is unknown whether {path} contains them: {error}")
     keys = [key for key in user_keys if len(key.encode()) >= SEARCHABLE_BYTES]
     for path in _folders(runs_dir, []) if keys else []:
         ours = (path / "users.parquet").exists()
@@ -261,7 +260,7 @@ def _still_named(
             try:
                 count = (_in_parquet if file.suffix == ".parquet" else _in_bytes)(file, keys)
             except (OSError, pl.exceptions.PolarsError) as error:
-                named.append(f"whether {file} holds them is unknown: {error}")
+                named.append(f"it is unknown whether {file} contains them: {error}")
                 continue
             if count:
                 named.append(f"{file} ({count} of the keys): remove them from it, or remove the file")
@@ -275,10 +274,10 @@ def _prepare_again(path: Path, runs_dir: Path) -> None:
 
 
 def _in_users_file(path: Path, forgotten: Collection[str]) -> list[str]:
-    """What of a folder with users.parquet, prepared or exported, holds forgotten users."""
+    """A sentence if a folder with users.parquet (prepared data or an export) contains forgotten users."""
     if (path / MANIFEST).exists():
         found = files_with(path, forgotten)
-        again = "prepare it again with overwrite=true, or give --prepare to this command"
+        again = "prepare it again with overwrite=true, or add --prepare to this command"
         return [f"{path}: {', '.join(found)}: {again}"] if found else []
     count, wanted = 0, halves(sorted(forgotten))
     for batch in pq.ParquetFile(path / "users.parquet").iter_batches(columns=["user_key"]):
@@ -287,7 +286,7 @@ def _in_users_file(path: Path, forgotten: Collection[str]) -> list[str]:
 
 
 def _in_parquet(file: Path, keys: Sequence[str]) -> int:
-    """How many of these keys are values of a text column of a Parquet file."""
+    """Number of these keys that are values of a text column of a Parquet file."""
     frame = pl.scan_parquet(file)
     texts = [name for name, kind in frame.collect_schema().items() if kind in (pl.String, pl.Categorical)]
     values = pl.concat([frame.select(pl.col(name).cast(pl.String).alias("text")) for name in texts]) if texts else None
@@ -297,7 +296,7 @@ def _in_parquet(file: Path, keys: Sequence[str]) -> int:
 
 
 def _in_bytes(file: Path, keys: Sequence[str]) -> int:
-    """How many of these keys occur in a file of any kind."""
+    """Number of these keys that occur in a file of any kind."""
     words = [key.encode() for key in keys]
     found: set[bytes] = set()
     longest = max(map(len, words))
@@ -310,34 +309,30 @@ def _in_bytes(file: Path, keys: Sequence[str]) -> int:
 
 
 def read_keys_file(file: Path) -> list[str]:
-    """The keys in a file, one a line; blanks around them, blank lines, a byte-order mark and CRLF are left out.
+    """The keys in a file, one per line, without surrounding blanks, blank lines, a byte-order mark and CRLF.
 
-    Raises MissingFileError, and UserError for a file that is not UTF-8, holds no key, or one with a carriage return
-    or NUL within it.
+    Raises MissingFileError, and UserError for a file that is not UTF-8, has no key, or has one that contains a carriage
+    return or NUL.
     """
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise MissingFileError(f"there is no keys file {file}; expected one raw user key a line") from None
+        raise MissingFileError(f"there is no keys file {file}; expected one raw user key per line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): write it again in that encoding") from None
     if not (keys := [key for line in lines if (key := line.strip())]):
-        raise UserError(f"{file} holds no key; expected one raw user key a line")
+        raise UserError(f"{file} has no key; expected one raw user key per line")
     if bad := [key for key in keys if "\r" in key or "\0" in key]:
-        raise UserError(f"{file}: {bad[0][:80]!r} holds a carriage return or NUL; expected one raw user key a line")
+        raise UserError(f"{file}: {bad[0][:80]!r} contains a carriage return or NUL; expected one raw key per line")
     return keys
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lumrec.knowledge.forget",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m lumrec.knowledge.forget", __doc__)
     parser.add_argument("runs_dir", type=Path, help="folder of the runs, as in runs_dir=")
     parser.add_argument("keys", nargs="*", metavar="KEY", help="raw user keys")
-    parser.add_argument("--keys-file", type=Path, help="file with one raw user key a line")
-    parser.add_argument("--prepare", action="store_true", help="prepare data that hold them again, without them")
+    parser.add_argument("--keys-file", type=Path, help="file with one raw user key per line")
+    parser.add_argument("--prepare", action="store_true", help="prepare data that contain the users again without them")
     given = parser.parse_args(arguments)
     start_logging()
     problem = ""
@@ -347,13 +342,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             removed = forget(given.runs_dir, keys, prepare_again=given.prepare)
         except Incomplete as error:
             problem, removed = str(error), error.removed
-    say(f"{len(set(keys))} users noted in {given.runs_dir / FORGOTTEN}; users removed from each store:")
+    say(f"{len(set(keys))} users listed in {given.runs_dir / FORGOTTEN}; users removed from each store:")
     for name, count in removed.items():
         say(f"  {name}: {count}")
     if problem:
         say(f"lumrec: {problem}", file=sys.stderr)
         sys.exit(2)
-    say("Remove them from the log too; a LUM that was trained on them keeps what it learned of them.")
+    say("Remove them from the log too. A LUM that was trained on them still has what it learned from them.")
 
 
 if __name__ == "__main__":

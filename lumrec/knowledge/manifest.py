@@ -1,4 +1,4 @@
-"""The manifest of a knowledge store: which version is in force, what decided its answers, and which files it has."""
+"""The manifest of a knowledge store: the current version, its identity, and its files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ MANIFEST = "manifest.json"
 USERS_FILE = "store/data.mdb"
 ITEMS_FILE = "items.parquet"
 ITEM_FILES = (ITEMS_FILE, "items_e.npy", "items_scale.npy")
-# Of a manifest, what is not its version's identity.
+# Entries of a manifest that are not part of its version's identity.
 FACTS = ("format", "folder", "counts", "built_at", "made_by", "answers_per_s", "files", "sha256")
 AGAIN = "run the query stage again with overwrite=true (or import it again)"
 
 
 def version_name(identity: dict[str, Any]) -> str:
-    """How the folders of versions that `identity` describes begin; each build adds its own id."""
+    """The prefix of the folder names of versions with this identity; each build adds its own id."""
     return f"knowledge-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the version in force. Raises MissingFileError without one, UserError where one bit has changed,
-    for another format, and for what is no manifest of knowledge.
+    """The manifest of the current version.
+
+    Raises MissingFileError without one, and UserError if it was changed, has another format, or is no manifest of
+    knowledge.
     """
     file = path / MANIFEST
     if not file.exists():
@@ -40,17 +42,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     manifest = read_json(file, again=AGAIN)
     if "format" not in manifest or "folder" not in manifest:
-        raise UserError(f"{file} is no manifest of a knowledge store: name the folder of a query run")
+        raise UserError(f"{file} is no manifest of a knowledge store: expected the folder of a query run")
     if manifest["format"] != FORMAT:
         raise UserError(
             f"{file} has the format {manifest['format']!r}; this version of lumrec reads format {FORMAT}: {AGAIN}"
         )
     if manifest.get("sha256") != own_hash(manifest):
-        raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
+        raise UserError(f"{file} has changed since it was published (it does not match its own SHA-256): {AGAIN}")
     if not re.fullmatch(re.escape(version_name(identity_of(manifest))) + r"-[0-9a-f]+", str(manifest["folder"])):
         raise UserError(
-            f"{file} names the folder {manifest['folder']!r}; expected {version_name(identity_of(manifest))}-…, after "
-            f"what it says of the version: {AGAIN}"
+            f"{file} names the folder {manifest['folder']!r}, but its other entries lead to "
+            f"{version_name(identity_of(manifest))}-…: {AGAIN}"
         )
     folder = path / str(manifest["folder"])
     if problem := identity_problem(identity_of(manifest)) or files_problem(folder, manifest.get("files")):
@@ -59,7 +61,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def identity_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What decided the answers of a version; its folder is named after it."""
+    """The identity of a version, which determines its answers; its folder is named after it."""
     return {name: value for name, value in manifest.items() if name not in FACTS}
 
 

@@ -1,22 +1,21 @@
-"""A knowledge store as Parquet for a warehouse, and a store made of such files.
+"""Exports a knowledge store to Parquet for a warehouse, and imports such files as a store.
 
-    python -m lumrec.knowledge.parquet export runs/ml-1m-query warehouse/     users.parquet and items.parquet
-    python -m lumrec.knowledge.parquet import warehouse/ runs/from-warehouse  a published store that servers read
+    python -m lumrec.knowledge.parquet export runs/ml-1m-query warehouse/     writes users.parquet and items.parquet
+    python -m lumrec.knowledge.parquet import warehouse/ runs/from-warehouse  publishes a store that servers can read
 
-    users.parquet   user_key (null for one of more than 256 bytes, which the store has only by its SHA-256),
+    users.parquet   user_key (null if it has more than 256 bytes: the store then has only its SHA-256),
                     key_sha256 (of those), asked_at, last_event_at, num_events, num_seen, fold;
-                    o_0, o_1, …: one fixed-size list of float32 for each condition; log_z_0, …: unless switched off
-    items.parquet   item_key; e_0, e_1, …: one fixed-size list of float32 for each LUM (fold)
+                    o_0, o_1, …: a fixed-size list of float32 for each condition; log_z_0, …: unless switched off
+    items.parquet   item_key; e_0, e_1, …: a fixed-size list of float32 for each LUM (fold)
 
-What the columns mean, and the conditions, is in both files' metadata under "lumrec", as JSON; an import takes the
-version's identity from there. Numbers are what readers of the store see, so an import gives the same answers, to the
-bit, in the dtype of the store that was exported. Rows to train rankers on are not exported: they belong to the events
-of prepared data, and the query stage makes them.
+Both files describe the columns and conditions in their metadata under "lumrec", as JSON; an import takes the version's
+identity from there. The numbers are those that readers of the store see, so an imported store gives the same answers,
+bit for bit, in the dtype of the exported one. Rows for training rankers are not exported: they belong to the events of
+prepared data, and the query stage makes them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -48,7 +47,7 @@ from lumrec.knowledge.refresh import BLOCK, digests_of_stored, stored_users
 from lumrec.knowledge.store import read_item_keys, read_items
 from lumrec.knowledge.writer import BUILDING, KnowledgeWriter, full_disk_told, remove_others
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.failures import reported
+from lumrec.run.failures import command_parser, reported
 from lumrec.run.files import sha256, sync_file
 from lumrec.run.folder import RunFolder
 from lumrec.run.printable import say
@@ -59,15 +58,15 @@ METADATA = b"lumrec"
 
 
 def export_parquet(path: Path, folder: Path) -> dict[str, int]:
-    """Writes the users and items of the knowledge published in run folder `path` to `folder`; how many of each.
+    """Writes the users and items of the knowledge published in run folder `path` to `folder`; returns their numbers.
 
     An earlier export there is replaced, file by file. Raises MissingFileError where nothing is published, UserError
-    where it is damaged or holds no users, and where `folder` holds files of these names that are no export.
+    where it is damaged or has no users, and where `folder` has files with these names that are no export.
     """
     manifest = read_manifest(path)
     if USERS_FILE not in manifest["files"] or ITEMS_FILE not in manifest["files"]:
         raise UserError(
-            f"the knowledge in {path} holds no users or no item keys: run the query stage with query.users=true"
+            f"the knowledge in {path} has no users or no item keys: run the query stage with query.users=true"
         )
     version = path / manifest["folder"]
     check_files(version, manifest["files"], checksums=True)
@@ -95,11 +94,11 @@ def export_parquet(path: Path, folder: Path) -> dict[str, int]:
 
 
 def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
-    """Manifest of what users.parquet and items.parquet of `folder` make, published in run folder `path`.
+    """Publishes users.parquet and items.parquet of `folder` as knowledge in run folder `path`; returns its manifest.
 
-    A store that was imported there before is replaced, atomically; users who were forgotten in a folder around `path`
+    A store that was imported there before is replaced atomically. Users who were forgotten in a parent folder of `path`
     are left out. Raises MissingFileError for a missing file, UserError for files that do not belong together, are
-    damaged, or do not hold what their metadata says, and for a folder that holds anything else.
+    damaged, or do not match their metadata, and for a folder that contains anything else.
     """
     users, items = (_opened(folder / name) for name in (USERS, ITEMS))
     identity = _identity(users, folder / USERS)
@@ -128,14 +127,14 @@ def import_parquet(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UserError for a folder that holds anything but what an import made, finished or not."""
+    """Raises UserError for a folder that contains anything that was not made by an import, finished or not."""
     ours = {".lock", BUILDING, MANIFEST, f".{MANIFEST}.tmp"}
     others = [entry.name for entry in path.iterdir() if entry.name not in ours] if path.exists() else []
     others = [name for name in others if not name.startswith(("knowledge-", ".trash-knowledge-"))]
     if others or ((path / MANIFEST).exists() and "imported" not in read_manifest(path)):
         raise UserError(
-            f"{path} holds {others[0] if others else 'knowledge'} that no import made, and is never replaced by one: "
-            "name a new folder"
+            f"{path} contains {others[0] if others else 'knowledge'}, which was not made by an import and is never "
+            "replaced by one: use a new folder"
         )
 
 
@@ -159,10 +158,10 @@ def _import(users: pq.ParquetFile, items: pq.ParquetFile, identity: dict[str, An
 def _users_schema(identity: dict[str, Any]) -> pa.Schema:
     fields = [pa.field("user_key", pa.string()), pa.field("key_sha256", pa.binary())]
     fields += [pa.field(name, pa.int64()) for name in NUMBERS]
-    places = range(len(identity["conditions"]))
-    fields += [pa.field(f"o_{n}", pa.list_(pa.float32(), identity["dim"])) for n in places]
+    conditions = range(len(identity["conditions"]))
+    fields += [pa.field(f"o_{n}", pa.list_(pa.float32(), identity["dim"])) for n in conditions]
     if identity["log_normalizer"]:
-        fields += [pa.field(f"log_z_{n}", pa.float32()) for n in places]
+        fields += [pa.field(f"log_z_{n}", pa.float32()) for n in conditions]
     return pa.schema(fields)
 
 
@@ -194,12 +193,12 @@ def _stored_keys(batch: pa.RecordBatch) -> list[bytes]:
 
 
 def _records(batch: pa.RecordBatch, writer: KnowledgeWriter) -> np.ndarray:
-    places = range(len(writer.identity["conditions"]))
+    conditions = range(len(writer.identity["conditions"]))
     log_z_BN = None
     if writer.identity["log_normalizer"]:
-        log_z_BN = torch.from_numpy(np.stack([batch[f"log_z_{n}"].to_numpy() for n in places], 1))
+        log_z_BN = torch.from_numpy(np.stack([batch[f"log_z_{n}"].to_numpy() for n in conditions], 1))
     return writer.user_records(
-        torch.stack([_tensor(batch[f"o_{n}"]) for n in places], 1),
+        torch.stack([_tensor(batch[f"o_{n}"]) for n in conditions], 1),
         log_z_BN,
         **{name: batch[name].to_numpy() for name in NUMBERS},
     )
@@ -225,7 +224,7 @@ def _opened(file: Path) -> pq.ParquetFile:
 def _identity(file: pq.ParquetFile, name: Path) -> dict[str, Any]:
     stored = (file.schema_arrow.metadata or {}).get(METADATA)
     if stored is None:
-        raise UserError(f'{name} has no metadata "lumrec", which says what it holds: export it again, and keep that')
+        raise UserError(f'{name} lacks the metadata "lumrec", which describes it: export it again and keep that')
     try:
         identity = json.loads(stored)
     except (ValueError, RecursionError) as error:
@@ -246,11 +245,7 @@ def _check_columns(file: pq.ParquetFile, expected: pa.Schema, name: Path) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lumrec.knowledge.parquet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m lumrec.knowledge.parquet", __doc__)
     parser.add_argument("what", choices=("export", "import"))
     parser.add_argument("source", type=Path, help="export: the run folder; import: the folder of the Parquet files")
     parser.add_argument("target", type=Path, help="export: folder for the Parquet files; import: the run folder")

@@ -1,10 +1,10 @@
-"""How the knowledge store writes vectors and users: dtypes, the record of one user, keys.
+"""How the knowledge store encodes vectors and users: dtypes, the record of one user, and keys.
 
-float16, float32   as they are
-int8               each vector as 127 steps to its largest number: values int8, scale float32; x = values · scale
+float16, float32   without a scale
+int8               each vector in 127 steps up to its largest element: values int8, scale float32; x = values · scale
 
-A scale has 16 significant bits, so values · scale is a float32 without rounding, and writing it again gives the same
-bytes. Shape suffixes: X vectors of any leading shape, B users, N conditions, D width.
+A scale has 16 significant bits, so values · scale is exact in float32, and encoding it again gives the same bytes.
+Shape suffixes: X vectors of any leading shape, B users, N conditions, D width.
 
 >>> import torch
 >>> values, scale = encode(torch.tensor([[0.5, -1.0, 0.0]]), "int8")
@@ -26,45 +26,47 @@ from lumrec.run.errors import UserError
 
 DTYPES = ("float16", "float32", "int8")
 STEPS = 127
-# Bits of a float32 that a scale does without.
+# Bits of a float32 that are 0 in a scale.
 _LOW_BITS = np.uint32(0xFF)
-# A user whom the store does not know, read in place of a record: all zeros but this fold.
+# The fold in the record of a user whom the store does not know; its other fields are 0.
 ABSENT_FOLD = -1
 
 
 def encode(x_XD: Tensor, dtype: str, *, what: str = "answers") -> tuple[np.ndarray, np.ndarray | None]:
     """Values [X, D] in `dtype` and, for int8, their scale (float32 [X]).
 
-    Raises UserError where a number is too large for float16, or no number at all.
+    Raises UserError for elements that are not finite or too large for float16.
     """
     x = x_XD.numpy().astype(np.float32, copy=False)
     with np.errstate(over="ignore"):
         values = x if dtype == "int8" else x.astype(np.dtype(dtype).newbyteorder("<"))
     if not np.isfinite(values).all():
         raise UserError(
-            f"the LUM's {what} hold values that are no {values.dtype.name} numbers (largest "
-            f"{float(x_XD.abs().max()):g}); set query.dtype=float32, or look at the LUM's loss if they are not finite"
+            f"the LUM's {what} have values that do not fit into {values.dtype.name} (largest "
+            f"{float(x_XD.abs().max()):g}); set query.dtype=float32, or check the LUM's loss if they are not finite"
         )
     if dtype != "int8":
         return values, None
     scale = np.abs(x).max(-1, initial=0.0) / np.float32(STEPS)
-    # Rounded up, so that the largest number is no more than 127 steps.
+    # Rounded up, so that the largest element has at most 127 steps.
     scale = ((scale.view(np.uint32) + _LOW_BITS) & ~_LOW_BITS).view(np.float32)
     return np.rint(x / np.where(scale > 0, scale, 1)[..., None]).astype(np.int8), scale
 
 
 def decode(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     """The vectors of `encode` as readers see them, float32 [X, D]."""
-    # By torch, as NumPy takes seven times as long over float16; of a copy, as what is read from files may be read-only.
+    # With torch, because NumPy takes seven times as long for float16. A copy, because arrays from files may be
+    # read-only.
     x = torch.from_numpy(np.array(values)).float().numpy()
     return x if scale is None else np.multiply(x, scale[..., None], out=x)
 
 
 def user_dtype(num_conditions: int, dim: int, dtype: str, *, with_log_z: bool) -> np.dtype:
-    """The record that the LMDB holds for one user, as a NumPy dtype without padding.
+    """The record of one user in the LMDB, as a NumPy dtype without padding.
 
-    asked_at, last_event_at: seconds since 1970. num_events: the user's events when asked; num_seen: how many of them,
-    the last ones, the LUM saw. fold: which LUM answered. scale [N]: for int8. o [N, D]. log_z [N]: unless switched off.
+    asked_at, last_event_at: seconds since 1970. num_events: number of the user's events when asked. num_seen: how many
+    of them (the last ones) the LUM saw. fold: index of the LUM that answered. scale [N]: only for int8. o [N, D]. log_z
+    [N]: unless switched off.
     """
     fields: list[tuple] = [("asked_at", "<i8"), ("last_event_at", "<i8"), ("num_events", "<i8")]
     fields += [("num_seen", "<i4"), ("fold", "<i4")]
@@ -105,11 +107,11 @@ def records_to_bytes(record_B: np.ndarray) -> list[bytes]:
 
 
 def bytes_to_records(values: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
-    """Records [B] of LMDB values. Raises UserError where one has not the size that the manifest's dtype says."""
+    """Records [B] of LMDB values. Raises UserError if a value's size does not match the manifest's dtype."""
     wrong = {len(value) for value in values} - {dtype.itemsize}
     if wrong:
         raise UserError(
-            f"the store holds a value of {min(wrong)} bytes; expected {dtype.itemsize}: build the knowledge again"
+            f"the store has a value of {min(wrong)} bytes; expected {dtype.itemsize}: build the knowledge again"
         )
     return np.frombuffer(b"".join(values), dtype)
 
@@ -121,16 +123,16 @@ def decode_records(record_B: np.ndarray) -> np.ndarray:
 
 
 def raw_bytes(key: str) -> bytes:
-    """A raw user key in UTF-8. Raises UserError for a key that is no text."""
+    """A raw user key in UTF-8. Raises UserError for a key that is not text."""
     if not isinstance(key, str):
-        raise UserError(f"a user key is text, as the log has it; got {key!r} ({type(key).__name__}): say {str(key)!r}")
+        raise UserError(f"a user key must be text; got {key!r} ({type(key).__name__}): pass {str(key)!r}")
     return key.encode(errors="surrogatepass")
 
 
 def user_key_bytes(key: str) -> bytes:
-    """The LMDB key of a raw user key. LMDB takes 1 … 511 bytes, so a very long one is stored by its SHA-256.
+    """The LMDB key of a raw user key. LMDB allows 1 to 511 bytes, so a long key is replaced by its SHA-256.
 
-    Half a surrogate pair, which no log can hold and JSON can, gives a key that no user has.
+    Half a surrogate pair, which JSON can contain but no log can, gives a key that no user has.
     """
     raw = raw_bytes(key)
     return b"u" + raw if len(raw) <= 256 else b"h" + hashlib.sha256(raw).digest()

@@ -9,7 +9,6 @@ who have it open; older ones, and what a killed load left, are removed.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from lumrec.knowledge.manifest import ITEM_FILES, MANIFEST, USERS_FILE, check_fi
 from lumrec.knowledge.records import records_to_bytes
 from lumrec.knowledge.refresh import stored_users
 from lumrec.run.errors import UserError
-from lumrec.run.failures import reported
+from lumrec.run.failures import command_parser, reported
 from lumrec.run.logs import start_logging
 from lumrec.run.printable import say
 from lumrec.run.redis_versions import RedisVersions
@@ -57,11 +56,7 @@ def load(path: Path, place: str) -> dict[str, float | str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lumrec.knowledge.redis_load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m lumrec.knowledge.redis_load", __doc__)
     parser.add_argument("run_folder", type=Path, help="folder of a query run, or of an import")
     parser.add_argument("url", help="redis://host:port/db#name, rediss://… or unix:///path#name")
     given = parser.parse_args(arguments)

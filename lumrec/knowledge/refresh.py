@@ -1,11 +1,11 @@
-"""Takes answers of users whose history is as it was over from an earlier version, so that only the others are asked.
+"""Takes over the answers of users whose history has not changed, so that only the other users are asked.
 
     earlier    a: 3 events    b: 2 events    c: 5 events
     data now   a: 3 events    c: 6 events    d: 1 event      a is taken over, c and d are asked, b is removed
 
-A history has changed if its digest has: a digest of all that the LUM reads of it (lumrec/knowledge/digests.py), so late
-and corrected events count, not only more of them. All else that decides an answer has to be the same. log Σ over the
-catalogue is taken over if the items are the same to the bit; else it is summed again over the stored answers.
+A history has changed if its digest has. The digest covers everything that the LUM reads (lumrec/knowledge/digests.py),
+so it also detects late and corrected events. Everything else that determines an answer must be the same. log_z is taken
+over if the items are bit for bit the same; otherwise it is computed again from the stored answers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lumrec.run.changes import differing
 from lumrec.run.errors import UserError
 
 logger = logging.getLogger(__name__)
-# What may differ between two versions of which one takes over from the other.
+# Parts of the identity that may differ between two versions when one takes over answers from the other.
 MAY_DIFFER = ("data_fingerprint", "forgotten")
 BLOCK = 1 << 15
 
 
 class Earlier:
-    """A published version that can be taken over from. index_U: its USER_INDEX (none of an imported one); fold_U."""
+    """A published version to take answers over from. index_U: its USER_INDEX (empty if imported). fold_U: folds."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -50,24 +50,24 @@ class Earlier:
         self._check_rows()
 
     def _check_rows(self) -> None:
-        first_U, number_U, present = self.index_U["first_row"], self.index_U["num_events"], self.column("present")
-        if (first_U < 0).any() or (number_U < 0).any():
+        first_U, length_U, present = self.index_U["first_row"], self.index_U["num_events"], self.column("present")
+        if (first_U < 0).any() or (length_U < 0).any():
             raise UserError(f"{self.folder / 'users.npy'} is damaged: a user has rows before the first")
-        if present is not None and len(first_U) and (first_U + number_U).max() > len(present):
+        if present is not None and len(first_U) and (first_U + length_U).max() > len(present):
             raise UserError(f"{self.folder / 'users.npy'} is damaged: a user has rows after the last, {len(present):,}")
 
     def column(self, name: str) -> np.ndarray | None:
-        """A column of its rows ("o", "scale", "present", "log_z"), memory-mapped; None where it has none."""
+        """A column of the rows ("o", "scale", "present", "log_z"), memory-mapped; None if there is none."""
         file = f"rows_{name}.npy"
         return read_row_column(self.folder, self.manifest, name) if file in self.manifest["files"] else None
 
-    def places(self, key_U: np.ndarray) -> np.ndarray:
-        """Where each user (digest of the key, S16) is in it, int64 [U]; -1 = nowhere."""
+    def find(self, key_U: np.ndarray) -> np.ndarray:
+        """Each user's index in this version, by the digest of the key (S16), int64 [U]; -1 = not in it."""
         if len(self.index_U) == 0:
             return np.full(len(key_U), -1)
         order = np.argsort(self.index_U["key"], kind="stable")
-        place_U = order[np.searchsorted(self.index_U["key"], key_U, sorter=order).clip(max=len(order) - 1)]
-        return np.where((self.index_U["key"][place_U] == key_U) & (key_U != b""), place_U, -1)
+        found_U = order[np.searchsorted(self.index_U["key"], key_U, sorter=order).clip(max=len(order) - 1)]
+        return np.where((self.index_U["key"][found_U] == key_U) & (key_U != b""), found_U, -1)
 
 
 def stored_users(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[list[bytes], np.ndarray]]:
@@ -80,11 +80,10 @@ def stored_users(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[list[
 
 
 def find_earlier(path: Path, identity: dict[str, Any], *, required: bool, made_by: str | None = None) -> Earlier | None:
-    """The version published in run folder `path`, where its answers can be taken over by one of `identity`; logs why
-    if not.
+    """The version published in run folder `path`, if a version with `identity` can take over its answers.
 
-    required: raise UserError instead of logging it. Raises MissingFileError then where nothing is published. made_by:
-    nothing is taken over from another making of the run, which overwrite=true replaces.
+    If not, logs the reason and returns None; with `required`, raises UserError, and MissingFileError where nothing is
+    published. made_by: id of the run that must have made the version; one that overwrite=true replaces does not count.
     """
     if not (path / MANIFEST).exists() and not required:
         return None
@@ -105,38 +104,39 @@ def find_earlier(path: Path, identity: dict[str, Any], *, required: bool, made_b
     except UserError as error:
         if required:
             raise
-        logger.info("nothing is taken over: %s", error)
+        logger.info("no answers are taken over: %s", error)
         return None
     return Earlier(path / manifest["folder"], manifest)
 
 
 def take_over(
-    writer: KnowledgeWriter, earlier: Earlier, lum: int, place_U: np.ndarray, first_row_U: np.ndarray, e_ID: Tensor
+    writer: KnowledgeWriter, earlier: Earlier, lum: int, earlier_U: np.ndarray, first_row_U: np.ndarray, e_ID: Tensor
 ) -> None:
-    """Writes the answers of the users of `earlier` at `place_U` again; their event rows begin at `first_row_U` now.
+    """Writes the answers of the users at the indices `earlier_U` of `earlier` into the new version.
 
-    lum: the one that has answered them all. e_ID: its items as readers are going to see them.
+    lum: index of the LUM that answered all of them. first_row_U: first event row of each user in the new version. e_ID:
+    the LUM's items as readers will see them.
     """
     items = None if np.array_equal(read_items(earlier.folder, earlier.manifest)[lum], e_ID.numpy()) else e_ID
     if items is not None and writer.identity["log_normalizer"]:
-        logger.info("the items are not what they were: summing their normaliser again for answers taken over")
+        logger.info("the items have changed: log_z of the answers that are taken over is computed again")
     if writer.identity["rows"]:
-        take_over_rows(writer, earlier, place_U, first_row_U, e_ID=items)
+        take_over_rows(writer, earlier, earlier_U, first_row_U, e_ID=items)
     if writer.identity["users"]:
-        take_over_users(writer, earlier, earlier.index_U["key"][place_U], e_ID=items)
+        take_over_users(writer, earlier, earlier.index_U["key"][earlier_U], e_ID=items)
 
 
 def take_over_rows(
     writer: KnowledgeWriter,
     earlier: Earlier,
-    place_U: np.ndarray,
+    earlier_U: np.ndarray,
     first_row_U: np.ndarray,
     *,
     e_ID: Tensor | None = None,
 ) -> None:
-    """The rows' part of `take_over`; e_ID: the items to sum the normaliser over, None = it is as it was."""
-    length_U = torch.from_numpy(earlier.index_U["num_events"][place_U])
-    old_R = expand_ranges(torch.from_numpy(earlier.index_U["first_row"][place_U]), length_U).numpy()
+    """`take_over` for rows. e_ID: items to compute log_z from; None = log_z is taken over too."""
+    length_U = torch.from_numpy(earlier.index_U["num_events"][earlier_U])
+    old_R = expand_ranges(torch.from_numpy(earlier.index_U["first_row"][earlier_U]), length_U).numpy()
     new_R = expand_ranges(torch.from_numpy(first_row_U), length_U).numpy()
     for start in range(0, len(old_R), BLOCK):
         part = slice(start, start + BLOCK)
@@ -146,7 +146,7 @@ def take_over_rows(
 def take_over_users(
     writer: KnowledgeWriter, earlier: Earlier, digest_X: np.ndarray, *, e_ID: Tensor | None = None
 ) -> None:
-    """The users' part of `take_over`, of the users with these digests (S16)."""
+    """`take_over` for serving, of the users with these digests (S16)."""
     digest_X = np.sort(digest_X)
     for keys, record_B in stored_users(earlier.folder, earlier.manifest):
         chosen = _isin(digests_of_stored(keys), digest_X)
@@ -159,7 +159,7 @@ def take_over_users(
 def _take_rows(
     writer: KnowledgeWriter, earlier: Earlier, old_R: np.ndarray, new_R: np.ndarray, e_ID: Tensor | None
 ) -> None:
-    """Rows `old_R` as rows `new_R`; e_ID: the items to sum over, or None where log_z is as it was."""
+    """Writes the earlier rows `old_R` as rows `new_R`; e_ID as in `take_over_rows`."""
     present = earlier.column("present")
     stored, scale, log_z = (earlier.column(name) for name in ("o", "scale", "log_z"))
     assert present is not None and stored is not None
@@ -177,7 +177,7 @@ def _log_z(o_BND: np.ndarray, e_ID: Tensor) -> Tensor:
 
 
 def digests_of_stored(keys: list[bytes]) -> np.ndarray:
-    """The digests (S16, see digests.py) of users by their LMDB keys, see `user_key_bytes`."""
+    """The digests (S16, see digests.py) of users from their LMDB keys (see `user_key_bytes`)."""
     return np.array([key[1:17] if key[:1] == b"h" else sha256(key[1:]).digest()[:16] for key in keys], "S16")
 
 

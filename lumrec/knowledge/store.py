@@ -1,6 +1,6 @@
-"""Knowledge store: LUM's answers on disk, for training rows (memory-mapped columns) and for serving (LMDB by user key).
+"""Knowledge store: LUM answers on disk, for training rows (memory-mapped columns) and for serving (LMDB by user key).
 
-    <run>/manifest.json               names the version in force and holds its own hash; replaced by one atomic rename
+    <run>/manifest.json               names the current version and has its own hash; replaced by one atomic rename
     <run>/knowledge-<identity>-<id>/  one version, never changed after it was published
         rows_o.npy        [E, N, D]   answer to each condition, asked with the history before event row e
         rows_scale.npy    [E, N]      float32, only with dtype int8 (lumrec/knowledge/records.py)
@@ -8,14 +8,14 @@
         rows_present.npy  [E]         bool; False where nothing was asked, and the answer is zeros
         items_e.npy       [K, I, D]   every catalogue item, once for each LUM; with int8, items_scale.npy [K, I]
         items.parquet     [I]         raw key of each item
-        user_fold.npy     [U]         int8, which of the K LUMs answers for the user
-        users.npy         [U]         digests of key and history, event rows: what a refresh and a deletion go by
+        user_fold.npy     [U]         int8, index of the LUM that answers for the user
+        users.npy         [U]         digests of key and history, event rows: for refreshes and deletions
         store/data.mdb                LMDB: user key -> answers after the user's last event
-    <run>/building/                   what of the next version is finished, while it is built (see writer.py)
-    <runs_dir>/forgotten.txt          SHA-256 of every user who is never asked again (lumrec/knowledge/forget.py)
+    <run>/building/                   progress of the next version while it is built (see writer.py)
+    <runs_dir>/forgotten.txt          SHA-256 of every user who is never asked about again (lumrec/knowledge/forget.py)
 
-Why LMDB: a library, not a server; many processes read it through one memory map without locks, find an entry by key in
-a few page reads, and a build that is killed leaves it whole. Arrow and Parquet have no look-up by key.
+Why LMDB: it is a library, not a server. Many processes read it through one memory map without locks and find an entry
+in a few page reads, and a killed build leaves it intact. Arrow and Parquet have no look-up by key.
 
 Shape suffixes: B asked users or rows, E events, U users, I items, N conditions, D width, K LUMs (folds).
 """
@@ -71,7 +71,7 @@ class RowKnowledge(NamedTuple):
 class UserKnowledge(NamedTuple):
     """o_BND: float32. present_BN: bool. age_s_B: float64, seconds since the LUM was asked (NaN where absent).
 
-    log_z_BN: float32 (None where it was not computed). fold_B: int64, which items_e the answer goes with (-1 absent).
+    log_z_BN: float32 (None where it was not computed). fold_B: int64, index of the LUM that answered (-1 = absent).
     """
 
     o_BND: Tensor
@@ -82,7 +82,7 @@ class UserKnowledge(NamedTuple):
 
 
 def read_items(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
-    """Item embeddings of the version in `folder` as readers see them, float32 [K, I, D]."""
+    """Item embeddings of the version in `folder`, decoded, float32 [K, I, D]."""
     return decode(*_mapped_items(folder, manifest))
 
 
@@ -101,10 +101,10 @@ def read_item_keys(folder: Path) -> list[str]:
 
 
 def _item_keys_file(folder: Path) -> pq.ParquetFile:
-    """A file that is open can be read after its version was removed."""
+    """The open file of item keys; it can still be read after its version is removed."""
     keys = pq.ParquetFile(pa.OSFile(str(folder / ITEMS_FILE)))
     if keys.schema_arrow.names != ["item_key"] or keys.schema_arrow.field("item_key").type != pa.string():
-        raise UserError(f"{folder / ITEMS_FILE} holds {keys.schema_arrow.names}, expected item_key, a text; {AGAIN}")
+        raise UserError(f"{folder / ITEMS_FILE} has {keys.schema_arrow.names}, expected item_key of type text; {AGAIN}")
     return keys
 
 
@@ -116,7 +116,7 @@ def environment(folder: Path) -> lmdb.Environment:
 def _open_version(
     path: Path, wanted: Callable[[str], bool], verify: bool, make: Callable[[Path, dict[str, Any]], Reader]
 ) -> Reader:
-    """What `make` opens of the folder and manifest of the version in force; `wanted` says which files it reads."""
+    """Opens the current version by `make(folder, manifest)`; `wanted` selects the names of the files that it reads."""
     for attempt in (0, 1):
         manifest = read_manifest(path)
         folder = path / manifest["folder"]
@@ -125,7 +125,7 @@ def _open_version(
             check_files(folder, files, checksums=verify)
             return make(folder, manifest)
         except (OSError, lmdb.Error, pa.ArrowException) as error:
-            # A new version may have been published, and the old one removed, since the manifest was read.
+            # A new version may have replaced this one since the manifest was read.
             if attempt or read_manifest(path)["folder"] == manifest["folder"]:
                 if isinstance(error, (lmdb.Error, pa.ArrowException)):
                     raise UserError(f"the knowledge in {folder} is damaged ({error}); {AGAIN}") from None
@@ -134,11 +134,11 @@ def _open_version(
 
 
 def _reopen(reader: Callable[..., Reader], folder: Path, *rest: Any) -> Reader:
-    """A reader in another process, of the version that it had here. Raises MissingFileError where that is gone."""
+    """Opens a reader in another process on its version of this process. Raises MissingFileError if that is gone."""
     if not folder.exists():
         raise MissingFileError(
-            f"the version {folder} was replaced by a newer one before another process could open it: open the store "
-            "there, or once more here"
+            f"the version {folder} was replaced by a newer one before another process could open it: open the store in "
+            "that process, or again in this one"
         )
     return reader(folder, *rest)
 
@@ -161,14 +161,14 @@ def _open_redis(
 
 
 class Knowledge:
-    """Answers for training rows and the items they are matched with, memory-mapped: nothing is read before it is used.
+    """Answers for training rows, and the items to match them with; memory-mapped, so that only what is used is read.
 
     o: [E, N, D] in the store's dtype, with scale, float32 [E, N], for int8; log_z: float32 [E, N]; present: bool [E];
-    each None where it was switched off.
-    items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions asked. hazard: "in_sample" (one LUM,
-    which may have been trained on these rows), "cross_fit" (each user is answered by a LUM that never saw them) or
-    "time_split" (one LUM of the training events until `learnt_until`, in seconds: rankers train on the rows after it).
-    Similarity is the dot product o · e: the model's temperature is in both sides already.
+    each None where it was switched off. items_e: float32 [K, I, D]; user_fold: int8 [U]. conditions: the N conditions
+    asked. hazard: "in_sample" (one LUM, which may have been trained on these rows), "cross_fit" (each user's answers
+    come from a LUM that was not trained on that user) or "time_split" (one LUM, trained on the training events until
+    the time `learnt_until`, in seconds; rankers train on the rows after it). Similarity is the dot product o · e: both
+    vectors already include the model's temperature.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], row_user: np.ndarray) -> None:
@@ -201,15 +201,15 @@ class Knowledge:
     def open(cls, path: str | Path, data: PreparedData, *, verify: bool = True) -> Knowledge:
         """The knowledge published in run folder `path`.
 
-        verify: compare every file's SHA-256 with the manifest's, once, at opening. Sizes are always compared.
-        Raises MissingFileError where nothing was published, UserError where it is damaged or made from other data.
+        verify: compare every file's SHA-256 with the manifest's, once, when opening. Sizes are always compared. Raises
+        MissingFileError where nothing was published, UserError where it is damaged or made from other data.
         """
         path = Path(path)
         manifest = read_manifest(path)
         if "imported" in manifest:
             raise UserError(
-                f"the knowledge in {path} was imported: it holds users and items for serving, and no rows to train on; "
-                "run the query stage to have them"
+                f"the knowledge in {path} was imported: it has users and items for serving, but no rows to train on; "
+                "run the query stage to make them"
             )
         if manifest["data_fingerprint"] != data.fingerprint:
             raise UserError(
@@ -222,12 +222,12 @@ class Knowledge:
         )
 
     def for_rows(self, rows_B: Tensor | np.ndarray) -> RowKnowledge:
-        """Answers that the event rows `rows_B` (int64, any order, repeats allowed) got with the history before them.
+        """Answers for the event rows `rows_B` (int64, any order, repeats allowed), given the history before them.
 
         Raises UserError where the knowledge was built without rows (query.rows=false).
         """
         if self.o is None or self.present is None:
-            raise UserError(f"the knowledge in {self.path} holds no rows: run the query stage with query.rows=true")
+            raise UserError(f"the knowledge in {self.path} has no rows: run the query stage with query.rows=true")
         rows = np.asarray(rows_B)
         # Sorted reads touch each page of the file once.
         order = np.argsort(rows, kind="stable")
@@ -242,19 +242,19 @@ class Knowledge:
         return RowKnowledge(o, log_z, present[:, None].expand(-1, self.num_conditions), fold)
 
     def batch(self, rows_B: np.ndarray, items_B: np.ndarray) -> KnowledgeBatch:
-        """What a ranker reads of event rows: `for_rows`, beside the embeddings of the items (int64) to be scored."""
+        """A ranker's input for event rows: their answers and the embeddings of the items (int64) to be scored."""
         return _batch(self.for_rows(rows_B), self.items_e, torch.from_numpy(items_B))
 
 
 class KnowledgeStore:
-    """Answers for serving, by raw user key: what the LUM says after the user's last event.
+    """Answers for serving, by raw user key: the LUM's answers after the user's last event.
 
     In a run folder (LMDB), or in a Redis where lumrec/knowledge/redis_load.py put them. Where a follower answers newer
     events, its answers are given in place of the published ones.
 
-    conditions: the N conditions asked. absent_because: why the store could not be read; "" where it can, and always
-    after `open`. It stays on its version, items included, whatever is published and removed later. Sent to another
-    process (a worker of a DataLoader), it opens the same version there.
+    conditions: the N conditions asked. absent_because: the reason why the store could not be read; "" if it can be, and
+    always after `open`. It keeps its version, including items, whatever is published and removed later. Sent to another
+    process (such as a worker of a DataLoader), it opens the same version there.
     """
 
     def __init__(
@@ -291,24 +291,24 @@ class KnowledgeStore:
             return _open_redis(cls, str(path), None, verify=verify, timeout_s=timeout_s)
         manifest = read_manifest(Path(path))
         if USERS_FILE not in manifest["files"]:
-            raise UserError(f"the knowledge in {path} holds no users: run the query stage with query.users=true")
+            raise UserError(f"the knowledge in {path} has no users: run the query stage with query.users=true")
         return _open_version(Path(path), lambda name: name in (USERS_FILE, *ITEM_FILES), verify, cls)
 
     @classmethod
     def open_or_absent(
         cls, path: str | Path, *, num_conditions: int, dim: int, with_log_z: bool = True, verify: bool = True
     ) -> KnowledgeStore:
-        """The store in `path`; where it cannot be read, one that says of every user that they are absent.
+        """The store in `path`; if it cannot be read, a store in which every user is absent.
 
-        For a server that has to answer all the same. num_conditions, dim, with_log_z: what its ranker expects; a store
-        of another shape counts as one that cannot be read. The reason is logged as a warning.
+        For a server that must answer in any case. num_conditions, dim, with_log_z: what its ranker expects; a store
+        with another shape counts as one that cannot be read. The reason is logged as a warning.
         """
         try:
             store = cls.open(path, verify=verify)
             got = (len(store.conditions), store.manifest["dim"], store._with_log_z)
             if got == (num_conditions, dim, with_log_z):
                 return store
-            reason = f"{path} holds (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
+            reason = f"{path} has (conditions, dim, log_normalizer) {got}, not {(num_conditions, dim, with_log_z)}"
         except (OSError, UserError, lmdb.Error) as error:
             reason = str(error)
         logger.warning("no knowledge, every user is absent: %s", reason)
@@ -320,13 +320,13 @@ class KnowledgeStore:
         return 0 if self.answers is None else len(self.answers)
 
     def get(self, user_keys: Sequence[str]) -> UserKnowledge:
-        """Answers for each key, in order; a user whom the store does not know reads as zeros, not present, age NaN.
+        """Answers for each key, in order; for a user whom the store does not know: zeros, not present, and age NaN.
 
         Raises UserError for keys that are no text, and for records that are damaged; key_value.Unavailable where the
         store does not answer (`get_or_absent` does not raise then).
         """
         if isinstance(user_keys, (str, bytes)):
-            raise UserError(f"expected a list of user keys, got the one key {user_keys!r}: say [{user_keys!r}]")
+            raise UserError(f"expected a list of user keys, got the single key {user_keys!r}: pass [{user_keys!r}]")
         values = [] if self.answers is None else self.answers.get([*map(user_key_bytes, user_keys)])
         return self._knowledge([value or self._nobody for value in values or [self._nobody] * len(user_keys)])
 
@@ -348,7 +348,7 @@ class KnowledgeStore:
         record_B = bytes_to_records(values, self._record)
         present_B = record_B["fold"] != ABSENT_FOLD
         if not ((record_B["fold"] >= ABSENT_FOLD) & (record_B["fold"] < self._num_folds)).all():
-            raise UserError(f"the knowledge in {self.path} is damaged: a user's answers are of no LUM; {AGAIN}")
+            raise UserError(f"the knowledge in {self.path} is damaged: a user's answers belong to no LUM; {AGAIN}")
         return UserKnowledge(
             torch.from_numpy(decode_records(record_B)),
             torch.from_numpy(present_B)[:, None].expand(-1, len(self.conditions)),
@@ -358,7 +358,7 @@ class KnowledgeStore:
         )
 
     def batch(self, user_keys: Sequence[str], item_keys: Sequence[str]) -> KnowledgeBatch:
-        """What a ranker reads of (user, item) pairs, by raw keys; pairs with an unknown user or item are absent."""
+        """A ranker's input for (user, item) pairs, by raw keys; pairs with an unknown user or item are absent."""
         row_of, e_KID = self._catalogue
         item_B = torch.tensor([row_of.get(key, -1) for key in item_keys], dtype=torch.int64)
         return _batch(self.get(user_keys), e_KID, item_B)
@@ -377,7 +377,7 @@ class KnowledgeStore:
     def item_keys(self) -> list[str]:
         """Raw key of each item."""
         if self._items is None:
-            raise UserError(f"the knowledge in {self.path} holds no items ({self.absent_because or 'an old version'})")
+            raise UserError(f"the knowledge in {self.path} has no items ({self.absent_because or 'an old version'})")
         return self._items[0].read()["item_key"].to_pylist()
 
     def item_embeddings(self, row_B: np.ndarray, fold_B: np.ndarray) -> Tensor:

@@ -1,14 +1,14 @@
-"""Builds a version of the knowledge beside the one in force, unit by unit, and publishes it by an atomic rename.
+"""Builds a version of the knowledge beside the current one, unit by unit, and publishes it by an atomic rename.
 
-    <run>/building/identity.json      what is being built, and in which folder; a build of anything else is thrown away
-    <run>/building/progress-<rank>    finished units, one a line, written after their data has reached the disk
-    <run>/knowledge-<identity>-<id>/  the files of the version, in the folder that they are going to be published in
+    <run>/building/identity.json      identity and folder of the version that is being built; other builds are discarded
+    <run>/building/progress-<rank>    finished units, one per line, written after their data has reached the disk
+    <run>/knowledge-<identity>-<id>/  the files of the version, in the folder in which they will be published
 
-The version is published at the moment when manifest.json, which names it, gets its name. All that comes before leaves
-the version in force as it is, and all that comes after is cleaning up, which `remove_others` does again after a kill.
+The rename of manifest.json, which names the version, publishes it. Everything before leaves the current version
+unchanged; everything after is cleaning up, which `remove_others` repeats after a kill.
 
-All ranks of one machine write the same files: rows at their own places of the memory-mapped columns, users through
-LMDB, which lets one writer in at a time.
+All ranks of one machine write the same files: rows at their own positions of the memory-mapped columns, users through
+LMDB, which allows one writer at a time.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ BUILDING = "building"
 IDENTITY = "identity.json"
 VERSION = "knowledge-[0-9a-f]{16}(-[0-9a-f]+)?"
 PUBLISHED = (".npy", ".mdb", ".parquet")
-# LMDB's address space per user beside the value itself: key, node and page overheads, and pages that are half full.
+# LMDB's address space per user in addition to the value: key, node and page overheads, and half-full pages.
 LMDB_OVERHEAD = 1024
 
 
 def in_force(path: Path) -> Path | None:
-    """Folder of the version published in `path`; None where nothing is. Raises UserError for a damaged manifest."""
+    """Folder of the version published in `path`; None if there is none. Raises UserError for a damaged manifest."""
     return path / read_manifest(path)["folder"] if (path / MANIFEST).exists() else None
 
 
 def remove_others(path: Path, published: Path | None) -> None:
-    """Removes from the run folder `path` every version but `published`, and what unfinished builds and kills left.
+    """Removes every version but `published` from the run folder `path`, and the leftovers of builds and kills.
 
     With a version go the fresher answers over it.
     """
@@ -93,23 +93,23 @@ def column_shapes(
 
 
 def full_disk_told(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Makes a UserError of a full disk that says what becomes of the build in `path`."""
+    """Turns the error of a full disk into a UserError that says how the build in `path` can continue."""
     return files.full_disk_told(
         path,
         "the knowledge",
-        then="a version is built beside the one in force, which can still be read. Make room and run the same command "
-        "again: the build continues where it is",
+        then="the current version can still be read. Free some space and run the same command again: the build "
+        "continues where it stopped",
     )
 
 
 class KnowledgeWriter:
     """The version under construction. Every rank makes one with the same arguments; `publish` ends it.
 
-    identity: everything that decides the answers (JSON); also the head of the manifest. It must hold conditions, dim,
-    lums, dtype, rows, users and log_normalizer. num_users: of the data; an import has no index of them, and says how
-    many the LMDB is going to hold in max_users. basis: the version that units are taken over from, if any; a build
-    from another one is begun again. made_by: the run that builds, which its manifest names (RunFolder.id). finished:
-    units that this build, or a killed one before it, committed. folder: of the version's files.
+    identity: everything that determines the answers (JSON), with the keys conditions, dim, lums, dtype, rows, users and
+    log_normalizer; it becomes part of the manifest. num_users: users in the data; 0 for an import, which has no index
+    of users. max_users: users that the LMDB will have, if more. basis: the version that answers are taken over from, if
+    any; a build with another basis starts again. made_by: id of the run that builds (RunFolder.id), for the manifest.
+    finished: units that this build, or a killed one before it, committed. folder: that of the version's files.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class KnowledgeWriter:
         self._progress = open(path / BUILDING / f"progress-{rank()}", "a", encoding="utf-8")  # noqa: SIM115
 
     def _begin(self, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> tuple[str, set[str]]:
-        """Rank 0: continues the build that a killed process left, where it is of this identity, or begins one.
+        """Rank 0: continues the build of a killed process, if it has this identity, or starts a new one.
 
-        Gives the name of the version's folder and the units that are finished.
+        Returns the name of the version's folder and the finished units.
         """
         control = self.path / BUILDING
         wanted = {"identity": self.identity, "basis": self._basis, "made_by": self._made_by}
@@ -145,8 +145,8 @@ class KnowledgeWriter:
         name = stored.pop("folder", "")
         try:
             published = in_force(self.path)
-        except UserError as error:  # no reader opens it, so nothing that is served goes with it
-            logger.warning("the knowledge that is replaced cannot be read: %s", error)
+        except UserError as error:  # no reader can open it, so it may be removed
+            logger.warning("the knowledge that will be replaced cannot be read: %s", error)
             published = None
         if stored == wanted and (self.path / name).is_dir() and self.path / name != published:
             finished = {line for file in control.glob("progress-*") for line in _whole_lines(file)}
@@ -162,11 +162,11 @@ class KnowledgeWriter:
         folder.mkdir()
         try:
             for column, (shape, dtype) in shapes.items():
-                # A new file reads as zeros: rows that nobody asks for are absent.
+                # A new file reads as zeros: rows that are not asked are absent.
                 np.lib.format.open_memmap(folder / column, mode="w+", dtype=dtype, shape=shape).flush()
                 reserve(folder / column)
         except OSError:
-            remove_others(self.path, published)  # nothing is in it, and what it took of the disk is missing elsewhere
+            remove_others(self.path, published)  # it is empty, and others need the space
             raise
         if self.identity["users"]:
             (folder / "store").mkdir()
@@ -178,11 +178,11 @@ class KnowledgeWriter:
         return lmdb.open(str(folder / "store"), map_size=self._map_size)
 
     def write_items(self, lum: int, e_ID: Tensor) -> None:
-        """Item embeddings of LUM `lum`; one rank is enough."""
+        """Item embeddings of LUM number `lum`; one rank writes them."""
         self._put("items_e.npy", "items_scale.npy", lum, e_ID, "items")
 
     def write_item_keys(self, keys: Sequence[str]) -> None:
-        """Raw key of each item; one rank is enough."""
+        """Raw key of each item; one rank writes them."""
         pq.write_table(pa.table({"item_key": pa.array(keys, pa.string())}), self.folder / ITEMS_FILE)
         sync_file(self.folder / ITEMS_FILE)
 
@@ -192,17 +192,17 @@ class KnowledgeWriter:
         self.columns["users.npy"][:] = index_U
 
     def write_rows(self, rows_R: np.ndarray, o_RND: Tensor, log_z_RN: Tensor | None) -> None:
-        """Answers at the places of their event rows."""
+        """Answers for event rows."""
         self._put("rows_o.npy", "rows_scale.npy", rows_R, o_RND, "answers")
         if log_z_RN is not None:
             self.columns["rows_log_z.npy"][rows_R] = log_z_RN.numpy()
         self.columns["rows_present.npy"][rows_R] = True
 
-    def _put(self, name: str, scale_name: str, place: Any, x: Tensor, what: str) -> None:
+    def _put(self, name: str, scale_name: str, index: Any, x: Tensor, what: str) -> None:
         values, scale = encode(x, self.identity["dtype"], what=what)
-        self.columns[name][place] = values
+        self.columns[name][index] = values
         if scale is not None:
-            self.columns[scale_name][place] = scale
+            self.columns[scale_name][index] = scale
 
     def write_users(self, keys: Sequence[bytes], record_B: np.ndarray) -> None:
         """Records of users (dtype `record`) by their LMDB keys, in one transaction."""
@@ -224,10 +224,10 @@ class KnowledgeWriter:
         self.finished.add(unit)
 
     def publish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The manifest: `identity`, `facts`, the checksum of every file and its own; from here on readers open this.
+        """Publishes the version; returns its manifest: identity, `facts`, the checksum of every file and its own.
 
-        Every rank calls it, after its last commit. The version that was in force before is removed; who has opened it
-        reads on.
+        Every rank calls it, after its last commit. From then on readers open this version. The previous one is removed;
+        readers that have it open can still read it.
         """
         self._close()
         barrier()
@@ -261,7 +261,7 @@ class KnowledgeWriter:
         return manifest
 
     def _compact_lmdb(self) -> None:
-        """Replaces the LMDB by a copy without free pages and lock file: as small as it gets, never written again."""
+        """Replaces the LMDB by a copy without free pages and without a lock file: it is never written again."""
         compact = self.folder / "compact"
         shutil.rmtree(compact, ignore_errors=True)
         compact.mkdir()
@@ -274,7 +274,7 @@ class KnowledgeWriter:
 
 
 def _stored_build(control: Path) -> dict[str, Any]:
-    """What a build that was not finished wrote down about itself; nothing where it cannot be read."""
+    """The description of an unfinished build; {} where it cannot be read."""
     try:
         return read_json(control / IDENTITY)
     except UserError:
@@ -282,5 +282,5 @@ def _stored_build(control: Path) -> dict[str, Any]:
 
 
 def _whole_lines(file: Path) -> list[str]:
-    """Lines that were written to their end; a kill may have cut the last."""
+    """The complete lines of a file; a kill may have cut off the last."""
     return [line[:-1] for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -8,7 +8,6 @@ or 1), user (index in the prepared data), logit.
 Shape suffixes: N rows.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +18,9 @@ import pyarrow.parquet as pq
 
 from lumrec.metrics.bootstrap import Comparison, Interval, compare
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.failures import reported
+from lumrec.run.failures import command_parser, reported
 from lumrec.run.files import new_file
-from lumrec.run.printable import say
+from lumrec.run.printable import say, text_table
 
 SCORES, RANKS = "scores.parquet", "ranks.parquet"
 LOWER_IS_BETTER = ("log_loss",)
@@ -119,20 +118,15 @@ def as_table(
         f"{num_resamples} resamples",
         f"a = {a}",
         f"b = {b}",
-        f"{'':9} {'a':26} {'b':26} {'b - a':29}",
     ]
+    rows = [["", "a", "b", "b - a", ""]]
     for metric, (of_a, of_b, difference) in found.items():
-        cells = f"{metric:9} {cell(of_a):26} {cell(of_b):26} {cell(difference, '+'):29}"
-        lines.append(f"{cells} {verdicts[better(metric, difference)]}")
-    return "\n".join(lines)
+        rows.append([metric, cell(of_a), cell(of_b), cell(difference, "+"), verdicts[better(metric, difference)]])
+    return "\n".join([*lines, *text_table(rows)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lumrec.metrics.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m lumrec.metrics.compare", __doc__)
     parser.add_argument("a", type=Path, help="folder of a finished ranking run")
     parser.add_argument("b", type=Path, help="folder of another, over the same test rows")
     parser.add_argument("--resamples", type=int, default=1000, help="number of resamples of the users (default 1000)")

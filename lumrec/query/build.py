@@ -77,7 +77,7 @@ class Build:
     def _unchanged(self) -> np.ndarray:
         """Each user's index in the earlier version if its answers are still valid, int64 [U]; -1 = has to be asked."""
         assert self.earlier is not None
-        earlier_U = self.earlier.places(self.index_U["key"])
+        earlier_U = self.earlier.find(self.index_U["key"])
         same_U = (earlier_U >= 0) & (self.earlier.index_U["history"][earlier_U] == self.index_U["history"])
         return np.where(same_U & self.answered_U, earlier_U, -1)
 
@@ -159,7 +159,7 @@ class Build:
         counts: dict[str, int] = {"users_asked": answered - taken, "users_taken_over": taken}
         if self.earlier:
             gone_U = (self.earlier.index_U["num_events"] > 0) & (self.earlier.index_U["key"] != b"")
-            earlier_U = self.earlier.places(self.index_U["key"][self.answered_U])
+            earlier_U = self.earlier.find(self.index_U["key"][self.answered_U])
             gone_U[earlier_U[earlier_U >= 0]] = False
             counts["users_removed"] = int(gone_U.sum())
         if self.identity["rows"]:

@@ -1,1 +1,1 @@
-"""What every run needs and no stage owns: folder, files, config reader, errors, logs, processes."""
+"""What every run needs, whatever its stage: run folder, files, config reader, errors, logs, processes."""

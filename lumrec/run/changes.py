@@ -1,4 +1,4 @@
-"""Which settings of a stored run differ from the present ones: the one comparison for runs, inputs and checkpoints."""
+"""Compares the settings of a stored run with the current ones, for runs, inputs and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from typing import Any, get_args
 from lumrec.run.errors import UserError
 from lumrec.run.typed_yaml import defaults, field_types, overlaid, plain, read, section_of, todays_section
 
-# Settings that say where and how to run, but not what comes out; the latter are settings of a stage's training.
+# Settings that determine where and how to run, but not the result; NEUTRAL_TRAIN_KEYS are in a stage's section.
 NEUTRAL_KEYS = ("run", "runs_dir", "threads", "overwrite")
 NEUTRAL_TRAIN_KEYS = ("train.optimizer_state", "train.sharding", "train.fsdp")
 _AGAIN = "make the run again with overwrite=true"
 
 
 def config_differences(path: Path, settings: Any) -> dict[str, str]:
-    """What the config.yaml of the run folder `path` and `settings`, a dataclass, do not share: dotted key →
-    "key: stored → now".
+    """How the config.yaml of run folder `path` differs from `settings` (a dataclass): dotted key → "key: old → new".
 
-    Settings that say where and how to run do not count, nor sections that `settings` does not have. A key that the
-    folder's version of lumrec did not have yet counts as its default.
+    NEUTRAL_KEYS do not count, nor do sections that `settings` does not have. A key that the folder's version of lumrec
+    did not have yet counts as its default.
     """
     stored = read(path / "config.yaml")
     if not isinstance(stored, Mapping):
-        raise UserError(f"{path / 'config.yaml'} is damaged: it holds no settings; {_AGAIN}")
+        raise UserError(f"{path / 'config.yaml'} is damaged: it has no settings; {_AGAIN}")
     known = {name: value for name, value in stored.items() if name in field_types(type(settings))}
     return {key: f"{key}: {old!r} → {new!r}" for key, (old, new) in changes(known, settings).items()}
 
 
 def changes(stored: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted key → (stored, present value) of each setting that differs; what is not stored counts as its default.
+    """Dotted key → (stored, current value) of each setting that differs; a missing key counts as its default.
 
-    stored: what a config.yaml holds. settings: a dataclass. Settings that say where and how to run do not count.
+    stored: the contents of a config.yaml. settings: a dataclass. NEUTRAL_KEYS do not count.
     """
     return {
         key: (old, new)
@@ -44,7 +43,7 @@ def changes(stored: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, An
 
 
 def differing(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, stored, now) of each value that differs; an empty mapping is as good as none.
+    """(dotted key, stored, now) of each value that differs; an empty mapping equals an absent one.
 
     kind: the declared type of the value; None if unknown.
     """
@@ -62,7 +61,7 @@ def differing(stored: Any, now: Any, kind: Any = None, key: str = "") -> Iterato
             yield from differing(stored.get(name, "(absent)"), values.get(name, "(absent)"), types.get(name), part)
         return
     if kind is not None:
-        with contextlib.suppress(UserError):  # a value of another type differs as it is
+        with contextlib.suppress(UserError):  # a value of another type is compared as it is
             stored = overlaid(kind, None, stored)
     now, none = plain(now), [{}, "(absent)"]
     if stored != now and not (stored in none and now in none):

@@ -1,9 +1,9 @@
-"""Reads a config: defaults < YAML file < key=value overrides, into the dataclass that declares it.
+"""Reads a config into the dataclass that declares it: defaults < YAML file < key=value overrides.
 
     config = load(Config, "configs/ml-1m.yaml", ["model.dim=32", "pretrain.train.epochs=4"])
 
-A YAML file may name others that it builds on, each over the one before it: `base: ml-1m.yaml` or
-`base: [ml-1m.yaml, models/19m.yaml]`, relative to itself. A name without .yaml is a config that comes with lumrec.
+A YAML file may name files that it builds on, each overriding the one before: `base: ml-1m.yaml` or `base: [ml-1m.yaml,
+models/19m.yaml]`, relative to its own folder. A name without .yaml is a config that comes with lumrec.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ Root = TypeVar("Root")
 
 
 def load(root: type[Root], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Root:
-    """The config of a YAML file (None: only defaults) with `key=value` overrides, as the dataclass `root`.
+    """The config of a YAML file (None: the defaults) with `key=value` overrides, as the dataclass `root`.
 
-    In an override, key is dotted ("model.dim=64", 'schema.features."a.b".role=item'), and the value of a list or a
-    mapping is YAML ("seeds=[0, 1]"). Text stays as it is written, in overrides and in files (lumrec/run/typed_yaml.py).
-    Raises MissingFileError for a missing file, and UserError for broken YAML, a word without "=", an unknown key (it
-    names the nearest valid one), a value of the wrong type, and one that cannot work (see lumrec/run/limits.py).
+    The key of an override is dotted ("model.dim=64", 'schema.features."a.b".role=item'), and lists and mappings are
+    written in YAML ("seeds=[0, 1]"). Text is read as it is written, in overrides and in files
+    (lumrec/run/typed_yaml.py). Raises MissingFileError for a missing file, and UserError for broken YAML, an override
+    without "=", an unknown key (it names the nearest valid one), a value of the wrong type, and one that cannot work
+    (see lumrec/run/limits.py).
     """
     layers = [*(_files(find(path)) if path is not None else []), *_overrides(root, overrides, "the command line")]
     config = _merged(root, defaults(root), layers, origin=str(path or "the command line"))
@@ -52,7 +53,7 @@ def load(root: type[Root], path: str | Path | None = None, overrides: Sequence[s
 
 
 def with_overrides(config: Root, overrides: Sequence[str], *, origin: str) -> Root:
-    """`config` with `key=value` overrides; raises as `load` does, naming `origin` as the place of the overrides."""
+    """`config` with `key=value` overrides; raises like `load`, and names `origin` as the source of the overrides."""
     root = type(config)
     config = _merged(root, to_dict(config), _overrides(root, overrides, origin), origin=origin)
     try:
@@ -63,15 +64,15 @@ def with_overrides(config: Root, overrides: Sequence[str], *, origin: str) -> Ro
 
 
 def stored(path: Path, kind: type[Root], section: str = "", *, partly: bool = False) -> Root:
-    """A section of the config.yaml of a run, as the dataclass `kind`; "": its fields among the keys at the top.
+    """A section of a run's config.yaml, as the dataclass `kind`; "" reads its fields from the keys at the top level.
 
-    What the file does not name has its default. partly: the section has other keys too. Raises MissingFileError, and
-    UserError for a damaged file or values that `kind` cannot hold.
+    Keys that the file does not have get their defaults. partly: the section may have other keys, which are ignored.
+    Raises MissingFileError, and UserError for a damaged file or values that do not fit `kind`.
     """
     values = read(path) if path.is_file() else None
     if not isinstance(values, Mapping):
         if path.is_file():
-            raise UserError(f"{path} is damaged: it holds no settings; make the run again with overwrite=true")
+            raise UserError(f"{path} is damaged: it has no settings; make the run again with overwrite=true")
         raise MissingFileError(f"there is no {path}: expected the config.yaml of a run")
     given = values.get(section, {}) if section else values
     if isinstance(given, Mapping):
@@ -84,7 +85,7 @@ def stored(path: Path, kind: type[Root], section: str = "", *, partly: bool = Fa
 def _merged(
     kind: type[Root], values: dict[str, Any], layers: Sequence[tuple[str, Any]], *, origin: str, at: str = ""
 ) -> Root:
-    """The layers over plain values, each over the one before it, as dataclasses."""
+    """Plain values overridden by the layers, one after another, as dataclasses."""
     for name, given in layers:
         try:
             values = overlaid(kind, values, given)
@@ -100,17 +101,17 @@ def _merged(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain dictionaries and lists."""
+    """A config as nested dictionaries and lists."""
     return dataclasses.asdict(config)
 
 
 def leaves(config: Any) -> dict[str, Any]:
-    """A config as a flat dictionary, dotted key → value; lists and empty sections are values."""
+    """A config as a flat dictionary, dotted key → value; lists and empty sections count as values."""
     return {dotted(path): value for path, value in _leaves(to_dict(config))}
 
 
 def as_text(value: Any) -> str:
-    """A value of `leaves` as `load` reads it from a key=value override."""
+    """A value of `leaves` as text that `load` can read from a key=value override."""
     if isinstance(value, str):
         return value
     text = dump(value, default_flow_style=True, width=math.inf)
@@ -118,7 +119,7 @@ def as_text(value: Any) -> str:
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """The file of a config: `my.yaml` is that file in `folder`, `ml-1m` the config of that name that comes with lumrec.
+    """The path of a config: `my.yaml` is a file in `folder`, `ml-1m` a config that comes with lumrec.
 
     Raises MissingFileError for an unknown name. Does not check that a .yaml file exists.
     """
@@ -128,15 +129,15 @@ def find(name: str | Path, folder: Path = Path()) -> Path:
     if str(name) in known:
         return known[str(name)]
     raise MissingFileError(
-        f"no config is named {str(name)!r}{did_you_mean(str(name), known)}: `lumrec configs` lists those that come with"
-        " lumrec, and a file ends with .yaml"
+        f"no config is named {str(name)!r}{did_you_mean(str(name), known)}: `lumrec configs` lists those that come "
+        "with lumrec; the name of a file must end with .yaml"
     )
 
 
 def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
-    """(name, content) of a YAML file and of the files it builds on, the deepest first."""
+    """(name, content) of a YAML file and of the files that it builds on, the deepest first."""
     if path.resolve() in above:
-        raise UserError(f"{path}: base files in a circle: {' → '.join(map(str, [*above, path]))}")
+        raise UserError(f"{path}: its base files form a circle: {' → '.join(map(str, [*above, path]))}")
     if not path.is_file():
         near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise MissingFileError(
@@ -166,7 +167,7 @@ _OVERRIDE = re.compile(rf"((?:{_KEY})(?:\.(?:{_KEY}))*)=(.*)", re.DOTALL)
 
 
 def _overrides(root: type, overrides: Sequence[str], origin: str) -> list[tuple[str, Any]]:
-    """Each key=value override as a layer: (origin, nested mappings)."""
+    """A layer (origin, nested mappings) for each key=value override."""
     layers = []
     for word in overrides:
         match = _OVERRIDE.fullmatch(word)
@@ -194,7 +195,7 @@ def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def _type_at(root: type, path: Sequence[str]) -> Any:
-    """The declared type of a key; None where there is no such key."""
+    """The declared type of a key; None if there is no such key."""
     kind: Any = root
     for name in path:
         kind = section_of(kind)
@@ -206,7 +207,7 @@ def _type_at(root: type, path: Sequence[str]) -> Any:
 
 
 def valid_keys(root: type) -> list[str]:
-    """Every dotted key of a config; "<name>" is a name that the user chooses (a feature, a table)."""
+    """Every dotted key of a config; "<name>" is a name that the user chooses (such as a feature or a table)."""
 
     def walk(kind: Any, prefix: str) -> Iterator[str]:
         kind = section_of(kind)
@@ -222,7 +223,7 @@ def valid_keys(root: type) -> list[str]:
 
 
 def _suggestion(root: type, key: str) -> str:
-    """The nearest valid keys, as the end of a sentence: by the whole path, else by the last name anywhere."""
+    """The nearest valid keys, as the end of a sentence: compares whole paths, then only the last name."""
     keys, last = valid_keys(root), key.split(".")[-1]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     if not near:

@@ -1,4 +1,4 @@
-"""Processes and devices: the process group, ranks, and what only rank 0 does."""
+"""Processes and devices: the process group, ranks, and work that only rank 0 does."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from lumrec.run.errors import UserError
 
 
 def rank() -> int:
-    """This process's rank; 0 where no process group exists."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 where no process group exists."""
+    """Number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def init_distributed(device: str | torch.device | None = None, *, threads: int = 0) -> torch.device:
-    """The device of this process, its process group initialised and its number of torch threads set.
+    """Initialises the process group and the number of torch threads; returns the device of this process.
 
-    Under torchrun the group comes from its environment variables; without them it is a group of one process, in memory.
-    A second call changes nothing but the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a
-    device; None takes CUDA where torch has it. `threads` 0 leaves torch's own number. Raises UserError where CUDA is
-    asked for and absent.
+    Under torchrun the group comes from its environment variables; otherwise it is a group of one process, in memory. A
+    second call only changes the threads. `device` is "cpu", "cuda" (the card `LOCAL_RANK`) or a device; None takes CUDA
+    if torch has it. `threads` 0 keeps torch's number. Raises UserError where CUDA is requested but not available.
     """
     if threads > 0:
         torch.set_num_threads(threads)
@@ -45,7 +44,7 @@ def init_distributed(device: str | torch.device | None = None, *, threads: int =
         torch.cuda.set_device(kind)
     if dist.is_initialized():
         return kind
-    # gloo stays beside nccl: checkpoints and small Python objects go through the CPU.
+    # gloo in addition to nccl: checkpoints and small Python objects go through the CPU.
     backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -64,7 +63,7 @@ Value = TypeVar("Value")
 
 
 def on_rank_zero(make: Callable[[], Value]) -> Value:
-    """What `make` gives on rank 0, on every rank; an exception of it is raised on every rank too. Collective."""
+    """The result of `make` on rank 0, on every rank; its exceptions are raised on every rank too. Collective."""
     if world_size() == 1:
         return make()
     outcome: list[Any] = [None, None]
@@ -80,7 +79,7 @@ def on_rank_zero(make: Callable[[], Value]) -> Value:
 
 
 def gathered(value: Value) -> list[Value]:
-    """The `value` of each rank, in their order, on every rank. Collective."""
+    """The `value` of each rank, in the order of the ranks, on every rank. Collective."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -88,6 +87,6 @@ def gathered(value: Value) -> list[Value]:
 
 
 def barrier() -> None:
-    """Waits until every rank is here. Collective."""
+    """Waits until every rank has called it. Collective."""
     if world_size() > 1:
         dist.barrier()

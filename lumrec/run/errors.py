@@ -1,4 +1,4 @@
-"""Errors of the user, as opposed to bugs, and the hint that names what they may have meant.
+"""Errors of the user, as opposed to bugs, and a hint at the name that they may have meant.
 
 An app reports a `UserError` in one sentence (what was given, what was expected, how to fix it) and ends with exit code
 2. Every other exception is a bug of ours or a fault of the machine: an app shows its traceback.
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something that the user gave cannot be used: a setting, a file, a log. The message is the whole explanation."""
+    """A setting, file or log of the user cannot be used. The message explains it completely."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that the user named, or that a stage reads, is not there. The message says what makes it."""
+    """A file or folder that the user named, or that a stage reads, is missing. The message says how to make it."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The nearest of the known names, whatever their case, as a question in brackets; "" if none is near.
+    """The nearest known name, ignoring case, as a question in brackets; "" if none is near.
 
     >>> did_you_mean("feedbak", ["scenario", "feedback"])
     " (did you mean 'feedback'?)"

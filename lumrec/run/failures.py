@@ -1,12 +1,13 @@
-"""What an app says of an exception in one sentence; a bug has none, and shows its traceback.
+"""Reports an exception in one sentence, unless it is a bug, which shows its traceback.
 
-the user's       a UserError: its message is the sentence
-the machine's    a full or read-only disk, no permission, too many open files, no memory: reported with the file
-another rank's   the connection to a process that has ended: that one has said why, or the launcher does
+user error       a UserError: its message is the sentence
+machine error    a full or read-only disk, no permission, too many open files, no memory: reported with the file
+lost connection  the connection to another process that has ended: that process or the launcher reports the reason
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -20,23 +21,23 @@ from types import TracebackType
 from lumrec.run.errors import UserError
 from lumrec.run.printable import say
 
-# What the machine may say of a file, and what helps. Every other OSError is a bug: a file that has to be there is not.
+# Errors of the machine, with advice. Every other OSError is a bug, such as a file of ours that is missing.
 MACHINE = {
-    errno.ENOSPC: "make room there, and give the same command again",
-    errno.EDQUOT: "make room in your quota, and give the same command again",
+    errno.ENOSPC: "free some space there, and run the same command again",
+    errno.EDQUOT: "free some space in your quota, and run the same command again",
     errno.EROFS: "choose a folder that can be written: runs_dir=<folder>",
     errno.EACCES: "change its permissions, or choose another folder or file",
     errno.EPERM: "change its permissions, or choose another folder or file",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs: the machine has no file handles left",
-    errno.EIO: "the disk or its connection is failing: look at it, and give the same command again",
-    errno.ESTALE: "the network folder has gone: mount it again, and give the same command again",
+    errno.EIO: "the disk or its connection is failing: check it, and run the same command again",
+    errno.ESTALE: "the network folder is gone: mount it again, and run the same command again",
     errno.ENOTDIR: "a file is in the place of a folder; choose another folder",
     errno.EISDIR: "a folder is in the place of a file; choose another file",
     errno.EEXIST: "a file is in the place of a folder; choose another folder",
-    errno.ELOOP: "its links lead in a circle",
-    errno.EFBIG: "the file system takes no file of that size; choose another folder",
+    errno.ELOOP: "its links form a circle",
+    errno.EFBIG: "the file system does not allow files of this size; choose another folder",
     errno.ENOMEM: "",
 }
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA out of memory|std::bad_alloc|OutOfMemory")
@@ -48,7 +49,7 @@ LOST = re.compile(
 
 
 def sentence(error: BaseException) -> str:
-    """What to say of an error of the user's or the machine's, in one sentence; "" of a bug."""
+    """A sentence that reports an error of the user or the machine; "" for a bug."""
     if isinstance(error, UserError):
         return str(error)
     for each in (error, error.__cause__):
@@ -64,7 +65,7 @@ def sentence(error: BaseException) -> str:
 
 
 def machine_errno(error: BaseException) -> int:
-    """The number of what the machine says, 0 where it says nothing. Libraries pass it on within their own errors."""
+    """The errno of an error of the machine, also if a library's error contains it; 0 for any other error."""
     if isinstance(error, OSError):
         return error.errno if error.errno in MACHINE else 0
     module = type(error).__module__.partition(".")[0]
@@ -81,7 +82,7 @@ def machine_errno(error: BaseException) -> int:
 
 
 def file_of(error: BaseException) -> str:
-    """The file that an error of the machine's is about: as the system names it, else what was being written."""
+    """The file that an error of the machine is about: the one that it names, otherwise the one being written."""
     if isinstance(error, OSError) and error.filename is not None:
         return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
     named = re.search(r"[\"'](/[^\"']+)[\"']", str(error))
@@ -89,7 +90,7 @@ def file_of(error: BaseException) -> str:
 
 
 def _open_file(trace: TracebackType | None) -> str:
-    """The innermost path that a function of lumrec had in hand; "" where there is none."""
+    """The innermost path among the local variables of lumrec's functions; "" if there is none."""
     found = ""
     while trace is not None:
         if __package__ in str(trace.tb_frame.f_globals.get("__name__")):
@@ -103,7 +104,7 @@ def _open_file(trace: TracebackType | None) -> str:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another process of this job has ended."""
+    """Whether an error only means that another process of this job has ended."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or isinstance(error, UserError):
         return False
     is_network = isinstance(error, (RuntimeError, ConnectionError)) or type(error).__module__.startswith("torch")
@@ -111,7 +112,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def tell(message: str) -> None:
-    """The message on stderr, once: when every rank fails alike, torchrun ends the others while they wait here."""
+    """Prints the message on stderr, once: if all ranks fail alike, torchrun ends the others while they wait here."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(3.0)
@@ -121,7 +122,7 @@ def tell(message: str) -> None:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """While entered, what the terminal cannot show is escaped; a reader that goes away (| head) ends the program."""
+    """Inside, characters that the terminal cannot show are escaped; a closed pipe (| head) ends the program."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -129,14 +130,21 @@ def terminal() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain.
+        # Python flushes once more when it ends, and would report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a shell has it for SIGPIPE
+        sys.exit(141)  # the shell's exit code for SIGPIPE
+
+
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser for the main of a command that is not an app; its description is shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Around the main of a command that is no app: an error with a sentence ends it with that and exit code 2."""
+    """For the main of a command that is not an app: prints the sentence of an error and ends with exit code 2."""
     with terminal():
         try:
             yield

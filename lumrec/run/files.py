@@ -1,4 +1,4 @@
-"""Files that a kill or a power cut leaves whole: written beside, synced, renamed; and how a run's files are read."""
+"""Writes files that a kill or a power cut leaves intact (temporary file, sync, rename), and reads a run's files."""
 
 import contextlib
 import ctypes
@@ -52,14 +52,14 @@ def check_file(path: str | Path, key: str, expected: str, *, may_be_folder: bool
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with None in place of NaN and infinities, which JSON cannot hold."""
+    """`values` with None instead of NaN and infinities, which JSON does not have."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
 def read_json(path: Path, *, again: str = "") -> dict[str, Any]:
-    """The JSON object in a file. again: what to do if it cannot be read, as the end of a sentence.
+    """The JSON object in a file. again: what to do if it cannot be read, to end the error's sentence with.
 
-    Raises MissingFileError for a missing file, UserError for one that is empty, cut, not UTF-8, no JSON object, or that
+    Raises MissingFileError for a missing file, UserError for one that is empty, cut off, not UTF-8, no JSON object, or
     cannot be read.
     """
     then = f"; {again}" if again else ""
@@ -75,17 +75,18 @@ def read_json(path: Path, *, again: str = "") -> dict[str, Any]:
         what = "is empty" if path.stat().st_size == 0 else f"is damaged or cut off: it is not JSON ({error})"
         raise UserError(f"{path} {what}{then}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, expected a JSON object{then}")
+        raise UserError(f"{path} is damaged: it is a {type(content).__name__}, expected a JSON object{then}")
     return content
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which takes the place of `path` at the end of the block: a reader sees the old file or
-    the new one, also after a power cut.
+    """A temporary file that replaces `path` at the end of the block: readers see the old or the new file.
+
+    That holds also after a power cut.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a link that lies there would be written through
+    temporary.unlink(missing_ok=True)  # if it were a link, its target would be written
     yield temporary
     sync_file(temporary)
     os.replace(temporary, path)
@@ -93,18 +94,18 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the new one, also after a power cut."""
+    """Writes `text` so that readers see the old or the new file, also after a power cut."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, folder: bool = False, waiting: str = "") -> Iterator[int]:
-    """Locks the file (or `folder`) at `path`, which is made where it is missing; gives the descriptor. The lock ends
-    with the block, or with the process, however it ends.
+    """Locks the file (or `folder`) at `path`, which is made if it is missing; gives its descriptor.
 
-    Where another process holds the lock, this prints `waiting` and waits; without `waiting`, it raises BlockingIOError.
-    Not filelock: that cannot lock a folder, and falls back to lock files that a killed process leaves behind.
+    The lock ends with the block, or with the process, however it ends. If another process has the lock, this prints
+    `waiting` and waits; without `waiting`, it raises BlockingIOError. Not filelock, which cannot lock a folder, and
+    falls back to lock files that a killed process leaves behind.
     """
     while True:
         if folder:
@@ -119,8 +120,8 @@ def locked(path: Path, *, folder: bool = False, waiting: str = "") -> Iterator[i
                 say(waiting)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
-                logger.warning("no locks on this file system (%s): let no second process write %s", error, path)
-            if is_at(lock, path):  # whoever held the lock may have renamed or removed the file meanwhile
+                logger.warning("no locks on this file system (%s): no second process may write %s", error, path)
+            if is_at(lock, path):  # the previous owner of the lock may have renamed or removed the file
                 yield lock
                 return
         finally:
@@ -128,12 +129,12 @@ def locked(path: Path, *, folder: bool = False, waiting: str = "") -> Iterator[i
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path` now."""
+    """Whether the open file is still the one at `path`."""
     return path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the entries of a folder (new names, renames) survive a power cut."""
+    """Syncs the entries of a folder (new names, renames) to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +143,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Makes a folder with all that is in it survive a power cut."""
+    """Syncs a folder and everything in it to disk."""
     for folder, _, names in os.walk(path):
         for name in names:
             sync_file(Path(folder) / name)
@@ -150,23 +151,23 @@ def sync_tree(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder so that, killed half-way, it leaves only a hidden `.trash-*` behind."""
+    """Deletes a folder; if killed half-way, it leaves only a hidden `.trash-*`."""
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     os.replace(path, trash)
     shutil.rmtree(trash)
 
 
 def leftovers(folder: Path, name: str = "*") -> Iterator[Path]:
-    """Folders that a killed removal or replacement of `folder / name` left beside it; without a name, of any."""
+    """Folders that a killed removal or replacement of `folder / name` left beside it; by default of any name."""
     name = name if name == "*" else glob.escape(name)
     for pattern in (f".trash-{name}-*", f".{name}.old-*"):
         yield from (path for path in folder.glob(pattern) if path.name.rpartition("-")[2].isdecimal())
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Puts the folder `new` in the place of `path` and removes what was there; a reader finds one of both at any time.
+    """Replaces the folder `path` by `new` and removes the old one; a reader finds one of them at any time.
 
-    Both are on one file system. Where that cannot exchange two names (NFS), `path` is missing between two renames.
+    Both must be on one file system. If that cannot exchange two names (NFS), `path` is missing between two renames.
     """
     sync_tree(new)
     if not path.exists():
@@ -182,7 +183,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Exchanges two names in one step; False where the system or the file system cannot."""
+    """Exchanges two names in one step; False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -196,12 +197,13 @@ def _exchange(one: Path, two: Path) -> bool:
 
 @contextlib.contextmanager
 def full_disk_told(path: Path, what: str, *, then: str) -> Iterator[None]:
-    """Makes one UserError of whatever a library makes of a full disk while it writes `what` to `path`; then: what can
-    be done once there is room.
+    """Turns whatever a library raises for a full disk while it writes `what` to `path` into one UserError.
+
+    then: advice for the message.
     """
     try:
         yield
-    except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
+    except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
         if not _is_of_full_disk(error, path):
             raise
         free = shutil.disk_usage(path).free / 2**20
@@ -209,8 +211,9 @@ def full_disk_told(path: Path, what: str, *, then: str) -> Iterator[None]:
 
 
 def _is_of_full_disk(error: BaseException | None, path: Path) -> bool:
-    """Whether an error, or one that it came from, says that the disk is full; or is one that libraries raise for a
-    file that they could not write to its end, while the disk is full.
+    """Whether an error was caused by a full disk.
+
+    That is: it, or an error in its chain, says so; or a library raised it while the disk is full.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     from_library = False
@@ -224,13 +227,13 @@ def _is_of_full_disk(error: BaseException | None, path: Path) -> bool:
 
 
 def reserve(file: Path) -> None:
-    """Takes the disk's blocks for a file now: written through a memory map, a full disk would kill the process."""
+    """Allocates a file's blocks now: writing a memory map on a full disk would kill the process."""
     with open(file, "r+b") as opened:
         os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def sync_file(path: Path) -> None:
-    """Makes the contents of a file survive a power cut."""
+    """Syncs a file to disk."""
     sync_folder(path)
 
 

@@ -1,9 +1,8 @@
-"""A run's folder `runs/<run>/`: resolved config, versions, metrics.jsonl, checkpoints and, at the end, result.json.
+"""A run's folder `runs/<run>/`: resolved config, versions, metrics.jsonl, checkpoints and finally result.json.
 
-The truth about a run is in two files: `config.yaml` (written before anything else) and `result.json` (written last), so
-a folder without the latter is an unfinished run, which the same command continues. Only a folder whose versions.json
-says that the same stage made it is ever emptied to be made again; the folder itself stays, as it may be a link or a
-mount.
+Two files define a run's state: `config.yaml` (written first) and `result.json` (written last). A folder without the
+latter is an unfinished run, which the same command continues. A folder is only emptied if its versions.json says that
+the same stage made it. The folder itself is kept, as it may be a link or a mount.
 """
 
 import contextlib
@@ -27,19 +26,19 @@ from lumrec.run.versions import versions, warn_of_other_versions
 
 logger = logging.getLogger(__name__)
 
-# What a folder may hold whose making was interrupted before config.yaml was there.
+# Files of a folder whose creation was interrupted before config.yaml was written.
 _FIRST_FILES = {".lock", "versions.json", "inputs.json", ".versions.json.tmp", ".inputs.json.tmp", ".config.yaml.tmp"}
-# What a run leaves that failed before its first checkpoint.
+# Files of a run that failed before its first checkpoint.
 _NO_WORK = ("config.yaml", "plan.", "metrics.jsonl", "tensorboard", "non-finite-", "warm_start.", ".clearing")
-# In a folder while it is emptied to be made again: whatever else is in it, it is ours, and is not to be continued.
+# Marks a folder that is being emptied: whatever else it contains, it is ours, and must not be continued.
 _CLEARING = ".clearing"
 _PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
 
 
 class RunFolder:
-    """One run's folder. Made by `RunFolder.create`, which says whether the run continues or is finished.
+    """One run's folder. `RunFolder.create` makes it and finds out whether the run continues or is finished.
 
-    path: the folder.  finished: it holds the result of this very config.  resumed: it continues an unfinished run.
+    path: the folder. finished: it has the result of this config. resumed: it continues an unfinished run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,21 +60,21 @@ class RunFolder:
         quiet: bool = False,
         keep: Sequence[str] = (),
     ) -> "RunFolder":
-        """The folder `path` of a run of `stage`, made by rank 0 where it is new.
+        """The folder `path` of a run of `stage`, made by rank 0 if it is new.
 
-        settings: a dataclass of everything that decides what the run makes; its `overwrite`, if it has one, allows
-        to replace a run. inputs: fingerprints of what the run reads (name → text); other inputs count as another
-        config. quiet: do not log that a finished run is kept. keep: patterns of files that stay when the run is made
-        again, for the stage to replace. An existing folder:
+        settings: a dataclass of everything that determines the run's result; its field `overwrite`, if it has one,
+        allows replacing a run. inputs: fingerprints of what the run reads (name → text); other inputs count as another
+        config. quiet: do not log that a finished run is kept. keep: patterns of files that are kept when the run is
+        made again, until the stage replaces them. An existing folder:
 
         - unfinished, same config: `resumed`; the loop continues from the last complete checkpoint.
-        - finished, same config: `finished`; `result()` reads what it gave. With overwrite=true it is made again.
-        - other config: UserError that names the keys; with overwrite=true, or where nothing was done yet, made again.
-        - not a run folder of this stage, one that holds other runs, or in use by another process: UserError, with
-          overwrite too.
+        - finished, same config: `finished`; `result()` reads its result. With overwrite=true it is made again.
+        - other config: UserError that names the keys; with overwrite=true, or without any work in it, made again.
+        - not a run folder of this stage, one that contains other runs, or one that another process uses: UserError,
+          also with overwrite=true.
 
         Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
-        rank 0 is raised on all.
+        rank 0 is raised on all ranks.
         """
         run = cls(path)
         run.finished, run.resumed = on_rank_zero(
@@ -85,7 +84,7 @@ class RunFolder:
 
     @classmethod
     def locked(cls, path: Path) -> "RunFolder":
-        """The folder `path`, locked until `close`, for work that goes by no config. Raises UserError if in use."""
+        """The folder `path`, locked until `close`, for work without a config. Raises UserError if it is in use."""
         run = cls(path)
         run._take_lock()
         return run
@@ -93,7 +92,7 @@ class RunFolder:
     def _open(
         self, settings: Any, stage: str, inputs: dict[str, str], *, quiet: bool, keep: Sequence[str]
     ) -> tuple[bool, bool]:
-        """Makes or checks the folder; whether it is finished and whether it is resumed."""
+        """Makes or checks the folder; returns (finished, resumed)."""
         path, config_path = self.path, self.path / "config.yaml"
         overwrite = getattr(settings, "overwrite", False)
         others = names_in(path) - _FIRST_FILES
@@ -119,7 +118,7 @@ class RunFolder:
             if differences and begun and not overwrite:
                 more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
                 raise UserError(
-                    f"{path} holds {state} run of another config: {'; '.join(differences[:8])}{more}. Say "
+                    f"{path} has {state} run with another config: {'; '.join(differences[:8])}{more}. Use "
                     "overwrite=true to replace it, or run=<name> for another folder"
                 )
             if differences or (overwrite and finished):
@@ -145,18 +144,18 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """Of this making of the run: another one after overwrite=true; "" in a folder of an earlier version."""
+        """Id of the run; overwrite=true makes a new one. "" in a folder of an earlier version."""
         return str(read_json(self.path / "versions.json", again=_AGAIN).get("id", ""))
 
     def _take_lock(self) -> None:
-        """Locks the folder against other processes; the system frees it when this process ends, however it ends."""
+        """Locks the folder against other processes, until this process ends, however it ends."""
         lock, self._lock = self.path / ".lock", contextlib.ExitStack()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(lock))
         except BlockingIOError:
             owner = lock.read_text(encoding="utf-8").strip()
-            if owner != _PROCESS:  # an earlier run of this process may hold it still
+            if owner != _PROCESS:  # an earlier run of this process may still have the lock
                 pid = owner.partition(" ")[0] or "(unknown)"
                 raise UserError(
                     f"{self.path} is being written by process {pid}: wait for it, end it, or choose another run=<name>"
@@ -165,13 +164,13 @@ class RunFolder:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
                 raise
             raise UserError(
-                f"{self.path} cannot be written ({error.strerror}): make it a folder that this user may write, or "
+                f"{self.path} cannot be written ({error.strerror}): make it a folder that this user can write, or "
                 "choose another runs_dir=<folder>"
             ) from None
         lock.write_text(_PROCESS, encoding="utf-8")
 
     def log(self, step: int, **metrics: float | str | None) -> None:
-        """Appends one line to metrics.jsonl and the numbers to TensorBoard; does nothing but on rank 0.
+        """Appends a line to metrics.jsonl and the numbers to TensorBoard; only on rank 0.
 
         A number that is not finite becomes null in the file (JSON has no NaN).
         """
@@ -184,14 +183,14 @@ class RunFolder:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Lines that a killed process wrote after its last checkpoint are about to be written again.
+            # Lines that a killed process wrote after its last checkpoint will be written again.
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step if self.resumed else None)
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+        """Removes the lines of metrics.jsonl after `step`: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
         if rank() != 0 or not path.exists():
             return
@@ -200,7 +199,7 @@ class RunFolder:
         write_atomically(path, "".join(line + "\n" for line in kept))
 
     def finish(self, result: Mapping[str, float | str]) -> None:
-        """Writes result.json (flat, metric name → number or text; a number that is not finite becomes null)."""
+        """Writes result.json (flat: metric name → number or text; a number that is not finite becomes null)."""
         if rank() == 0:
             nested = [name for name, value in result.items() if not isinstance(value, (int, float, str))]
             if nested:
@@ -212,12 +211,12 @@ class RunFolder:
         self.close()
 
     def result(self) -> dict[str, float | str]:
-        """What `finish` stored; null is read back as NaN."""
+        """The result that `finish` stored; null is read as NaN."""
         stored = read_json(self.path / "result.json", again=_AGAIN)
         return {name: math.nan if value is None else value for name, value in stored.items()}
 
     def close(self) -> None:
-        """Closes the files and frees the folder for other processes."""
+        """Closes the files and unlocks the folder for other processes."""
         for file in (self._metrics, self._tensorboard, self._lock):
             if file is not None:
                 file.close()
@@ -233,7 +232,7 @@ def check_made_by(path: Path, stage: str) -> None:
     made_by = versions.get("stage")
     if made_by not in (None, stage):
         raise UserError(
-            f"{path} is a run of {made_by}, and is never replaced by one of {stage}: choose another run=<name> or "
+            f"{path} is a run of {made_by} and is never replaced by one of {stage}: choose another run=<name>, or "
             "remove it yourself"
         )
     if made_by is None and not {"commit", "platform"} <= versions.keys():  # runs of earlier versions have no stage
@@ -245,15 +244,15 @@ def check_made_by(path: Path, stage: str) -> None:
 
 
 def clear(path: Path, *, keep: Sequence[str] = ()) -> None:
-    """Empties a run folder that its caller has locked, but for the lock and what matches a pattern of `keep`.
+    """Empties a run folder that its caller has locked, except for the lock and what matches a pattern of `keep`.
 
-    Once it has begun, no kill makes a run out of what is left: `RunFolder.create` goes on emptying. The folder itself
-    stays, as it may be a link or a mount. Raises UserError, before anything is removed, where it holds other runs.
+    If it is killed, the rest does not count as a run, and `RunFolder.create` continues emptying. The folder itself is
+    kept, as it may be a link or a mount. Raises UserError, before anything is removed, if it contains other runs.
     """
     inner = sorted(file.parent for name in ("config.yaml", "manifest.json") for file in path.glob(f"*/**/{name}"))
     if inner:
         raise UserError(
-            f"{path} holds another run, {inner[0]}, which would be lost with it: move that, or choose another "
+            f"{path} contains another run, {inner[0]}, which would be lost with it: move that, or choose another "
             "run=<name>"
         )
     write_atomically(path / _CLEARING, "")
@@ -268,7 +267,7 @@ def clear(path: Path, *, keep: Sequence[str] = ()) -> None:
 
 
 def names_in(path: Path) -> set[str]:
-    """Names of what a folder holds; none if it does not exist. Raises UserError for a file, and for a broken link."""
+    """Names of the entries of a folder; none if it does not exist. Raises UserError for a file or a broken link."""
     try:
         return {entry.name for entry in path.iterdir()}
     except FileNotFoundError:
@@ -282,9 +281,10 @@ def names_in(path: Path) -> set[str]:
 
 
 def has_work(path: Path) -> bool:
-    """Whether a run folder holds anything that would be lost: a checkpoint, a result, or what else a stage
-    made. What a run leaves that failed before its first checkpoint (settings, plan, the lines of its log) is nothing:
-    it would begin from the start anyway, so a corrected command simply takes its place.
+    """Whether a run folder contains anything worth keeping: a checkpoint, a result, or other output of a stage.
+
+    The files of a run that failed before its first checkpoint (settings, plan, log lines) do not count: it would start
+    from the beginning anyway, so a corrected command may replace it.
     """
     left = {name for name in names_in(path) if not name.startswith(_NO_WORK)} - _FIRST_FILES
     return bool(left - {"checkpoints"}) or any(not name.startswith(".") for name in names_in(path / "checkpoints"))

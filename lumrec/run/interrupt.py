@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training run between two steps, with a checkpoint; the same signal again ends it at once."""
+"""Ctrl-C or SIGTERM ends a training run between two steps, with a checkpoint; a second one ends it immediately."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run, whose checkpoint is saved; the message says how to go on. exit_code: 128 + the signal."""
+    """A signal ended a run after saving a checkpoint; the message says how to continue. exit_code: 128 + the signal."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -18,9 +18,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM are only noted, in `received`; one that comes twice acts as it did before.
+    """Inside, SIGINT and SIGTERM are only recorded, in `received`; the same signal a second time has its usual effect.
 
-    A signal that has been noted and never heeded acts when it is left. Outside of the main thread it notes nothing.
+    A signal that was recorded but not handled takes effect at the end. Outside the main thread nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,6 @@ class Interrupts:
             signal.raise_signal(number)
             return
         self.received.add(number)
-        # Not by logging or print: either may be what this signal has interrupted.
+        # Not by logging or print, because this signal may have interrupted one of them.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: training ends after this step, with a checkpoint; again: at once\n".encode())
+        os.write(2, f"\n{name}: training ends after this step, with a checkpoint; again ends it immediately\n".encode())

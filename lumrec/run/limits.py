@@ -1,12 +1,12 @@
-"""What a setting may be, declared beside it and checked in one place.
+"""The limits of settings: declared beside each setting, checked in one place.
 
     dim: int = setting(64, least=1, most=65_536)
     dropout: float = setting(0.1, least=0, below=1)
     encoder: Literal["gpt", "llama", "hstu"] = "gpt"
 
-`check` walks a config: choices and ranges by their declaration, no number that is not finite, no text that a file could
-not hold, and whatever a section's own method `check(key)` says about settings that have to fit each other. The limits
-at the upper end are generous: far beyond what makes sense, and below what would exhaust a machine or overflow.
+`check` checks a whole config: choices and ranges as declared, that numbers are finite and that text can be written to a
+file. A section may have a method `check(key)` for settings that must fit each other. The upper limits are generous: far
+above what makes sense, but below what would exhaust a machine or overflow.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lumrec.run.errors import UserError, did_you_mean
 
-# A seed: what every generator takes (torch, NumPy and a signed 64-bit column).
+# Largest seed that torch, NumPy and a signed 64-bit column accept.
 MOST_SEED = 2**63 - 1
-# Rows, events, users, steps: more than any machine holds, and far from the end of 64 bits.
+# Largest number of rows, events, users or steps: more than any machine can hold, and far below 2**63.
 MOST_COUNT = 2**40
-MOST_TEXT = 65_536  # letters
-MOST_NAME = 180  # bytes of a folder's name; file systems take 255, and what lumrec puts around a name needs some
+MOST_TEXT = 65_536  # characters
+MOST_NAME = 180  # bytes of a folder's name; file systems allow 255, and lumrec adds some to a name
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Limits:
     below: float | None = None
 
     def allows(self, value: float) -> bool:
-        """Whether a number lies within."""
+        """Whether a number is within the limits."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -47,7 +47,7 @@ class Limits:
         )
 
     def expected(self, value: float) -> str:
-        """What would have done in place of a value: a share's two ends, else the end that it lies beyond."""
+        """The allowed range, to report a wrong value: both limits of a share, otherwise the limit that it violates."""
         low = "" if self.least is None else f"at least {_spoken(self.least)}"
         low = low if self.above is None else f"more than {_spoken(self.above)}"
         high = "" if self.most is None else f"at most {_spoken(self.most)}"
@@ -65,7 +65,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field for a number, or a list or mapping of numbers (a function makes the default), with limits."""
+    """A dataclass field with limits for a number, or for a list or mapping of numbers (default: a function)."""
     metadata = {"limits": Limits(least, most, above, below)}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -73,7 +73,7 @@ def setting(
 
 
 def count(default: Any = 0, *, least: int = 0, most: int = MOST_COUNT) -> Any:
-    """A field for a number of things."""
+    """A field for a count."""
     return setting(default, least=least, most=most)
 
 
@@ -88,8 +88,9 @@ def seed(default: int = 0) -> Any:
 
 
 def check(config: Any, key: str = "") -> None:
-    """Raises UserError for the first setting of a config (a dataclass) that cannot work: its key, value, what it may
-    be. key: where the config lies in a larger one, such as "rank.train".
+    """Raises UserError for the first invalid setting of a config (a dataclass), with its key, value and limits.
+
+    key: the config's own key in a larger config, such as "rank.train".
     """
     hints = _hints(config.__class__)
     for each in dataclasses.fields(config):
@@ -122,14 +123,14 @@ def _check_value(key: str, value: Any, hint: Any, limits: Limits | None) -> None
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises UserError, with the nearest choice, where `value` is none of them."""
+    """Raises UserError, with the nearest choice, if `value` is none of the choices."""
     if value not in choices:
         hint, expected = did_you_mean(value, filter(None, choices)), ", ".join(choice or "''" for choice in choices)
         raise UserError(f"{key}: got {value!r}{hint}, expected one of {expected}")
 
 
 def check_names(key: str, given: list[str], known: list[str], what: str) -> None:
-    """Raises UserError for the first name that is none of the `known` ones, which are `what` ("condition features")."""
+    """Raises UserError for the first name that is not in `known`; what: what these are ("condition features")."""
     for name in given:
         if name not in known:
             hint = did_you_mean(name, known)
@@ -137,19 +138,19 @@ def check_names(key: str, given: list[str], known: list[str], what: str) -> None
 
 
 def check_run_name(key: str, name: str, *, parts: int = 1) -> None:
-    """Raises UserError where a name cannot be that of a folder under runs_dir; "" can. parts: how deep it may lie."""
+    """Raises UserError for an invalid name of a folder in runs_dir; "" is valid. parts: allowed depth."""
     if not name:
         return
     given = name.split("/")
     if len(given) > parts:
         where = f"at most {parts} parts with / between them" if parts > 1 else "one name, without /"
-        raise UserError(f"{key}: got {_short(name)}, expected {where}; runs_dir says in which folder the runs lie")
+        raise UserError(f"{key}: got {_short(name)}, expected {where}; runs_dir sets the folder of the runs")
     for part in given:
         wrong = (
             "is empty" if not part else
             "begins with a dot (lumrec's own temporary folders do)" if part.startswith(".") else
             "begins with -, which commands take for an option" if part.startswith("-") else
-            "holds a letter that cannot be printed" if not part.isprintable() else
+            "contains a character that cannot be printed" if not part.isprintable() else
             "begins or ends with a blank" if part != part.strip() else
             f"is longer than {MOST_NAME} bytes" if len(part.encode()) > MOST_NAME else ""
         )  # fmt: skip
@@ -162,14 +163,14 @@ def check_run_name(key: str, name: str, *, parts: int = 1) -> None:
 def _check_text(key: str, text: Any) -> None:
     if not isinstance(text, str):
         return
-    if "\0" in text and not key.endswith(".column"):  # a column is called what it is called; all else may be a path
-        raise UserError(f"{key}: got {_short(text)}, which holds a NUL byte; expected text")
+    if "\0" in text and not key.endswith(".column"):  # columns may have any name; all other text may be a path
+        raise UserError(f"{key}: got {_short(text)}, which contains a NUL byte; expected text")
     if len(text) > MOST_TEXT:
-        raise UserError(f"{key}: got {len(text):,} letters, {_short(text)}; expected at most {MOST_TEXT:,}")
+        raise UserError(f"{key}: got {len(text):,} characters, {_short(text)}; expected at most {MOST_TEXT:,}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{key}: got {_short(text)}, which is no valid UTF-8; expected text") from None
+        raise UserError(f"{key}: got {_short(text)}, which is not valid UTF-8; expected text") from None
 
 
 def _spoken(limit: float) -> str:
@@ -185,11 +186,11 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _inner(hint: Any, place: int) -> Any:
-    """The type of a list's entries (place 0) or a mapping's values (-1), Optional and Union looked through."""
+def _inner(hint: Any, index: int) -> Any:
+    """The type of a list's entries (index 0) or a mapping's values (-1), also within Optional and Union."""
     for kind in _alternatives(hint):
         if get_origin(kind) in (list, dict, tuple):
-            return get_args(kind)[place]
+            return get_args(kind)[index]
     return None
 
 

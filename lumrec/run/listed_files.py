@@ -1,4 +1,4 @@
-"""Files that a manifest lists, of prepared data and of knowledge alike, and the manifest's own hash."""
+"""The files that a manifest (of prepared data or of knowledge) lists, and the manifest's own hash."""
 
 import hashlib
 import json
@@ -24,27 +24,27 @@ def own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def list_problem(folder: Path, files: Any) -> str:
-    """Why `files` cannot be what `listed` gave for `folder`, in words; "" if it can. No file is opened."""
+    """What is wrong with `files` as a result of `listed(folder)`, in words; "" if nothing is. Opens no file."""
     if not isinstance(files, dict):
         return "it lists no files"
     for name, facts in files.items():
         stated = facts if isinstance(facts, dict) else {}
         if type(stated.get("bytes")) is not int or not isinstance(stated.get("sha256"), str):
-            return f"of the file {name!r:.80} it does not say the size and checksum"
+            return f"it does not state the size and checksum of the file {name!r:.80}"
         if name.startswith("/") or "\0" in name or {"", ".", ".."} & {*name.split("/")}:
-            return f"it lists {name!r:.80}, which is no file in this folder"
+            return f"it lists {name!r:.80}, which is not a file in this folder"
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             return f"{name!r:.80} is a link that leads out of the folder"
     return ""
 
 
 def file_problem(file: Path, facts: Mapping[str, Any], *, verify: bool) -> str:
-    """What is wrong with a listed file, as a sentence without its end; "" if nothing is.
+    """What is wrong with a listed file, as the beginning of a sentence; "" if nothing is.
 
     verify: compare its SHA-256, not only its size.
     """
     if (size := file.stat().st_size) != facts["bytes"]:
-        return f"{file} has {size} bytes, its manifest says {facts['bytes']}: it was cut or changed"
+        return f"{file} has {size} bytes, its manifest says {facts['bytes']}: it was cut off or changed"
     if verify and (digest := sha256(file)) != facts["sha256"]:
         return f"{file} was changed or damaged: sha256 {digest[:16]}…, its manifest says {facts['sha256'][:16]}…"
     return ""

@@ -1,8 +1,8 @@
-"""HTML pages from the templates in lumrec/templates. Each page is one file that loads nothing else and runs no script.
+"""HTML pages from the templates in lumrec/templates. Each page is a single file without scripts or external resources.
 
-Text that comes from a log or a run cannot become markup: Jinja2 escapes every value, and what would turn the direction
-of text around or hide it is shown as its escape (see printable.py). Only SVG charts, which are drawn here, are passed
-as Markup. Should one place be missed, the page's Content-Security-Policy still keeps the browser from running it.
+Text from a log or a run cannot become markup: Jinja2 escapes every value, and characters that would hide text or
+reverse its direction are shown as escapes (see printable.py). Only our SVG charts are passed as Markup. As a second
+barrier, the page's Content-Security-Policy prevents the browser from running scripts.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lumrec.run.printable import printable
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Writes a page whole or not at all; returns its path. template: a file of lumrec/templates."""
+    """Writes a page atomically; returns its path. template: a file of lumrec/templates."""
     write_atomically(path, render(template, **values))
     return path
 

@@ -1,7 +1,7 @@
-"""Foreign text (titles, ids, names of files and columns, messages that quote them) as a terminal may show it.
+"""Makes foreign text (titles, ids, file and column names, messages that quote them) safe to show in a terminal.
 
-A log may hold escape sequences that rewrite the screen, carriage returns that hide a line, and characters that turn the
-direction of text around. What a terminal would obey is shown as its escape.
+A log may contain escape sequences that rewrite the screen, carriage returns that hide a line, and characters that
+reverse the direction of text. Control characters are therefore shown as escapes.
 
 >>> printable("Toy\\x1b[2J Story\\r\\u202e(1995)")
 'Toy\\\\x1b[2J Story\\\\r\\\\u202e(1995)'
@@ -13,15 +13,16 @@ import logging
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separator
-_JOINERS = "\u200c\u200d"  # which scripts and emojis are written with
+_JOINERS = "\u200c\u200d"  # part of scripts and emojis
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 
 
 def printable(text: object, *, lines: bool = False) -> str:
-    """`text` with escapes in place of what is not meant to be seen. lines: line breaks and tabs stay."""
+    """`text` with escapes instead of control characters. lines: keep line breaks and tabs."""
     plain = str(text)
     if plain.isprintable():
         return plain
@@ -35,20 +36,30 @@ def printable(text: object, *, lines: bool = False) -> str:
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:
-    """Prints lines of text that may quote what others wrote, in whatever encoding the stream has."""
+    """Prints text that may contain foreign text, in the stream's encoding."""
     stream = sys.stdout if file is None else file
     encoding = stream.encoding or "utf-8"
     shown = printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding)
     print(shown, file=stream, flush=True)
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for the terminal: each column is as wide as its widest cell.
+
+    >>> text_table([["ranker", "AUC"], ["DIN", "0.7988"]])
+    ['ranker  AUC', 'DIN     0.7988']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 def markdown(text: object) -> str:
-    """`text` in a cell of a Markdown table, as it is."""
+    """`text` escaped for a cell of a Markdown table."""
     return _MARKDOWN.sub(r"\\\1", printable(text))
 
 
 class PrintableFormatter(logging.Formatter):
-    """Log lines of text that may quote what others wrote."""
+    """Formats log lines that may contain foreign text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)

@@ -1,4 +1,4 @@
-"""LMDB files, each opened once in a process: LMDB must not be opened twice there, so that its users share it."""
+"""Opens each LMDB file once per process, as LMDB requires, and shares it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ _OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
 def read_only(folder: Path, *, max_dbs: int = 0) -> lmdb.Environment:
-    """The LMDB whose data.mdb is in `folder`. Closed with the last reference to it.
+    """The LMDB whose data.mdb is in `folder`, read-only. It is closed with the last reference to it.
 
-    There is no lock file: what is read here never changes after it was published, so readers need not know of each
-    other.
+    It needs no lock file, because published files never change.
     """
     return _shared(folder, readonly=True, lock=False, max_dbs=max_dbs)
 
 
 def read_write(folder: Path, *, max_dbs: int = 0) -> lmdb.Environment:
-    """The LMDB in `folder`, made where there is none, which many processes read and change. Closed as above."""
+    """The LMDB in `folder`, made if there is none, for many readers and writers. Closed like `read_only`."""
     return _shared(folder, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=max_dbs)
 
 
 def _shared(folder: Path, **options: Any) -> lmdb.Environment:
     if (folder / DATA_FILE).exists() and (env := _OPEN.get(_name(folder))):
         return env
-    # Keys are read in no order: what the system would read ahead of a page is not what comes next.
+    # Keys are read in random order, so reading ahead would load pages that are not needed.
     env = lmdb.open(str(folder), readahead=False, **options)
     return _OPEN.setdefault(_name(folder), env)
 
 
 def _name(folder: Path) -> str:
-    return f"{folder.resolve()} {(folder / DATA_FILE).stat().st_ino}"  # a copy may have taken the place of a file
+    return f"{folder.resolve()} {(folder / DATA_FILE).stat().st_ino}"  # the file may have been replaced by a copy

@@ -1,4 +1,4 @@
-"""YAML whose scalars stay text until the type of their field says what they are, so that nothing is reinterpreted.
+"""Reads YAML by the types of dataclass fields: a scalar is text until its field's type decides how to read it.
 
     run: 007       str             "007"   (YAML 1.1, so PyYAML and OmegaConf, reads 7)
     scene: NO      str             "NO"    (False)
@@ -6,8 +6,8 @@
     bias: null     bool | None    None
     name: ${HOME}  str             "${HOME}": there is no interpolation
 
-Numbers, truth values and null are those of the core schema of YAML 1.2. A key given twice and a tag (!!python/…) are
-errors. Types are those of dataclasses: str, int, float, bool, Literal, X | None, X | Y, list, dict, and dataclasses.
+Numbers, booleans and null are written as in the core schema of YAML 1.2. A repeated key or a tag (!!python/…) is an
+error. Supported types: str, int, float, bool, Literal, X | None, X | Y, list, dict, and dataclasses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import yaml
 from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.files import check_file
 
-MAX_VALUES = 200_000  # of a file, aliases counted as often as they are used: a few lines can mean billions
+MAX_VALUES = 200_000  # of a file; an alias counts at each use, because a few lines of aliases can mean billions
 NULLS = ("null", "Null", "NULL", "~", "")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -37,7 +37,7 @@ KeyPath = tuple[str, ...]  # the names that lead to a value
 
 
 class UnknownKey(UserError):
-    """A key that its section does not have; `path` holds the names that lead to it, and on to the first value below."""
+    """A key that its section does not have. path: the names that lead to the key and to the first value below it."""
 
     def __init__(self, section: KeyPath, name: str, value: Any, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -51,7 +51,7 @@ class UnknownKey(UserError):
 
 
 class Text(str):
-    """A scalar as it is written. is_plain: it is written without quotes, so that `null` may mean no value."""
+    """A scalar as it is written. is_plain: it has no quotes, so `null` may mean that there is no value."""
 
     is_plain: bool
 
@@ -62,17 +62,17 @@ class Text(str):
 
 
 def read(path: Path, key: str = "") -> Any:
-    """What a YAML file holds: mappings, lists and Text; None where it is empty.
+    """The contents of a YAML file: mappings, lists and Text; None if it is empty.
 
-    key: the setting that names the file, for errors. Raises as `check_file` and `parse` do.
+    key: the setting that names the file, for errors. Raises like `check_file` and `parse`.
     """
     return parse(check_file(path, key, "a YAML file").read_bytes(), str(path))
 
 
 def parse(content: str | bytes, where: str) -> Any:
-    """What YAML text holds: mappings (text → value), lists and Text; None where it is empty.
+    """The contents of YAML text: mappings (text → value), lists and Text; None if it is empty.
 
-    Raises UserError, which names `where`, for what is no YAML, a key given twice, a tag, and an alias within itself.
+    Raises UserError, which names `where`, for invalid YAML, a repeated key, a tag, and an alias within its own value.
     """
     try:
         node = yaml.compose(content, Loader=yaml.BaseLoader)
@@ -88,12 +88,12 @@ class _Composed:
 
     def __init__(self) -> None:
         self.num_values = 0
-        self.open: set[int] = set()  # nodes that lead to the one in hand
+        self.open: set[int] = set()  # the nodes around the current one
 
     def value_of(self, node: yaml.Node) -> Any:
         self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise _problem(f"over {MAX_VALUES:,} values, aliases followed", node)
+            raise _problem(f"over {MAX_VALUES:,} values, counting each use of an alias", node)
         kind = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}[type(node)]
         if node.tag != f"tag:yaml.org,2002:{kind}":
             raise _problem(f"the tag {node.tag!r} is not supported; write the value without it", node)
@@ -130,11 +130,11 @@ def _problem(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def overlaid(kind: Any, below: Any, given: Any, path: KeyPath = ()) -> Any:
-    """`below` with `given` over it, as plain values: mappings over mappings, all else in place of what was there.
+    """`below` overridden by `given`, as plain values: mappings are merged, everything else is replaced.
 
-    kind: the type. below: plain values of that type (None: the type's defaults). given: what `parse` gave. A null takes
-    an entry out of a mapping whose values are no text. Raises UserError, which names the key, what was given and what
-    was expected, and UnknownKey.
+    kind: the type. below: plain values of that type (None: the type's defaults). given: from `parse`. A null removes an
+    entry from a mapping whose values are not text. Raises UserError with the key, the given value and what was
+    expected, and UnknownKey.
     """
     options = get_args(kind) if _is_union(kind) else (kind,)
     if type(None) in options and isinstance(given, Text) and given.is_plain and given in NULLS:
@@ -146,7 +146,7 @@ def overlaid(kind: Any, below: Any, given: Any, path: KeyPath = ()) -> Any:
             return _mapping_over(get_args(option)[1], below, given, path)
         if isinstance(given, list) and get_origin(option) is list:
             inner = get_args(option)[0]
-            return [overlaid(inner, None, value, _at(path, place)) for place, value in enumerate(given)]
+            return [overlaid(inner, None, value, _at(path, index)) for index, value in enumerate(given)]
     if isinstance(given, Text):
         for option in options:
             found = _scalar(option, given)
@@ -171,7 +171,7 @@ def _mapping_over(inner: Any, below: Any, given: Mapping[str, Any], path: KeyPat
         if isinstance(value, Text) and value.is_plain and value in NULLS and inner is not str:
             if name not in over:
                 raise UserError(
-                    f"{dotted((*path, name))}: null takes an entry out, and there is none of this name"
+                    f"{dotted((*path, name))}: null removes an entry, but there is none with this name"
                     + did_you_mean(name, over)
                     + (f"; there are: {', '.join(over)}" if over else "")
                 )
@@ -182,9 +182,9 @@ def _mapping_over(inner: Any, below: Any, given: Mapping[str, Any], path: KeyPat
 
 
 def built(kind: Any, values: Any, path: KeyPath = ()) -> Any:
-    """Plain values, such as `overlaid` gives, as the dataclasses of their type.
+    """Plain values, such as those from `overlaid`, as the dataclasses of their type.
 
-    Raises UserError for a field that is not given and has no default.
+    Raises UserError for a missing field without a default.
     """
     options = get_args(kind) if _is_union(kind) else (kind,)
     for option in options:
@@ -200,12 +200,12 @@ def built(kind: Any, values: Any, path: KeyPath = ()) -> Any:
             return {name: built(inner, value, (*path, name)) for name, value in values.items()}
         if isinstance(values, list) and get_origin(option) is list:
             inner = get_args(option)[0]
-            return [built(inner, value, _at(path, place)) for place, value in enumerate(values)]
+            return [built(inner, value, _at(path, index)) for index, value in enumerate(values)]
     return values
 
 
 def _scalar(kind: Any, text: Text) -> Any:
-    """The scalar as a value of this type; None where it is none."""
+    """The scalar as a value of this type; None if it is not one."""
     if kind is str:
         return str(text)
     if get_origin(kind) is Literal:
@@ -251,10 +251,10 @@ def defaults(kind: Any) -> dict[str, Any]:
 
 
 def todays_section(kind: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as a run of an earlier version stored it, with the keys of this one.
+    """A section that a run of an earlier version stored, with the keys of this version.
 
-    A dataclass that has moved keys into sections has a method `earlier_keys(stored)`: key → "section.key", or None
-    where the value had no effect.
+    A dataclass whose keys have moved into sections has a method `earlier_keys(stored)`: old key → "section.key", or
+    None where the value had no effect.
     """
     moved = kind.earlier_keys(stored) if hasattr(kind, "earlier_keys") else {}
     found = {key: value for key, value in stored.items() if key not in moved}
@@ -265,7 +265,7 @@ def todays_section(kind: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value with its dataclasses as dictionaries, its tuples as lists, and its paths as text."""
+    """A value with dataclasses as dictionaries, tuples as lists, and paths as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -276,12 +276,12 @@ def plain(value: Any) -> Any:
 
 
 def to_yaml(value: Any) -> str:
-    """A value as YAML, dataclasses as mappings in the order of declaration; read by its type, it is the same again."""
+    """A value as YAML, with dataclasses as mappings in the order of declaration; reading it by its type restores it."""
     return dump(plain(value))
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML writes some line breaks of Unicode as they are, and reads them as blanks: such text is escaped here."""
+    """Escapes Unicode's line breaks, which PyYAML writes as they are but reads as blanks."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -293,12 +293,12 @@ _Dumper.add_representer(str, _text)
 
 
 def dump(value: Any, **style: Any) -> str:
-    """Plain values as YAML that reads as the same text, in their order. style: of yaml.dump."""
+    """Plain values as YAML, in their order, that reads back as the same text. style: arguments of yaml.dump."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
 
 
 def dotted(path: KeyPath) -> str:
-    """The names that lead to a value as one key; a name with a dot in it, say, is in quotes."""
+    """The names that lead to a value as one dotted key; a name that contains a dot, for example, is quoted."""
     text = ""
     for name in path:
         if re.fullmatch(r"\[\d+\]", name):
@@ -310,7 +310,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def in_quotes(text: str) -> str:
-    """Text in the double quotes of YAML, on one line."""
+    """Text in YAML's double quotes, on one line."""
     return dump(text, default_style='"', width=math.inf).rstrip("\n")
 
 
@@ -324,8 +324,8 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType)
 
 
-def _at(path: KeyPath, place: int) -> KeyPath:
-    return (*path, f"[{place}]")
+def _at(path: KeyPath, index: int) -> KeyPath:
+    return (*path, f"[{index}]")
 
 
 def _shown(given: Any) -> str:

@@ -1,6 +1,6 @@
-"""Settings without effect: those that a config's choices leave unread, such as SIM's where DIN is chosen.
+"""Finds settings without effect: those that the config's choices leave unread, such as SIM's settings with DIN.
 
-A config (a dataclass) names them in its method `unread()`: field → the field whose choice leaves it unread.
+A config (a dataclass) lists them in its method `unread()`: field → the field whose value leaves it unread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Choosing(Protocol):
     """A config whose choices leave some of its other settings unread."""
 
     def unread(self) -> dict[str, str]:
-        """Field, or section, that is not read → the field whose value decides that."""
+        """Field or section that is not read → the field whose value decides that."""
 
 
 Config = TypeVar("Config", bound=Choosing)
@@ -30,17 +30,17 @@ def without_effect(config: Choosing) -> dict[str, str]:
 
 
 def check_read(config: Choosing, section: str) -> None:
-    """Raises UserError for the first setting that has no effect. section: where the config lies, such as "rank"."""
+    """Raises UserError for the first setting without effect. section: the config's key, such as "rank"."""
     values = leaves(config)
     for key, choice in without_effect(config).items():
         raise UserError(
             f"{section}.{key}={as_text(values[key])} has no effect with {section}.{choice}={as_text(values[choice])}: "
-            "leave out the one or change the other"
+            "remove the first or change the second"
         )
 
 
 def as_read(config: Config, *, because_of: str = "") -> Config:
-    """The config with the default of every setting that is not read. because_of: only those that this field decides."""
+    """The config with defaults for settings that are not read. because_of: only settings that this field decides."""
     default: Any = type(config)()
     unread = [name for name, choice in config.unread().items() if because_of in ("", choice)]
     changes = {name: getattr(default, name) for name in unread}

@@ -1,4 +1,4 @@
-"""The versions that a run was made with: packages, machine and commit."""
+"""The versions that a run was made with: packages, machine, and commit."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, Any]:
+    """Name → version of each package, and facts about the machine and the process."""
     packages = ("lumrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy")
     installed = {}
     for package in packages:
@@ -42,6 +43,7 @@ def versions() -> dict[str, Any]:
 
 
 def warn_of_other_versions(path: Path) -> None:
+    """Logs a warning for each version that has changed since the run in `path` started."""
     try:
         before = read_json(path / "versions.json")
     except UserError:
@@ -50,12 +52,13 @@ def warn_of_other_versions(path: Path) -> None:
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "threads"):
         if before.get(name) != now.get(name):
             change = f"{name} {before.get(name)}, now {now.get(name)}"
-            logger.warning("%s began with %s: the rest may differ in its last digits", path, change)
+            logger.warning("%s started with %s: its results may differ in the last digits from here on", path, change)
 
 
 def commit() -> str | None:
-    """The commit of this code, "-dirty" behind it where files differ, docs/ left out, into which results are written;
-    None where it is not run from its repository.
+    """The commit of this code, followed by "-dirty" if files differ; None if it does not run from its repository.
+
+    Changes in docs/ do not count, because results are written there.
     """
     root = Path(__file__).resolve().parents[2]
 

@@ -30,7 +30,7 @@ from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, setting, share
 from lumrec.train.gather_candidates import gather_candidates
-from lumrec.train.length import fit_length, tell_length, too_short
+from lumrec.train.length import fit_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.parallel import shard
 from lumrec.train.plan import read_plan
@@ -235,9 +235,8 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     lum, builder = build_lum(model, data)
     users = training_users(data, common.fold)
     num_events = int(((data.split == TRAIN) & users[data.user]).sum())
-    train, packing = settings.train, settings.packing
-    train, size = fit_length(train, packing.events_per_pack, num_events, smallest=model.max_events)
-    tell_length("pretrain", train, size, num_events, (settings.train, packing.events_per_pack))
+    packing = settings.packing
+    train, size = fit_length("pretrain", settings.train, packing.events_per_pack, num_events, smallest=model.max_events)
     settings = dataclasses.replace(settings, packing=dataclasses.replace(packing, events_per_pack=size))
     _log_encoder(lum, settings, device)
     cost = _token_cost(lum, settings, num_items=data.num_items)

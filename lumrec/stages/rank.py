@@ -35,7 +35,7 @@ from lumrec.run.unread import check_read
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.identity import Settings
-from lumrec.train.length import fit_length, tell_length, too_short
+from lumrec.train.length import fit_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
@@ -225,8 +225,7 @@ def _train(
     """Metrics of `fit`, with a note if the validation part cannot select weights; leaves the best weights in `dmp`."""
     select, notes = settings.select, []
     rows = builder.data.with_negatives(training_rows(builder.data, builder.knowledge, settings.time_window))
-    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
-    tell_length("rank", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    train, batch_size = fit_length("rank", settings.train, settings.batch_size, len(rows))
     loader = RowLoader(builder, rows, batch_size=batch_size, seed=seed, rank=rank(), world_size=world_size())
     if short := too_short(train, len(loader)):
         notes.append(short)

@@ -43,7 +43,7 @@ from lumrec.run.limits import check_names, count, share
 from lumrec.run.unread import check_read
 from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.identity import Settings
-from lumrec.train.length import fit_length, tell_length, too_short
+from lumrec.train.length import fit_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
@@ -244,8 +244,7 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     towers, builder = build_towers(settings, data, knowledge=knowledge)
     rows = training_rows(data, knowledge)
     rows = rows[positive_events(settings, data)[rows]]
-    train, batch_size = fit_length(settings.train, settings.batch_size, len(rows))
-    tell_length("retrieve", train, batch_size, len(rows), (settings.train, settings.batch_size))
+    train, batch_size = fit_length("retrieve", settings.train, settings.batch_size, len(rows))
     dmp = shard(towers, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     loader = TowerLoader(
         builder,

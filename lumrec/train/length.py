@@ -13,41 +13,37 @@ FEW_STEPS, FEW_WARM_UPS = 100, 3  # a training with fewer steps, or fewer than 3
 
 
 def fit_length(
-    config: TrainConfig, batch: int, num_rows: int, *, smallest: int = SMALLEST_BATCH
+    name: str, config: TrainConfig, batch: int, num_rows: int, *, smallest: int = SMALLEST_BATCH
 ) -> tuple[TrainConfig, int]:
     """The config and batch size (in rows or events) with which `num_rows` give at least config.min_steps steps.
 
     While there are too few, the batch is halved, down to `smallest`; then epochs are added, up to 20 in all. The
     warm-up is then cut to a tenth of the steps. A run that has enough steps stays as configured. The batch of one
-    process is fitted, so that a run may continue with another number of processes.
+    process is fitted, so that a run may continue with another number of processes. Rank 0 logs changes for `name`.
 
-    >>> train, batch = fit_length(TrainConfig(epochs=2, min_steps=300), 2048, 8000)
+    >>> train, batch = fit_length("rank", TrainConfig(epochs=2, min_steps=300), 2048, 8000)
     >>> batch, train.epochs
     (32, 2)
     """
     wanted = min(config.min_steps, config.max_steps or config.min_steps)
-    fitted, epochs = batch, config.epochs
-    if num_rows < 1 or epochs * _steps(num_rows, batch) >= wanted:
+    fitted, epochs, before = batch, config.epochs, config.epochs * _steps(num_rows, batch)
+    if num_rows < 1 or before >= wanted:
         return config, batch
     while fitted // 2 >= smallest and epochs * _steps(num_rows, fitted) < wanted:
         fitted //= 2
     while epochs < MOST_EPOCHS and epochs * _steps(num_rows, fitted) < wanted:
         epochs += 1
-    steps, optimizer = epochs * _steps(num_rows, fitted), config.optimizer
-    optimizer = dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, int(WARM_UP * steps)))
-    return dataclasses.replace(config, epochs=epochs, optimizer=optimizer), fitted
-
-
-def tell_length(name: str, config: TrainConfig, batch: int, num_rows: int, before: tuple[TrainConfig, int]) -> None:
-    """Logs what `fit_length` changed, on rank 0."""
-    train, rows = before
-    if (config, batch) != before and rank() == 0:
+    steps, warm_up = epochs * _steps(num_rows, fitted), config.optimizer.warmup_steps
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=min(warm_up, int(WARM_UP * steps)))
+    train = dataclasses.replace(config, epochs=epochs, optimizer=optimizer)
+    if (train, fitted) != (config, batch) and rank() == 0:
         logger.info(
             "%s: %s rows would be %d steps, fewer than min_steps %d: batches of %d (not %d), %d epochs (not %d), a "
             "warm-up of %d steps (not %d)",
-            name, f"{num_rows:,}", train.epochs * _steps(num_rows, rows), train.min_steps, batch, rows, config.epochs,
-            train.epochs, config.optimizer.warmup_steps, train.optimizer.warmup_steps,
+            name, f"{num_rows:,}", before, config.min_steps, fitted, batch, epochs, config.epochs,
+            optimizer.warmup_steps, warm_up,
         )  # fmt: skip
+    return train, fitted
 
 
 def too_short(config: TrainConfig, steps_per_epoch: int) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ TABLE_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str
 
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
-SCHEDULES = get_args(Schedule)
 MOST_RATE = 1e6  # any rate above 1 or so diverges
 
 

@@ -175,7 +175,8 @@ def make_plan(
                 place = table_wise(rank=table.ranks[0], compute_kernel="fused")
             else:
                 place = column_wise(ranks=list(table.ranks), compute_kernel="fused")
-            shardings[name] = place(parameters[name], local_world_size, world_size, device.type, sharder)  # type: ignore[index]
+            placed = place(parameters[name], local_world_size, world_size, device.type, sharder)
+            shardings[name] = placed  # type: ignore[index]
     return plan, [sharder]  # type: ignore[list-item]
 
 

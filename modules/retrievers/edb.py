@@ -33,7 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.kernels.jagged import row_of_event, segment_softmax
 from lumrec.modules.knowledge import MaskedStandardise, fold_weights, project_by_fold
-from lumrec.modules.large_user_model import SIMILARITIES
+from lumrec.modules.large_user_model import check_similarity, scaled
 from lumrec.modules.layout import moved
 from lumrec.modules.rankers.base import make_mlp
 from lumrec.modules.tokens import check_keys, feature_order, feature_widths
@@ -120,12 +120,9 @@ class TwoTower(nn.Module):
         knowledge_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity is {similarity!r}; expected one of {SIMILARITIES}")
+        check_similarity(similarity, temperature)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}; expected one of {POOLINGS}")
-        if not temperature > 0:
-            raise ValueError(f"the temperature is {temperature}; expected a positive number")
         self.tables = tables
         self.features = feature_order(tables)
         self.token_features, self.row_features = [*item_features, *feedback_features], list(row_features)
@@ -191,7 +188,7 @@ class TwoTower(nn.Module):
         )
 
     def _scaled(self, x_XV: Tensor) -> Tensor:
-        return x_XV if self.similarity == "dot" else F.normalize(x_XV, dim=-1) * self.temperature**-0.5
+        return scaled(x_XV, self.similarity, self.temperature)
 
 
 class AnswerProjection(nn.Module):

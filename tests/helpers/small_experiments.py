@@ -7,22 +7,12 @@ from pathlib import Path
 
 import pytest
 from shop_log import shop_log
+from tiny_knowledge import WORDS as TINY
 
 from lumrec.experiments.config import load
 from lumrec.stages.registry import STAGES
 
-WORDS = [
-    "name=tiny",
-    "data.source=simulator",
-    "data.simulator.num_users=60",
-    "data.simulator.num_items=120",
-    "data.simulator.events_per_user=30",
-    "model.dim=16",
-    "model.max_events=16",
-    "pretrain.train.max_steps=4",
-    "pretrain.packing.events_per_pack=256",
-    "query.tokens_per_pack=600",
-]
+WORDS = [*TINY, "query.tokens_per_pack=600"]
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ ARRAYS: dict[str, Callable[[Path], Any]] = {
 def test_arrays(store, write):
     write(version(store) / "items_e.npy")
     seal(store)
-    refused(store, "items_e.npy is no array of numbers|items_e.npy holds")
+    refused(store, "items_e.npy is not an array of numbers|items_e.npy holds")
 
 
 def test_links_that_lead_out_of_the_store(store, tmp_path):
@@ -176,7 +176,7 @@ def put(folder: Path, key: bytes, value: bytes) -> None:
 def test_records_of_another_size(store):
     put(version(store), b"u1", b"short")
     seal(store)
-    refused(store, "holds a value of 5 bytes; expected")
+    refused(store, "has a value of 5 bytes; expected")
 
 
 def test_a_record_of_no_lum(store):
@@ -186,7 +186,7 @@ def test_a_record_of_no_lum(store):
     del opened
     put(version(store), b"u1", record.tobytes())
     seal(store)
-    refused(store, "a user's answers are of no LUM")
+    refused(store, "a user's answers belong to no LUM")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 4096, b"\0" * 65536, b"\xff" * 8192])
@@ -207,7 +207,7 @@ def test_item_keys_of_another_kind(store):
     for table in ({"item_key": [1, 2, 3]}, {"other": ["a"]}, {"item_key": [["a"]]}):
         pq.write_table(pa.table(table), version(store) / "items.parquet")
         seal(store)
-        refused(store, "expected item_key, a text")
+        refused(store, "expected item_key of type text")
 
 
 def test_an_index_that_leads_out_of_the_rows(store):

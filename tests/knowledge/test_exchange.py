@@ -72,13 +72,13 @@ def test_an_import_takes_the_place_of_an_older_one_and_leaves_forgotten_users_ou
 
 def test_nothing_but_exports_and_imports_is_replaced(tmp_path, tiny_prepared):
     prepared, store = shutil.copytree(tiny_prepared.path, tmp_path / "prepared"), publish(tmp_path / "run")
-    with pytest.raises(UserError, match='no metadata "lumrec"'):
+    with pytest.raises(UserError, match='lacks the metadata "lumrec"'):
         export_parquet(store, prepared)
     assert PreparedData.open(prepared).num_users == tiny_prepared.num_users
     export_parquet(store, tmp_path / "out")
     for folder in (prepared, store):
         before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        with pytest.raises(UserError, match="that no import made"):
+        with pytest.raises(UserError, match="was not made by an import"):
             import_parquet(tmp_path / "out", folder)
         assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["items.parquet", "users.parquet"]
@@ -107,7 +107,7 @@ def test_files_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"column o_1 is \(absent\); expected fixed_size_list"):
         import_parquet(out, tmp_path / "back")
     pq.write_table(users.replace_schema_metadata(None), out / "users.parquet")
-    with pytest.raises(ValueError, match='no metadata "lumrec"'):
+    with pytest.raises(ValueError, match='lacks the metadata "lumrec"'):
         import_parquet(out, tmp_path / "back")
     content = (other / "users.parquet").read_bytes()
     (out / "users.parquet").write_bytes(content[:-9])

@@ -106,7 +106,7 @@ def test_a_store_in_use_is_named_and_the_user_noted_all_the_same(shop):
     lock = RunFolder.locked(runs / "kept")
     # As if another process held it.
     (runs / "kept" / ".lock").write_text("1 someone else")
-    with pytest.raises(ValueError, match="noted.*will not be asked about again.*being written by process 1"):
+    with pytest.raises(ValueError, match="listed.*will not be asked about again.*being written by process 1"):
         forget(runs, ["20", SHOP_USERS[20]])
     lock.close()
     assert user_digest(SHOP_USERS[20]) in (runs / FORGOTTEN).read_text()
@@ -144,7 +144,7 @@ def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         forgetting.main([str(runs), "--keys-file", str(texts)])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no store holds 1 of the keys: 'nobody'" in said
+    assert stopped.value.code == 2 and "1 of the keys are in no store: 'nobody'" in said
     assert re.search(r"own: users.parquet \(1\), quarantine.parquet \(2\): prepare it again", said)
     with pytest.raises(UserError, match="elsewhere holds forgotten users .*overwrite=true"):
         STAGES["prepare"].run(load(None, [*words, f"runs_dir={runs}"]))
@@ -201,11 +201,11 @@ def test_folders_that_only_look_like_ours_stay(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\n \r\n", "holds no key"),
+        (b"\n \r\n", "has no key"),
         (b"\xff\xfe1\0", "not UTF-8"),
         (None, "no keys file"),
-        (b"u1\ru2\r", "holds a carriage return or NUL"),
-        (b"u1\0u2", "holds a carriage return or NUL"),
+        (b"u1\ru2\r", "contains a carriage return or NUL"),
+        (b"u1\0u2", "contains a carriage return or NUL"),
     ],
 )
 def test_a_keys_file_that_cannot_be_used_is_told(tmp_path, content, message):

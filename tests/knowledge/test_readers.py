@@ -115,7 +115,7 @@ def test_damage_in_a_redis_is_noticed(redis_server, tmp_path):
     raw = RedisKeyValue(place, prefix=f"{store.manifest['folder']}:")
     raw.put([(user_key_bytes("1"), b"short")])
     knowledge, why = store.get_or_absent(["1"])
-    assert "holds a value of 5 bytes" in why and not knowledge.present_BN.any()
+    assert "has a value of 5 bytes" in why and not knowledge.present_BN.any()
     assert store.get_or_absent(["2"])[0].present_BN.all()  # only who reads the damaged record
     raw.put([(b"/items_e.npy/0", b"\x93NUMPY")])
     with pytest.raises(UserError, match="items_e.npy has 6 bytes, its manifest says"):

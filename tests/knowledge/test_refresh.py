@@ -113,7 +113,7 @@ def test_damaged_knowledge_is_not_taken_over(shop, caplog):
     shutil.copytree(runs / "tuesday", runs / "monday")
     with caplog.at_level("INFO"):
         assert STAGES["query"].run(shop(*words))["users_taken_over"] == 0
-    assert "nothing is taken over" in caplog.text and "rows_o.npy" in caplog.text
+    assert "no answers are taken over" in caplog.text and "rows_o.npy" in caplog.text
     Knowledge.open(runs / "kept", PreparedData.open(runs / "tuesday"))
 
 

@@ -90,7 +90,7 @@ def test_a_server_gets_absent_where_the_store_cannot_be_read(tmp_path, damage, c
     assert not got.present_BN.any() and not got.o_BND.any() and got.age_s_B.isnan().all() and len(store) == 0
     assert (file.name if damage in ("flip", "cut", "lost") else "manifest.json") in store.absent_because
     assert f"every user is absent: {store.absent_because}" in caplog.text
-    with pytest.raises(ValueError, match="holds no items"):
+    with pytest.raises(ValueError, match="has no items"):
         store.items()
     with pytest.raises((ValueError, FileNotFoundError)):
         KnowledgeStore.open(path)
@@ -170,7 +170,7 @@ def test_a_store_sent_to_another_process_is_of_the_same_version_or_told(tmp_path
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [([1], r"got 1 \(int\): say '1'"), ("12", r"the one key '12'"), ([None], "None")],
+    [([1], r"got 1 \(int\): pass '1'"), ("12", r"the single key '12'"), ([None], "None")],
 )
 def test_keys_that_are_no_text_are_refused(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
@@ -230,7 +230,7 @@ def test_a_full_disk_is_told_and_the_old_version_serves(small_disk, tmp_path, wh
     path = small_disk / "run"
     import_parquet(tmp_path / "small-out", path)
     served = KnowledgeStore.open(path).get(KEYS).o_BND
-    with pytest.raises(ValueError, match=r"no space left for the knowledge in .*MiB free.*Make room"):
+    with pytest.raises(ValueError, match=r"no space left for the knowledge in .*MiB free.*Free some space"):
         import_parquet(tmp_path / "large-out", path)
     assert torch.equal(KnowledgeStore.open(path).get(KEYS).o_BND, served)
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)

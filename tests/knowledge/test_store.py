@@ -147,7 +147,7 @@ def test_knowledge_of_other_data_or_format_is_refused(build, tiny_prepared):
         (b"{", "manifest.json is damaged or cut off: it is not JSON"),
         (b"", "manifest.json is empty"),
         (b"\xff{}", "manifest.json is damaged: byte 0 is not UTF-8"),
-        (b"[]", "manifest.json is damaged: it holds a list"),
+        (b"[]", "manifest.json is damaged: it is a list"),
         (b"{}", "manifest.json is no manifest of a knowledge store"),
     ]:
         (path / "manifest.json").write_bytes(content)
@@ -198,7 +198,7 @@ def test_the_folder_of_a_version_is_named_after_what_decides_it(build):
     manifest["folder"] = "knowledge-0123456789abcdef-1"
     manifest["sha256"] = own_hash(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="names the folder 'knowledge-0123456789abcdef-1'; expected knowledge-"):
+    with pytest.raises(UserError, match="names the folder 'knowledge-0123456789abcdef-1', but its other entries lead to knowledge-"):
         KnowledgeStore.open(path)
 
 

@@ -130,7 +130,7 @@ def test_another_config_is_refused_naming_the_keys(tmp_path):
     with pytest.raises(ValueError) as raised:
         create_run(other, "pretrain", inputs={"prepared": "xyz"})
     for part in (
-        "an unfinished run of another config",
+        "an unfinished run with another config",
         "pretrain.train.epochs: 1 → 9",
         "seed: 0 → 1",
         "input prepared: 'abc' → 'xyz'",
@@ -195,7 +195,7 @@ def test_a_finished_run_keeps_its_result(tmp_path, caplog):
     assert again.finished and "its result is kept" in caplog.text
     result = again.result()
     assert result["auc"] == 0.75 and math.isnan(result["gauc"])
-    with pytest.raises(ValueError, match="a finished run of another config: seed"):
+    with pytest.raises(ValueError, match="a finished run with another config: seed"):
         create_run(replace(config, seed=1), "pretrain")
     anew = create_run(replace(config, overwrite=True), "pretrain")
     assert not anew.finished and not (anew.path / "result.json").exists() and "replacing a finished run" in caplog.text
@@ -297,7 +297,7 @@ def test_a_folder_of_another_stage_a_stranger_or_with_runs_inside_is_never_repla
             create_run(root(str(tmp_path), overwrite=True, **changes), stage)
 
     create_run(root(str(tmp_path), run="x"), "query").close()
-    kept("is a run of query, and is never replaced by one of rank", "rank", run="x")
+    kept("is a run of query and is never replaced by one of rank", "rank", run="x")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "config.yaml").write_text("years: of work")
     kept(r"not a run folder of rank \(no versions.json\)", "rank", run="y")
@@ -305,7 +305,7 @@ def test_a_folder_of_another_stage_a_stranger_or_with_runs_inside_is_never_repla
     kept("its versions.json was not written by lumrec", "rank", run="y")
     create_run(root(str(tmp_path), run="z"), "rank").close()
     create_run(root(str(tmp_path), run="z/inner"), "rank").close()
-    kept("holds another run, .*z/inner", "rank", run="z", seed=1)
+    kept("contains another run, .*z/inner", "rank", run="z", seed=1)
     assert create_run(root(str(tmp_path), run="z"), "rank").resumed
     (tmp_path / "file").write_text("")
     kept("is a file; expected a folder", "rank", run="file")

@@ -125,7 +125,7 @@ def test_the_core_schema_of_yaml_1_2_by_the_type_of_the_field(text, expected):
         ("inner: 4", "inner: got '4', expected a section"),
         ("inner: {number: 1}", "inner.text is not given, and has no default"),
         ("inners: {a.b: {text: 1, numbr: 2}}", """unknown key 'inners."a.b".numbr'; the nearest is 'number'"""),
-        ("inners: {a: null}", "inners.a: null takes an entry out, and there is none of this name"),
+        ("inners: {a: null}", "inners.a: null removes an entry, but there is none with this name"),
         ("text: a\nwhole: 1\ntext: b", "a.yaml is not valid YAML: .*'text' is given twice.*line 3"),
         ("by_text: {a: 1, 'a': 2}", "'a' is given twice"),
         ("text: !!python/object/apply:os.system ['touch x']", "the tag 'tag:yaml.org,2002:python/.*not supported"),
@@ -154,7 +154,7 @@ def test_null_takes_out_what_a_base_declares(tmp_path):
     words = ['schema.features."a.b"=null', "schema.features.c.kind=multi"]
     features = load(tmp_path / "base.yaml", words).schema.features
     assert (list(features), features["c"].kind, features["c"].role) == (["item_id", "c"], "multi", "user")
-    with pytest.raises(UserError, match="itemid: null takes .*did you mean 'item_id'.*there are: item_id"):
+    with pytest.raises(UserError, match="itemid: null removes .*did you mean 'item_id'.*there are: item_id"):
         load(tmp_path / "base.yaml", ["schema.features.itemid=null"])
 
 

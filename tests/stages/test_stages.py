@@ -120,7 +120,7 @@ def test_help_needs_no_torch():
         (lambda folder: load("nowhere.yaml"), "no config file nowhere.yaml"),
         (lambda folder: os.mkdir(folder / ("x" * 300)), "xxx: file name too long; choose a shorter name"),
         (lambda folder: (folder / "file").write_text("") or os.mkdir(folder / "file/x"), "file/x: not a directory"),
-        (lambda folder: open("/dev/full", "w").write("x" * 10**6), "a file: no space left on device; make room there"),
+        (lambda folder: open("/dev/full", "w").write("x" * 10**6), "a file: no space left on device; free some space"),
         (lambda folder: write_atomically(Path("/dev/null/x"), ""), "/dev/null/.x.tmp: not a directory"),
         (lambda folder: np.empty(1 << 50), "out of memory (Unable to allocate 8.00 PiB"),
         (lambda folder: torch.empty(1 << 50), "out of memory ("),

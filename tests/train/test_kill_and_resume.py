@@ -119,7 +119,7 @@ def test_the_same_signal_again_ends_the_run_at_once(forks, tmp_path):
         run = forks.start("tiny_training:train_slowly", runs_dir=str(folder), step_s=60.0)
         run.wait_for_text("begins")
         run.kill(number)
-        run.wait_for_text("again: at once")
+        run.wait_for_text("again ends it immediately")
         run.kill(number)
         assert run.wait() == [code], run.text()
         assert ("KeyboardInterrupt" in run.text()) == (number == signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How long a run trains: fitted to a small log where it is asked for, and told where it is too short."""
+"""How long a run trains: fitted to a small log on request, and reported where it is too short."""
 
 import logging
 
@@ -16,7 +16,7 @@ from lumrec.train.optimizers import OptimizerConfig
 @given(st.integers(1, 200_000), st.integers(1, 4096), st.integers(1, 8), st.integers(0, 500), st.integers(0, 300))
 def test_a_small_log_gets_smaller_batches_then_more_epochs(num_rows, batch, epochs, min_steps, warm_up):
     config = TrainConfig(epochs=epochs, min_steps=min_steps, optimizer=OptimizerConfig(warmup_steps=warm_up))
-    train, fitted = fit_length(config, batch, num_rows)
+    train, fitted = fit_length("rank", config, batch, num_rows)
     before, steps = epochs * -(-num_rows // batch), train.epochs * -(-num_rows // fitted)
     if before >= min_steps:
         assert (train, fitted) == (config, batch)

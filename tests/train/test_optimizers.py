@@ -1,13 +1,15 @@
 """Optimizers: one schedule for tables and dense parameters, every parameter in exactly one part."""
 
+from typing import get_args
+
 import pytest
 import torch
 from tiny_training import TinyModel, loss_sum, make_batch
 
 from lumrec.run.distributed import init_distributed
 from lumrec.train.optimizers import (
-    SCHEDULES,
     OptimizerConfig,
+    Schedule,
     TableAndDenseOptimizer,
     build_optimizer,
     learning_rate_factor,
@@ -127,7 +129,7 @@ def test_schedules():
     assert rates(schedule="wsd", warmup_steps=4, decay_share=1.0, min_lr_factor=0.1) == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates(schedule="wsd", decay_share=0.0) == [1.0] * 5  # the fall would begin behind the last step
     # Behind the last step, where a changed number of ranks can lead, nothing falls below the lowest rate.
-    for schedule in SCHEDULES[1:]:
+    for schedule in get_args(Schedule)[1:]:
         config = OptimizerConfig(schedule=schedule, min_lr_factor=0.3)
         assert learning_rate_factor(config, 500.5, 5) == pytest.approx(0.3)
 

@@ -52,7 +52,7 @@ MISSING = [
     ),
     ("pretrain", ["pretrain.start_from=nowhere"], "no finished LUM in .*nowhere"),
     ("pretrain", ["pretrain.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
-    ("pretrain", ["pretrain.warm_start={source: '{rules}', rules: nowhere}"], "there is no file nowhere"),
+    ("pretrain", ["pretrain.warm_start={source: '{rules}', rules: nowhere}"], "rules: there is no nowhere"),
     ("rank", ["rank.warm_start={source: '{rules}', rules: '{rules}', scores: nowhere}"], "scores: there is no nowhere"),
     ("rank", ["rank.warm_start={source: '{rules}', rules: '{lacking}'}"], "lacking.yaml: there is no .*nowhere.csv"),
     ("rank", ["rank.knowledge=both", "inputs.knowledge=nowhere"], "no knowledge in .*nowhere"),

@@ -198,7 +198,9 @@ def test_the_folder_of_a_version_is_named_after_what_decides_it(build):
     manifest["folder"] = "knowledge-0123456789abcdef-1"
     manifest["sha256"] = own_hash(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="names the folder 'knowledge-0123456789abcdef-1', but its other entries lead to knowledge-"):
+    with pytest.raises(
+        UserError, match="names the folder 'knowledge-0123456789abcdef-1', but its other entries lead to knowledge-"
+    ):
         KnowledgeStore.open(path)
 
 

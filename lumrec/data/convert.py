@@ -91,6 +91,8 @@ def convert(
     catalogues = split_blocks(found, split, cuts)
     vocabularies = count_vocabularies(schema, found.blocks, catalogues, min_count, older or {})
     encoder = Encoder(vocabularies, fit_scales(schema, found.blocks, catalogues))
+    if negatives:
+        check_features_of_the_moment(schema, found.blocks)
     drawn = drawer(negatives, found, catalogues["item"], raw) if negatives else None
     _write_files(folder, schema, found, catalogues, encoder, drawn)
     left_out = count_reasons(found.quarantine)
@@ -101,7 +103,6 @@ def convert(
     if raw.request:
         counts["events_without_request"] = found.num_by_themselves
     if drawn:
-        check_features_of_the_moment(schema, folder / "events")
         counts["negatives"] = drawn.num_rows
         facts |= drawn.facts()
     shutil.rmtree(scratch)

@@ -316,13 +316,14 @@ def _auc_of_counts(count_I: np.ndarray, positives_I: np.ndarray, negatives_I: np
     return float((positives_S * below_S).sum() / pairs) if pairs else None
 
 
-def check_features_of_the_moment(schema: SchemaConfig, events: Path) -> None:
+def check_features_of_the_moment(schema: SchemaConfig, blocks: Sequence[Path]) -> None:
     """Raises UserError for a condition or context feature that describes the item: a drawn row has the value of its
     event, so a ranker could recognise it as item and feature do not fit.
 
     Such a feature is the same in all events of each item that has several, and not the same in the whole log.
+    blocks: Parquet files of the events, features by name.
     """
-    frame = pl.scan_parquet(events / "*.parquet")
+    frame = pl.scan_parquet(list(blocks))
     names = [name for name in features_by_role(schema, "condition") if not schema.features[name].wish]
     names += [*features_by_role(schema, "context"), *features_by_role(schema, "context", dense=True)]
     hashed = {name: pl.col(name).hash() for name in names}

@@ -208,22 +208,27 @@ def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
 
 def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.ndarray]:
     """`raw_columns` of every row of the prepared data, float64 [R]. Raises UserError as `row_statistics` does."""
-    if kind not in KINDS:
-        raise UserError(f"the kind of statistics is {kind!r}; expected one of {', '.join(KINDS)}")
+    check_kind(data, kind)
     base = base_rate(data)
     if kind == "none":
         return {}
-    if kind == "all" and not data.absolute_time:
-        raise UserError(
-            "rank.statistics=all reads what other users did before, and this log has no clock that they share: "
-            "set rank.statistics=user"
-        )
     rows, values, item_rates = data.rows(np.arange(data.num_rows)), {"label": data.label.astype(np.float64)}, None
     if kind == "all":
         item_rates = ItemHistory.of(data).rates(rows.item, data.timestamp[data.before[rows.event]], base)
         values["excess"] = values["label"] - item_rates[0][: data.num_events]
     past = LogPast(data, rows, values)
     return raw_columns(past, kind, base, features_by_role(data.schema, "item"), item_rates)
+
+
+def check_kind(data: PreparedData, kind: str) -> None:
+    """Raises UserError for an unknown kind of statistics, and for one that this log cannot have."""
+    if kind not in KINDS:
+        raise UserError(f"the kind of statistics is {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind == "all" and not data.absolute_time:
+        raise UserError(
+            "rank.statistics=all reads what other users did before, and this log has no clock that they share: "
+            "set rank.statistics=user"
+        )
 
 
 def base_rate(data: PreparedData) -> float:

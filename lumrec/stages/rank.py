@@ -21,6 +21,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, VALID
 from lumrec.evaluation.ranking import evaluate, score
+from lumrec.features.statistics import check_kind
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
@@ -110,6 +111,11 @@ def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
     category = [rank.category] if rank.category else []
     check_names(f"rank.{rank.model}.category", category, items, "item features that the ranker reads")
     check_table_lrs("rank", rank.train, schema)
+
+
+def check_data(common: Common, data: PreparedData, *, rank: RankConfig) -> None:
+    """Raises UserError for statistics that these prepared data cannot have."""
+    check_kind(data, rank.statistics)
 
 
 def lum_of_tables(common: Common) -> TrainedLum:

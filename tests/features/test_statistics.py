@@ -9,8 +9,11 @@ import torch
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
+from lumrec.experiments.config import load
 from lumrec.features.items import PRIOR_EVENTS
 from lumrec.features.statistics import dense_inputs, raw_statistics, row_statistics
+from lumrec.run.errors import UserError
+from lumrec.stages.registry import STAGES
 
 
 def changed(data: PreparedData, **values) -> PreparedData:
@@ -159,4 +162,6 @@ def test_a_log_without_a_common_clock_has_no_statistics_of_others(tiny_prepared:
     data = changed(tiny_prepared, absolute_time=False)
     with pytest.raises(ValueError, match="no clock that they share: set rank.statistics=user"):
         row_statistics(data)
+    with pytest.raises(UserError, match="no clock that they share: set rank.statistics=user"):
+        STAGES["rank"].check_data(load(None, []), data)  # before a pipeline trains a LUM
     assert row_statistics(data, kind="user").names

@@ -27,7 +27,7 @@ import polars as pl
 from lumrec.data.common import Common
 from lumrec.data.config import DataConfig
 from lumrec.data.convert import drawer, split_blocks
-from lumrec.data.drawn_rows import draw_lines, draw_warnings
+from lumrec.data.drawn_rows import NegativeRowsConfig, check_features_of_the_moment, draw_lines, draw_warnings
 from lumrec.data.forms import check_forms
 from lumrec.data.ingest import Ingested, count_reasons, ingest
 from lumrec.data.moments import seen_line, seen_warnings
@@ -37,7 +37,7 @@ from lumrec.data.own_log.column_facts import SAMPLE_ROWS, ColumnFacts, column_fa
 from lumrec.data.own_log.config import as_list
 from lumrec.data.own_log.guess import guess_data
 from lumrec.data.own_log.read import check_columns, find_tables, label_column, open_tables, raw_log
-from lumrec.data.own_log.suggest import as_schema, as_yaml, sounds_known_after, suggest, training_yaml
+from lumrec.data.own_log.suggest import as_schema, as_yaml, sounds_known_after, suggest, tells_label, training_yaml
 from lumrec.data.prepare import read_to_its_end
 from lumrec.data.schema import SchemaConfig, validate
 from lumrec.data.sources.raw_log import RawLog
@@ -135,6 +135,7 @@ def check(common: Common, scratch: Path, report: Report) -> None:
         report.section("columns", _column_lines(column_facts(raw)))
         found = _check_ingest(raw, schema, data, report, scratch / "ingest")
         _check_split(report, raw, data, found, choose=False)
+        _check_negatives(report, raw, data, schema, found)
         report.yaml = as_yaml(data, schema, {}, {})
 
 
@@ -159,7 +160,7 @@ def _check_log(common: Common, report: Report, scratch: Path) -> None:
     label = label_column(data, tables.events)
     raw = raw_log(data, tables)
     facts = column_facts(raw)
-    after = sorted({c.name for c in facts if sounds_known_after(c)} - {label, "label"})
+    after = sorted({c.name for c in facts if sounds_known_after(c) or tells_label(c)} - {label, "label"})
     width = max(len(guess.what) for guess in guesses)
     lines = [f"{guess.what.ljust(width)}  {guess.value}  ({guess.why})" for guess in guesses]
     report.section("taken for", [*lines, raw.note.partition("; ")[2]])
@@ -185,6 +186,8 @@ def _check_log(common: Common, report: Report, scratch: Path) -> None:
     own = bool(common.schema.features)
     shown = common.schema if own else as_schema(suggestions)
     schema = validate(shown)
+    draws = log.all_positive and data.negatives is None and not own  # suggested, as rankers need negative rows
+    data = replace(data, negatives=NegativeRowsConfig()) if draws else data
     found = _check_ingest(raw, schema, data, report, scratch / "ingest")
     try:
         _check_values(report, raw, schema, found)
@@ -193,12 +196,28 @@ def _check_log(common: Common, report: Report, scratch: Path) -> None:
             raise
         report.warnings.append(f"prepare would refuse the suggested config: {error}")
     data = replace(data, split=_check_split(report, raw, data, found, choose=common.data.split == SplitConfig()))
+    try:
+        _check_negatives(report, raw, data, schema, found)
+    except UserError as error:
+        if not draws:
+            raise
+        data, draws = replace(data, negatives=None), False
+        report.warnings.append(
+            f"every event is positive, and negative rows for rankers (data.negatives) cannot be drawn: {error}"
+        )
+    if draws:
+        report.warnings.append(
+            "every event is positive, so the suggested config has data.negatives: rows with label 0 are drawn beside "
+            "the events, for rankers only. Where a column of the log says what is positive, set data.label instead"
+        )
     if own:
         report.yaml = as_yaml(data, shown, {}, {})
         return
     notes = {s.name: s.why for s in suggestions if s.feature is not None}
     left_out = {s.column: s.why for s in suggestions if s.feature is None}
-    report.yaml = as_yaml(data, shown, notes, left_out) + training_yaml(len(found.items), found.num_events)
+    report.yaml = as_yaml(data, shown, notes, left_out) + training_yaml(
+        len(found.items), found.num_events, absolute_time=raw.absolute_time
+    )
 
 
 def _check_values(report: Report, raw: RawLog, schema: SchemaConfig, found: Ingested) -> None:
@@ -224,14 +243,23 @@ def _check_split(report: Report, raw: RawLog, data: DataConfig, found: Ingested,
         [f"{kind:{width}}  {split_line(counts[kind])}{'  ← suggested' * (choose and kind == best)}" for kind in kinds],
     )
     report.warnings += split_warnings(splits[best], counts[best], absolute_time=absolute)
-    if data.negatives is not None:
-        cuts = cut_times(splits[best], found.blocks, absolute_time=absolute)
-        drawn = drawer(data.negatives, found, split_blocks(found, splits[best], cuts)["item"], raw)
-        for path in found.blocks:
-            drawn.add(pl.read_parquet(path))
-        report.section("data.negatives", [f"{drawn.num_rows:,} rows", *draw_lines(drawn.facts())])
-        report.warnings += draw_warnings(data.negatives, drawn.facts())
     return splits[best]
+
+
+def _check_negatives(report: Report, raw: RawLog, data: DataConfig, schema: SchemaConfig, found: Ingested) -> None:
+    """Draws the rows of `data.negatives`, where that is given, and reports how well they can be recognised.
+
+    Raises UserError as prepare does.
+    """
+    if data.negatives is None:
+        return
+    check_features_of_the_moment(schema, found.blocks)
+    cuts = cut_times(data.split, found.blocks, absolute_time=raw.absolute_time)
+    drawn = drawer(data.negatives, found, split_blocks(found, data.split, cuts)["item"], raw)
+    for path in found.blocks:
+        drawn.add(pl.read_parquet(path))
+    report.section("data.negatives", [f"{drawn.num_rows:,} rows", *draw_lines(drawn.facts())])
+    report.warnings += draw_warnings(data.negatives, drawn.facts())
 
 
 def _check_ingest(raw: RawLog, schema: SchemaConfig, data: DataConfig, report: Report, scratch: Path) -> Ingested:
@@ -273,13 +301,13 @@ def _event_warnings(
     if lost > 0.01:
         most = max((r for r in left_out if r.startswith("events: ")), key=left_out.__getitem__)
         warnings.append(f"{lost:.1%} of the events would be quarantined, most: {most.removeprefix('events: ')}")
-    if positive in (0.0, 1.0):
+    if positive in (0.0, 1.0) and data.negatives is None:
         warnings.append(
             f"every event is {'positive' if positive else 'negative'}: rankers have nothing to tell apart, and AUC is "
             "undefined; a LUM can be trained (data.split.kind=leave_one_out tests what it retrieves)"
             + ("" if data.source != "log" else ". Is data.label right?")
         )
-    elif not RARE < positive < 1 - RARE:
+    elif not RARE < positive < 1 - RARE and data.negatives is None:
         warnings.append(
             f"{positive:.3%} of the events are positive; is data.label right? Few of one class make figures uncertain"
         )
@@ -304,10 +332,12 @@ def _column_warnings(
 ) -> list[str]:
     """given: data.log.known_after. after: columns whose names sound like it."""
     warnings = []
+    aucs = {column.name: column.auc for column in facts if tells_label(column)}
     if new := [name for name in after if name not in given and name.removesuffix("_raw") not in given]:
+        shown = ", ".join(f"{name} (AUC {aucs[name]:.2f} by itself)" if name in aucs else name for name in new)
         warnings.append(
-            f"sounds like what is known only after the item was shown: {', '.join(new)}. The suggested config has it "
-            "in known_after, so that no model reads it for the item in question; remove there what is known before"
+            f"by name or values, probably known only after the item was shown: {shown}. The suggested config names "
+            "this in known_after, so that no model reads it for the item in question; remove what is known before"
         )
     if only_days:
         warnings.append(

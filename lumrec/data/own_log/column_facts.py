@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
 from lumrec.data.own_log.calendar import of_calendar
 from lumrec.data.own_log.times import looks_like_time
 from lumrec.data.sources.raw_log import RawLog
+from lumrec.metrics.ranking import auc
 
 SAMPLE_ROWS = 20_000  # from the top of a table, for facts that need examples
 SHARE_ROWS = 1_000_000  # about as many events decide what stays the same for an item or a user
+FEW_VALUES, FEW_ROWS = 50, 200  # values up to which each has its share of positives; rows from which an AUC is taken
 ONE_VALUE = 0.9  # share of rows with one value, from which it says nothing that a column stays the same for an item
 OWN_COLUMNS = ("user_id", "item_id", "time_us", "order", "label", "reason", "raw", "probability")
 
@@ -25,7 +27,8 @@ class ColumnFacts:
     (of a list: in the sample). is_number, is_fraction: nearly all values of the sample are numbers, some with a
     fraction. is_time: they are times. of_item, of_user: for events, the share of the events of items (users) with
     several events for which the column stays the same; None where there are no such items, and where nearly all rows
-    have one value.
+    have one value. auc: for events, how well the column by itself tells positive from negative rows of the sample
+    (0.5 … 1); None where it has too many values, or too few rows have one.
     """
 
     table: str
@@ -40,6 +43,7 @@ class ColumnFacts:
     is_time: bool
     of_item: float | None = None
     of_user: float | None = None
+    auc: float | None = None
 
     @property
     def is_list(self) -> bool:
@@ -56,7 +60,8 @@ def column_facts(raw: RawLog) -> list[ColumnFacts]:
         names = [name for name in schema.names() if name not in OWN_COLUMNS]
         frame = frame.with_columns(of_calendar(pl.col(name), schema[name]) for name in names)
         good = frame.filter(pl.col("reason").is_null()) if "reason" in schema else frame
-        rows = good.select(names).head(SAMPLE_ROWS).collect(engine="streaming")
+        labels = ["label"] if table == "events" else []
+        rows = good.select(*names, *labels).head(SAMPLE_ROWS).collect(engine="streaming")
         plain = [name for name in names if not schema[name].is_nested()]
         counts = good.select(
             pl.len().alias("rows"),
@@ -64,8 +69,28 @@ def column_facts(raw: RawLog) -> list[ColumnFacts]:
             *(pl.col(name).approx_n_unique().alias(f"distinct {name}") for name in plain),
         ).collect(engine="streaming").row(0, named=True)  # fmt: skip
         constant = _constant_shares(good, plain, counts["rows"]) if table == "events" else {}
-        facts += [_facts_of(table, name, schema[name], rows[name], counts, constant) for name in names]
+        for name in names:
+            fact = _facts_of(table, name, schema[name], rows[name], counts, constant)
+            facts.append(replace(fact, auc=_auc_alone(rows[name], rows["label"])) if labels else fact)
     return facts
+
+
+def _auc_alone(values: pl.Series, label: pl.Series) -> float | None:
+    """ColumnFacts.auc: of few values by their shares of positive rows, of numbers by their size."""
+    if values.dtype.is_nested() or values.dtype == pl.Object:
+        return None
+    frame = pl.DataFrame({"value": values, "label": label}).drop_nulls()
+    if frame["value"].n_unique() <= FEW_VALUES:
+        frame = frame.with_columns(score=pl.col("label").mean().over("value"))
+    else:
+        score = pl.col("value").str.strip_chars() if values.dtype == pl.String else pl.col("value")
+        is_number = values.dtype.is_numeric() or values.dtype == pl.String
+        number = score.cast(pl.Float64, strict=False) if is_number else pl.lit(None, pl.Float64)
+        frame = frame.with_columns(score=pl.when(number.is_finite()).then(number)).drop_nulls()
+    if len(frame) < FEW_ROWS:
+        return None
+    found = auc(frame["label"].to_numpy(), frame["score"].to_numpy())
+    return max(found, 1 - found) if found == found else None
 
 
 def _facts_of(

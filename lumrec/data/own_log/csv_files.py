@@ -113,7 +113,9 @@ def _separator(file: Path, config: LogConfig) -> str:
     if not better:
         return given
     found = max(better, key=lambda one: counts[one][0])
-    log.warning("%s: separator %r; data.log.separator %r does not separate its first lines", file, found, given)
+    log.warning(
+        "%s is read with separator %r, as %r (data.log.separator) does not fit its first lines", file, found, given
+    )
     return found
 
 
@@ -176,7 +178,7 @@ def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
             return encoding
     if b"\0" in first and codecs.lookup(config.encoding).name == "utf-8":
         likely = "utf-16-le" if first[1:2] == b"\0" else "utf-16-be"
-        raise UserError(f"{file} is no {config.encoding} text (it has zero bytes); say data.log.encoding={likely}?")
+        raise UserError(f"{file} is not {config.encoding} text (it has zero bytes); try data.log.encoding={likely}")
     return config.encoding
 
 
@@ -192,7 +194,7 @@ def _header(file: Path, config: LogConfig, separator: str) -> list[str]:
         raise UserError(f"{file} is empty; expected a first line with the names of the columns")
     if any(UNDECODABLE in field for field in fields):
         raise UserError(
-            f"{file}: the names of the columns are no {config.encoding} text; say what it was written in, such as "
+            f"{file}: the names of the columns are not {config.encoding} text; give its encoding, such as "
             "data.log.encoding=latin-1 (or cp1252, gbk, …)"
         )
     check_unique(_names(fields), file)

@@ -51,9 +51,10 @@ DEPTHS = (
 # Parts of names of what is known only after the item was shown.
 AFTER = re.compile(
     r"dwell|watch|play_?(time|duration|ms)|view_?(time|duration)|duration|stay|scroll|finish|complet|progress|enter|rating|"
+    r"(ms|s|secs?|seconds|minutes|time)_(played|viewed|listened)|listen_?(time|duration|ms)|"
     r"stars|review|comment|feedback|outcome|reward|revenue|gmv|paid|quantity|qty|amount|"
     r"^(is_)?(click|like|follow|forward|hate|share|buy|bought|purchase|cart|convert|conversion|order|favou?rite|long_view|"
-    r"effective_view|valid_play|skip)(ed|s|d)?$"
+    r"effective_view|valid_play|skip|skipp)(ed|s|d)?$"
 )
 CONDITION = re.compile(
     r"scen[ae]|page|tab$|channel|surface|placement|slot|module|section|query|search|keyword|intent|categor|genre|topic|"
@@ -133,6 +134,7 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> tuple[LogConfig
     default, events = LogConfig(), tables.events
     guesses: list[Guess] = []
     taken: list[str] = []
+    undecided: list[str] = []
     for key, names in (("user", USER_NAMES), ("item", ITEM_NAMES), ("timestamp", TIME_NAMES)):
         given = getattr(log, key)
         if key == "timestamp" and not given:
@@ -147,22 +149,25 @@ def _keys(log: LogConfig, tables: Tables, rows: pl.DataFrame) -> tuple[LogConfig
                 times = [name for name in rows.columns if looks_like_time(rows[name])]
                 column, why = times[0] if len(times) == 1 else "", "the only one that holds times"
             if not column:
-                raise UserError(_undecided(key, events, rows, taken))
+                undecided.append(key)
+                continue
             log = replace(log, **{key: column})  # type: ignore[arg-type]
         taken.append(column)
         guesses.append(Guess({"timestamp": "time"}.get(key, key), column, why))
+    if undecided:
+        raise UserError(_undecided(undecided, events, rows, taken))
     return log, guesses
 
 
-def _undecided(key: str, events: Table, rows: pl.DataFrame, taken: Sequence[str]) -> str:
-    what = {"user": "a user", "item": "an item", "timestamp": "a time"}[key]
-    open_ones = [
-        f"{name} (such as {rows[name].drop_nulls().head(1).to_list()})" for name in rows.columns if name not in taken
-    ]
+def _undecided(keys: Sequence[str], events: Table, rows: pl.DataFrame, taken: Sequence[str]) -> str:
+    names = [{"user": "a user", "item": "an item", "timestamp": "a time"}[key] for key in keys]
+    free = [name for name in rows.columns if name not in taken]
+    examples = [f"{name} (such as {value!r})" for name in free for value in rows[name].drop_nulls().head(1).to_list()]
     return (
-        f"data.log.{key}: no column of {events.files[0].file} has the name of {what}. Say which it is, "
-        f"data.log.{key}=<column>, out of: {', '.join(open_ones)}"
-        + ("; or data.log.timestamp='' where there is none and the rows are in order" if key == "timestamp" else "")
+        f"no column of {events.files[0].file} has the name of {' or of '.join(names)}. Name "
+        f"{'it' if len(keys) == 1 else 'them'}, {' '.join(f'data.log.{key}=<column>' for key in keys)}, out of: "
+        + ", ".join(examples)
+        + ("; or data.log.timestamp='' if there are no times and the rows are in order" * ("timestamp" in keys))
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -34,7 +34,7 @@ CONSTANT = 0.99  # a column that stays the same in this share of the events of e
 LONG_TAILED = re.compile(r"price|count|num|cost|pop|views|sales|amount|freq")
 QUANTITY = re.compile(rf"{LONG_TAILED.pattern}|days|duration|width|height|age|len|size|score|year|time|ms$")
 _STYLE: dict[str, Any] = {"width": 110, "default_flow_style": None}
-DERIVED = ("feedback", "hour", "weekday", "time_of_day")
+TELLING = 0.9  # an AUC that nothing known before the item is shown reaches by itself
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,21 @@ def suggest(
 ) -> list[Suggestion]:
     """A feature for each useful column, and the columns that are better left out, each with the reason.
 
-    keys: columns that are ids or times. known_after: columns known only after the item was shown, by the config or by
-    their names. made_of_time: hour, weekday, as far as the times are that exact. with_files: roles (item, user) that
-    have separate files, so that their features cannot be columns of the events.
+    keys: columns that are ids or times. label: the label's column, "" where every event is positive. known_after:
+    columns known only after the item was shown, by the config, their names or their values. made_of_time: hour,
+    weekday, as far as the times are that exact. with_files: roles (item, user) that have separate files, so that their
+    features cannot be columns of the events.
     """
+    own = {column.name for column in facts if column.table == "events"}
+    wish, why = "feedback", 'made of the label: asked for as a wish, "one they will like"'
+    if "feedback" in own and label:  # the log's own column hides the one that is made of the label
+        wish, why = label, 'the label, asked for as a wish, as the log has its own column "feedback"'
     suggestions = [
         Suggestion("item_id", FeatureConfig("item"), "the item itself"),
-        Suggestion(
-            "feedback",
-            FeatureConfig("condition", wish=True),
-            'made of the label: asked for as a wish, "one they will like"',
-        ),
+        Suggestion(wish, FeatureConfig("condition", wish=True), why),
     ]
     for column in facts:
-        if column.name in keys or (column.name in DERIVED and column.table == "events"):
+        if column.name in keys:
             continue
         if column.table == "items" and column.name == "title":
             suggestions.append(Suggestion("title", None, "shown to people, not learned from"))
@@ -119,7 +120,8 @@ def _of_column(column: ColumnFacts, label: str, known_after: Sequence[str], with
         if role == "condition":
             role, why = "context", f"{why}; a number, which rankers read"
         if role not in DENSE_ROLES:
-            return Suggestion(column.name, None, f"{why}; a number cannot be {role}: put it into buckets to use it")
+            why = why.partition(":")[0]
+            return Suggestion(column.name, None, f"{why}; role {role} takes no numbers: put it into buckets to use it")
         if not (column.is_fraction or QUANTITY.search(column.name.lower())):
             why += "; kind: id where these numbers are codes"
         scale: Scale = "log" if LONG_TAILED.search(column.name.lower()) else "standard"
@@ -156,6 +158,11 @@ def sounds_known_after(column: ColumnFacts) -> bool:
     return column.table == "events" and column.distinct > 1 and is_known_after(column.name) and not of_item
 
 
+def tells_label(column: ColumnFacts) -> bool:
+    """Whether a column of events by itself tells positive from negative events so well that it must come from later."""
+    return column.table == "events" and (column.auc or 0.0) > TELLING and (column.of_item or 0.0) < CONSTANT
+
+
 def as_schema(suggestions: Sequence[Suggestion]) -> SchemaConfig:
     """The schema of the suggested features; the table of the item ids is wider than the others."""
     features = {}
@@ -187,13 +194,18 @@ def as_yaml(data: Any, schema: SchemaConfig, notes: dict[str, str], left_out: di
     return "\n".join(lines) + "\n"
 
 
-def training_yaml(num_items: int, num_events: int) -> str:
+def training_yaml(num_items: int, num_events: int, *, absolute_time: bool = True) -> str:
     """The sections of the stages for a log of this size, as text with comments.
+
+    absolute_time: whether times of different users can be compared.
 
     Batches, epochs and warm-up suit a large log; for a small one, min_steps adapts them when a stage begins.
     """
     full = num_items <= FEW_ITEMS
     catalogue = f"the whole catalogue of {num_items:,}" if full else f"true is for less than {FEW_ITEMS:,} items"
+    statistics = (
+        "" if absolute_time else "\n  statistics: user  # the log has no times: what others did before is unknown"
+    )
     seeds = "[0, 1, 2]" if num_events <= MANY_EVENTS else "[0]"
     return f"""
 model: {{similarity: dot}}
@@ -207,7 +219,7 @@ pretrain:
     optimizer: {{table_lr: 0.1, dense_lr: 2.0e-3, weight_decay: 0.01, warmup_steps: 100, schedule: cosine}}
 
 rank:
-  tables: lum  # of the rankers with knowledge; the pipeline's base always has fresh ones
+  tables: lum  # of the rankers with knowledge; the pipeline's base always has fresh ones{statistics}
   train:
     epochs: 2
     min_steps: 300
@@ -237,7 +249,7 @@ def _differing(value: Any, default: Any) -> dict[str, Any]:
         mine, usual = getattr(value, field.name), getattr(default, field.name)
         if mine == usual:
             continue
-        if is_dataclass(mine) and not isinstance(mine, type):
-            mine = _differing(mine, usual if is_dataclass(usual) else type(mine)())
+        if is_dataclass(mine) and not isinstance(mine, type):  # an optional section is written whole
+            mine = _differing(mine, usual) if is_dataclass(usual) else asdict(mine)
         found[field.name] = mine
     return found

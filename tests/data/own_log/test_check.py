@@ -29,6 +29,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.experiments.config import load
 from lumrec.launch.torchx import CmdRunFile, with_values
+from lumrec.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 SHOP = Path(__file__).parents[3] / "examples" / "shop"
@@ -170,7 +171,10 @@ def test_columns_are_known_by_their_names(look: Callable, user: str, item: str, 
 
 def test_a_column_that_cannot_be_told_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture):
     pl.DataFrame({"a": ["x"], "b": ["y"], "when": [1_714_521_600]}).write_csv(tmp_path / "log.csv")
-    with pytest.raises(ValueError, match="data.log.user: no column of .* Say which it is, data.log.user=<column>"):
+    with pytest.raises(
+        ValueError,
+        match="has the name of a user or of an item. Name them, data.log.user=<column> data.log.item=<column>",
+    ):
         check.run(load(None, [f"data.log.events={tmp_path / 'log.csv'}"]))
     assert "a, b, when" in capsys.readouterr().out  # what was found so far
 
@@ -202,7 +206,19 @@ def test_what_counts_as_positive(values: list, expected: LabelConfig | None):
 
 
 def test_names_that_tell_when_a_column_is_known():
-    for name in ("dwell_s", "watchTime", "play_time_ms", "is_like", "completion_rate", "purchased", "order_amount"):
+    for name in (
+        "ms_played",
+        "secondsListened",
+        "skipped",
+        "skips",
+        "dwell_s",
+        "watchTime",
+        "play_time_ms",
+        "is_like",
+        "completion_rate",
+        "purchased",
+        "order_amount",
+    ):
         assert is_known_after(name), name
     for name in ("price", "brand", "scene", "category", "position", "user_age", "order_channel", "city"):
         assert not is_known_after(name), name
@@ -215,6 +231,50 @@ def test_values_of_a_small_log_are_counted_exactly(look: Callable):
     report = look(shop_log(uid=[f"u{k % 27}" for k in range(60)], price=[k / 7 for k in range(60)]))
     lines = {line.split()[1]: line.split() for line in report.lines if line.startswith("  events ")}
     assert (lines["uid"][4], lines["sku"][5], lines["price"][4]) == ("27", "5", "60")
+
+
+def test_a_column_that_tells_the_label_is_taken_for_known_afterwards(look: Callable):
+    n = range(600)
+    log = shop_log(
+        uid=[f"u{k % 20}" for k in n], sku=[k % 7 for k in n], ts=[1_714_521_600 + 3600 * k for k in n],
+        clicked=[int(k % 3 == 0) for k in n], verweildauer=[(20 if k % 3 == 0 else 1) + k % 5 + k / 1000 for k in n],
+        outcome_text=["a" if k % 3 == 0 and k % 7 else "b" for k in n], hint=[k % 11 for k in n],
+    )  # fmt: skip
+    report = look(log)
+    assert "verweildauer (AUC 1.00 by itself)" in str(report) and "outcome_text (AUC 0.9" in str(report)
+    assert yaml.safe_load(report.yaml)["data"]["log"]["known_after"] == ["outcome_text", "verweildauer"]
+    assert features(report)["hint"]["role"] == "context"
+
+
+def test_a_log_without_times_gets_statistics_that_need_none(look: Callable):
+    assert "statistics: user  # the log has no times" in look(shop_log(), "data.log.timestamp=").yaml
+    assert "statistics: user" not in look(shop_log()).yaml
+
+
+def test_a_column_called_feedback_does_not_hide_the_label(look: Callable):
+    report = look(shop_log(feedback=["good", "bad", "none"] * 20, weekday=[f"d{k // 7}" for k in range(60)]))
+    assert features(report)["feedback"] == {"role": "feedback"}
+    assert "clicked: {role: condition, wish: true}  # the label, asked for as a wish" in report.yaml
+    assert "weekday: {role: context}  # known when the item is ranked?" in report.yaml
+
+
+def test_a_log_of_positives_gets_negatives_for_rankers(look: Callable, tmp_path: Path):
+    log = shop_log(sku=[k * k % 23 for k in range(60)])
+    del log["clicked"]
+    report = look(log)
+    assert "negatives: {per_positive: 1, sampling: matched, seed: 0}" in report.yaml
+    assert "so the suggested config has data.negatives" in str(report) and "AUC is undefined" not in str(report)
+    report = look({**log, "sku": [1] * 60})
+    assert "negatives: {per" not in report.yaml and "(data.negatives) cannot be drawn: " in str(report)
+
+
+def test_negatives_are_checked_against_features_of_the_item(look: Callable):
+    log = shop_log(kind=["abcde"[k % 5] for k in range(60)])
+    del log["clicked"]
+    words = ["data.log.all_positive=true", "data.negatives={per_positive: 1}", "data.log={user: uid, item: sku}"]
+    schema = "schema.features={item_id: {role: item}, kind: {role: context}}"
+    with pytest.raises(UserError, match="schema.features.kind: with data.negatives a context must be of the moment"):
+        look(log, *words, schema)
 
 
 def test_what_is_known_afterwards_is_no_feature_of_the_item_in_question(look: Callable):
@@ -323,7 +383,7 @@ def test_columns_of_any_type_may_be_there(look: Callable, tmp_path: Path):
 def test_negatives_are_checked_and_kept(look: Callable, tmp_path: Path):
     log = {name: values for name, values in shop_log(sku=[k % 11 for k in range(60)]).items() if name != "clicked"}
     report = look(log, "data.log.all_positive=true", "data.negatives={per_positive: 2, seed: 3}")
-    assert yaml.safe_load(report.yaml)["data"]["negatives"] == {"per_positive": 2, "seed": 3}
+    assert yaml.safe_load(report.yaml)["data"]["negatives"] == {"per_positive": 2, "sampling": "matched", "seed": 3}
     (config := tmp_path / "c.yaml").write_text(report.yaml)
     assert prepare(load(config), tmp_path / "prepared")["negatives"] == 120
 

@@ -57,10 +57,10 @@ def test_encodings_are_found_by_their_mark_or_said(tmp_path: Path, encoding: str
 
 def test_an_encoding_that_is_not_said_is_named(tmp_path: Path):
     (path := tmp_path / "log.csv").write_bytes(TEXT.encode("utf-16-be"))
-    with pytest.raises(UserError, match="log.csv is no utf8 text .*; say data.log.encoding=utf-16-be"):
+    with pytest.raises(UserError, match="log.csv is not utf8 text .*; try data.log.encoding=utf-16-be"):
         scenes(path)
     (path := tmp_path / "names.csv").write_bytes(TEXT.replace("scene", "sc\u00e8ne").encode("latin-1"))
-    with pytest.raises(UserError, match="the names of the columns are no utf8 text; .*data.log.encoding=latin-1"):
+    with pytest.raises(UserError, match="the names of the columns are not utf8 text; .*data.log.encoding=latin-1"):
         scenes(path)
     (path := tmp_path / "cut.csv").write_bytes(codecs.BOM_UTF16_LE)
     with pytest.raises(UserError, match="is empty"):

@@ -79,7 +79,7 @@ class PaddedTwin(nn.Module):
     def __init__(self, model: str, data: PreparedData, config: RankConfig, width: int, statistics: Statistics) -> None:
         super().__init__()
         self.data, self.model, self.max_history = data, model, config.max_history
-        self.row_features = row_features(data)
+        self.row_features = row_features(data.schema)
         self.item = {name: padded(data.item_columns[name]) for name in ITEM}
         self.event = {name: padded(column) for name, column in data.event_columns.items()}
         self.user = {name: padded(column) for name, column in data.user_columns.items()}

@@ -29,12 +29,12 @@ from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, 
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, write_manifest
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_lines
-from lumrec.data.open_log import named_files, plain_split, read_source, request
+from lumrec.data.open_log import named_files, plain_split, read_source, request, schema_in_use
 from lumrec.data.own_log.config import as_list
 from lumrec.data.own_log.folders import find_files
 from lumrec.data.own_log.read import damaged_file
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import SchemaConfig
+from lumrec.data.schema import SchemaConfig, schema_from_dict
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.data.split_notes import split_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
@@ -57,6 +57,13 @@ VOCABULARY = "data.vocabulary_from"  # where the manifest's files name the finge
 
 def _request(common: Common) -> dict[str, Any]:
     return request(common.data, common.schema, seed=common.seed)
+
+
+def schema_to_read(common: Common) -> SchemaConfig:
+    """The schema of the data that `open_or_prepare` gives, before these are made or opened. Raises as it does."""
+    if common.inputs.prepared:
+        return schema_from_dict(read_manifest(common.prepared, verify=False)["schema"])
+    return schema_in_use(common.data, common.schema)
 
 
 def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True) -> PreparedData:

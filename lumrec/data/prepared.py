@@ -12,7 +12,6 @@ What a ranker is asked about are rows: row e < E is event e, and the rows behind
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ import torch
 
 from lumrec.data.columns import Column
 from lumrec.data.manifest import PreparedDataError, read_manifest
-from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate
+from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate, without
 from lumrec.data.splits import TRAIN
 from lumrec.run.errors import UserError
 from lumrec.run.files import sha256
@@ -149,8 +148,7 @@ class PreparedData:
                 f"there is no feature {unknown[0]!r} to leave out; the schema has {', '.join(self.schema.features)}"
             )
         reduced = copy.copy(self)
-        kept = {name: feature for name, feature in self.schema.features.items() if name not in names}
-        reduced.schema = dataclasses.replace(self.schema, features=kept)
+        reduced.schema = without(self.schema, names)
         reduced.dense = {name: values for name, values in self.dense.items() if name not in names}
         return reduced
 

@@ -181,6 +181,17 @@ def features_by_role(schema: SchemaConfig, role: str, *, dense: bool = False) ->
     ]
 
 
+def without(schema: SchemaConfig, names: Sequence[str]) -> SchemaConfig:
+    """The schema without some features; its tables stay."""
+    return replace(schema, features={name: each for name, each in schema.features.items() if name not in names})
+
+
+def table_widths(schema: SchemaConfig, features: Sequence[str]) -> dict[str, int]:
+    """Width of each table that some features read, in their order."""
+    tables = [schema.features[name].table for name in features if schema.features[name].table]
+    return {table: schema.tables[table].width for table in tables}
+
+
 def schema_from_dict(values: dict) -> SchemaConfig:
     """The schema that `dataclasses.asdict` (or the manifest of a prepared folder) describes."""
     return SchemaConfig(

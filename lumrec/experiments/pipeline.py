@@ -121,7 +121,7 @@ def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:
         if Path(rank.warm_start.source) in made:  # made by an earlier stage, as are its rules
             named = dataclasses.replace(named, rank=dataclasses.replace(rank, warm_start=WarmStartConfig()))
         STAGES[stage.app].check_inputs(named)
-        STAGES[stage.app].check_schema(stage.config, schema)
+        STAGES[stage.app].check_schema(named, schema)
 
 
 def check_prepared(prepared: PlannedStage, stages: Sequence[PlannedStage]) -> None:

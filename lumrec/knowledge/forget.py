@@ -57,7 +57,7 @@ from lumrec.knowledge.writer import (
 from lumrec.run.config_file import stored
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import command_parser, reported
-from lumrec.run.files import leftovers, locked, write_atomically
+from lumrec.run.files import check_file, leftovers, locked, write_atomically
 from lumrec.run.folder import RunFolder
 from lumrec.run.logs import start_logging
 from lumrec.run.printable import say
@@ -314,10 +314,9 @@ def read_keys_file(file: Path) -> list[str]:
     Raises MissingFileError, and UserError for a file that is not UTF-8, has no key, or has one that contains a carriage
     return or NUL.
     """
+    check_file(file, "the keys file", "one raw user key a line")
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no keys file {file}; expected one raw user key per line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): write it again in that encoding") from None
     if not (keys := [key for line in lines if (key := line.strip())]):

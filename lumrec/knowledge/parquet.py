@@ -46,9 +46,9 @@ from lumrec.knowledge.records import decode_records
 from lumrec.knowledge.refresh import BLOCK, digests_of_stored, stored_users
 from lumrec.knowledge.store import read_item_keys, read_items
 from lumrec.knowledge.writer import BUILDING, KnowledgeWriter, full_disk_told, remove_others
-from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.errors import UserError
 from lumrec.run.failures import command_parser, reported
-from lumrec.run.files import sha256, sync_file
+from lumrec.run.files import check_file, sha256, sync_file
 from lumrec.run.folder import RunFolder
 from lumrec.run.printable import say
 
@@ -213,8 +213,7 @@ def _tensor(vectors: pa.FixedSizeListArray) -> Tensor:
 
 
 def _opened(file: Path) -> pq.ParquetFile:
-    if not file.exists():
-        raise MissingFileError(f"there is no {file}; make it with: python -m lumrec.knowledge.parquet export")
+    check_file(file, "", "what python -m lumrec.knowledge.parquet export makes")
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,12 +14,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from lumrec.batches.packs import PackBuilder
 from lumrec.data.common import Common
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import SchemaConfig, features_by_role
+from lumrec.data.schema import SchemaConfig, features_by_role, table_widths
 from lumrec.modules.large_user_model import TOKENS_PER_EVENT, LargeUserModel
 from lumrec.modules.tokens import TokenEncoder, make_tables
 from lumrec.modules.user_encoder import UserEncoder
 from lumrec.run.config_file import stored
-from lumrec.run.distributed import init_distributed
+from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.limits import check_names, count, setting, share
 from lumrec.train.checkpoint import load_weights
@@ -27,6 +27,7 @@ from lumrec.train.checkpoint_meta import best_checkpoint, check_fingerprint, rea
 from lumrec.train.identity import Settings
 from lumrec.train.loop import TrainConfig
 from lumrec.train.parallel import shard
+from lumrec.train.plan import read_plan
 
 # Wider than any encoder there is; ten times the largest config (7B) is still far from what one machine can hold.
 MOST_WIDTH = 16_384
@@ -110,10 +111,25 @@ def condition_features(config: ModelConfig, schema: SchemaConfig) -> list[str]:
     return [name for name in declared if name in config.conditions]
 
 
-def check_table_lrs(section: str, train: TrainConfig, schema: SchemaConfig) -> None:
-    """Raises UserError for a learning rate of a table that the schema does not have (`section`: pretrain, rank, …)."""
-    tables = list(dict.fromkeys(feature.table for feature in schema.features.values() if feature.table))
-    check_names(f"{section}.train.optimizer.table_lrs", list(train.optimizer.table_lrs), tables, "tables of the schema")
+def token_features(config: ModelConfig, schema: SchemaConfig) -> dict[str, list[str]]:
+    """The features that each projection ("item", "condition") reads, in the order of its columns."""
+    item = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
+    return {"item": item, "condition": condition_features(config, schema)}
+
+
+def lum_tables(config: ModelConfig, schema: SchemaConfig) -> dict[str, int]:
+    """Width of each table of a LUM."""
+    return table_widths(schema, [name for names in token_features(config, schema).values() for name in names])
+
+
+def check_tables(section: str, train: TrainConfig, widths: Mapping[str, int]) -> None:
+    """Raises UserError for tables that the training of a model names, or places, and that the model does not have.
+
+    section: pretrain, rank or retrieve. widths: of the model's tables.
+    """
+    given = list(train.optimizer.table_lrs)
+    check_names(f"{section}.train.optimizer.table_lrs", given, list(widths), "tables that this model reads")
+    read_plan(train.sharding, widths, world_size=world_size(), whose="this model")
 
 
 def data_tables(
@@ -138,12 +154,11 @@ def build_lum(
 
     tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
     """
-    item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
-    conditions = condition_features(config, data.schema)
+    features = token_features(config, data.schema)
     token_encoder = TokenEncoder(
-        tables if tables is not None else data_tables(data, [*item, *feedback, *conditions], device=device),
-        item_features=[*item, *feedback],
-        condition_features=conditions,
+        tables if tables is not None else data_tables(data, sum(features.values(), []), device=device),
+        item_features=features["item"],
+        condition_features=features["condition"],
         dim=config.dim,
     )
     # A query at serving comes after at most max_events - 1 events: training has seen that position.
@@ -159,9 +174,9 @@ def build_lum(
     builder = PackBuilder(
         data,
         features=token_encoder.features,
-        item_features=item,
-        feedback_features=feedback,
-        condition_features=conditions,
+        item_features=features_by_role(data.schema, "item"),
+        feedback_features=features_by_role(data.schema, "feedback"),
+        condition_features=features["condition"],
         tokens=config.tokens,
     )
     return model, builder

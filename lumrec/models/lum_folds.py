@@ -30,8 +30,17 @@ def find_lums(common: Common, data: PreparedData) -> list[AskedLum]:
     Raises MissingFileError where a run is missing, UserError where the runs are not the K folds of K, were trained on
     other data than `data`, or differ in their model settings.
     """
+    lums = open_lums(common)
+    for lum in lums:
+        if not check_lum_fits(lum.trained, data):
+            logger.info("the LUM %s was trained on another state of this log, with the same vocabularies", lum.run)
+    return lums
+
+
+def open_lums(common: Common) -> list[AskedLum]:
+    """As `find_lums`, before there are data to compare with; no weights are read."""
     names = common.lums
-    lums = [_read_lum(name, lum, data) for name, lum in zip(names, open_lums(common), strict=True)]
+    lums = [_open_lum(common.runs / name, name) for name in names]
     if len(lums) == 1 and not lums[0].fold:
         return lums
     folds = {lum.fold: lum for lum in lums}
@@ -48,22 +57,11 @@ def find_lums(common: Common, data: PreparedData) -> list[AskedLum]:
     return [folds[fold] for fold in expected]
 
 
-def open_lums(common: Common) -> list[TrainedLum]:
-    """The LUM runs of `inputs.lums`; no data and no weights are read. Raises MissingFileError where one is missing."""
-    return [_open_lum(common.runs / name, name) for name in common.lums]
-
-
-def _open_lum(folder: Path, name: str) -> TrainedLum:
+def _open_lum(folder: Path, name: str) -> AskedLum:
     fold = f" fold={name.rpartition('-')[2].replace('of', '/')}" if name.rpartition("-")[2].count("of") == 1 else ""
-    return open_lum_run(
+    lum = open_lum_run(
         folder,
         missing=f"there is no finished LUM in {folder}; make it with: torchx run apps/pretrain.py "
         f"--config <your config> {shlex.quote(f'run={name}')}{fold}",
     )
-
-
-def _read_lum(name: str, lum: TrainedLum, data: PreparedData) -> AskedLum:
-    """What is known about a LUM run without loading it."""
-    if not check_lum_fits(lum, data):
-        logger.info("the LUM %s was trained on another state of this log, with the same vocabularies", name)
     return AskedLum(name, lum.common.fold, lum.fingerprint, lum)

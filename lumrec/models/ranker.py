@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from lumrec.batches.rows import RowBuilder
 from lumrec.data.common import Common
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import features_by_role
+from lumrec.data.schema import SchemaConfig, features_by_role, table_widths, without
 from lumrec.features.statistics import Statistics, dense_inputs
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import beside, data_tables
@@ -32,13 +32,22 @@ from lumrec.train.identity import Settings
 from lumrec.train.parallel import shard
 
 
-def row_features(data: PreparedData) -> list[str]:
+def row_features(schema: SchemaConfig) -> list[str]:
     """Features of the row itself: the user's, the context's, and conditions that are known before the item is shown.
 
     A wish (such as the feedback that is hoped for) is what the row is about to be asked, and so is left out.
     """
-    known = [name for name in features_by_role(data.schema, "condition") if not data.schema.features[name].wish]
-    return [*features_by_role(data.schema, "user"), *features_by_role(data.schema, "context"), *known]
+    known = [name for name in features_by_role(schema, "condition") if not schema.features[name].wish]
+    return [*features_by_role(schema, "user"), *features_by_role(schema, "context"), *known]
+
+
+def ranker_tables(config: RankerConfig, schema: SchemaConfig) -> dict[str, int]:
+    """Width of each table of a ranker."""
+    return table_widths(schema, _features(without(schema, config.leave_out)))
+
+
+def _features(schema: SchemaConfig) -> list[str]:
+    return [*features_by_role(schema, "item"), *features_by_role(schema, "feedback"), *row_features(schema)]
 
 
 def build_ranker(
@@ -70,13 +79,12 @@ def build_ranker(
         attention=config.knowledge_attention,
         dropout=config.knowledge_dropout,
     )
-    item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     if tables is None:
-        tables = data_tables(data, [*item, *feedback, *row_features(data)], device=device)
+        tables = data_tables(data, _features(data.schema), device=device)
     arguments: dict[str, Any] = {
-        "item_features": item,
-        "feedback_features": feedback,
-        "row_features": row_features(data),
+        "item_features": features_by_role(data.schema, "item"),
+        "feedback_features": features_by_role(data.schema, "feedback"),
+        "row_features": row_features(data.schema),
         "num_statistics": num_statistics,
         "hidden_dims": config.hidden_dims,
         "activation": config.activation,

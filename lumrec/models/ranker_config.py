@@ -165,6 +165,11 @@ class RankerConfig(RankerSections):
         """The item feature that the chosen ranker takes for a category; "" where it takes none, or the first."""
         return getattr(self.own, "category", "")
 
+    @property
+    def takes_a_category(self) -> bool:
+        """Whether the chosen ranker takes an item feature for a category; SIM does only for its hard search."""
+        return hasattr(self.own, "category") and getattr(self.own, "search", "hard") == "hard"
+
     def unread(self) -> dict[str, str]:
         """Fields that the chosen ranker does not read → the field whose value decides that."""
         others = {name: "model" for name in RANKERS if name != self.model}

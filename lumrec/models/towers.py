@@ -9,7 +9,7 @@ import torch
 
 from lumrec.batches.tower_rows import TowerBuilder
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import features_by_role
+from lumrec.data.schema import SchemaConfig, features_by_role, table_widths
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import MOST_WIDTH, data_tables
 from lumrec.models.ranker_config import check_depth
@@ -62,17 +62,23 @@ class TowersConfig:
         check_depth(f"{at}hidden_dims", self.hidden_dims)
 
 
-def tower_features(config: TowersConfig, data: PreparedData) -> list[str]:
+def tower_features(config: TowersConfig, schema: SchemaConfig) -> list[str]:
     """Features of the user tower beside the history: the user's, the context's and the request's (`conditions`)."""
-    declared = features_by_role(data.schema, "condition")
+    declared = features_by_role(schema, "condition")
     unknown = sorted(set(config.conditions) - set(declared))
     if unknown:
         raise UserError(f"retrieve.conditions names {unknown}; the schema's condition features are {declared}")
     return [
-        *features_by_role(data.schema, "user"),
-        *features_by_role(data.schema, "context"),
+        *features_by_role(schema, "user"),
+        *features_by_role(schema, "context"),
         *(name for name in declared if name in config.conditions),
     ]
+
+
+def tower_tables(config: TowersConfig, schema: SchemaConfig) -> dict[str, int]:
+    """Width of each table of the two towers."""
+    item, feedback = features_by_role(schema, "item"), features_by_role(schema, "feedback")
+    return table_widths(schema, [*item, *feedback, *tower_features(config, schema)])
 
 
 def build_towers(
@@ -93,7 +99,7 @@ def build_towers(
             f"retrieve.knowledge is {config.knowledge!r} and knowledge was {'not ' * (knowledge is None)}given"
         )
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
-    row = tower_features(config, data)
+    row = tower_features(config, data.schema)
     towers = TwoTower(
         data_tables(data, [*item, *feedback, *row], device=device),
         item_features=item,

@@ -138,7 +138,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """(name, content) of a YAML file and of the files that it builds on, the deepest first."""
     if path.resolve() in above:
         raise UserError(f"{path}: its base files form a circle: {' → '.join(map(str, [*above, path]))}")
-    if not path.is_file():
+    if not path.exists():
         near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise MissingFileError(
             f"no config file {path} (from {Path.cwd()})"

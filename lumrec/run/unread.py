@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=Choosing)
 def without_effect(config: Choosing) -> dict[str, str]:
     """The settings that differ from their defaults and are not read: dotted key → the field that decides that."""
     values, defaults, unread = leaves(config), leaves(type(config)()), config.unread()
-    changed = [key for key, value in values.items() if value != defaults[key]]
+    changed = [key for key, value in values.items() if key not in defaults or value != defaults[key]]
     return {key: unread[name] for key in changed if (name := key.split(".")[0]) in unread}
 
 

@@ -15,17 +15,25 @@ from lumrec.batches.negatives import NegativesConfig
 from lumrec.batches.packs import PackingConfig, PackLoader
 from lumrec.batches.windows import token_cost
 from lumrec.data.common import Common
-from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepare import open_or_prepare, schema_to_read
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 from lumrec.data.splits import PARTS, TRAIN, leave_out_later, parse_fold, user_fold
 from lumrec.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, retrieval_names
-from lumrec.models.lum import READ_BY_LUM, ModelConfig, build_lum, check_table_lrs, condition_features, lum_fingerprint
+from lumrec.models.lum import (
+    READ_BY_LUM,
+    ModelConfig,
+    build_lum,
+    check_tables,
+    condition_features,
+    lum_fingerprint,
+    lum_tables,
+)
 from lumrec.modules.attention import causal_backend
 from lumrec.modules.large_user_model import LargeUserModel, Pack
 from lumrec.modules.losses import counterfactual_contrast, info_nce
 from lumrec.query.conditions import condition_columns
-from lumrec.run.distributed import init_distributed, world_size
+from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, setting, share
@@ -33,9 +41,8 @@ from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.length import fit_length, too_short
 from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
 from lumrec.train.parallel import shard
-from lumrec.train.plan import read_plan
 from lumrec.warm_start.config import WarmStartConfig
-from lumrec.warm_start.continual import earlier_run, find_earlier, growth_table, start_from
+from lumrec.warm_start.continual import TOKENS, earlier_run, find_earlier, growth_table, open_earlier, start_from
 
 logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -157,14 +164,15 @@ def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int
 
 def check_inputs(common: Common, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
     """Raises UserError where a file or run that the settings name is missing or invalid; reads no data."""
-    read_plan(pretrain.train.sharding, world_size=world_size())
-    pretrain.warm_start.check_inputs("pretrain.warm_start.")
+    pretrain.warm_start.check_inputs("pretrain.warm_start.", common.prepared)
     if pretrain.start_from:
         earlier_run(common, pretrain.start_from)
 
 
-def check_schema(schema: SchemaConfig, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
-    """Raises UserError where the settings name a feature or table that the schema does not have."""
+def check_schema(common: Common, schema: SchemaConfig, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
+    """Raises UserError where the settings, a sharding plan or the rules of a warm start name what the schema or the LUM
+    does not have, and where the LUM of `start_from` is another model than this one.
+    """
     read, contrast = condition_features(model, schema), pretrain.contrast.feature
     check_names("pretrain.contrast.feature", [contrast] if contrast else [], read, READ_BY_LUM)
     if contrast and schema.features[contrast].kind == "multi":
@@ -172,7 +180,11 @@ def check_schema(schema: SchemaConfig, *, model: ModelConfig, pretrain: Pretrain
             f"pretrain.contrast.feature {contrast!r} is multi-valued: a contrast needs one value for each event"
         )
     check_names("pretrain.evaluate.condition", list(pretrain.evaluate.condition), read, READ_BY_LUM)
-    check_table_lrs("pretrain", pretrain.train, schema)
+    tables = lum_tables(model, schema)
+    check_tables("pretrain", pretrain.train, tables)
+    pretrain.warm_start.check_names(tables, TOKENS, common.prepared)
+    if pretrain.start_from:
+        open_earlier(common, model, pretrain.start_from, schema)
 
 
 def check_data(common: Common, data: PreparedData, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
@@ -217,8 +229,8 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     recorded = common.settings(model=model, pretrain=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, model=model, pretrain=settings)
+    check_schema(common, schema_to_read(common), model=model, pretrain=settings)
     data = open_or_prepare(common)
-    check_schema(data.schema, model=model, pretrain=settings)
     check_data(common, data, model=model, pretrain=settings)
     earlier = find_earlier(common, model, settings.start_from, data) if settings.start_from else None
     inputs = {"prepared": data.fingerprint} | ({"start_from": earlier.fingerprint} if earlier else {})
@@ -247,7 +259,7 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
         if dist.get_rank() == 0:
             logger.info("continues from %s, %s", earlier.run, growth_table(earlier, growths))
     if production is not None:
-        result["warm_start"] = settings.warm_start.fill(dmp, production, run_folder.path).source
+        result["warm_start"] = settings.warm_start.fill(dmp, production, data, run_folder.path).source
     loader = PackLoader(
         builder,
         users=users,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lumrec.data.common import Common
-from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepare import open_or_prepare, schema_to_read
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig
 from lumrec.data.splits import moment_of_share
@@ -93,7 +93,9 @@ def run(common: Common, settings: QueryConfig) -> dict[str, float | str]:
     device = init_distributed(threads=common.threads)
     if settings.refresh_from:
         read_manifest(common.runs / settings.refresh_from)  # raises, if there is none, before data are read
-    open_lums(common)
+    lums = open_lums(common)
+    _hazard(lums)
+    check_schema(common, schema_to_read(common), model=lums[0].trained.model, query=settings)
     data = open_or_prepare(common, make=False)
     lums = find_lums(common, data)
     identity = _identity(common, settings, data, lums)
@@ -199,7 +201,7 @@ def check_inputs(common: Common, *, model: ModelConfig, query: QueryConfig) -> N
         read_manifest(common.runs / query.refresh_from)
 
 
-def check_schema(schema: SchemaConfig, *, model: ModelConfig, query: QueryConfig) -> None:
+def check_schema(common: Common, schema: SchemaConfig, *, model: ModelConfig, query: QueryConfig) -> None:
     """Raises UserError for conditions on features that the LUM does not read, and for windows that leave out events."""
     check_stride(query.stride, model)
     read = condition_features(model, schema)

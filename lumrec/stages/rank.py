@@ -16,7 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from lumrec.batches.rows import RowBuilder, RowLoader, training_rows
 from lumrec.data.common import Common
-from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepare import open_or_prepare, schema_to_read
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.data.splits import TEST, VALID
@@ -24,8 +24,8 @@ from lumrec.evaluation.ranking import evaluate, score
 from lumrec.features.statistics import check_kind
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.store import Knowledge
-from lumrec.models.lum import TrainedLum, check_table_lrs, condition_features, open_lum_run
-from lumrec.models.ranker import make_ranker
+from lumrec.models.lum import TrainedLum, check_tables, condition_features, open_lum_run
+from lumrec.models.ranker import make_ranker, ranker_tables
 from lumrec.models.ranker_config import RankerConfig
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.run.distributed import init_distributed, rank, world_size
@@ -37,10 +37,9 @@ from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.loop import StepOutput, TrainConfig, check_no_encoder, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
-from lumrec.train.plan import read_plan
 from lumrec.warm_start.config import WarmStartConfig
 from lumrec.warm_start.scores import read_expected
 
@@ -81,6 +80,7 @@ class RankConfig(RankerConfig):
         """Raises UserError for settings that contradict one another (`at`: the section, with a dot)."""
         super().check(at)
         check_select(at, self.select, SELECTABLE, patience=self.train.patience)
+        check_no_encoder(at, self.train)
         if self.tables == "lum" and self.warm_start.source:
             raise UserError(f"{at}tables=lum and {at}warm_start.source both fill the tables: give one of them")
         if self.time_window and not (len(self.time_window) == 2 and self.time_window[0] < self.time_window[1]):
@@ -97,12 +97,13 @@ def step(model: nn.Module, batch: RankBatch) -> StepOutput:
 def check_inputs(common: Common, *, rank: RankConfig) -> None:
     """Raises UserError for missing or invalid files and for settings that the chosen ranker does not read."""
     check_read(rank, "rank")
-    read_plan(rank.train.sharding, world_size=world_size())
-    rank.warm_start.check_inputs("rank.warm_start.")
+    rank.warm_start.check_inputs("rank.warm_start.", common.prepared)
 
 
-def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
-    """Raises UserError where the settings name a feature or table that the schema does not have."""
+def check_schema(common: Common, schema: SchemaConfig, *, rank: RankConfig) -> None:
+    """Raises UserError where the settings, a sharding plan or the rules of a warm start name what the schema or the
+    ranker does not have.
+    """
     check_names("rank.leave_out", list(rank.leave_out), list(schema.features), "features of the schema")
     declared = features_by_role(schema, "item")
     items = [name for name in declared if name not in rank.leave_out]
@@ -110,7 +111,14 @@ def check_schema(schema: SchemaConfig, *, rank: RankConfig) -> None:
         raise UserError(f"rank.leave_out leaves no item feature for the ranker to read; keep one of {declared}")
     category = [rank.category] if rank.category else []
     check_names(f"rank.{rank.model}.category", category, items, "item features that the ranker reads")
-    check_table_lrs("rank", rank.train, schema)
+    if rank.takes_a_category and not category and not any(schema.features[name].kind == "multi" for name in items):
+        raise UserError(
+            f"rank.{rank.model}.category: got '', which is the first multi-valued item feature, and there is none; "
+            f"expected one of {', '.join(map(repr, items))}"
+        )
+    tables = ranker_tables(rank, schema)
+    check_tables("rank", rank.train, tables)
+    rank.warm_start.check_names(tables, "", common.prepared)
 
 
 def check_data(common: Common, data: PreparedData, *, rank: RankConfig) -> None:
@@ -163,11 +171,11 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     recorded = common.settings(rank=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, rank=settings)
+    check_schema(common, schema_to_read(common), rank=settings)
     lum = lum_of_tables(common) if settings.tables == "lum" else None
     if settings.knowledge != "none":
         read_manifest(common.knowledge)  # raises, if there is none, before data are read
     data = open_or_prepare(common)
-    check_schema(data.schema, rank=settings)
     inputs = {"data": data.fingerprint}
     production = None
     knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None
@@ -197,7 +205,7 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
         result["tables_from_lum"] = ", ".join(load_lum_tables(lum.folder, data, dmp))
     if production is not None:
         logits = partial(score, dmp, builder, batch_size=settings.batch_size)
-        audit = settings.warm_start.fill(dmp, production, run_folder.path, expected=expected, score=logits)
+        audit = settings.warm_start.fill(dmp, production, data, run_folder.path, expected=expected, score=logits)
         result["warm_start"] = audit.source
     # The run folder compares the settings of training; a checkpoint only depends on those of the model.
     model = Settings.of(settings, ignored=["train"])

@@ -16,10 +16,11 @@ if TYPE_CHECKING:  # so that --help loads neither Polars nor torch
 class Stage:
     """A stage is the module lumrec/stages/<name>.py, or the one at `path`, with `run(common, *sections)`.
 
-    The module may have `check_inputs(common, **sections)`, `check_schema(schema, **sections)` and `check_data(common,
-    data, **sections)`, which find what is wrong with the settings before the stage begins. checked_with: sections that
-    these take; () = the same as `sections`. headline: figures of its result that the app prints at the end. check:
-    module whose `run` answers `--check` and writes nothing. options: option of the app → config key.
+    The module may have `check_inputs(common, **sections)`, `check_schema(common, schema, **sections)` and
+    `check_data(common, data, **sections)`, which find what is wrong with the settings before the stage begins; `run`
+    itself calls the first two before it opens or writes anything. checked_with: sections that these take; () = the same
+    as `sections`. headline: figures of its result that the app prints at the end. check: module whose `run` answers
+    `--check` and writes nothing. options: option of the app → config key.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Stage:
     def check_schema(self, config: Common, schema: Any) -> None:
         """Raises UserError where the stage's sections name something that the schema does not have."""
         if check := getattr(self.module, "check_schema", None):
-            check(schema, **self._sections(config, self.checked_with or self.sections))
+            check(config, schema, **self._sections(config, self.checked_with or self.sections))
 
     def check_inputs(self, config: Common) -> None:
         """Raises UserError where a file or run that the stage's sections name is missing or invalid."""
@@ -56,7 +57,6 @@ class Stage:
 
     def check_data(self, config: Common, data: Any) -> None:
         """Raises UserError where the prepared data lack something that the stage's sections need."""
-        self.check_schema(config, data.schema)
         if check := getattr(self.module, "check_data", None):
             check(config, data, **self._sections(config, self.checked_with or self.sections))
 

@@ -17,7 +17,7 @@ from lumrec.batches.negatives import NegativesConfig
 from lumrec.batches.rows import training_rows
 from lumrec.batches.tower_rows import TowerBuilder, TowerLoader
 from lumrec.data.common import Common
-from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepare import open_or_prepare, schema_to_read
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role
 from lumrec.evaluation.ann import AnnConfig, ann_metrics
@@ -32,8 +32,8 @@ from lumrec.evaluation.retrieval import (
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.compare import Ranks, write_scores
-from lumrec.models.lum import check_table_lrs
-from lumrec.models.towers import TowersConfig, build_towers
+from lumrec.models.lum import check_tables
+from lumrec.models.towers import TowersConfig, build_towers, tower_tables
 from lumrec.modules.losses import info_nce
 from lumrec.modules.moments import average_moments
 from lumrec.modules.retrievers.edb import TowerBatch
@@ -44,10 +44,9 @@ from lumrec.run.unread import check_read
 from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.loop import StepOutput, TrainConfig, check_no_encoder, check_select, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
-from lumrec.train.plan import read_plan
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +85,7 @@ class RetrieveConfig(TowersConfig):
         super().check(at)
         check_cut_offs(at, self.ks)
         check_select(at, self.select, retrieval_names(self.ks), patience=self.train.patience)
+        check_no_encoder(at, self.train)
 
 
 def make_step(config: RetrieveConfig) -> Callable[[nn.Module, TowerBatch], StepOutput]:
@@ -198,16 +198,15 @@ def knowledge_metrics(knowledge: Knowledge, data: PreparedData, targets: Targets
 
 
 def check_inputs(common: Common, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError for a missing or invalid sharding plan and for settings that these towers do not read."""
+    """Raises UserError for settings that these towers do not read."""
     check_read(retrieve, "retrieve")
-    read_plan(retrieve.train.sharding, world_size=world_size())
 
 
-def check_schema(schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
-    """Raises UserError where the settings name a condition or table that the schema does not have."""
+def check_schema(common: Common, schema: SchemaConfig, *, retrieve: RetrieveConfig) -> None:
+    """Raises UserError where the settings, or a sharding plan, name what the schema or the towers do not have."""
     conditions = features_by_role(schema, "condition")
     check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
-    check_table_lrs("retrieve", retrieve.train, schema)
+    check_tables("retrieve", retrieve.train, tower_tables(retrieve, schema))
 
 
 def check_data(common: Common, data: PreparedData, *, retrieve: RetrieveConfig) -> None:
@@ -228,10 +227,10 @@ def run(common: Common, settings: RetrieveConfig) -> dict[str, float | str]:
     recorded = common.settings(retrieve=settings)
     device = init_distributed(threads=common.threads)
     check_inputs(common, retrieve=settings)
+    check_schema(common, schema_to_read(common), retrieve=settings)
     if settings.knowledge != "none":
         read_manifest(common.knowledge)  # raises, if there is none, before data are read
     data = open_or_prepare(common)
-    check_schema(data.schema, retrieve=settings)
     check_data(common, data, retrieve=settings)
     inputs = {"data": data.fingerprint}
     knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None

@@ -1,23 +1,24 @@
 """The dry run of a warm start: prints what each parameter of a ranker or a LUM would get."""
 
 from functools import partial
+from typing import Any
 
 from lumrec.data.common import Common
-from lumrec.data.prepare import open_or_prepare
+from lumrec.data.prepare import open_or_prepare, schema_to_read
 from lumrec.evaluation.ranking import score
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import ModelConfig, build_lum
-from lumrec.run.distributed import init_distributed, world_size
+from lumrec.run.distributed import init_distributed
 from lumrec.run.distributed import rank as process_rank
 from lumrec.run.errors import UserError
 from lumrec.run.printable import say
+from lumrec.stages import pretrain as pretrain_stage
+from lumrec.stages import rank as rank_stage
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.rank import RankConfig, sharded_ranker
 from lumrec.train.parallel import shard
-from lumrec.train.plan import read_plan
-from lumrec.warm_start.apply import warm_start
-from lumrec.warm_start.plan import PlanError
+from lumrec.warm_start.audit import PlanError
 from lumrec.warm_start.scores import read_expected
 
 
@@ -36,8 +37,14 @@ def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: Rank
     if of_lum and rank.warm_start.source:
         raise UserError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
     settings = pretrain.warm_start if of_lum else rank.warm_start
-    settings.check_inputs(f"{'pretrain' if of_lum else 'rank'}.warm_start.")
-    read_plan((pretrain if of_lum else rank).train.sharding, world_size=world_size())
+    stage: Any = pretrain_stage if of_lum else rank_stage
+    sections = {"model": model, "pretrain": pretrain} if of_lum else {"rank": rank}
+    stage.check_inputs(common, **sections)
+    try:
+        stage.check_schema(common, schema_to_read(common), **sections)
+    except PlanError:
+        if not common.prepared.exists():  # else the audit of what does fit comes first
+            raise
     source = settings.open()
     if rank.knowledge != "none" and not of_lum:
         read_manifest(common.knowledge)  # raises, if there is none, before data are read
@@ -51,9 +58,9 @@ def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: Rank
     try:
         if settings.scores:  # of a ranker: a LUM has none
             logits = partial(score, dmp, builder, batch_size=rank.batch_size)
-            audit = settings.fill(dmp, source, expected=read_expected(settings.scores, data), score=logits)
+            audit = settings.fill(dmp, source, data, expected=read_expected(settings.scores, data), score=logits)
         else:
-            audit = warm_start(dmp, source, settings.rules, dry_run=True)
+            audit = settings.fill(dmp, source, data, dry_run=True)
     except PlanError as error:
         if process_rank() == 0:
             say(error.audit.text())

@@ -91,6 +91,14 @@ def check_select(at: str, select: str, known: Sequence[str], *, patience: int) -
         raise UserError(f"{at}train.patience={patience} needs a metric to go by, and {at}select is empty")
 
 
+def check_no_encoder(at: str, config: TrainConfig) -> None:
+    """Raises UserError for settings that only a LUM's training reads (`at`: the section, with a dot)."""
+    if config.fsdp:
+        raise UserError(
+            f"{at}train.fsdp=true shards the blocks of a user encoder, and only a LUM has one: leave it out"
+        )
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """What a step function returns: sums over this rank's batch, and how many events they are sums of.

@@ -1,8 +1,7 @@
 """Warm start: your model begins from a production checkpoint, audited to the row."""
 
 from lumrec.warm_start.apply import warm_start
-from lumrec.warm_start.audit import Audit
-from lumrec.warm_start.plan import PlanError
+from lumrec.warm_start.audit import Audit, PlanError
 from lumrec.warm_start.rules import Rule, Rules
 from lumrec.warm_start.sources import Source, open_source
 

@@ -105,6 +105,24 @@ class Audit:
         ]
 
 
+class PlanError(UserError):
+    """Rules that do not fit; the message lists all problems, `audit` holds what does fit."""
+
+    def __init__(self, message: str, audit: Audit) -> None:
+        super().__init__(message)
+        self.audit = audit
+
+
+def refuse(audit: Audit, problems: list[str]) -> None:
+    """Raises PlanError where there are problems."""
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise PlanError(
+            f"the model cannot start from {audit.source} by these rules; nothing was changed:{shown}{more}", audit
+        )
+
+
 _HEAD = ("parameter", "source", "shape", "dtype", "taken", "new", "unused", "columns", "optimizer state")
 _NUMBERS = ("taken", "new", "unused")
 

@@ -2,25 +2,39 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from lumrec.run.distributed import rank
-from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import sha256
+from lumrec.data.prepared import PreparedData
+from lumrec.data.vocabulary import moved_values
+from lumrec.run.distributed import on_rank_zero, rank
+from lumrec.run.errors import UserError
+from lumrec.run.files import check_file, sha256
 from lumrec.run.limits import setting
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.warm_start.apply import warm_start
 from lumrec.warm_start.audit import Audit
+from lumrec.warm_start.names import check_names, targets_of, with_second_source
 from lumrec.warm_start.rules import read_rules
-from lumrec.warm_start.scores import Expected
+from lumrec.warm_start.scores import Expected, read_scores
 from lumrec.warm_start.sources import Source, open_source
+from lumrec.warm_start.vocabulary import read_vocabulary, short
 
 logger = logging.getLogger(__name__)
+_FILES = ("source_vocabulary", "target_vocabulary", "categories", "check")  # that a rule names
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _table_of(target: str) -> str:
+    return f".{target}".split(".")[-2]
 
 
 @dataclass(frozen=True)
@@ -55,27 +69,52 @@ class WarmStartConfig:
                 "rows has its own, in its rule)"
             )
 
-    def check_inputs(self, at: str) -> None:
-        """Raises MissingFileError or UserError for what can be known of the files before data are read: one that is not
-        there, rules that cannot be. `at`: the section, with a dot. Target vocabularies may be made with the data.
+    def check_inputs(self, at: str, prepared: Path) -> None:
+        """Raises MissingFileError or UserError for files that are missing or cannot be read; reads no data.
+
+        at: the section, with a dot. prepared: folder of the prepared data, which may be made later, with the
+        vocabularies in it.
         """
         if not self.source:
             return
-        if not Path(self.source).exists():
-            raise MissingFileError(
-                f"{at}source: there is no {self.source}; expected a DCP folder or a checkpoint file (from {Path.cwd()})"
-            )
+        check_file(self.source, f"{at}source", "a DCP folder or a checkpoint file", may_be_folder=True)
         rules = read_rules(self.rules)
-        beside = [rules.optimizer_source, *(rule.source_vocabulary for rule in rules.rules)]
-        files = [(self.rules, Path(rules.folder) / name) for name in beside if name]
-        for key, path in [*([(f"{at}scores", Path(self.scores))] if self.scores else []), *files]:
-            if not path.exists():
-                raise MissingFileError(f"{key}: there is no {path} (from {Path.cwd()})")
+        if rules.optimizer_source:
+            path = Path(rules.folder) / rules.optimizer_source
+            check_file(path, f"{self.rules}: optimizer_source", "a checkpoint of the optimizer", may_be_folder=True)
+        for rule in rules.rules:
+            for key in _FILES:
+                path = Path(rules.folder) / getattr(rule, key)
+                is_made_later = key == "target_vocabulary" and not prepared.exists() and _is_in(path, prepared)
+                if getattr(rule, key) and not is_made_later:
+                    check_file(path, f"{self.rules}, rule {rule.source!r}: {key}", "Parquet or CSV")
+        if self.scores:
+            read_scores(self.scores, f"{at}scores")
 
-    def open(self) -> Source:
+    def check_names(self, tables: Collection[str], before: str, prepared: Path) -> None:
+        """Raises UserError for rules that name what the source or the model does not have, as far as this is known
+        before there is a model. Reads the source's headers only.
+
+        tables: of the model. before: what begins the name of its collection of tables. prepared: as in `check_inputs`.
+        """
+        if not self.source:
+            return
+        source, rules = with_second_source(self.open(verify=False), read_rules(self.rules), verify=False)
+        check_names(source, rules, tables, before)
+        for target, _, rule in targets_of(source, rules):
+            path = Path(rules.folder) / rule.target_vocabulary
+            if rule.target_vocabulary and _is_in(path, prepared):
+                expected = prepared / "vocabulary" / f"{_table_of(target)}.parquet"
+                if path.resolve() != expected.resolve():
+                    raise UserError(
+                        f"{self.rules}, rule {rule.source!r}: target_vocabulary is {rule.target_vocabulary}, but that "
+                        f"of {target!r} is {expected}"
+                    )
+
+    def open(self, *, verify: bool = True) -> Source:
         """The source. Collective. Raises as `open_source` does."""
         is_run = (Path(self.source) / "checkpoints").is_dir()
-        return open_source(best_checkpoint(self.source) if is_run else self.source)
+        return open_source(best_checkpoint(self.source) if is_run else self.source, verify=verify)
 
     def fingerprint(self, source: Source) -> str:
         """Changes with what decides the weights: the source, the optimizer's, the rules and the files that they name.
@@ -95,22 +134,49 @@ class WarmStartConfig:
         self,
         dmp: DistributedModelParallel,
         source: Source,
+        data: PreparedData,
         folder: Path | None = None,
         *,
+        dry_run: bool = False,
         expected: Expected | None = None,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Audit:
-        """Fills a model from what `open` gave, and leaves the audit in its run's folder (if any) and log. Collective.
+        """Fills a model of `data` from what `open` gave; leaves the audit in its run's folder (if any) and log.
+        Collective.
 
-        expected: scores that the filled model must have; score: gives its logits of rows. Raises as `warm_start` does.
+        dry_run: only the audit. expected: scores that the filled model must have; score: gives its logits of rows.
+        Raises as `warm_start` does, and UserError for vocabularies of other data.
         """
+        on_rank_zero(lambda: self._check_vocabularies(source, data))
         check = None
         if expected is not None and score is not None:
             check = lambda model: expected.compared(score(expected.row_N))  # noqa: E731
-        audit = warm_start(dmp, source, self.rules, check=check, tolerance=self.tolerance)
+        audit = warm_start(dmp, source, self.rules, check=check, tolerance=self.tolerance, dry_run=dry_run)
         if expected is not None:
             audit.checked = len(expected.row_N)  # each rank has compared all of them
         if rank() == 0 and folder is not None:
             logger.info("%s", audit.text())
             audit.save(folder)
         return audit
+
+    def _check_vocabularies(self, source: Source, data: PreparedData) -> None:
+        """Raises UserError where a rule's target_vocabulary gives a raw id another row than the data do."""
+        source, rules = with_second_source(source, read_rules(self.rules), verify=False)
+        for target, _, rule in targets_of(source, rules):
+            table = _table_of(target)
+            if not rule.target_vocabulary or table not in data.table_rows:
+                continue
+            path = Path(rules.folder) / rule.target_vocabulary
+            given = read_vocabulary(path, rule.target_columns, data.table_rows[table], repr(target))
+            known = pl.DataFrame(
+                list(data.vocabulary(table).items()), {"key": pl.String, "row": pl.Int64}, orient="row"
+            )
+            moved = moved_values(given.with_columns(pl.col("key").cast(pl.String)), known)
+            if len(moved):
+                key, row, now = moved.row(0)
+                raise UserError(
+                    f"{self.rules}, rule {rule.source!r}: target_vocabulary {path} is not that of {data.path}: "
+                    f"{len(moved):,} of {len(given):,} raw ids have another row there ({short(key)} has row {row} in "
+                    f"the one, {'none' if now is None else f'row {now}'} in the other). Expected "
+                    f"{data.path / 'vocabulary' / f'{table}.parquet'}"
+                )

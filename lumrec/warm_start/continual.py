@@ -23,10 +23,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from lumrec.data.common import Common
 from lumrec.data.manifest import read_manifest
 from lumrec.data.prepared import PreparedData
-from lumrec.data.schema import SchemaConfig, features_by_role, schema_from_dict
+from lumrec.data.schema import SchemaConfig, schema_from_dict
 from lumrec.data.splits import TRAIN
 from lumrec.data.vocabulary import moved_values, read_vocabularies
-from lumrec.models.lum import ModelConfig, TrainedLum, condition_features, open_lum_run
+from lumrec.models.lum import ModelConfig, TrainedLum, open_lum_run, token_features
 from lumrec.run.distributed import gathered, on_rank_zero
 from lumrec.run.errors import UserError
 from lumrec.train.checkpoint import verified_meta
@@ -46,13 +46,18 @@ PROJECTIONS = {kind: f"{TOKENS}{kind}_projection.weight" for kind in ("item", "c
 
 
 class Earlier(NamedTuple):
-    """A finished LUM run to start from: its best checkpoint, its parameters' shapes, and what it was trained with."""
+    """A finished LUM run to start from: its best checkpoint, its parameters' shapes, and what it was trained with.
+
+    prepared, manifest: of the data that it was trained on.
+    """
 
     run: str
     checkpoint: Path
     parameters: dict[str, list[int]]
     model: ModelConfig
     schema: SchemaConfig
+    prepared: Path
+    manifest: dict[str, Any]
 
     @property
     def fingerprint(self) -> str:
@@ -86,12 +91,11 @@ def earlier_run(common: Common, start_from: str) -> tuple[str, TrainedLum]:
     )
 
 
-def find_earlier(common: Common, model: ModelConfig, start_from: str, data: PreparedData) -> Earlier:
-    """The run that `start_from` names, once it is sure that a LUM of `model` can go on from it. Collective.
+def open_earlier(common: Common, model: ModelConfig, start_from: str, schema: SchemaConfig) -> Earlier:
+    """The run that `start_from` names, as far as a LUM of `model` on this schema can continue from it; reads no data.
 
-    Raises MissingFileError where the run or its prepared data is missing; UserError, which says what differs and how to
-    mend it, where the LUM would be another model, a feature that it reads is gone or changed, a value has another row,
-    or the earlier LUM has seen what this run holds out.
+    Raises MissingFileError where the run or its prepared data is missing; UserError, which names what differs and how
+    to mend it, where the LUM would be another model, or a feature that it reads is gone or changed.
     """
     name, lum = earlier_run(common, start_from)
     trained = lum.common
@@ -100,21 +104,31 @@ def find_earlier(common: Common, model: ModelConfig, start_from: str, data: Prep
             f"fold={common.fold} keeps users from this LUM, and {name} (fold={trained.fold or '(none)'}) has seen "
             "them: start from the LUM of the same fold; pretrain.start_from=…{fold} names it for each"
         )
-    meta = verified_meta(lum.checkpoint)
-    prepared = lum.prepared
-    manifest = on_rank_zero(lambda: read_manifest(prepared, verify=False))
-    trained_on = meta["fingerprint"].get("data", "not recorded")
+    manifest = read_manifest(lum.prepared, verify=False)
+    trained_on = lum.meta["fingerprint"].get("data", "not recorded")
     if trained_on != manifest["fingerprint"]:
         raise UserError(
-            f"{prepared} is not what {name} was trained on (fingerprint {manifest['fingerprint']}, then {trained_on}), "
-            "so the values of its rows are not known: prepare that log again as it was"
+            f"{lum.prepared} is not what {name} was trained on (fingerprint {manifest['fingerprint']}, then "
+            f"{trained_on}), so the values of its rows are not known: prepare that log again as it was"
         )
-    earlier = Earlier(name, lum.checkpoint, meta["parameters"], lum.model, schema_from_dict(manifest["schema"]))
+    then = schema_from_dict(manifest["schema"])
+    earlier = Earlier(name, lum.checkpoint, lum.meta["parameters"], lum.model, then, lum.prepared, manifest)
     _check_settings(earlier, model)
-    _check_features(earlier, model, data.schema)
-    if trained_on != data.fingerprint:
-        on_rank_zero(lambda: _check_vocabularies(earlier, prepared, data))
-        on_rank_zero(lambda: _check_split(name, prepared, manifest["split"], data))
+    _check_features(earlier, model, schema)
+    return earlier
+
+
+def find_earlier(common: Common, model: ModelConfig, start_from: str, data: PreparedData) -> Earlier:
+    """The run that `start_from` names, if a LUM of `model` on these data can continue from it. Collective.
+
+    Raises as `open_earlier` does, and UserError where its checkpoint is damaged, a value has another row, or the
+    earlier LUM has seen what this run holds out.
+    """
+    earlier = open_earlier(common, model, start_from, data.schema)
+    verified_meta(earlier.checkpoint)
+    if earlier.manifest["fingerprint"] != data.fingerprint:
+        on_rank_zero(lambda: _check_vocabularies(earlier, data))
+        on_rank_zero(lambda: _check_split(earlier, data))
     return earlier
 
 
@@ -129,12 +143,6 @@ def _check_settings(earlier: Earlier, model: ModelConfig) -> None:
             f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(differences)}. Use its settings, or "
             "train a new one without pretrain.start_from"
         )
-
-
-def token_features(model: ModelConfig, schema: SchemaConfig) -> dict[str, list[str]]:
-    """The features that each projection ("item", "condition") reads, in the order of its columns."""
-    item = [*features_by_role(schema, "item"), *features_by_role(schema, "feedback")]
-    return {"item": item, "condition": condition_features(model, schema)}
 
 
 def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) -> None:
@@ -161,8 +169,9 @@ def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) 
         )
 
 
-def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) -> None:
+def _check_vocabularies(earlier: Earlier, data: PreparedData) -> None:
     """Raises UserError unless every value that the earlier LUM knows has the same row in `data`."""
+    prepared = earlier.prepared
     before, now = read_vocabularies(prepared)[1], read_vocabularies(data.path)[1]
     for parameter in earlier.parameters:
         if not parameter.startswith(TABLES):
@@ -179,21 +188,21 @@ def _check_vocabularies(earlier: Earlier, prepared: Path, data: PreparedData) ->
             )
 
 
-def _check_split(run: str, prepared: Path, split_before: dict[str, Any], data: PreparedData) -> None:
+def _check_split(earlier: Earlier, data: PreparedData) -> None:
     """Raises UserError where the earlier LUM may have learned from an event that `data` holds out.
 
     It has not where all it learned from is older than what is held out, nor where the same rule parted a log that has
     only grown: a user's first events, or users by a hash of their keys, stay in the training part.
     """
-    split = data.manifest["split"]
+    split, split_before = data.manifest["split"], earlier.manifest["split"]
     held_out = data.timestamp[data.split != TRAIN]
     if (split == split_before and split["kind"] != "time") or not len(held_out):
         return
-    training = pl.scan_parquet(prepared / "events" / "*.parquet").filter(pl.col("split") == TRAIN)
+    training = pl.scan_parquet(earlier.prepared / "events" / "*.parquet").filter(pl.col("split") == TRAIN)
     last = training.select(pl.col("timestamp").max()).collect(engine="streaming").item()
     if not data.absolute_time or last >= held_out.min():
         raise UserError(
-            f"{run} may have learned from events that this data holds out for evaluation: its data.split was "
+            f"{earlier.run} may have learned from events that this data holds out for evaluation: its data.split was "
             f"{split_before}, up to {_date(last)}; here it is {split}, and held out is what comes from "
             f"{_date(held_out.min())} on. Use the same data.split, or kind: time with times after those"
         )

@@ -2,26 +2,34 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lumrec.run.errors import UserError
-from lumrec.warm_start.audit import Audit
+from lumrec.warm_start.audit import Audit, refuse
 from lumrec.warm_start.quantized import is_companion
 from lumrec.warm_start.rules import Rule, Rules, nearest
-from lumrec.warm_start.sources import Source
+from lumrec.warm_start.sources import Source, open_source
 
 SECOND = "optimizer_source:"  # in front of the names of a second source
 
 
 def match_names(
-    source: Source, rules: Rules, targets: Mapping[str, Any], audit: Audit, problems: list[str]
+    source: Source,
+    rules: Rules,
+    targets: Mapping[str, Any],
+    audit: Audit,
+    problems: list[str],
+    *,
+    is_whole: bool = True,
 ) -> dict[str, tuple[str, str, Rule]]:
-    """Target → (name in the source without its prefix, with it, rule)."""
+    """Target → (name in the source without its prefix, with it, rule). is_whole: the targets are all of the model's."""
     theirs, collisions = without_prefix(source, rules)
     problems += collisions
     if rules.source_prefix and not any(full.startswith(rules.source_prefix) for full in source.tensors):
@@ -51,9 +59,8 @@ def match_names(
             used.add(name)
     for name in theirs:
         if name not in used and name not in unused:
-            problems.append(
-                f"{name!r} of the source is left over{nearest(name, targets)}; give it a rule or list it as unused"
-            )
+            near = nearest(name, targets) if is_whole else ""
+            problems.append(f"{name!r} of the source is left over{near}; give it a rule or list it as unused")
     for target in targets:
         if target not in pairs and target not in fresh:
             problems.append(f"{target!r} has no source{nearest(target, theirs)}; give it a rule or list it as fresh")
@@ -62,6 +69,33 @@ def match_names(
     audit.unused = [theirs[name] for name in theirs if name not in used]
     audit.others = list(source.others)
     return pairs
+
+
+def check_names(source: Source, rules: Rules, tables: Collection[str], before: str) -> None:
+    """Raises PlanError for names of rules that the source does not have, or that are of tables that the model does not
+    have, before there is a model.
+
+    tables: of the model. before: what begins the name of its collection of tables.
+    """
+    audit, problems = Audit(str(source.path), source.kind), list[str]()
+    collection = f"{before}tables.embedding_bags."
+    targets = dict.fromkeys((f"{collection}{table}.weight" for table in tables), None)
+    # Of all else it is not known yet whether the model has it.
+    others = [target for target, _, _ in targets_of(source, rules) if not target.startswith(collection)]
+    named = {**targets, **dict.fromkeys(others)}
+    fresh = [one for one in rules.fresh if one.startswith(collection) or any(_is_like(name, one) for name in named)]
+    match_names(source, replace(rules, fresh=fresh), named, audit, problems, is_whole=False)
+    refuse(audit, problems)
+
+
+def targets_of(source: Source, rules: Rules) -> Iterator[tuple[str, str, Rule]]:
+    """(target, name in the source without its prefix, rule) of each tensor that a rule matches."""
+    theirs = without_prefix(source, rules)[0]
+    unused = _listed("unused", rules.unused, theirs, [])
+    for rule in rules.rules:
+        yield from (
+            (_target_of(rule, name), name, rule) for name in theirs if name not in unused and _matches(rule, name)
+        )
 
 
 def _check_ties(targets: Mapping[str, Any], pairs: Mapping[str, tuple[str, str, Rule]], problems: list[str]) -> None:
@@ -144,3 +178,22 @@ def without_prefix(source: Source, rules: Rules) -> tuple[dict[str, str], list[s
             )
         theirs[name] = full
     return theirs, problems
+
+
+def with_second_source(source: Source, rules: Rules, *, verify: bool = True) -> tuple[Source, Rules]:
+    """The source with the tensors of rules.optimizer_source beside its own, and rules that find them.
+
+    Raises UserError where optimizer_prefix begins no name.
+    """
+    second = source
+    if rules.optimizer_source:
+        second = open_source(Path(rules.folder) / rules.optimizer_source, verify=verify, key="optimizer_source")
+    if rules.optimizer_prefix and not any(name.startswith(rules.optimizer_prefix) for name in second.tensors):
+        near = nearest(rules.optimizer_prefix, second.tensors)
+        raise UserError(f"optimizer_prefix {rules.optimizer_prefix!r} begins no name of {second.path}{near}")
+    if second is source:
+        return source, rules
+    tensors = {f"{SECOND}{name}": stored for name, stored in second.tensors.items()}
+    values = {f"{SECOND}{name}": value for name, value in second.values.items()}
+    both = replace(source, tensors={**source.tensors, **tensors}, values={**source.values, **values})
+    return both, replace(rules, optimizer_prefix=f"{SECOND}{rules.optimizer_prefix}")

@@ -20,25 +20,17 @@ from torch.nn.parameter import is_lazy
 from lumrec.run.distributed import on_rank_zero
 from lumrec.run.errors import UserError
 from lumrec.warm_start import states
-from lumrec.warm_start.audit import Audit, AuditRow
-from lumrec.warm_start.names import SECOND, match_names, without_prefix
+from lumrec.warm_start.audit import Audit, AuditRow, refuse
+from lumrec.warm_start.names import SECOND, match_names, with_second_source, without_prefix
 from lumrec.warm_start.quantized import dequantised
 from lumrec.warm_start.routing import routing_problems
 from lumrec.warm_start.rows import RowMap, map_rows
-from lumrec.warm_start.rules import Rule, Rules, nearest
-from lumrec.warm_start.sources import Source, open_source
+from lumrec.warm_start.rules import Rule, Rules
+from lumrec.warm_start.sources import Source
 
 _COUNTS = {torch.int32, torch.int64}
 _UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}
 _PER = {"": "something unknown", "scalar": "tensor", "shard": "row and column shard"}
-
-
-class PlanError(UserError):
-    """Rules that do not fit; the message lists all problems, `audit` says what was found besides."""
-
-    def __init__(self, message: str, audit: Audit) -> None:
-        super().__init__(message)
-        self.audit = audit
 
 
 class Shard(NamedTuple):
@@ -127,7 +119,7 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     targets = {name: value for name, value in model.state_dict().items() if hasattr(value, "size")}
     audit = Audit(str(source.path), source.kind)
     problems: list[str] = []
-    source, rules = _with_second_source(source, rules)
+    source, rules = with_second_source(source, rules)
     pairs = match_names(source, rules, targets, audit, problems)
     problems += _not_to_be_filled(targets, model.state_dict(), pairs)
     theirs = states.SourceStates(source, rules, without_prefix(source, rules)[0])
@@ -145,12 +137,7 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
             problems.append(str(error))
     taken = {copy.source for copy in plan.copies}
     audit.states_left = [name.removeprefix(SECOND) for name in theirs.names if name not in taken]
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise PlanError(
-            f"the model cannot start from {source.path} by these rules; nothing was changed:{shown}{more}", audit
-        )
+    refuse(audit, problems)
     return plan
 
 
@@ -184,25 +171,6 @@ def _held(value: Any) -> list[Tensor]:
     if isinstance(value, ShardedTensor):
         return [part.tensor for part in value.local_shards()]
     return [value.to_local() if isinstance(value, DTensor) else value]
-
-
-def _with_second_source(source: Source, rules: Rules) -> tuple[Source, Rules]:
-    """The source with the tensors of rules.optimizer_source beside its own, and rules that find them.
-
-    Raises UserError where optimizer_prefix begins no name.
-    """
-    second = source
-    if rules.optimizer_source:
-        second = open_source(Path(rules.folder) / rules.optimizer_source, key="optimizer_source")
-    if rules.optimizer_prefix and not any(name.startswith(rules.optimizer_prefix) for name in second.tensors):
-        near = nearest(rules.optimizer_prefix, second.tensors)
-        raise UserError(f"optimizer_prefix {rules.optimizer_prefix!r} begins no name of {second.path}{near}")
-    if second is source:
-        return source, rules
-    tensors = {f"{SECOND}{name}": stored for name, stored in second.tensors.items()}
-    values = {f"{SECOND}{name}": value for name, value in second.values.items()}
-    both = replace(source, tensors={**source.tensors, **tensors}, values={**source.values, **values})
-    return both, replace(rules, optimizer_prefix=f"{SECOND}{rules.optimizer_prefix}")
 
 
 def _with_numbers(

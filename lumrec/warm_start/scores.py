@@ -32,19 +32,22 @@ class Expected(NamedTuple):
         return ours_N if self.is_logit else ours_N.sigmoid(), torch.from_numpy(self.value_N)
 
 
-def read_expected(path: str | Path, data: PreparedData) -> Expected:
-    """What production said, of the rows of `data` that the file names.
+def read_scores(path: str | Path, key: str = "rank.warm_start.scores") -> tuple[pl.DataFrame, np.ndarray, bool]:
+    """User, item and timestamp of each row of the file, production's values (float64 [N]), and whether they are logits.
 
-    Raises MissingFileError, or UserError for missing columns and values, a score that is no probability, and a user and
-    item that `data` has not, or several times.
+    key: the setting that names the file, for errors. Raises MissingFileError, or UserError for missing columns and
+    values, and a score that is no probability.
     """
-    path = Path(path)
-    frame = read_columns(path, ["user", "item"])
+    path, expected = Path(path), "Parquet or CSV with the columns user, item, and score or logit"
+    frame = read_columns(path, ["user", "item"], key=key, expected=expected)
     kinds = [name for name in ("score", "logit") if name in frame.columns]
     if len(kinds) != 1:
         raise UserError(f"{path} has the columns {', '.join(frame.columns)}; expected one of score and logit")
     by = ["user", "item", *(["timestamp"] if "timestamp" in frame.columns else [])]
     numbers = {kinds[0]: pl.Float64, "timestamp": pl.Int64}
+    seconds = frame["timestamp"] if len(by) == 3 else pl.Series([0])
+    if seconds.dtype.is_float() and not (seconds.floor() == seconds).all() or seconds.dtype.is_temporal():
+        raise UserError(f"{path}: timestamp holds {seconds.dtype}; expected whole seconds, as prepared")
     try:
         frame = frame.select(pl.col(name).cast(numbers.get(name, pl.String)) for name in (*by, kinds[0]))
     except pl.exceptions.PolarsError:
@@ -54,7 +57,16 @@ def read_expected(path: str | Path, data: PreparedData) -> Expected:
         raise UserError(f"{path} has no rows, or some without {', '.join(by)} or a finite {kinds[0]}")
     if kinds == ["score"] and not ((value_N >= 0) & (value_N <= 1)).all():
         raise UserError(f"{path}: score has {value_N.min():g} to {value_N.max():g}, expected probabilities; or logit")
-    return Expected(_rows(path, frame.select(by), data), value_N, kinds == ["logit"])
+    return frame.select(by), value_N, kinds == ["logit"]
+
+
+def read_expected(path: str | Path, data: PreparedData) -> Expected:
+    """What production said of the rows of `data` that the file names.
+
+    Raises as `read_scores` does, and UserError for a user and item that `data` has not, or several times.
+    """
+    frame, value_N, is_logit = read_scores(path)
+    return Expected(_rows(Path(path), frame, data), value_N, is_logit)
 
 
 def _rows(path: Path, frame: pl.DataFrame, data: PreparedData) -> np.ndarray:

@@ -2,15 +2,24 @@
 
 import errno
 import os
+import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lumrec.experiments.config import load
+from lumrec.knowledge.forget import read_keys_file
+from lumrec.knowledge.parquet import import_parquet
 from lumrec.run import files
 from lumrec.run.changes import differing
 from lumrec.run.errors import MissingFileError, UserError, did_you_mean
-from lumrec.run.files import full_disk_told, leftovers, locked, read_json, remove_folder, replace_folder
+from lumrec.run.files import check_file, full_disk_told, leftovers, locked, read_json, remove_folder, replace_folder
+from lumrec.train.plan import read_plan
+from lumrec.warm_start.rules import read_rules
+from lumrec.warm_start.scores import read_scores
+from lumrec.warm_start.vocabulary import read_columns
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -108,3 +117,65 @@ def test_what_differs_is_named_by_its_dotted_key():
 def test_the_nearest_name_is_found_whatever_its_case():
     assert did_you_mean("LABEL ", ["Label", "item"]) == " (did you mean 'Label'?)"
     assert did_you_mean("zzz", ["Label", "item"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "key: .*/x is a folder; expected some text"),
+        (
+            lambda path: path.symlink_to(path.parent / "gone"),
+            "there is no .*/x .it is a link to .*gone.; expected some",
+        ),
+        (
+            lambda path: path.symlink_to(path),
+            "/x cannot be read .Too many levels of symbolic links.; expected some text",
+        ),
+        (lambda path: os.mkfifo(path), "/x is no file but a socket, pipe or device"),
+        (
+            lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
+            "is no file but a socket, pipe or dev",
+        ),
+        (lambda path: None, "key: there is no .*/x; expected some text"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, make, said):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=said):
+        check_file(tmp_path / "x", "key", "some text")
+
+
+def test_what_may_be_read(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    for path in (tmp_path / "x", str(tmp_path / "link")):
+        assert check_file(path, "", "") == Path(path)
+    assert check_file(tmp_path, "", "", may_be_folder=True) == tmp_path
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(UserError, match="cannot be read"):
+            check_file(path, "", "some text", may_be_folder=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(UserError, match="/x cannot be read .Permission denied.; expected some text"):
+        check_file(tmp_path / "x", "", "some text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError, match="there is no gone; expected some text .from /"):
+        check_file("gone", "", "some text")
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (load, "my.yaml"),
+        (lambda path: read_plan(str(path), world_size=1), "plan.yaml"),
+        (read_rules, "rules.yaml"),
+        (read_scores, "said.csv"),
+        (read_keys_file, "keys.txt"),
+        (lambda path: read_columns(path, ["key"]), "item.parquet"),
+        (lambda path: import_parquet(path.parent, path.parent / "store"), "users.parquet"),
+    ],
+    ids=["config", "plan", "rules", "scores", "keys", "vocabulary", "import"],
+)
+def test_a_folder_in_place_of_an_input_file(tmp_path, read, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="is a folder; expected"):
+        read(tmp_path / name)

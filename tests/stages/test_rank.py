@@ -169,7 +169,7 @@ def test_labels_of_the_test_part_change_no_training_batch(words, data):
 
 def test_a_rows_own_feedback_label_and_wish_are_not_read(words, data):
     """The scores of test rows stay when their own labels and feedback are turned around."""
-    assert "feedback" not in row_features(data) and "scenario" in row_features(data)
+    assert "feedback" not in row_features(data.schema) and "scenario" in row_features(data.schema)
     torch.manual_seed(0)
     model = build_ranker(RankConfig(), data, num_statistics=len(dense_inputs(data).names)).eval()
     last = data.user_offsets[1:][np.diff(data.user_offsets) > 0] - 1

@@ -153,7 +153,7 @@ def test_training_rows_are_positive_events_of_the_training_part(data):
 def test_a_user_vector_reads_nothing_of_its_row_or_later(data):
     """Item, label, feedback and conditions of the target and of all later events may be anything."""
     config = RetrieveConfig()
-    assert not set(tower_features(config, data)) & {"feedback", "categories"}
+    assert not set(tower_features(config, data.schema)) & {"feedback", "categories"}
     torch.manual_seed(0)
     towers, builder = build_towers(config, data)
     dmp = shard(towers, device=init_distributed("cpu")).eval()

@@ -267,3 +267,124 @@ def test_a_changed_source_of_the_optimizer_or_rules_is_another_warm_start(words,
     (folder / "second.yaml").write_text(RULES.replace("prefix}", "prefix, optimizer: drop}"))
     with pytest.raises(ValueError, match="input warm_start"):
         STAGES["rank"].run(config(from_production(words, "second.yaml"), "run=second"))
+
+
+ITEM = "tables.embedding_bags.item_id.weight"
+BY_ID = "rows: remap, new_rows: mean, keep_rows: [0], source_vocabulary: {old}, target_vocabulary: {new}"
+
+
+def with_rule(words: list[str], name: str, rule: str, more: str = "") -> list[str]:
+    """Words of a ranker that takes the table of items by another rule than everything else."""
+    rest = RULES.replace("prefix}", f'prefix, exclude: ["{ITEM}"]}}')
+    text = f"{rest}  - {{source: {ITEM}, {rule}}}\n{more}"
+    (Path(config(words).runs_dir) / f"{name}.yaml").write_text(text)
+    return from_production(words, f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "more", "said"),
+    [
+        (
+            "target: tables.embedding_bags.itm_id.weight",
+            "",
+            "bags.itm_id.weight', which the model has not; the nearest",
+        ),
+        (
+            "match: regex, target: 'x'",
+            f"fresh: [{ITEM.replace('id', 'idd')}]",
+            "fresh lists 'tables.*item_idd.weight', which matches nothing",
+        ),
+        ("match: prefix, exclude: ['*']", "", "'tables.embedding_bags.item_id.weight' .prefix. matches nothing"),
+        ("", "unused: [tabels.*]", "unused lists 'tabels..', which matches nothing"),
+        (BY_ID.format(old="{folder}/old.csv", new="{folder}/new.csv"), "", "target_vocabulary: there is no .*new.csv"),
+        (
+            BY_ID.format(old="{folder}/nowhere.csv", new="{folder}/old.csv"),
+            "",
+            "source_vocabulary: there is no .*nowhe",
+        ),
+        (
+            BY_ID.format(old="{folder}", new="{folder}/old.csv"),
+            "",
+            "source_vocabulary: .* is a folder; expected Parquet",
+        ),
+        (
+            BY_ID.format(old="{folder}/old.csv", new="{runs}/tiny-prepare/vocabulary/items.parquet"),
+            "",
+            "target_vocabulary is .*items.parquet, but that of 'tables.*item_id.weight' is .*/item_id.parquet",
+        ),
+        ("check: '{folder}/link'", "", "check: there is no .*link .it is a link to .*gone"),
+        ("optimizer_kind: adam", "", None),  # a rule that only the numbers can refuse
+    ],
+)
+def test_rules_that_cannot_fit_are_refused_before_data_are_prepared(words, tmp_path, rule, more, said):
+    (tmp_path / "old.csv").write_text("key,row\n1,1\n")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (runs := tmp_path / "runs").mkdir()
+    rule = rule.replace("{folder}", str(tmp_path)).replace("{runs}", str(runs))
+    given = [*with_rule(words, tmp_path.name, rule, more), f"runs_dir={runs}"]
+    for stage in ("rank", "warm_start") if said else ():
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            STAGES[stage].run(config(given, "run=early"))
+        assert not list(runs.iterdir())
+    if not said:
+        with pytest.raises(ValueError, match="the rule says optimizer_kind=adam"):
+            STAGES["warm_start"].run(config(given))
+        assert (runs / "tiny-prepare").is_dir()
+
+
+EARLY = [
+    ("rank", ["rank.train.sharding=PLAN"], "this model has no table 'itme_id'.*item_id"),
+    ("pretrain", ["pretrain.train.sharding=PLAN"], "this model has no table 'itme_id'"),
+    ("retrieve", ["retrieve.train.sharding=PLAN"], "this model has no table 'itme_id'"),
+    ("rank", ["rank.train.sharding=."], "sharding: . is a folder; expected a YAML file"),
+    ("rank", ["rank.train.optimizer.table_lrs={segment: .1}", "rank.leave_out=[segment]"], "table_lrs: got 'segment'"),
+    ("pretrain", ["pretrain.train.optimizer.table_lrs={segment: .1}"], "got 'segment'.*tables that this model reads"),
+    ("rank", ["rank.leave_out=[itm]"], "rank.leave_out: got 'itm'"),
+    (
+        "rank",
+        ["rank.model=twin", "rank.leave_out=[categories]"],
+        "rank.twin.category: got '', which is the first",
+    ),
+    ("rank", ["rank.model=sim", "rank.sim.search=hard", "rank.leave_out=[categories]"], "rank.sim.category: got ''"),
+    ("rank", ["rank.train.fsdp=true"], "rank.train.fsdp=true shards the blocks of a user encoder"),
+    ("retrieve", ["retrieve.conditions=[scenrio]"], "retrieve.conditions: got 'scenrio' .did you mean 'scenario'"),
+    ("pretrain", ["pretrain.evaluate.condition={fedback: like}"], "got 'fedback' .did you mean 'feedback'"),
+    ("pretrain", ["model.conditions=[fedback]"], "model.conditions names"),
+]
+
+
+@pytest.mark.parametrize(("stage", "more", "said"), EARLY)
+def test_names_that_the_schema_lacks_are_refused_before_data_are_prepared(tiny_words, tmp_path, stage, more, said):
+    (tmp_path / "plan.yaml").write_text("itme_id: table_wise\n")
+    (runs := tmp_path / "runs").mkdir()
+    given = [*tiny_words, f"runs_dir={runs}", *(word.replace("PLAN", str(tmp_path / "plan.yaml")) for word in more)]
+    with pytest.raises(ValueError, match=said):
+        STAGES[stage].run(config(given))
+    assert not list(runs.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("score", "said"), [("1.5", "expected probabilities"), ("", "finite score"), (None, "a folder")]
+)
+def test_scores_are_looked_at_before_data_are_prepared(words, tmp_path, score, said):
+    path = tmp_path / "said.csv"
+    path.mkdir() if score is None else path.write_text(f"user,item,score\nU,I,{score}\n")
+    (runs := tmp_path / "runs").mkdir()
+    given = [*from_production(words), f"rank.warm_start.scores={path}", f"runs_dir={runs}"]
+    with pytest.raises(ValueError, match=said):
+        STAGES["rank"].run(config(given))
+    assert not list(runs.iterdir())
+
+
+def test_a_vocabulary_of_other_data_is_refused(words, tmp_path):
+    """The rows of data that were prepared another time are other ones, and as many."""
+    folder = Path(config(words).runs_dir)
+    vocabulary = folder / "tiny-prepare" / "vocabulary" / "item_id.parquet"
+    frame = pl.read_parquet(vocabulary)
+    frame.with_columns(row=pl.col("row").reverse()).write_parquet(tmp_path / "stale.parquet")
+    rule = BY_ID.format(old=vocabulary, new=tmp_path / "stale.parquet")
+    for stage in ("warm_start", "rank"):
+        with pytest.raises(ValueError, match=r"stale.parquet is not that of .*54 of 55 raw ids have another row there"):
+            STAGES[stage].run(config(with_rule(words, "stale", rule), "run=stale"))
+    frame.write_parquet(tmp_path / "stale.parquet")
+    STAGES["warm_start"].run(config(with_rule(words, "stale", rule)))

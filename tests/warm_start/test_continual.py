@@ -115,7 +115,7 @@ def test_then_everything_that_is_new_learns(logs, before, capsys, caplog):
     with caplog.at_level("INFO"):
         result = STAGES["pretrain"].run(config)
     assert result["loss"] > 0 and result["hr@10"] >= 0
-    assert "goes on from before-pretrain" in caplog.text and "columns new" in caplog.text
+    assert "continues from before-pretrain" in caplog.text and "columns new" in caplog.text
     data = open_or_prepare(config)
     lum, _, _ = load_lum(config.runs / "grown-pretrain", data, device=init_distributed("cpu"))
     end = weights_of(lum)

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.run.errors import UserError, did_you_mean
+from lumrec.run.files import check_file
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def find_files(patterns: Sequence[str], key: str) -> list[Path]:
         for file in files:
             if not file.is_file():
                 raise UserError(f"{key}: {file} is no file{_leads_to(file)}; remove it, or name the files by a glob")
+            check_file(file, key, "a file of the log")
             first = found.setdefault(file.resolve(), file)
             if first != file:
                 log.warning("%s: %s is the same file as %s, and read once", key, file, first)

@@ -54,7 +54,11 @@ MISSING = [
     ("pretrain", ["pretrain.warm_start={source: nowhere, rules: '{rules}'}"], "source: there is no nowhere"),
     ("pretrain", ["pretrain.warm_start={source: '{rules}', rules: nowhere}"], "rules: there is no nowhere"),
     ("rank", ["rank.warm_start={source: '{rules}', rules: '{rules}', scores: nowhere}"], "scores: there is no nowhere"),
-    ("rank", ["rank.warm_start={source: '{rules}', rules: '{lacking}'}"], "lacking.yaml: there is no .*nowhere.csv"),
+    (
+        "rank",
+        ["rank.warm_start={source: '{rules}', rules: '{lacking}'}"],
+        "lacking.yaml, rule 'a': source_vocabulary: there is no .*nowhere.csv",
+    ),
     ("rank", ["rank.knowledge=both", "inputs.knowledge=nowhere"], "no knowledge in .*nowhere"),
     ("rank", ["rank.tables=lum", "inputs.lums=[nowhere]"], "no finished LUM in .*nowhere"),
     ("retrieve", ["retrieve.knowledge=direct", "inputs.knowledge=nowhere"], "no knowledge in .*nowhere"),

@@ -204,8 +204,8 @@ def test_folders_that_only_look_like_ours_stay(tmp_path):
         (b"\n \r\n", "has no key"),
         (b"\xff\xfe1\0", "not UTF-8"),
         (None, "the keys file: there is no "),
-        (b"u1\ru2\r", "holds a carriage return or NUL"),
-        (b"u1\0u2", "holds a carriage return or NUL"),
+        (b"u1\ru2\r", "contains a carriage return or NUL"),
+        (b"u1\0u2", "contains a carriage return or NUL"),
     ],
 )
 def test_a_keys_file_that_cannot_be_used_is_told(tmp_path, content, message):

@@ -29,6 +29,8 @@ from lumrec.serving.golden import check_golden
 from lumrec.serving.requests import RequestBatch, ScoreRequest
 from lumrec.serving.state import UserState
 
+SHORT = 63  # histories up to this length are scored together
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -200,49 +202,63 @@ class Scorer:
         histories: Sequence[UserHistory | None] | None = None,
         answers: UserKnowledge | None = None,
     ) -> list[Scored]:
-        """What came of each request, all scored in one call of the ranker.
+        """What came of each request; those whose histories have about the same length are scored in one call.
 
         A store or state that cannot be read counts as one that knows nobody, and each result says why. histories,
         answers: in place of those of the state and the store, for each request. Raises UserError for no request.
         """
         if not all(request.items for request in requests):
             raise UserError("a request has no items: there is nothing to score")
-        if not requests:
-            return []
         state, store_error = _State(self.state if histories is None else None), ""
         if histories is None:
             histories = state.get([request.user for request in requests])
-        made = self.bundle.builder.batch(requests, histories, state.item_counts if state.state else None)
-        age_Q = np.full(len(requests), np.nan)
-        present_Q = np.zeros(len(requests), bool)
-        if self.needs_knowledge:
-            if answers is None:
-                answers, store_error = self._answers(requests)
-            made.rank.knowledge = self._knowledge(answers, made)
-            age_Q, present_Q = answers.age_s_B.numpy(), answers.present_BN.any(1).numpy()
-        score_B = self.bundle.graph(made.rank).numpy()
-        bounds = made.offsets_Q1.tolist()
-        unknown = self.bundle.manifest["num_items"]
-        return [
-            Scored(
-                scores=score_B[first:last],
-                unknown_user=bool(made.unknown_user_Q[q]),
-                unknown_items=[
-                    key for key, item in zip(requests[q].items, made.item_B[first:last].tolist()) if item == unknown
-                ]
-                if made.unknown_items_Q[q]
-                else [],
-                unknown_values=int(made.unknown_values_Q[q]),
-                cut=bool(made.cut_Q[q]),
-                knowledge_present=bool(present_Q[q]),
-                knowledge_age_s=float(age_Q[q]),
-                state_error=state.error,
-                store_error=store_error,
-                batch=made,
-                rows=slice(first, last),
+        if self.needs_knowledge and answers is None:
+            answers, store_error = self._answers(requests)
+        scored: list[Scored | None] = [None] * len(requests)
+        for group in _by_length(histories, self.bundle.builder.spec.max_history):
+            made = self.bundle.builder.batch(
+                [requests[q] for q in group],
+                [histories[q] for q in group],
+                state.item_counts if state.state is not None else None,
             )
-            for q, (first, last) in enumerate(zip(bounds, bounds[1:]))
-        ]
+            of_group = None
+            if answers is not None:
+                of_group = UserKnowledge(*(None if x is None else x[torch.tensor(group)] for x in answers))  # type: ignore
+                made.rank.knowledge = self._knowledge(of_group, made)
+            score_B = self.bundle.graph(made.rank).numpy()
+            for place, q in enumerate(group):
+                scored[q] = self._scored(requests[q], made, score_B, place, of_group, state.error, store_error)
+        return [each for each in scored if each is not None]
+
+    def _scored(
+        self,
+        request: ScoreRequest,
+        made: RequestBatch,
+        score_B: np.ndarray,
+        q: int,
+        answers: UserKnowledge | None,
+        state_error: str,
+        store_error: str,
+    ) -> Scored:
+        """What came of the request in place `q` of a batch."""
+        rows = slice(int(made.offsets_Q1[q]), int(made.offsets_Q1[q + 1]))
+        unknown_items = []
+        if made.unknown_items_Q[q]:
+            is_unknown = made.item_B[rows] == self.bundle.manifest["num_items"]
+            unknown_items = [request.items[c] for c in np.flatnonzero(is_unknown).tolist()]
+        return Scored(
+            scores=score_B[rows],
+            unknown_user=bool(made.unknown_user_Q[q]),
+            unknown_items=unknown_items,
+            unknown_values=int(made.unknown_values_Q[q]),
+            cut=bool(made.cut_Q[q]),
+            knowledge_present=answers is not None and bool(answers.present_BN[q].any()),
+            knowledge_age_s=np.nan if answers is None else float(answers.age_s_B[q]),
+            state_error=state_error,
+            store_error=store_error,
+            batch=made,
+            rows=rows,
+        )
 
     def _answers(self, requests: Sequence[ScoreRequest]) -> tuple[UserKnowledge, str]:
         if self._store is not None:
@@ -270,6 +286,18 @@ class Scorer:
         present_BN = present_BN & torch.from_numpy(row_B >= 0)[:, None]
         e_BD = self._store.store.item_embeddings(row_B, fold_B.numpy())
         return KnowledgeBatch(o_BND, e_BD, log_z_BN, present_BN, fold_B)
+
+
+def _by_length(histories: Sequence[UserHistory | None], most: int) -> list[list[int]]:
+    """Indices of the histories, those of about the same length together: a batch is padded to its longest one.
+
+    most: events that are read of a history.
+    """
+    groups: dict[int, list[int]] = {}
+    for q, history in enumerate(histories):
+        length = 0 if history is None else min(len(history.events), most)
+        groups.setdefault(max(length, SHORT).bit_length(), []).append(q)
+    return list(groups.values())
 
 
 def identity_of_lums(lums: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lumrec.data.common import Common
-from lumrec.data.forms import as_text
+from lumrec.data.forms import as_text, text_of
 from lumrec.data.schema import SchemaConfig
 from lumrec.run.errors import MissingFileError, UserError, did_you_mean
 from lumrec.run.files import full_disk_told, new_file
@@ -238,23 +238,35 @@ def _scored(
     users = as_text(frame[settings.user]).fill_null("").to_list()
     items = as_text(frame[settings.item]).fill_null("").to_list()
     times = _seconds(frame[settings.time]).to_list() if settings.time else [time.time()] * len(frame)
-    contexts = [dict(zip(columns, values)) for values in frame.select(*columns.values()).iter_rows()]
-    # Rows of one user, time and context that follow each other are candidates of one request, and share its history.
-    shared = [name for name in (settings.user, settings.time, *columns.values()) if name]
-    first_B = frame.select(pl.struct(dict.fromkeys(shared)).rle_id()).to_series().to_numpy()
-    bounds = np.flatnonzero(np.diff(first_B, prepend=-1, append=-1)).tolist()
+    schema = scorer.bundle.builder.spec.schema
+    context = {name: _raw(frame[column], schema.features[name].kind) for name, column in columns.items()}
+    # Rows of one user and time that follow each other are candidates of one request, and share its history.
+    same = frame.select(pl.struct({settings.user, settings.time} - {""}).rle_id()).to_series().to_numpy()
+    bounds = np.flatnonzero(np.diff(same, prepend=-1, append=-1)).tolist()
     result: dict[str, list[np.ndarray]] = {name: [] for name in SCORES.names}
     for spans in _calls(list(zip(bounds, bounds[1:]))):
-        requests = [ScoreRequest(users[a], items[a:b], contexts[a] if columns else {}, times[a]) for a, b in spans]
+        requests = [
+            ScoreRequest(users[a], items[a:b], {}, times[a], {name: values[a:b] for name, values in context.items()})
+            for a, b in spans
+        ]
         for request, scored in zip(requests, scorer.score_many(requests)):
+            if problem := scored.state_error or scored.store_error:
+                raise UserError(f"{problem}. Nothing is scored without it; run the same command again")
             num, unknown = len(request.items), set(scored.unknown_items)
             result["score"].append(scored.scores)
             result["unknown_user"].append(np.full(num, scored.unknown_user))
             result["unknown_item"].append(np.array([item in unknown for item in request.items]))
             result["knowledge_age_s"].append(np.full(num, scored.knowledge_age_s, np.float32))
-            if problem := scored.state_error or scored.store_error:
-                raise UserError(f"{problem}. Nothing was scored without it; run the same command again")
     return {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in result.items()}
+
+
+def _raw(column: pl.Series, kind: str) -> list:
+    """The values of a feature's column as a request has them."""
+    if kind == "id":
+        return as_text(column).to_list()
+    if isinstance(kind_of := column.dtype, pl.List) and isinstance(inner := kind_of.inner, pl.DataType):
+        return column.list.eval(text_of(pl.element(), inner)).to_list()
+    return column.to_list()
 
 
 def _calls(spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

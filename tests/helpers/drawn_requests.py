@@ -129,8 +129,9 @@ def builders(
     """Both builders of a ranker that reads all features."""
     model, statistics = fit(data, kind=kind)
     item, feedback = (features_by_role(data.schema, role) for role in ("item", "feedback"))
-    features = [*row_features(data.schema), *feedback, *item]
-    settings = {"features": features, "row_features": row_features(data.schema), "max_history": max_history, "reads": reads}
+    of_row = row_features(data.schema)
+    features = [*of_row, *feedback, *item]
+    settings = {"features": features, "row_features": of_row, "max_history": max_history, "reads": reads}
     rows = RowBuilder(data, item_features=item, feedback_features=feedback, statistics=statistics, **settings)
     spec = RequestSpec.from_json(RequestSpec.of(data, model, **settings).to_json())
     items = ItemHistory.of(data) if kind == "all" else None

@@ -58,17 +58,16 @@ class LmdbAnswers(Answers):
 
     def __init__(self, folder: Path) -> None:
         self._published = read_only(folder / "store")
-        self._fresh_folder = folder.with_name(FRESH + folder.name)
+        self._fresh_file = folder.with_name(FRESH + folder.name) / DATA_FILE
         self._fresh: LmdbKeyValue | None = None
-        self._look_at = 0.0
+        self._fresh_inode, self._look_at = 0, 0.0
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         with self._published.begin() as transaction:
             values = [transaction.get(key) for key in keys]
-        if self._fresh is None and time.monotonic() >= self._look_at:
+        if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_AGAIN_S
-            if (self._fresh_folder / DATA_FILE).exists():
-                self._fresh = LmdbKeyValue(self._fresh_folder)
+            self._look()
         if self._fresh is None:
             return values
         return [old if new is None else new for new, old in zip(self._fresh.get(keys), values)]
@@ -81,9 +80,19 @@ class LmdbAnswers(Answers):
         if keys:
             self._opened().update([], lambda _: Changes(delete=keys))
 
+    def _look(self) -> None:
+        """Opens the fresh answers if there are any, or others in their place (some were forgotten)."""
+        inode = self._fresh_file.stat().st_ino if self._fresh_file.exists() else 0
+        if inode != self._fresh_inode:
+            self._fresh = LmdbKeyValue(self._fresh_file.parent) if inode else None
+            self._fresh_inode = inode
+
     def _opened(self) -> LmdbKeyValue:
+        self._look()
         if self._fresh is None:
-            self._fresh = LmdbKeyValue(self._fresh_folder)
+            LmdbKeyValue(self._fresh_file.parent)
+            self._look()
+        assert self._fresh is not None
         return self._fresh
 
     def __len__(self) -> int:

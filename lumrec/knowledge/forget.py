@@ -6,7 +6,10 @@
 First it writes the SHA-256 of each key to <runs>/forgotten.txt; from then on every query run, refresh, import and
 prepare in this folder leaves these users out. Then it writes each published version again without them and removes the
 old one, so that none of its files has their keys or answers. It also removes unfinished builds and the leftovers of
-killed commands. A process that has a store open reads the old version until it opens the store again.
+killed commands. A process that has a store open reads the old version until it opens the store again. It
+removes the users from user states and fresh answers at once, and their later events are refused. With --redis
+redis://host:6379/0#name (several times if needed) it removes them from a Redis too; a copy that the server keeps on
+its disk (RDB, AOF) has to be written again by the server (BGSAVE, BGREWRITEAOF).
 
 Then it searches everything else in the folder (following links) for the users' keys: prepared data, exported Parquet
 files, logs, configs. It does not rewrite these, because other models and results were made from them. It lists each
@@ -41,6 +44,7 @@ from lumrec.data.common import Common
 from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
 from lumrec.data.prepare import prepare
 from lumrec.knowledge.digests import key_digests
+from lumrec.knowledge.live_users import STATE, forget_in_folder, forget_in_redis
 from lumrec.knowledge.manifest import ITEMS_FILE, MANIFEST, check_files, identity_of, read_manifest
 from lumrec.knowledge.records import user_digest
 from lumrec.knowledge.refresh import Earlier, digests_of_stored, stored_users, take_over_rows, take_over_users
@@ -59,6 +63,7 @@ from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import command_parser, reported
 from lumrec.run.files import check_file, leftovers, locked, write_atomically
 from lumrec.run.folder import RunFolder
+from lumrec.run.key_value import without_password
 from lumrec.run.logs import start_logging
 from lumrec.run.printable import say
 
@@ -89,8 +94,11 @@ def drop_forgotten(index_U: np.ndarray, fold_U: np.ndarray, forgotten: Sequence[
     index_U["key"][gone_U], index_U["history"][gone_U], fold_U[gone_U] = b"", 0, 0
 
 
-def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = False) -> dict[str, int]:
-    """Forgets users in `runs_dir`; returns run name → number of users removed. See the top of this file.
+def forget(
+    runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = False, redis: Sequence[str] = ()
+) -> dict[str, int]:
+    """Forgets users in `runs_dir`, and at places in a Redis; returns run name or place → number of users removed. See
+    the top of this file.
 
     user_keys: raw keys; an empty list completes a killed call. Users who were forgotten earlier are removed too.
     prepare_again: prepare data that contain one of them again, in the same folder and from the same log. Keys that are
@@ -110,10 +118,17 @@ def forget(runs_dir: Path, user_keys: Sequence[str], *, prepare_again: bool = Fa
     for path in _folders(runs_dir, left):
         try:
             _remove_leftovers(path)
-            if _holds_knowledge(path):
+            if _holds_knowledge(path) or (path / STATE).exists():
                 found = _forget_in(path, sorted(forgotten))
                 removed[os.path.relpath(path, runs_dir)] = len(found)
                 held |= set(found.tolist())
+        except (UserError, OSError) as error:
+            left.append(str(error))
+    for place in redis:
+        try:
+            found = forget_in_redis(place, forgotten)
+            removed[without_password(place)] = len(found)
+            held |= set(found.tolist())
         except (UserError, OSError) as error:
             left.append(str(error))
     left += _still_named(runs_dir, forgotten, user_keys, prepare_again)
@@ -169,18 +184,21 @@ def _holds_knowledge(path: Path) -> bool:
 
 
 def _forget_in(path: Path, forgotten: Sequence[str]) -> np.ndarray:
-    """Writes the version published in `path` again without the users; returns the digests (S16) of those it had."""
+    """Writes the version published in `path` again without the users, and removes them from a user state and fresh
+    answers there; returns the digests (S16) of those it had.
+    """
     with closing(RunFolder.locked(path)):
+        live = forget_in_folder(path, forgotten)
         published = in_force(path)
         if (path / BUILDING).exists():
             logger.info("%s: dropping an unfinished build", path)
         remove_others(path, published)
         if published is None:
-            return halves([])
+            return live
         manifest = read_manifest(path)
         check_files(published, manifest["files"], checksums=True)
         with full_disk_told(path):
-            return _rewrite_without(path, manifest, forgotten)
+            return np.union1d(live, _rewrite_without(path, manifest, forgotten))
 
 
 def _rewrite_without(path: Path, manifest: dict[str, Any], forgotten: Sequence[str]) -> np.ndarray:
@@ -332,13 +350,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("keys", nargs="*", metavar="KEY", help="raw user keys")
     parser.add_argument("--keys-file", type=Path, help="file with one raw user key per line")
     parser.add_argument("--prepare", action="store_true", help="prepare data that contain the users again without them")
+    parser.add_argument("--redis", action="append", default=[], metavar="URL", help="redis://host:6379/0#name")
     given = parser.parse_args(arguments)
     start_logging()
     problem = ""
     with reported():
         keys = [*given.keys, *(read_keys_file(given.keys_file) if given.keys_file else [])]
         try:
-            removed = forget(given.runs_dir, keys, prepare_again=given.prepare)
+            removed = forget(given.runs_dir, keys, prepare_again=given.prepare, redis=given.redis)
         except Incomplete as error:
             problem, removed = str(error), error.removed
     say(f"{len(set(keys))} users listed in {given.runs_dir / FORGOTTEN}; users removed from each store:")

@@ -37,6 +37,7 @@ SCHEMES = ("redis", "rediss", "unix")
 BLOCK = 4096
 MOST_CONFLICTS = 1000
 _COUNTER = struct.Struct("<qd")
+_MOVED = b"moved"  # among the counters
 # Removes the marks that have not been set again since they were read.
 _UNMARK = """
 for i = 1, #ARGV, 2 do
@@ -47,6 +48,10 @@ end
 
 class Unavailable(OSError):
     """A key-value store that cannot be reached, does not answer in time, or is damaged."""
+
+
+class Moved(Unavailable):
+    """A store that was written again elsewhere: open that."""
 
 
 class Changes(NamedTuple):
@@ -122,6 +127,8 @@ class LmdbKeyValue(KeyValue):
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
         with self._errors(), self._env.begin(write=True, db=self._values) as transaction:
+            if transaction.get(_MOVED, db=self._counters) is not None:
+                raise Moved(f"{self.path} was written again in another folder")
             changes = change([transaction.get(key) for key in keys])
             for key, value in changes.put.items():
                 transaction.put(key, value)
@@ -161,6 +168,35 @@ class LmdbKeyValue(KeyValue):
     def __len__(self) -> int:
         with self._errors(), self._env.begin(db=self._values) as transaction:
             return transaction.stat(self._values)["entries"]
+
+    def move_to(
+        self, path: Path, are_gone: Callable[[list[bytes]], np.ndarray], publish: Callable[[], None]
+    ) -> LmdbKeyValue:
+        """Copies all but some keys into a new store in the folder `path`, and gives that.
+
+        LMDB keeps what is deleted in the unused bytes of its pages; a new file has none of it. are_gone: which of some
+        keys are left out (bool). Nobody writes to this store from the copy on: `update` raises Moved, after `publish`,
+        which is called once all is copied, has said where the new one is. Here the keys are removed too, for readers
+        that have not heard of it.
+        """
+        other = LmdbKeyValue(path)
+        with self._errors(), self._env.begin(write=True) as transaction:
+            for mine, theirs in zip(self._tables(), other._tables()):
+                entries = iter(transaction.cursor(db=mine))
+                left_out: list[bytes] = []
+                while block := list(islice(entries, BLOCK)):
+                    is_gone = [False] * len(block) if mine is self._counters else are_gone([key for key, _ in block])
+                    with other._env.begin(write=True, db=theirs) as copied:
+                        copied.cursor().putmulti([pair for pair, gone in zip(block, is_gone) if not gone])
+                    left_out += [key for (key, _), gone in zip(block, is_gone) if gone]
+                for key in left_out:
+                    transaction.delete(key, db=mine)
+            publish()
+            transaction.put(_MOVED, b"", db=self._counters)
+        return other
+
+    def _tables(self) -> tuple[Any, Any, Any]:
+        return self._values, self._counters, self._marks
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -31,6 +31,11 @@ class RedisVersions:
             version, text = self._names.client.hmget(self._in_force, ["version", "text"])
         return None if version is None or text is None else (version.decode(), text.decode())
 
+    def all(self) -> list[str]:
+        """The names of all versions of which there are keys."""
+        with self._names.errors():
+            return sorted(version.decode() for version in self._names.client.smembers(self._versions))
+
     def store(self, version: str, *, timeout_s: float = 5.0) -> RedisKeyValue:
         """The keys of a version."""
         return RedisKeyValue(self.place, prefix=f"{version}:", timeout_s=timeout_s)

@@ -20,10 +20,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import struct
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,16 +30,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumrec.features.history import EventRows, Known, Layout, UserHistory, content_ids
+from lumrec.knowledge.live_users import STATE, STATE_KIND, new_version, remove_versions, tombstone
 from lumrec.knowledge.records import raw_bytes, user_digest, user_key_bytes
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json, sync_tree, write_atomically
-from lumrec.run.key_value import Changes, KeyValue, LmdbKeyValue, is_redis, without_password
+from lumrec.run.key_value import Change, Changes, KeyValue, LmdbKeyValue, Moved, is_redis, without_password
 from lumrec.run.redis_versions import RedisVersions
 from lumrec.serving.requests import Event, RequestBuilder
 
 FORMAT = 1
-STATE = "state.json"
-KIND = "state"
 USERS_AT_ONCE = 256
 AGAIN = "build it with: lumrec user_state --config <yours> run=<ranker's run> overwrite=true"
 _MARK = struct.Struct("<d8s")  # when the user's newest events came, and what makes each mark another one
@@ -127,7 +124,7 @@ class UserState:
             part = {user: np.array(index) for user, index in groups[first : first + USERS_AT_ONCE]}
             raw = {user: events[index[0]].user for user, index in part.items()}
             update = _Update(self.layout, known, rows, content, part, raw)
-            self.store.update([*part, *(_tombstone(user_digest(key)) for key in raw.values())], update)
+            self._update([*part, *(tombstone(user_digest(key)) for key in raw.values())], update)
             total = total.plus(update.appended)
         return total
 
@@ -138,8 +135,18 @@ class UserState:
 
     def forget(self, user_keys: Sequence[str]) -> None:
         """Removes users; their events are not taken in again."""
-        put = {_tombstone(user_digest(key)): b"" for key in user_keys}
-        self.store.update([], lambda _: Changes(put=put, delete=[user_key_bytes(key) for key in user_keys]))
+        put = {tombstone(user_digest(key)): b"" for key in user_keys}
+        self._update([], lambda _: Changes(put=put, delete=[user_key_bytes(key) for key in user_keys]))
+
+    def _update(self, keys: Sequence[bytes], change: Change) -> None:
+        """Updates the store, also where that was written again in another folder (lumrec/knowledge/live_users.py)."""
+        try:
+            self.store.update(keys, change)
+        except Moved:
+            if (moved := self.current()) is self:
+                raise
+            self.store, self.identity = moved.store, moved.identity
+            self.store.update(keys, change)
 
     def unanswered(self, most: int) -> Marked:
         """Users who have had events since `answered` was last called for them, at most so many."""
@@ -179,8 +186,8 @@ class _Update:
         entries, tombstones = values[: len(self.of_user)], values[len(self.of_user) :]
         put, mark = {}, {}
         taken, forgotten, late, came_at = [], 0, 0, time.time()
-        for (user, index), value, tombstone in zip(self.of_user.items(), entries, tombstones):
-            if tombstone is not None:
+        for (user, index), value, gone in zip(self.of_user.items(), entries, tombstones):
+            if gone is not None:
                 forgotten += len(index)
                 continue
             history = UserHistory.empty(self.layout) if value is None else UserHistory.from_bytes(value, self.layout)
@@ -219,7 +226,7 @@ def read_identity(place: str | Path) -> dict[str, Any]:
     Raises as `UserState.open`.
     """
     if is_redis(place):
-        found = RedisVersions(str(place), KIND).in_force()
+        found = RedisVersions(str(place), STATE_KIND).in_force()
         identity = None if found is None else json.loads(found[1])
     else:
         file = Path(place) / STATE
@@ -246,10 +253,10 @@ def build(
     identity: what a bundle compares. forgotten: SHA-256 of users whose events are never taken in. Until the state is
     published, readers open the one before; a build that was killed leaves that in force, and is removed by the next.
     """
-    version, number = f"state-{uuid.uuid4().hex[:12]}", 0
+    version, number = new_version(), 0
     described = {"format": FORMAT, "version": version, **identity, "layout": layout.to_json()}
     with _writing(place, version, lambda: json.dumps(described, indent=2) + "\n") as put:
-        put([(_tombstone(digest), b"") for digest in forgotten])
+        put([(tombstone(digest), b"") for digest in forgotten])
         rest = iter(entries)
         while block := [(user_key_bytes(key), history.to_bytes()) for key, history in islice(rest, USERS_AT_ONCE)]:
             put(block)
@@ -263,33 +270,22 @@ def _writing(
 ) -> Iterator[Callable[[list[tuple[bytes, bytes]]], None]]:
     """As `RedisVersions.writing`, in a folder too, which nobody else writes."""
     if is_redis(place):
-        with RedisVersions(str(place), KIND).writing(version, text) as put:
+        with RedisVersions(str(place), STATE_KIND).writing(version, text) as put:
             yield put
         return
     path = Path(place)
     in_force = read_json(path / STATE).get("version") if (path / STATE).exists() else None
-    _remove_all_but(path, in_force)
+    remove_versions(path, but=in_force)
     yield LmdbKeyValue(path / version).put
     sync_tree(path / version)
     write_atomically(path / STATE, text())
-    _remove_all_but(path, version)
-
-
-def _remove_all_but(path: Path, version: str | None) -> None:
-    for folder in path.glob(f"{KIND}-*"):
-        if folder.name != version:
-            shutil.rmtree(folder)
+    remove_versions(path, but=version)
 
 
 def _store(place: str | Path, version: str, *, timeout_s: float) -> KeyValue:
     if is_redis(place):
-        return RedisVersions(str(place), KIND).store(version, timeout_s=timeout_s)
+        return RedisVersions(str(place), STATE_KIND).store(version, timeout_s=timeout_s)
     return LmdbKeyValue(Path(place) / version, create=False)
-
-
-def _tombstone(digest: str) -> bytes:
-    """The key whose presence says that a user (SHA-256) was forgotten."""
-    return b"f" + bytes.fromhex(digest)
 
 
 def _item_key(item: int) -> bytes:

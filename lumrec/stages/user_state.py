@@ -14,6 +14,7 @@ from lumrec.data.schema import features_by_role
 from lumrec.features.history import Known, UserHistory, histories_of
 from lumrec.features.items import Catalogue, ItemHistory
 from lumrec.features.statistics import StatisticsModel, base_rate
+from lumrec.knowledge.live_users import STATE, STATE_KIND
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.records import user_digest
 from lumrec.models.lum import open_lum_run
@@ -25,10 +26,10 @@ from lumrec.run.folder import RunFolder
 from lumrec.run.key_value import is_redis, redis_place, without_password
 from lumrec.run.limits import count
 from lumrec.serving.requests import RequestSpec
-from lumrec.serving.state import KIND, STATE, build, read_identity
+from lumrec.serving.state import build, read_identity
 
 logger = logging.getLogger(__name__)
-SERVED = (STATE, f"{KIND}-*")  # what readers open until the next version is published, after overwrite=true too
+SERVED = (STATE, f"{STATE_KIND}-*")  # what readers open until the next version is published, after overwrite=true too
 
 
 @dataclass(frozen=True)

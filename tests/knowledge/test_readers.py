@@ -9,6 +9,7 @@ import torch
 from small_store import ITEMS, KEYS, publish
 
 from lumrec.knowledge.answers import version_in_force
+from lumrec.knowledge.forget import forget
 from lumrec.knowledge.records import bytes_to_records, records_to_bytes, user_key_bytes
 from lumrec.knowledge.redis_load import load
 from lumrec.knowledge.store import KnowledgeStore
@@ -74,6 +75,21 @@ def test_fresh_answers_lie_over_the_published_ones_and_go_with_their_version(pub
     assert bool(got.present_BN.all()) and 10 <= float(got.age_s_B[4]) < 60 and len(reader) == len(KEYS)
     after = KnowledgeStore.open(published(seed=1))
     assert after.get(["new"]).present_BN.any().item() is False and float(after.get(["2"]).o_BND[0, 0, 0]) != 2.0
+
+
+def test_a_forgotten_user_is_in_no_fresh_answer_either(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("lumrec.knowledge.answers.LOOK_AGAIN_S", 0.0)
+    place, keys = published(), ["a-user-of-the-store", "a-user-with-only-a-fresh-answer"]
+    place = published(keys=[*KEYS, keys[0]])
+    store = KnowledgeStore.open(place)
+    store.answers.put_fresh([fresh_record(store, key, 2.0) for key in (*keys, "2")])
+    redis = [place] if isinstance(place, str) else []
+    removed = forget(tmp_path, keys, redis=redis)
+    assert removed == {"run": 1, place: 2} if redis else {"run": 2}
+    after = KnowledgeStore.open(place)
+    assert after.get([*keys, "1"]).present_BN[:, 0].tolist() == [False, False, True]
+    files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert not any(key.encode() in content for key in keys for content in files)
 
 
 def test_a_redis_that_is_gone_is_absent_knowledge_and_comes_back(redis_server, tmp_path, monkeypatch):

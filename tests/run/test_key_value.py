@@ -6,12 +6,13 @@ import threading
 import uuid
 from functools import partial
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.key_value import Changes, KeyValue, LmdbKeyValue, RedisKeyValue, Unavailable, redis_place
+from lumrec.run.key_value import Changes, KeyValue, LmdbKeyValue, Moved, RedisKeyValue, Unavailable, redis_place
 
 KEYS = [b"a", b"b*[?", b"\x00\xff", b"x" * 500]
 
@@ -55,6 +56,28 @@ def test_a_scan_gives_each_key_once(tmp_path_factory, keys):
     store = LmdbKeyValue(tmp_path_factory.mktemp("scan"))
     store.put([(key, b"v") for key in keys])
     assert sorted(key for block in store.scan() for key, _ in block) == sorted(keys)
+
+
+def test_a_store_that_was_moved_has_no_byte_of_what_was_left_out(tmp_path):
+    store = LmdbKeyValue(tmp_path / "old")
+    pairs = [
+        (b"secret-%d" % n if n % 3 else b"kept-%d" % n, b"secret" * (n % 200) if n % 3 else b"v") for n in range(999)
+    ]
+    store.put(pairs)
+    store.update([], lambda values: Changes(mark={b"secret-1": b"1", b"kept-0": b"1"}, add={b"i": (2, 1.0)}))
+    published = []
+    reader = LmdbKeyValue(tmp_path / "old")
+    other = store.move_to(
+        tmp_path / "new",
+        lambda keys: np.array([key.startswith(b"secret") for key in keys]),
+        lambda: published.append(True),
+    )
+    assert published and b"secret" not in (tmp_path / "new" / "data.mdb").read_bytes()
+    assert dict(pair for block in other.scan() for pair in block) == {key: v for key, v in pairs if v == b"v"}
+    assert other.counters([b"i"])[0].tolist() == [2] and other.marked(9) == {b"kept-0": b"1"}
+    assert reader.get([b"secret-1", b"kept-0"]) == [None, b"v"]
+    with pytest.raises(Moved, match="written again in another folder"):
+        reader.update([], lambda values: Changes(put={b"a": b""}))
 
 
 def test_two_writers_of_one_key_lose_nothing(store):

@@ -14,13 +14,14 @@ import pytest
 from drawn_requests import builders, live_events, rich_log
 
 from lumrec.features.history import UserHistory, histories_of
+from lumrec.knowledge.forget import forget
 from lumrec.knowledge.records import user_digest
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.key_value import RedisKeyValue, Unavailable
 from lumrec.serving.requests import Event, RequestBuilder
 from lumrec.serving.state import Appended, UserState, build, read_identity
 
-KEEP = 60
+KEEP, DAY = 60, 86_400.0
 
 
 class Case(NamedTuple):
@@ -39,7 +40,13 @@ def log(tmp_path_factory):
     random = np.random.default_rng(0)
     times = np.sort(random.choice(10**6, 200, replace=False))
     events = [
-        (int(random.integers(1, 6)), int(random.integers(1, 10)), int(at) * 10**6, None, float(random.integers(0, 2)))
+        (
+            int(random.integers(1, 6)),
+            int(random.integers(1, 10)),
+            (int(at) + 86_400) * 10**6,
+            None,
+            float(random.integers(0, 2)),
+        )
         for at in times
     ]
     return rich_log(events, "time", tmp_path_factory.mktemp("log"))
@@ -84,13 +91,13 @@ def test_events_that_are_repeated_late_and_out_of_order_count_once(case):
 
 def test_what_is_kept_is_bounded_and_older_events_are_late(case):
     state = UserState.open(case.place, case.builder)
-    many = [Event("1", "1", float(second), 1.0, event_id=f"m{second}") for second in range(100)]
+    many = [Event("1", "1", DAY + second, 1.0, event_id=f"m{second}") for second in range(100)]
     assert state.append(many) == Appended(new=100)
     [history] = state.get(["1"])
     assert (len(history.events), history.count, history.label) == (KEEP, 40, 40)
     assert state.append(many) == Appended(known=60, late=40)
-    assert state.append([Event("1", "1", 39.0, event_id="never seen")]) == Appended(late=1)
-    assert state.append([Event("1", "1", 39.5, event_id="never seen")]) == Appended(new=1)
+    assert state.append([Event("1", "1", DAY + 39.0, event_id="never seen")]) == Appended(late=1)
+    assert state.append([Event("1", "1", DAY + 39.5, event_id="never seen")]) == Appended(new=1)
 
 
 def test_events_without_an_id_are_known_by_their_content_also_those_of_the_log(case):
@@ -106,17 +113,17 @@ def test_events_without_an_id_are_known_by_their_content_also_those_of_the_log(c
     for events in (case.events, [event._replace(event_id="") for event in case.events]):
         assert state.append(events) == Appended(known=200)
     assert contents(state, users) == before
-    new = Event(users[0], case.events[0].item, 2e6)
+    new = Event(users[0], case.events[0].item, DAY + 2e6)
     assert state.append([new, new]) == Appended(new=1, known=1) and state.append([new]) == Appended(known=1)
 
 
 def test_an_unknown_user_and_item_are_taken_in(case):
     state = case.open()
     assert state.get(["who", "1"]) == [None, None]
-    assert state.append([Event("who", "what", 1.0, event_id="a")]).new == 1
+    assert state.append([Event("who", "what", DAY + 1.0, event_id="a")]).new == 1
     assert state.get(["who"])[0].events.item.tolist() == [9]
     with pytest.raises(UserError, match="there is no feature 'colour'"):
-        state.append([Event("who", "1", 1.0, features={"colour": "red"})])
+        state.append([Event("who", "1", DAY + 1.0, features={"colour": "red"})])
 
 
 def test_two_processes_append_to_the_same_users(case):
@@ -177,14 +184,29 @@ def test_a_forgotten_user_is_gone_and_stays_so(case):
     assert again.append(case.events[:50]).forgotten == sum(event.user == "2" for event in case.events[:50])
 
 
+def test_the_forget_command_reaches_states_and_leaves_no_byte(case, tmp_path):
+    """Also an event that comes afterwards. The user's key is long enough to be searched for."""
+    key = "somebody-who-wants-to-be-forgotten"
+    state = case.open()
+    state.append([event._replace(user=key) if event.user == "1" else event for event in case.events])
+    redis = [] if isinstance(case.place, Path) else [case.place]
+    removed = forget(tmp_path, [key], redis=redis)
+    assert removed == {str(case.place) if redis else "state": 1}
+    assert state.get([key, "2"])[0] is None and state.get(["2"])[0] is not None
+    assert state.append([Event(key, "1", DAY + 9e6)]) == Appended(forgotten=1)
+    found = [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
+    assert found == [] and forget(tmp_path, [], redis=redis) == dict.fromkeys(removed, 0)
+    assert state.append([Event("2", "1", DAY + 9e6)]).new == 1
+
+
 def test_users_with_new_events_are_noted_until_they_are_answered(case):
     state, start = case.open(), time.time()
     long = "x" * 400
-    state.append([Event("1", "1", 1.0), Event(long, "1", 1.0), Event("2", "1", 1.0)])
+    state.append([Event("1", "1", DAY + 1.0), Event(long, "1", DAY + 1.0), Event("2", "1", DAY + 1.0)])
     noted = state.unanswered(10)
     assert sorted(noted.keys) == ["1", "2", long] and min(noted.came_at) >= start and len(state.unanswered(1).keys) == 1
-    state.append([Event("1", "1", 1.0)])  # known: nothing to answer
-    state.append([Event("2", "1", 2.0)])
+    state.append([Event("1", "1", DAY + 1.0)])  # known: nothing to answer
+    state.append([Event("2", "1", DAY + 2.0)])
     state.answered(noted)
     assert state.unanswered(10).keys == ["2"]
 
@@ -234,9 +256,9 @@ def test_a_redis_that_was_killed_is_one_error_until_it_is_back(redis_server, log
     build(place, {}, builder.spec.layout(keep=KEEP), [])
     state = UserState.open(place, builder)
     redis_server.kill()
-    for call in (lambda: state.get(["1"]), lambda: state.append([Event("1", "1", 1.0)])):
+    for call in (lambda: state.get(["1"]), lambda: state.append([Event("1", "1", DAY + 1.0)])):
         with pytest.raises(Unavailable, match="does not answer"):
             call()
     redis_server.start()
-    assert state.append([Event("1", "1", 1.0)]).new == 1
+    assert state.append([Event("1", "1", DAY + 1.0)]).new == 1
     assert RedisKeyValue(place).client.ping()

@@ -30,7 +30,7 @@ from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role
 from lumrec.data.splits import mix
-from lumrec.features.items import Catalogue, categories, entries
+from lumrec.features.items import Catalogue, at, categories, entries
 from lumrec.run.errors import UserError
 
 SECOND = 1_000_000  # microseconds
@@ -286,7 +286,7 @@ class UserHistory:
         self.folded_until = int(old.time[-1])
         for name, column in known.columns.items():
             place, value = entries(column, old.item)
-            self.counts[name] = self.counts[name].plus(value, old.label[place], old.excess[place])
+            self.counts[name] = self.counts[name].plus(value, at(old.label, place), at(old.excess, place))
         if known.category_I is not None:
             self.counts[CATEGORY] = self.counts[CATEGORY].plus(known.category_I[old.item], old.label, old.excess)
         self.events = self.events.take(slice(num, len(self.events)))
@@ -469,8 +469,9 @@ def content_ids(rows: EventRows, *, has_clock: bool) -> np.ndarray:
     id_E = mix(rows.item.astype(np.uint64)) ^ mix(shown_E.astype(np.uint64))
     for number, column in enumerate(rows.features.values()):
         place, value = entries(column, np.arange(len(rows)))
-        hashed = mix(value.astype(np.uint64) + np.uint64(number << 40))
-        total = np.zeros(len(rows), np.uint64)
-        np.add.at(total, place, hashed)
+        total = mix(value.astype(np.uint64) + np.uint64(number << 40))
+        if place is not None:
+            hashed, total = total, np.zeros(len(rows), np.uint64)
+            np.add.at(total, place, hashed)
         id_E = mix(id_E + total)
     return np.maximum(id_E, np.uint64(1))

@@ -134,12 +134,27 @@ def num_entries(column: Column) -> int:
     return len(column.values) if column.offsets is None else len(column.offsets) - 1
 
 
-def entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Place and value (int64) of each value that these items have, in order."""
+def entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """Place and value (int64) of each value that these items have, in order; None for places 0, 1, 2 … X - 1."""
+    values = column.values.numpy()
     if column.offsets is None:
-        return np.arange(len(item_X)), column.values.numpy()[item_X]
-    values, lengths = column.take(torch.from_numpy(item_X))
-    return np.repeat(np.arange(len(item_X)), lengths.numpy()), values.numpy()
+        return None, values[item_X]
+    offsets = column.offsets.numpy()
+    begin_X = offsets[item_X]
+    length_X = offsets[item_X + 1] - begin_X
+    place_P = np.repeat(np.arange(len(item_X)), length_X)
+    shift_X = begin_X - np.cumsum(length_X) + length_X
+    return place_P, values[shift_X[place_P] + np.arange(len(place_P))]
+
+
+def at(values_X: np.ndarray, place_P: np.ndarray | None) -> np.ndarray:
+    """The numbers at places of `entries`."""
+    return values_X if place_P is None else values_X[place_P]
+
+
+def sum_of_rows(values_P: np.ndarray, place_P: np.ndarray | None, num_rows: int) -> np.ndarray:
+    """Sum of the numbers at each place of `entries`, float64."""
+    return values_P.astype(np.float64) if place_P is None else np.bincount(place_P, values_P, num_rows)
 
 
 def categories(columns: dict[str, Column], name: str = "") -> np.ndarray:

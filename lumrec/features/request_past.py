@@ -11,7 +11,7 @@ import numpy as np
 
 from lumrec.data.columns import Column
 from lumrec.features.history import UserHistory
-from lumrec.features.items import entries
+from lumrec.features.items import at, entries, sum_of_rows
 from lumrec.features.statistics import Past
 
 
@@ -57,18 +57,19 @@ class RequestPast(Past):
         # Each value of a candidate gets a slot (the last one given counts), and slot 0 takes all other values.
         slots[value_V] = np.arange(1, len(value_V) + 1, dtype=np.int32)
         num_slots = len(value_V) + 1
-        slot_P = self.request_T[event_P] * num_slots + slots[value_P]
-        slot_V = self.request_B[row_V] * num_slots + slots[value_V]
+        request_V = at(self.request_B, row_V)
+        slot_P = at(self.request_T, event_P) * num_slots + slots[value_P]
+        slot_V = request_V * num_slots + slots[value_V]
         slots[value_V] = 0
         num = len(self.histories) * num_slots
-        weights = [None, *(values_T[event_P] for values_T in self.values.values())]
+        weights = [None, *(at(values_T, event_P) for values_T in self.values.values())]
         # Without events, bincount gives integers whatever the weights.
         of_V = [np.bincount(slot_P, weight_P, num)[slot_V].astype(np.float64) for weight_P in weights]
         for q, history in enumerate(self.histories):
             if history.count:
-                first, last = np.searchsorted(self.request_B[row_V], [q, q + 1])
+                first, last = np.searchsorted(request_V, [q, q + 1])
                 folded = history.counts[feature].of(value_V[first:last])
                 for values_V, folded_V in zip(of_V, folded, strict=True):
                     values_V[first:last] += folded_V
-        count_B, *sums = (np.bincount(row_V, values_V, len(self.item_B)) for values_V in of_V)
+        count_B, *sums = (sum_of_rows(values_V, row_V, len(self.item_B)) for values_V in of_V)
         return count_B, dict(zip(self.values, sums, strict=True))

@@ -25,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +33,12 @@ import numpy as np
 from lumrec.data.prepared import PreparedData, Rows
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
-from lumrec.features.items import ItemHistory, entries, running, searched, smoothed
+from lumrec.features.items import ItemHistory, at, entries, running, searched, smoothed, sum_of_rows
 from lumrec.run.errors import UserError
 
 KINDS = ("all", "user", "none")
 WINDOWS = (5, 10, 50)
+BLOCK = 1 << 16  # rows that are standardised at a time
 
 
 class Statistics(NamedTuple):
@@ -150,13 +152,22 @@ class StatisticsModel:
         """One for each column of what a ranker reads."""
         return [*self.columns, *self.dense]
 
+    @cached_property
+    def _scales(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each statistic, float64 [F, 1]."""
+        mean_F1 = np.array([[scale.mean] for scale in self.columns.values()])
+        deviation_F1 = np.array([[scale.deviation] for scale in self.columns.values()])
+        # A constant column (a count that is always 0, say) becomes 0, not rounding noise blown up.
+        deviation_F1[deviation_F1 <= 1e-9] = np.inf
+        return mean_F1, deviation_F1
+
     def standardised(self, raw: Mapping[str, np.ndarray], num_rows: int) -> np.ndarray:
-        """The statistics of `raw_columns` as a ranker reads them, float32 [N, F]."""
+        """The statistics of `raw_columns`, in this order, as a ranker reads them, float32 [N, F]."""
         values_NF = np.empty((num_rows, len(raw)), dtype=np.float32)
-        for f, (name, column_N) in enumerate(raw.items()):
-            scale = self.columns[name]
-            # A constant column (a count that is always 0, say) becomes 0, not rounding noise blown up.
-            values_NF[:, f] = (column_N - scale.mean) / (scale.deviation if scale.deviation > 1e-9 else np.inf)
+        mean_F1, deviation_F1 = self._scales
+        for start in range(0, num_rows if raw else 0, BLOCK):
+            block_FN = np.array([column_N[start : start + BLOCK] for column_N in raw.values()])
+            values_NF[start : start + BLOCK] = ((block_FN - mean_F1) / deviation_F1).T
         return values_NF
 
     def to_json(self) -> dict[str, Any]:
@@ -250,16 +261,17 @@ class LogPast(Past):
 
     def shared(self, feature: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         column, num_events = self.data.item_columns[feature], self.data.num_events
-        event_P, value_P = entries(column, self.data.item)
+        place_P, value_P = entries(column, self.data.item)
+        event_P = at(np.arange(num_events), place_P)
         key_P = value_P * num_events + event_P  # an event has one user, so this sorts by value, user and time
         order = np.argsort(key_P, kind="stable")
         key_P, event_P = key_P[order], event_P[order]
         row_V, value_V = entries(column, self.rows.item)
-        begin_V = searched(key_P, value_V * num_events + self.first_N[row_V])
-        end_V = searched(key_P, value_V * num_events + self.before_N[row_V])
+        begin_V = searched(key_P, value_V * num_events + at(self.first_N, row_V))
+        end_V = searched(key_P, value_V * num_events + at(self.before_N, row_V))
 
         def of_rows(values_V: np.ndarray) -> np.ndarray:
-            return np.bincount(row_V, weights=values_V, minlength=len(self.first_N))
+            return sum_of_rows(values_V, row_V, len(self.first_N))
 
         totals = {name: running(values_E[event_P]) for name, values_E in self.values.items()}
         return of_rows(end_V - begin_V), {

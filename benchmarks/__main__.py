@@ -7,7 +7,7 @@
     pretrain   step 1: a training step of the LUM            losses    InfoNCE
     shares     what the parts of that step take              tables    embedding tables and their optimizer
     scaling    an event's cost as users, items, length and width grow
-    warm_start memory of a warm start on two ranks
+    warm_start memory of a warm start on two ranks           requests  serving: features of a request
 
 Each prints hardware, versions and settings, and its plain baseline beside it; `python benchmarks/<name>.py --help` has
 the options of one.

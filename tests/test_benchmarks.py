@@ -11,6 +11,7 @@ import torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # Words of a small run, and what its table must say.
 SMALL = {
+    "requests": ("--repeats 1 --users 50 --events 60 --candidates 5", "60 events × 5 candidates"),
     "pretrain": (
         "--lengths long --encoders hstu --tokens merged --events 128 --max-events 32 --users 20 --repeats 1",
         "lumrec hstu",

@@ -99,7 +99,8 @@ class _Asked(NamedTuple):
 class RequestBuilder:
     """Makes batches of requests, and rows of events for the states of users. Any number of threads may use one.
 
-    catalogue: of the items. items: what statistics of kind "all" read of other users, else None.
+    catalogue: of the items. items: what statistics of kind "all" read of other users, else None. layout: of a state
+    that keeps no more events than the ranker reads one by one.
     """
 
     def __init__(self, spec: RequestSpec, keys: KeyIndex, catalogue: Catalogue, items: ItemHistory | None) -> None:
@@ -108,7 +109,8 @@ class RequestBuilder:
         self.item_features, self.feedback_features = (features_by_role(schema, role) for role in ("item", "feedback"))
         self.event_features = [name for role in EVENT_ROLES for name in features_by_role(schema, role)]
         self._reader = RawReader(keys, derived=spec.derived, utc_offset_hours=spec.utc_offset_hours)
-        self._nobody = UserHistory.empty(spec.layout(keep=max(spec.max_history, LONGEST_WINDOW)))
+        self.layout = spec.layout(keep=max(spec.max_history, LONGEST_WINDOW))
+        self._nobody = UserHistory.empty(self.layout)
         self._category_I = categories(catalogue.columns, spec.category) if "category_U" in spec.reads else None
         dense = {name: schema.features[name] for name in spec.statistics.dense}
         of_context = [name for name, feature in dense.items() if feature.role == "context"]

@@ -82,7 +82,7 @@ def without_events(data: PreparedData, layout: Layout) -> list[UserHistory]:
 
 
 @pytest.mark.parametrize("split", sorted(DEFAULT_FRACTIONS))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 999),
     num=st.integers(4, 60),
@@ -126,7 +126,7 @@ def test_of_a_log_without_times(make, split, seed, num, kind):
     check_rows(log, rows, builder, in_portions(log, builder, 60, np.random.default_rng(seed)))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(["all", "user", "none"]), has_requests=st.booleans())
 def test_a_state_that_keeps_less_than_the_history(make, seed, kind, has_requests):
     """Every row is asked when it happened, and its event appended then; of 75 events of a user, 50 or 20 are kept."""

@@ -16,6 +16,7 @@ from lumrec.experiments.settings import PipelineConfig, TuneConfig, WarmUpConfig
 from lumrec.models.lum import ModelConfig
 from lumrec.run import config_file
 from lumrec.run.errors import UserError
+from lumrec.serving.settings import ServeConfig
 from lumrec.stages.export import ExportConfig
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.query import QueryConfig
@@ -39,6 +40,7 @@ class Config(Common):
     user_state: UserStateConfig = field(default_factory=UserStateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)

@@ -110,7 +110,7 @@ class Live:
             setattr(scorer, what, None)
             self._failed(what, error)
         else:
-            self._opened(what, self._seen[what])
+            self._opened(what, _version_of(getattr(scorer, what)))
         self.scorer = scorer
 
     def _fitting(self, what: str, scorer: Any) -> Any:
@@ -138,6 +138,12 @@ class Live:
             self._told[what] = now
             bug = None if isinstance(error, (UserError, OSError)) else error
             logger.error("the %s cannot be read: %s", what, problem, exc_info=bug)
+
+
+def _version_of(opened: Any) -> str:
+    """The version of a store or a state, as its manifest or identity names it."""
+    about = getattr(opened, "identity", None) or opened.manifest
+    return str(about.get("version") or about.get("folder"))
 
 
 def stamp_of(file: Path) -> tuple[int, int, int] | None:

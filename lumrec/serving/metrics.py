@@ -52,6 +52,7 @@ class Metrics:
         self.failures = counter("failures", "Requests for which this could not be read", "what")
         self.readable = gauge("readable", "1 where it can be read; 0 is an alarm", "livemin", "what")
         self.reloads = counter("reloads", "New versions found", "what", "outcome")
+        self.log_rows = counter("log_rows", "Rows of the served log", "outcome")
         self.events = counter("events", "Events received", "outcome")
 
     def text(self) -> bytes:

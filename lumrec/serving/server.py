@@ -53,6 +53,7 @@ from lumrec.serving.guard import Guard
 from lumrec.serving.live import Live
 from lumrec.serving.metrics import Metrics
 from lumrec.serving.requests import Event, ScoreRequest
+from lumrec.serving.served_log import ServedLog
 from lumrec.serving.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Api:
-    """The endpoints. live: the scorer in force."""
+    """The endpoints. live: the scorer in force. log: takes in what was scored, or None."""
 
-    def __init__(self, live: Live, settings: ServeConfig, metrics: Metrics) -> None:
-        self.live, self.settings, self.metrics = live, settings, metrics
+    def __init__(self, live: Live, settings: ServeConfig, metrics: Metrics, log: ServedLog | None) -> None:
+        self.live, self.settings, self.metrics, self.log = live, settings, metrics, log
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -95,6 +96,8 @@ class Api:
         watching.cancel()
         self.batcher.close()
         self.appender.close()
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
 
     async def score(self, body: ScoreBody) -> Scores:
         """The probability of each item, in the order of the request."""
@@ -119,6 +122,8 @@ class Api:
             Event(each.user, each.item, each.time, each.label, each.features, each.event_id, each.request_id)
             for each in body.events
         ]
+        if self.log is not None:
+            self.log.events(events)
         taken = await self.appender.submit(events, timeout_s=self._timeout_s(body.timeout_ms))
         for outcome, number in taken._asdict().items():
             self.metrics.events.labels(outcome).inc(number)
@@ -152,11 +157,14 @@ class Api:
         """What the scorer gave for a request, and the fields that all answers share."""
         self._check_number("items", len(body.items))
         request = ScoreRequest(body.user, body.items, body.context, body.time, body.per_item)
-        version, scored = await self.batcher.submit(request, timeout_s=self._timeout_s(body.timeout_ms))
+        scorer, scored = await self.batcher.submit(request, timeout_s=self._timeout_s(body.timeout_ms))
+        request_id = body.request_id or uuid.uuid4().hex
+        if self.log is not None:
+            self.log.scored(scorer, request, request_id, scored)
         age_s = None if math.isnan(scored.knowledge_age_s) else float(scored.knowledge_age_s)
         return scored, {
-            "request_id": body.request_id or uuid.uuid4().hex,
-            "bundle": version,
+            "request_id": request_id,
+            "bundle": scorer.version,
             "unknown_user": scored.unknown_user,
             "unknown_items": scored.unknown_items,
             "knowledge": KnowledgeUsed(present=scored.knowledge_present, age_s=age_s),
@@ -179,9 +187,9 @@ class Api:
             raise Unavailable(self.live.problems.get("state", "the user state cannot be read"))
         return [state.append(events) for events in requests]
 
-    def _score_many(self, requests: list[ScoreRequest]) -> Sequence[tuple[str, Any]]:
+    def _score_many(self, requests: list[ScoreRequest]) -> Sequence[tuple[Any, Any]]:
         scorer = self.live.scorer  # a new one may take its place meanwhile
-        return [(scorer.version, scored) for scored in scorer.score_many(requests)]
+        return [(scorer, scored) for scored in scorer.score_many(requests)]
 
     def _called(self, answers: Sequence[Any], seconds: float) -> None:
         metrics = self.metrics
@@ -225,9 +233,11 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-def make_app(live: Live, settings: ServeConfig, *, token: str, metrics: Metrics) -> FastAPI:
-    """The ASGI application. token: what requests must bring; "" = nothing."""
-    api = Api(live, settings, metrics)
+def make_app(
+    live: Live, settings: ServeConfig, *, token: str, metrics: Metrics, log: ServedLog | None = None
+) -> FastAPI:
+    """The ASGI application. token: what requests must bring; "" = nothing. log: see Api."""
+    api = Api(live, settings, metrics, log)
     app = FastAPI(
         title="lumrec",
         description="Scores candidates for a user, with what a Large User Model knows of them.",

@@ -16,11 +16,12 @@ SHORTEST_TOKEN = 16  # characters
 
 
 class Places(NamedTuple):
-    """What is served. store, state: folders or redis:// places; "" = none."""
+    """What is served. store, state: folders or redis:// places; "" = none. log: None = none."""
 
     bundle: Path
     store: str
     state: str
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class ServeConfig:
     queue: requests that wait in one process; further ones are refused with 503.
     timeout_ms: a request that has no answer by then gets 504. A request may ask for less.
     drain_s: seconds that running requests get to finish after SIGTERM.
-    reload_s: seconds between two looks for a new version of the bundle or the store.
+    reload_s: seconds between two looks for a new version of the bundle, the store or the state.
+    log: run name or folder for what was scored and the events that followed, as rows to train on (data.source=served);
+        "" = none.
+    log_rows: rows of one file of the log.
+    log_every_s: seconds after which a file is written at the latest. A killed server loses the rows since the last.
     """
 
     bundle: str = ""
@@ -59,6 +64,9 @@ class ServeConfig:
     timeout_ms: float = setting(1000.0, least=1, most=3_600_000)
     drain_s: int = count(30, most=86_400)
     reload_s: float = setting(1.0, least=0.01, most=86_400)
+    log: str = ""
+    log_rows: int = count(10_000, least=1, most=10_000_000)
+    log_every_s: float = setting(60.0, least=0.1, most=86_400)
 
     @property
     def is_loopback(self) -> bool:

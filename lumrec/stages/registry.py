@@ -88,6 +88,11 @@ STAGES = {
             headline=("hr", "ndcg", "ann/recall", "ann/ms_per_user", "rows_per_s", "wall_s"),
         ),
         Stage("user_state", ("user_state",), headline=("users", "keep", "last_event_at", "users_per_s", "wall_s")),
+        Stage(
+            "serve",
+            ("serve",),
+            options={"bundle": "serve.bundle", "store": "serve.store", "state": "serve.state"},
+        ),
         Stage("warm_start", ("model", "pretrain", "rank")),
         Stage("export", ("export",), headline=("bundle", "bytes", "golden_difference", "sha256", "wall_s")),
         Stage(

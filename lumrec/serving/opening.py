@@ -1,0 +1,74 @@
+"""Opens what a server reads, and starts it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from lumrec.knowledge.answers import KIND as KNOWLEDGE
+from lumrec.knowledge.manifest import MANIFEST
+from lumrec.knowledge.store import KnowledgeStore
+from lumrec.run.key_value import is_redis
+from lumrec.run.redis_versions import RedisVersions
+from lumrec.serving.live import Live, stamp_of
+from lumrec.serving.metrics import Metrics
+from lumrec.serving.processes import run
+from lumrec.serving.scorer import Scorer
+from lumrec.serving.served_log import ServedLog
+from lumrec.serving.server import make_app
+from lumrec.serving.settings import Places, ServeConfig
+from lumrec.serving.state import KIND as STATE_KIND
+from lumrec.serving.state import STATE, UserState
+
+
+def serve(places: Places, settings: ServeConfig, *, threads: int) -> None:
+    """Serves until SIGTERM or Ctrl-C. threads: of torch in each process; 0 = the cores, shared among the workers.
+
+    Raises UserError where the address cannot be listened on, and as `open_live`, before any request is taken.
+    """
+    make = partial(open_app, places, settings, settings.token())
+    if settings.workers == 1:
+        app = make()
+        run(lambda: app, settings, threads=threads)
+    else:
+        open_live(places, Metrics())  # what is wrong is reported once, by this process
+        run(make, settings, threads=threads)
+
+
+def open_app(places: Places, settings: ServeConfig, token: str) -> FastAPI:
+    """The application over what lies in these places. Raises as `open_live`."""
+    metrics = Metrics()
+    live, log = open_live(places, metrics), None
+    if places.log is not None:
+        log = ServedLog(places.log, metrics, max_rows=settings.log_rows, max_age_s=settings.log_every_s)
+    return make_app(live, settings, token=token, metrics=metrics, log=log)
+
+
+def open_live(places: Places, metrics: Metrics) -> Live:
+    """The newest bundle, with the state and, if it reads knowledge, the store.
+
+    Raises as `Scorer.open`; a store that cannot be read is absent knowledge.
+    """
+    openers: dict[str, Any] = {"bundle": lambda: Scorer.open(places.bundle)}
+    versions = {"bundle": lambda: stamp_of(places.bundle / MANIFEST)}
+    if places.store:
+        openers["store"] = lambda _: KnowledgeStore.open(places.store)
+        versions["store"] = partial(_version, places.store, KNOWLEDGE, MANIFEST)
+    if places.state:
+        openers["state"] = lambda scorer: UserState.open(places.state, scorer.bundle.builder)
+        versions["state"] = partial(_version, places.state, STATE_KIND, STATE)
+    return Live(openers, versions, metrics=metrics)
+
+
+def _version(place: str, kind: str, file: str) -> Any:
+    """Changes with each version that is published at a place; None where none can be seen."""
+    if not is_redis(place):
+        return stamp_of(Path(place) / file)
+    try:
+        found = RedisVersions(place, kind).in_force()
+    except OSError:
+        return None
+    return found and found[0]

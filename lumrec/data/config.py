@@ -7,6 +7,7 @@ from typing import Literal
 
 from lumrec.data.drawn_rows import NegativeRowsConfig
 from lumrec.data.own_log.config import LogConfig
+from lumrec.data.served_config import ServedConfig
 from lumrec.data.simulator.config import SimulatorConfig
 from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.data.splits import SplitConfig
@@ -30,6 +31,7 @@ Source = Literal[
     "kuairand-27k",
     "log",
     "simulator",
+    "served",
 ]
 
 
@@ -37,7 +39,7 @@ Source = Literal[
 class DataConfig:
     """Which log is read, and how it is split.
 
-    source: which log; "log" is your own. See lumrec/data/sources/registry.py.
+    source: which log; "log" is your own, "served" what a server has scored. See lumrec/data/sources/registry.py.
     path: folder of the published files; "" = look in LUMREC_DATA, then in the cache, then download.
     category: category of the Amazon reviews, such as Books or Beauty.
     allow_other_files: accept files whose checksum or counts are not the published ones.
@@ -67,3 +69,4 @@ class DataConfig:
     negatives: NegativeRowsConfig | None = None
     log: LogConfig = field(default_factory=LogConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    served: ServedConfig = field(default_factory=ServedConfig)

@@ -33,6 +33,8 @@ def read_source(data: DataConfig, schema: SchemaConfig, *, seed: int, scratch: P
 
 def schema_in_use(data: DataConfig, schema: SchemaConfig) -> SchemaConfig:
     """The validated schema: the given one, or the source's own where that declares no feature."""
+    if data.source == "served":
+        raise UserError("data.source=served is for apps/prepare.py and apps/rank.py: its schema is that of the log")
     return validate(schema if schema.features else SOURCES[data.source].DEFAULT_SCHEMAS[data.source])
 
 
@@ -48,8 +50,10 @@ def named_files(files: Sequence[Path]) -> dict[str, Path]:
 def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> dict[str, Any]:
     """What decides the prepared bytes; it is in the manifest, so that a folder made otherwise is recognised."""
     decides: dict[str, Any] = dataclasses.asdict(data)
-    for name in ("path", "allow_other_files", *({"log", "simulator"} - {data.source})):
+    for name in ("path", "allow_other_files", *({"log", "simulator", "served"} - {data.source})):
         del decides[name]
+    if data.source == "served":  # the schema is that of the log on which the served ranker was trained
+        return {"data": {"served": decides["served"], "split": plain_split(data.split)}}
     if data.vocabulary_from:  # its fingerprint identifies it, beside the files
         decides["vocabulary_from"] = Path(data.vocabulary_from).name
     else:

@@ -35,6 +35,7 @@ from lumrec.data.own_log.folders import find_files
 from lumrec.data.own_log.read import damaged_file
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, schema_from_dict
+from lumrec.data.served import FEATURES, ROWS, ServedData, served_files, write_served
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.data.split_notes import split_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
@@ -48,7 +49,7 @@ from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
 MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
-OPTIONAL = {"negatives", "result.json"}
+OPTIONAL = {"negatives", "result.json", ROWS, FEATURES}
 ROOM = "what was there is as it was. Make room and run the same command again"
 ITEM_ID = ("item", "item_id")  # role and column of the feature that tells items apart
 FEW_ITEMS = 10  # of an earlier log: none of so few may occur in the next one
@@ -61,18 +62,20 @@ def _request(common: Common) -> dict[str, Any]:
 
 def schema_to_read(common: Common) -> SchemaConfig:
     """The schema of the data that `open_or_prepare` gives, before these are made or opened. Raises as it does."""
+    if common.data.source == "served":
+        return schema_from_dict(read_manifest(_served_places(common)[1], verify=False)["schema"])
     if common.inputs.prepared:
         return schema_from_dict(read_manifest(common.prepared, verify=False)["schema"])
     return schema_in_use(common.data, common.schema)
 
 
-def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True) -> PreparedData:
+def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True, served: bool = False) -> PreparedData:
     """The prepared data that a stage reads; the default folder is made first, saying so, where it is missing.
 
     Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
     where the default folder was prepared with another `data` or `schema` than the config asks for; a folder that is
     named in inputs.prepared is taken as it is. Where not `make`, a missing folder raises MissingFileError, with the
-    command that makes it.
+    command that makes it. served: rows that a server has scored will do; else they raise UserError.
     """
     path = common.prepared
     if not make and not path.exists():
@@ -81,13 +84,31 @@ def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True) -
         )
     if not common.inputs.prepared:
         on_rank_zero(lambda: _make_if_missing(common, path))
-    data = PreparedData.open(path, verify=verify)
+    data = open_prepared(path, verify=verify)
+    if isinstance(data, ServedData) and not served:
+        raise UserError(f"{path} holds rows that a server has scored (data.source=served); only rankers train on them")
     if not common.inputs.prepared and (differences := _differences(data.manifest["request"], _request(common))):
         raise PreparedDataError(
             f"{path} was prepared with another config:\n{differences}\nPrepare it again (apps/prepare.py with "
             "overwrite=true), choose another name=..., or name the folder in inputs.prepared to use it as it is."
         )
     return data
+
+
+def open_prepared(path: Path, *, verify: bool = True) -> PreparedData:
+    """The prepared data of a folder, `ServedData` where it holds served rows. Raises as `PreparedData.open`, and
+    UserError where the log that served rows are of was prepared again.
+    """
+    if not (path / FEATURES).is_file():
+        return PreparedData.open(path, verify=verify)
+    manifest = read_manifest(path, verify=verify)
+    base = PreparedData.open(manifest["base"]["folder"], verify=verify)
+    if base.fingerprint != manifest["base"]["fingerprint"]:
+        raise PreparedDataError(
+            f"{path} holds served rows of the prepared data {base.path} with the fingerprint "
+            f"{manifest['base']['fingerprint']}, which now has {base.fingerprint}: prepare both again"
+        )
+    return ServedData(path, manifest, base)
 
 
 def prepare(common: Common, path: Path) -> dict[str, Any]:
@@ -101,6 +122,8 @@ def prepare(common: Common, path: Path) -> dict[str, Any]:
     data = common.data
     path = _checked_place(path)
     forgotten = read_forgotten(common.runs)
+    if data.source == "served":
+        return _prepare_served(common, path, forgotten)
     full_disk = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
     with _claimed(path) as work, full_disk:
         (scratch := work / "source").mkdir()
@@ -154,6 +177,45 @@ def prepare(common: Common, path: Path) -> dict[str, Any]:
         (work / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         replace_folder(work, path)
     say(summary(raw.note, manifest, path, result["wall_s"]))
+    return result
+
+
+def _served_places(common: Common) -> tuple[Path, Path]:
+    """The folder of what was served, and that of the prepared data of its ranker."""
+    served = common.data.served
+    if not (served.log and served.prepared):
+        raise UserError(
+            "data.source=served needs data.served.log (the folder of serve.log) and data.served.prepared (the prepared "
+            "data that the served ranker was trained on)"
+        )
+    return common.find_run(served.log), common.find_run(served.prepared)
+
+
+def _prepare_served(common: Common, path: Path, forgotten: set[str]) -> dict[str, Any]:
+    """`prepare` for what a server has scored: there is no raw log, and features are taken as they were scored."""
+    start, (log, prepared) = time.perf_counter(), _served_places(common)
+    base = PreparedData.open(prepared)
+    full_disk = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
+    with _claimed(path) as work, full_disk:
+        files = {name: sha256(file) for name, file in named_files(served_files(log)).items()}
+        if (standing := _standing_result(path, common, files, forgotten)) is not None:
+            say(f"{path} is prepared already, with this config and these files (overwrite=true makes it again)")
+            return standing
+        content = write_served(common.data.served, common.data.split, log, base, work, forgotten)
+        about = {"dataset": "served", "source": {"files": files}, "request": _request(common)}
+        about |= {"schema": base.manifest["schema"], "split": plain_split(common.data.split), **content}
+        manifest = write_manifest(work, about | ({"forgotten": sorted(forgotten)} if forgotten else {}))
+        result = {"dataset": "served", **content["counts"], "fingerprint": manifest["fingerprint"]}
+        result |= {"wall_s": round(time.perf_counter() - start, 3)}
+        (work / "config.yaml").write_text(to_yaml(common.settings()), encoding="utf-8")
+        (work / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_folder(work, path)
+    counts = content["counts"]
+    say(
+        f"prepared {counts['events']:,} rows of {counts['scored']:,} scored candidates ({counts['with_event']:,} with "
+        f"an event; {', '.join(f'{counts[part]:,} {part}' for part in PARTS)}) of the bundle "
+        f"{content['served']['bundle']}\n  {path}"
+    )
     return result
 
 

@@ -11,10 +11,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from lumrec.batches.rows import RowBuilder
+from lumrec.batches.served_rows import ServedKnowledge, ServedRows
 from lumrec.data.common import Common
+from lumrec.data.prepare import open_prepared
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, table_widths, without
-from lumrec.features.statistics import Statistics, dense_inputs
+from lumrec.data.served import ServedData
+from lumrec.features.statistics import Statistics, StatisticsModel, dense_inputs
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import beside, data_tables
 from lumrec.models.ranker_config import RANKERS, RankerConfig
@@ -123,9 +126,43 @@ def make_ranker(
 ) -> tuple[Ranker, RowBuilder]:
     """A ranker with fresh weights, without the features that it leaves out, and the builder of its batches."""
     data = data.without(config.leave_out)
+    if isinstance(data, ServedData):
+        return _served_ranker(config, data, knowledge, device=device)
     statistics = dense_inputs(data, kind=config.statistics)
     ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge, device=device)
     return ranker, build_rows(ranker, data, config, statistics, knowledge)
+
+
+def _served_ranker(
+    config: RankerConfig, data: ServedData, knowledge: Knowledge | None, *, device: torch.device | str | None
+) -> tuple[Ranker, RowBuilder]:
+    """`make_ranker` on rows that were served. Raises UserError where they have other statistics than are asked for."""
+    statistics = StatisticsModel.from_json(data.served["spec"]["statistics"])
+    if statistics.kind != config.statistics:
+        raise UserError(
+            f"{data.path} was served with rank.statistics={statistics.kind}, and {config.statistics} is asked for"
+        )
+    ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge, device=device)
+    rows = ServedRows(
+        data,
+        features=ranker.features,
+        max_history=config.max_history,
+        reads=ranker.reads,
+        knowledge=knowledge,
+    )
+    return ranker, rows
+
+
+def open_knowledge(path: Path, data: PreparedData) -> Knowledge:
+    """The knowledge of the rows of some data: that published in `path`, or of served rows their own.
+
+    Raises as `Knowledge.open`, and UserError for rows that were served without.
+    """
+    if not isinstance(data, ServedData):
+        return Knowledge.open(path, data)
+    if data.served["knowledge"] is None:
+        raise UserError(f"{data.path} was served by a ranker without knowledge: train with rank.knowledge=none")
+    return ServedKnowledge(data, data.served["knowledge"])
 
 
 class TrainedRanker(NamedTuple):
@@ -187,10 +224,10 @@ def _untrained(trained: TrainedRanker, data: PreparedData | None) -> tuple[Ranke
     """A ranker as it was before training, the builder of its batches, and the fingerprint of its checkpoint."""
     common, config = trained.common, trained.config
     if data is None:
-        data = PreparedData.open(common.prepared)
+        data = open_prepared(common.prepared)
     fingerprint: dict[str, str | Settings] = {"data": data.fingerprint, "model": Settings.of(config, partly=True)}
     knowledge = None
     if config.knowledge != "none":
-        knowledge = Knowledge.open(common.knowledge, data)
+        knowledge = open_knowledge(common.knowledge, data)
         fingerprint["knowledge"] = knowledge.path.name
     return *make_ranker(config, data, knowledge), fingerprint

@@ -25,7 +25,7 @@ from lumrec.features.statistics import check_kind
 from lumrec.knowledge.manifest import read_manifest
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import TrainedLum, check_tables, condition_features, open_lum_run
-from lumrec.models.ranker import make_ranker, ranker_tables
+from lumrec.models.ranker import make_ranker, open_knowledge, ranker_tables
 from lumrec.models.ranker_config import RankerConfig
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.run.distributed import init_distributed, rank, world_size
@@ -173,12 +173,12 @@ def run(common: Common, settings: RankConfig) -> dict[str, float | str]:
     check_inputs(common, rank=settings)
     check_schema(common, schema_to_read(common), rank=settings)
     lum = lum_of_tables(common) if settings.tables == "lum" else None
-    if settings.knowledge != "none":
+    if settings.knowledge != "none" and common.data.source != "served":  # served rows hold their own
         read_manifest(common.knowledge)  # raises, if there is none, before data are read
-    data = open_or_prepare(common)
+    data = open_or_prepare(common, served=True)
     inputs = {"data": data.fingerprint}
     production = None
-    knowledge = Knowledge.open(common.knowledge, data) if settings.knowledge != "none" else None
+    knowledge = open_knowledge(common.knowledge, data) if settings.knowledge != "none" else None
     if knowledge is not None:
         inputs["knowledge"] = knowledge.path.name
     if lum is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lumrec.knowledge.answers import KIND as KNOWLEDGE
+from lumrec.knowledge.live_users import STATE, STATE_KIND
 from lumrec.knowledge.manifest import MANIFEST
 from lumrec.knowledge.store import KnowledgeStore
 from lumrec.run.key_value import is_redis
@@ -20,8 +21,7 @@ from lumrec.serving.scorer import Scorer
 from lumrec.serving.served_log import ServedLog
 from lumrec.serving.server import make_app
 from lumrec.serving.settings import Places, ServeConfig
-from lumrec.serving.state import KIND as STATE_KIND
-from lumrec.serving.state import STATE, UserState
+from lumrec.serving.state import UserState
 
 
 def serve(places: Places, settings: ServeConfig, *, threads: int) -> None:

@@ -2,7 +2,8 @@
 #
 #   docker build --target serve -t lumrec-serve .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/runs:ro" -v lumrec-state:/state \
-#     -e LUMREC_TOKEN lumrec-serve --bundle /runs/my-log-rank-bundle --store /runs/my-log-query --state /state
+#     -e LUMREC_TOKEN lumrec-serve --bundle /runs/my-log-rank-bundle --store /runs/my-log-query \
+#     --state /state/my-log serve.host=0.0.0.0
 #
 #   docker build --target train -t lumrec-train .                          # CPU
 #   docker build --target train --build-arg DEVICE=cuda -t lumrec-train .  # CUDA 13, needs the NVIDIA container toolkit
@@ -32,5 +33,6 @@ RUN useradd --create-home lumrec
 USER lumrec
 WORKDIR /home/lumrec
 EXPOSE 8000
-# Loopback of a container is reached by nobody: it listens on all addresses, which needs a token (LUMREC_TOKEN).
-ENTRYPOINT ["lumrec", "serve", "--host", "0.0.0.0"]
+# A container's loopback cannot be reached from outside: serve.host=0.0.0.0 listens on all addresses and needs a token
+# (LUMREC_TOKEN).
+ENTRYPOINT ["lumrec", "serve"]

@@ -2,7 +2,7 @@
 #   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
 #   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
 #   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
-#   ARGS="..."        further words for quickstart, test, fuzz and bench, e.g. make test ARGS="-k packing"
+#   ARGS="..."        further words for quickstart, serve, test, fuzz and bench, e.g. make test ARGS="-k packing"
 #   MINUTES=60        how long make fuzz draws new examples
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,13 +15,15 @@ JOBS ?= 2
 MINUTES ?= 60
 LOCK := requirements/$(DEVICE).txt
 $(if $(wildcard $(LOCK)),,$(error DEVICE is '$(DEVICE)'; expected cpu or cuda))
+# The quickstart's pipeline: that of MovieLens-1M, or of the simulator.
+SERVED = $(firstword $(patsubst runs/%/rank-din-both-s0/result.json,%,$(wildcard runs/quickstart-*/rank-din-both-s0/result.json)))
 STAMP := $(VENV)/installed-$(DEVICE)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
 TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
 
-.PHONY: help setup quickstart test fuzz lint format bench docs wheel clean
+.PHONY: help setup quickstart serve test fuzz lint format bench docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -39,6 +41,12 @@ $(STAMP): $(LOCK) pyproject.toml requirements/create_venv.sh
 
 quickstart: $(STAMP) ## prepare, pre-train, query, rank without and with LUM, report; under 10 minutes on 2 cores
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/torchx --log_level WARNING run apps/pipeline.py --config configs/quickstart.yaml $(ARGS)
+
+serve: $(STAMP) ## the quickstart's DIN with knowledge, exported and served at http://127.0.0.1:8000 (after make quickstart)
+	@test -n "$(SERVED)" || { echo "there is no finished quickstart in runs/: run make quickstart first" >&2; exit 2; }
+	@$(BIN)/lumrec export --config quickstart run=$(SERVED)/rank-din-both-s0
+	@$(BIN)/lumrec user_state --config quickstart run=$(SERVED)/rank-din-both-s0
+	@exec $(BIN)/lumrec serve --config quickstart run=$(SERVED)/rank-din-both-s0 inputs.knowledge=$(SERVED)/query $(ARGS)
 
 test: $(STAMP) ## the whole test suite, two processes, one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet $(ARGS)

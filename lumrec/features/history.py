@@ -21,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,10 +79,18 @@ class Layout:
         """Plain values, for Layout(**values)."""
         return asdict(self)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """8 bytes that differ for another layout."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).digest()[:8]
+
+    @cached_property
+    def dtypes(self) -> list[np.dtype]:
+        """Of the arrays of a state, as they are written."""
+        columns = [("<i4", "<i8")[: 1 + is_list] for is_list in (*self.events.values(), *self.users.values())]
+        of_columns = [dtype for column in columns for dtype in column]
+        of_counts = ["<i8", "<f8", "<f8", "<f8"] * len(_no_counts(self))
+        return [np.dtype(x) for x in ("<f8", "<i8", "<f8", *_STORED, "<i4", *of_columns, *of_counts)]
 
 
 class Known(NamedTuple):
@@ -184,11 +193,6 @@ class Counts(NamedTuple):
     label_K: np.ndarray
     excess_K: np.ndarray
 
-    @classmethod
-    def none(cls) -> Counts:
-        """No values."""
-        return cls(np.zeros(0, np.int64), *(np.zeros(0) for _ in range(3)))
-
     def plus(self, value_N: np.ndarray, label_N: np.ndarray, excess_N: np.ndarray) -> Counts:
         """With these values counted too."""
         value_K, place = np.unique(np.concatenate([self.value_K, value_N]), return_inverse=True)
@@ -201,6 +205,9 @@ class Counts(NamedTuple):
         place = np.searchsorted(self.value_K, value_N)
         is_there = np.append(self.value_K, -1)[place] == value_N
         return tuple(np.where(is_there, np.append(x, 0.0)[place], 0.0) for x in self[1:])  # type: ignore[return-value]
+
+
+NO_COUNTS = Counts(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0))
 
 
 @dataclass
@@ -294,7 +301,7 @@ class UserHistory:
 
     def to_bytes(self) -> bytes:
         """What `from_bytes` reads: a header with the length of each array, and the arrays, each at a multiple of 8."""
-        both = zip(self.arrays(), _dtypes(self.layout), strict=True)
+        both = zip(self.arrays(), self.layout.dtypes, strict=True)
         arrays = [array.astype(dtype, copy=False) for array, dtype in both]
         lengths = np.array([len(array) for array in arrays], "<i8").tobytes()
         parts = [array.tobytes() for array in arrays]
@@ -304,7 +311,7 @@ class UserHistory:
     @classmethod
     def from_bytes(cls, content: bytes | memoryview, layout: Layout) -> UserHistory:
         """The state that `to_bytes` wrote. Raises UserError for bytes of another layout, cut or damaged ones."""
-        dtypes = _dtypes(layout)
+        dtypes = layout.dtypes
         header = len(MAGIC) + 8 + 8 * len(dtypes)
         if len(content) < header or bytes(content[: len(MAGIC)]) != MAGIC:
             raise UserError("the state of a user is damaged: build it again")
@@ -359,14 +366,7 @@ def _unknown(is_list: bool) -> Column:
 
 
 def _no_counts(layout: Layout) -> dict[str, Counts]:
-    return {name: Counts.none() for name in (*layout.items, CATEGORY)}
-
-
-def _dtypes(layout: Layout) -> list[np.dtype]:
-    columns = [("<i4", "<i8")[: 1 + is_list] for is_list in (*layout.events.values(), *layout.users.values())]
-    of_columns = [dtype for column in columns for dtype in column]
-    of_counts = ["<i8", "<f8", "<f8", "<f8"] * len(_no_counts(layout))
-    return [np.dtype(x) for x in ("<f8", "<i8", "<f8", *_STORED, "<i4", *of_columns, *of_counts)]
+    return dict.fromkeys([*layout.items, CATEGORY], NO_COUNTS)
 
 
 def _moments(events: EventRows) -> np.ndarray:

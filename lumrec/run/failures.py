@@ -66,10 +66,10 @@ def sentence(error: BaseException) -> str:
 
 def machine_errno(error: BaseException) -> int:
     """The errno of an error of the machine, also if a library's error contains it; 0 for any other error."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # Polars raises OSErrors that have only a text
         return error.errno if error.errno in MACHINE else 0
     module = type(error).__module__.partition(".")[0]
-    if module in ("builtins", "lumrec") and not isinstance(error, RuntimeError):
+    if module in ("builtins", "lumrec") and not isinstance(error, (OSError, RuntimeError)):
         return 0
     match = re.search(r"\((?:os error|errno:?) (\d+)\)|\[Errno (\d+)\]", str(error))
     if match:
@@ -85,15 +85,16 @@ def file_of(error: BaseException) -> str:
     """The file that an error of the machine is about: the one that it names, otherwise the one being written."""
     if isinstance(error, OSError) and error.filename is not None:
         return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
-    named = re.search(r"[\"'](/[^\"']+)[\"']", str(error))
-    return named[1] if named else _open_file(error.__traceback__) or "a file"
+    named = re.findall(r"[\"'](/[^\"']+)[\"']|: (/\S+)$", str(error))
+    files = [quoted or last for quoted, last in named if not (quoted or last).endswith(".py")]  # not of its traceback
+    return files[0] if files else _open_file(error.__traceback__) or "a file"
 
 
 def _open_file(trace: TracebackType | None) -> str:
     """The innermost path among the local variables of lumrec's functions; "" if there is none."""
     found = ""
     while trace is not None:
-        if __package__ in str(trace.tb_frame.f_globals.get("__name__")):
+        if str(trace.tb_frame.f_globals.get("__name__")).startswith("lumrec."):
             for name in ("temporary", "path", "file", "folder", "work"):
                 value = trace.tb_frame.f_locals.get(name)
                 if isinstance(value, Path):

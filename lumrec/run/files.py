@@ -206,8 +206,9 @@ def full_disk_told(path: Path, what: str, *, then: str) -> Iterator[None]:
     except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
         if not _is_of_full_disk(error, path):
             raise
-        free = shutil.disk_usage(path).free / 2**20
-        raise UserError(f"no space left for {what} in {path} ({free:,.0f} MiB free): {then}") from error
+        free, disk = shutil.disk_usage(path).free / 2**20, os.statvfs(path)
+        files = "" if disk.f_favail or not disk.f_files else ", but no more files"
+        raise UserError(f"no space left for {what} in {path} ({free:,.0f} MiB free{files}): {then}") from error
 
 
 def _is_of_full_disk(error: BaseException | None, path: Path) -> bool:

@@ -117,6 +117,10 @@ def test_help_needs_no_torch():
     assert " torch\n" not in result.stderr
 
 
+def failing_like_polars():
+    raise OSError("Too many open files (os error 24): /data/part-0.parquet")
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -129,6 +133,9 @@ def test_help_needs_no_torch():
         (lambda folder: np.empty(1 << 50), "out of memory (Unable to allocate 8.00 PiB"),
         (lambda folder: torch.empty(1 << 50), "out of memory ("),
         (lambda folder: pl.DataFrame({"x": [1]}).write_parquet("/dev/full"), "no space left on device"),
+        # Polars raises OSErrors without an errno.
+        (lambda folder: pl.DataFrame({"x": [1]}).write_ipc_stream(open("/dev/full", "wb")), "no space left on device"),
+        (lambda folder: failing_like_polars(), "/data/part-0.parquet: too many open files; raise the limit"),
     ],
 )
 def test_what_the_user_or_the_machine_is_at_fault_for_is_one_sentence(fault, says, tmp_path):

@@ -255,9 +255,9 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     dmp = shard(lum, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     result: dict[str, float | str] = {}
     if earlier is not None:  # also when resuming: if there is a checkpoint already, `fit` loads it over this
-        growths = start_from(dmp, earlier, model, data.schema, table_state=settings.table_state)
+        audit = start_from(dmp, earlier, model, data.schema, table_state=settings.table_state)
         if dist.get_rank() == 0:
-            logger.info("continues from %s, %s", earlier.run, growth_table(earlier, growths))
+            logger.info("continues from %s, %s", earlier.run, growth_table(audit))
     if production is not None:
         result["warm_start"] = settings.warm_start.fill(dmp, production, data, run_folder.path).source
     loader = PackLoader(

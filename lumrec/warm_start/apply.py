@@ -20,7 +20,7 @@ from lumrec.run.distributed import gathered, rank, world_size
 from lumrec.run.errors import UserError
 from lumrec.warm_start.audit import Audit
 from lumrec.warm_start.check import check_rows, check_scores, read_checks
-from lumrec.warm_start.plan import Copy, Plan, Shard, flat, make_plan, shards_of
+from lumrec.warm_start.plan import Copy, Plan, Shard, flat, make_plan, overlaps, shards_of
 from lumrec.warm_start.rows import NEW
 from lumrec.warm_start.rules import Rules, read_rules
 from lumrec.warm_start.sources import Source, open_source
@@ -274,22 +274,9 @@ def _fill_new(shard: Shard, copy: Copy, place_N: Tensor, fill_GC: Tensor | None,
 def _put(shard: Shard, copy: Copy, place_N: Tensor | slice, rows_NC: Tensor) -> None:
     """Writes rows of the source into the shard's rows `place_N`, each column to where the parts say."""
     values = shard.values
-    if not copy.fresh_columns:
-        first, last = shard.first_column, shard.first_column + values.shape[1]
-        if (
-            sum(min(last, to + n) - max(first, to) for _, n, to in copy.parts if to < last and to + n > first)
-            < last - first
-        ):
-            values[place_N] = 0
-    for source_column, number, target_column in [(0, 1, 0)] if copy.average else copy.parts:
-        start = max(shard.first_column, target_column)
-        stop = min(shard.first_column + values.shape[1], target_column + number)
-        if start >= stop:
-            continue
-        if copy.spread:
-            taken_NC = rows_NC[:, :1].expand(-1, stop - start)
-        else:
-            taken_NC = rows_NC[:, source_column + start - target_column : source_column + stop - target_column]
-        values[place_N, start - shard.first_column : stop - shard.first_column] = taken_NC.to(
-            values.device, values.dtype
-        )
+    filled = list(overlaps(shard, [(0, 1, 0)] if copy.average else copy.parts))
+    if not copy.fresh_columns and sum(ours.stop - ours.start for ours, _ in filled) < values.shape[1]:
+        values[place_N] = 0
+    for ours, theirs in filled:
+        taken_NC = rows_NC[:, :1].expand(-1, ours.stop - ours.start) if copy.spread else rows_NC[:, theirs]
+        values[place_N, ours] = taken_NC.to(values.device, values.dtype)

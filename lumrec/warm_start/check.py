@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lumrec.run.distributed import gathered, on_rank_zero
 from lumrec.run.errors import UserError
 from lumrec.run.files import check_file
-from lumrec.warm_start.plan import Plan, flat, shards_of
+from lumrec.warm_start.plan import Plan, flat, overlaps, shards_of
 from lumrec.warm_start.rules import Rule
 from lumrec.warm_start.vocabulary import join, read_vocabulary
 
@@ -87,14 +87,8 @@ def check_rows(plan: Plan, checks: dict[str, Rows]) -> None:
         for shard in shards_of(plan.targets[copy.name]):
             inside_N = (row_N >= shard.first_row) & (row_N < shard.first_row + shard.values.shape[0])
             ours_NC = shard.values[(row_N[inside_N] - shard.first_row).to(shard.values.device)].float().cpu()
-            for source_column, number, target_column in copy.parts:
-                start = max(shard.first_column, target_column)
-                stop = min(shard.first_column + shard.values.shape[1], target_column + number)
-                if start >= stop:
-                    continue
-                moved = source_column - target_column
-                theirs_NC = value_NC[inside_N, start + moved : stop + moved]
-                apart_N = (ours_NC[:, start - shard.first_column : stop - shard.first_column] - theirs_NC).abs().amax(1)
+            for ours, theirs in overlaps(shard, copy.parts):
+                apart_N = (ours_NC[:, ours] - value_NC[inside_N, theirs]).abs().amax(1)
                 bad_N = ~(apart_N <= tolerance)  # nan is bad
                 if bad_N.any():
                     worst = int(apart_N.nan_to_num(torch.inf).argmax())

@@ -12,6 +12,7 @@ the same gradient, and the table behind zero columns is drawn at random.
 import itertools
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from lumrec.run.errors import UserError
 from lumrec.train.checkpoint import verified_meta
 from lumrec.train.checkpoint_reader import Reader
 from lumrec.train.optimizers import table_shardings
-from lumrec.warm_start import Rule, Rules, open_source, warm_start
+from lumrec.warm_start import Audit, Rule, Rules, open_source, warm_start
 
 TABLE_STATES = ("keep", "fresh")
 _STATE_RULES = {"keep": "auto", "fresh": "drop"}  # what fits is checked before
@@ -63,15 +64,6 @@ class Earlier(NamedTuple):
     def fingerprint(self) -> str:
         """Changes with any byte of the checkpoint."""
         return (self.checkpoint / "COMPLETE").read_text(encoding="utf-8").strip()
-
-
-class Growth(NamedTuple):
-    """What became of one parameter: rows as they were, rows that are new, columns that are new."""
-
-    parameter: str
-    rows_taken: int
-    rows_new: int
-    columns_new: int
 
 
 def earlier_run(common: Common, start_from: str) -> tuple[str, TrainedLum]:
@@ -214,8 +206,8 @@ def _date(second: int) -> str:
 
 def start_from(
     model: DistributedModelParallel, earlier: Earlier, config: ModelConfig, schema: SchemaConfig, *, table_state: str
-) -> list[Growth]:
-    """Loads the earlier LUM into `model` (from `parallel.shard`), in place; what became of each parameter. Collective.
+) -> Audit:
+    """Loads the earlier LUM into `model` (from `parallel.shard`), in place; gives the audit of it. Collective.
 
     config, schema: of `model`. table_state: "keep" goes on with the tables' optimizer state too (new rows have none
     yet), so that trained rows go on in small steps; "fresh" starts it again. All other state always starts again.
@@ -242,21 +234,19 @@ def start_from(
     ]
     fresh = [name for name in ours if sources[name] not in theirs]
     source = open_source(earlier.checkpoint, verify=False)  # `find_earlier` has verified it
-    warm_start(model, source, Rules(rules, source_prefix="model.", optimizer_prefix="optim.", fresh=fresh))
+    audit = warm_start(model, source, Rules(rules, source_prefix="model.", optimizer_prefix="optim.", fresh=fresh))
     with torch.no_grad():
         for name in fresh:
             if name in parts:  # of a LUM that had no condition feature: all columns are new
                 ours[name].zero_()
-    return [_growth(name, theirs.get(sources[name]), value, parts) for name, value in ours.items()]
+    return audit
 
 
-def growth_table(earlier: Earlier, growths: Sequence[Growth]) -> str:
-    """What became of tables and projections as text, one line each; the others in one line."""
-    lines = [f"{earlier.checkpoint}", f"{'parameter':56} {'rows taken':>12} {'rows new':>12} {'columns new':>12}"]
-    shown = [growth for growth in growths if growth.parameter.startswith((TABLES, *PROJECTIONS.values()))]
-    lines += [f"{name:56} {taken:>12,} {new:>12,} {columns:>12,}" for name, taken, new, columns in shown]
-    lines.append(f"{len(growths) - len(shown)} other parameters are as they were")
-    return "\n".join(lines)
+def growth_table(audit: Audit) -> str:
+    """The audit of `start_from` as text: a line for each table and projection, one line for all others."""
+    shown = [row for row in audit.rows if row.target.startswith((TABLES, *PROJECTIONS.values()))]
+    text = replace(audit, rows=shown, states_left=[], others=[]).text()
+    return f"{text}\n{len(audit.rows) - len(shown)} other parameters are as they were"
 
 
 def _old_columns(
@@ -327,13 +317,6 @@ def _check_table_states(model: DistributedModelParallel, earlier: Earlier) -> No
             f"the tables' optimizer state of {earlier.run} does not fit: {'; '.join(problems[:6])}. Use the "
             "table_optimizer and sharding that it was trained with, or start it again: pretrain.table_state=fresh"
         )
-
-
-def _growth(name: str, there: list[int] | None, value: Any, parts: Mapping[str, list[tuple[int, int, int]]]) -> Growth:
-    rows = int(value.size()[0])
-    taken = there[0] if there else 0
-    columns_new = int(value.size()[1]) - sum(number for _, number, _ in parts[name]) if name in parts else 0
-    return Growth(name, taken, rows - taken, columns_new)
 
 
 def _table_of(parameter: str) -> str:

@@ -103,6 +103,16 @@ def shards_of(value: Any) -> list[Shard]:
     return shards
 
 
+def overlaps(shard: Shard, parts: list[tuple[int, int, int]]) -> Iterator[tuple[slice, slice]]:
+    """(columns of the shard, columns of the source) of what the parts put into a shard."""
+    first, last = shard.first_column, shard.first_column + shard.values.shape[1]
+    for source_column, number, target_column in parts:
+        start, stop = max(first, target_column), min(last, target_column + number)
+        if start < stop:
+            moved = source_column - target_column
+            yield slice(start - first, stop - first), slice(start + moved, stop + moved)
+
+
 def flat(size: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a size."""
     return (size[0] if size else 1, math.prod(size[1:]))

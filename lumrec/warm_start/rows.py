@@ -102,7 +102,7 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
         )
         _check_keep_rows(rule, source, rule.source_vocabulary, what)
         pairs = join(target, source.rename({"row": "source_row"}))
-        joined = _joined(rule, target, source, len(pairs), what)
+        joined = _joined(rule, target, source, len(pairs), what, rule.source_vocabulary)
     else:
         hash_N = torch.from_numpy(hash_rows(target["key"], rule.hash, source_rows, what))
         pairs = target.with_columns(pl.Series("source_row", hash_N.numpy()))
@@ -116,7 +116,7 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
     _check_keep_rows(rule, target, rule.target_vocabulary, what)
     category_R, num_categories = None, 0
     if rule.new_rows == "category_mean":
-        category_R, num_categories = _categories(folder / rule.categories, target, target_rows, what)
+        category_R, num_categories = _categories(rule, folder, target, target_rows, what)
     row_map = RowMap(target_rows, source_rows, source_row_R, category_R, num_categories, joined)
     return _stated(rule, row_map, what)
 
@@ -130,28 +130,27 @@ def _check_keep_rows(rule: Rule, vocabulary: pl.DataFrame, name: str, what: str)
         )
 
 
-def _joined(rule: Rule, target: pl.DataFrame, source: pl.DataFrame, number: int, what: str) -> float:
-    """The share of the target's raw ids that the source has. Raises UserError where it is too low."""
+def _joined(rule: Rule, target: pl.DataFrame, other: pl.DataFrame, number: int, what: str, file: str) -> float:
+    """The share of the target's raw ids that another file has. Raises UserError where it is too low."""
     share = number / len(target) if len(target) else 1.0
-    files = f"{rule.target_vocabulary} and {rule.source_vocabulary}"
     if rule.lookalikes == "error":
-        alike, ours, theirs = lookalikes(target, source)
+        alike, ours, theirs = lookalikes(target, other)
         if alike:
             show = ascii if unicodedata.normalize("NFC", ours) == unicodedata.normalize("NFC", theirs) else repr
             raise UserError(
                 f"{what}: {alike:,} raw ids of {rule.target_vocabulary} differ only in form from ids of "
-                f"{rule.source_vocabulary}, such as {short(ours, show)} and {short(theirs, show)}: write them alike, "
+                f"{file}, such as {short(ours, show)} and {short(theirs, show)}: write them alike, "
                 "or say lookalikes=new if they are different things"
             )
     if len(target) and not number:
         raise UserError(
-            f"{what}: not one raw id is in both vocabularies ({files}; the first ids are {short(target['key'][0])} and "
-            f"{short(source['key'][0]) if len(source) else 'none'}): are they of one table?"
+            f"{what}: not one raw id is in both {rule.target_vocabulary} and {file} (the first ids are "
+            f"{short(target['key'][0])} and {short(other['key'][0]) if len(other) else 'none'}): are they of one table?"
         )
     if share < rule.min_joined:
         raise UserError(
             f"{what}: {number:,} of {len(target):,} raw ids ({share:.1%}) of {rule.target_vocabulary} are in "
-            f"{rule.source_vocabulary}, fewer than min_joined={rule.min_joined}: are they of one table? If so, say "
+            f"{file}, fewer than min_joined={rule.min_joined}: are they of one table? If so, say "
             f"min_joined={max(0.0, share - 0.005):.2f}"
         )
     return share
@@ -170,7 +169,9 @@ def _stated(rule: Rule, row_map: RowMap, what: str) -> RowMap:
     return row_map
 
 
-def _categories(path: Path, target: pl.DataFrame, target_rows: int, what: str) -> tuple[Tensor, int]:
+def _categories(rule: Rule, folder: Path, target: pl.DataFrame, target_rows: int, what: str) -> tuple[Tensor, int]:
+    """Number of each row's category, -1 for none, and how many categories there are."""
+    path = folder / rule.categories
     frame = read_columns(path, ["key", "category"]).select(
         pl.col("key").cast(pl.String), pl.col("category").cast(pl.String)
     )
@@ -178,8 +179,7 @@ def _categories(path: Path, target: pl.DataFrame, target_rows: int, what: str) -
     if len(twice):
         raise UserError(f"{path}: key {short(twice['key'][0])} has several categories; expected one for each")
     known = join(target, frame.drop_nulls())
-    if not len(known):
-        raise UserError(f"{path} has no raw id of {what}: are its keys of another table?")
+    _joined(rule, target, frame, len(known), what, rule.categories)
     codes = known["category"].rank("dense").cast(pl.Int64) - 1
     category_R = torch.full((target_rows,), -1)
     category_R[_tensor(known["row"])] = _tensor(codes)

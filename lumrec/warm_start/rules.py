@@ -134,8 +134,8 @@ _ONLY_WITH = {
     "keep_rows": ("remap",),
     "hash": ("hash",),
     "collisions": ("remap", "hash"),
-    "min_joined": ("remap",),
-    "lookalikes": ("remap",),
+    "min_joined": ("remap", "hash"),
+    "lookalikes": ("remap", "hash"),
     "source_columns": ("remap",),
     "target_columns": ("remap", "hash"),
 }

@@ -62,8 +62,8 @@ def started(config: Config, *, table_optimizer: str = "rowwise_adagrad", shardin
     model, builder = build_lum(config.model, data)
     optimizer = OptimizerConfig(table_optimizer=table_optimizer)
     dmp = shard(model, device=device, optimizer=optimizer, sharding=sharding)
-    growths = start_from(dmp, earlier, config.model, data.schema, table_state=config.pretrain.table_state)
-    return dmp, builder, growths
+    audit = start_from(dmp, earlier, config.model, data.schema, table_state=config.pretrain.table_state)
+    return dmp, builder, audit
 
 
 def table_states(lum: torch.nn.Module) -> dict[str, Tensor]:
@@ -72,17 +72,17 @@ def table_states(lum: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_more_events_items_users_and_a_new_value_change_no_answer(logs, before, said_before):
-    lum, builder, growths = started(config_of(logs, "after"))
+    lum, builder, audit = started(config_of(logs, "after"))
     data = builder.data
     assert data.num_users > before.num_users and data.num_items > before.num_items
     assert set(data.vocabulary("scenario")) - set(before.vocabulary("scenario")) == {"voice"}
     for now, then in zip(answers(lum, builder, before), said_before, strict=True):
         assert torch.equal(now, then)
-    new_rows = {growth.parameter: growth.rows_new for growth in growths if growth.rows_new}
+    new_rows = {row.target: row.rows_new for row in audit.rows if row.rows_new}
     expected = {table: data.table_rows[table] - rows for table, rows in before.table_rows.items()}
     assert new_rows == {f"{TABLES}{table}.weight": rows for table, rows in expected.items() if rows}
     assert new_rows[f"{TABLES}item_id.weight"] > 5
-    assert not any(growth.columns_new for growth in growths)
+    assert not any(row.columns_new for row in audit.rows)
 
 
 def test_a_history_with_new_values_is_answered_as_they_were_unknown(logs, before):
@@ -100,10 +100,10 @@ def test_a_history_with_new_values_is_answered_as_they_were_unknown(logs, before
 
 def test_new_features_change_no_answer(logs, before, said_before):
     """A condition, an item feature and their tables; and the schema names all features in another order."""
-    lum, builder, growths = started(config_of(logs, "grown"))
+    lum, builder, audit = started(config_of(logs, "grown"))
     for now, then in zip(answers(lum, builder, before), said_before, strict=True):
         torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)
-    columns = {growth.parameter: growth.columns_new for growth in growths if growth.columns_new}
+    columns = {row.target: row.columns_new for row in audit.rows if row.columns_new}
     assert columns == {PROJECTIONS["item"]: 16, PROJECTIONS["condition"]: 8 + 16}  # price_bucket; category and query
     drawn = weights_of(lum)[f"{TABLES}query.weight"]
     assert drawn[1:].std() > 0.1, "zero columns on a table of zeros would never learn"
@@ -115,7 +115,7 @@ def test_then_everything_that_is_new_learns(logs, before, capsys, caplog):
     with caplog.at_level("INFO"):
         result = STAGES["pretrain"].run(config)
     assert result["loss"] > 0 and result["hr@10"] >= 0
-    assert "continues from before-pretrain" in caplog.text and "columns new" in caplog.text
+    assert "continues from before-pretrain" in caplog.text and "other parameters are as they were" in caplog.text
     data = open_or_prepare(config)
     lum, _, _ = load_lum(config.runs / "grown-pretrain", data, device=init_distributed("cpu"))
     end = weights_of(lum)
@@ -139,11 +139,11 @@ def test_a_lum_without_any_condition_gets_its_first(logs, before):
     device = init_distributed("cpu")
     lum, builder, _ = load_lum(config_of(logs, "before").runs / "constant", before, device=device)
     then = answers(lum, builder, before, asked=[{}])
-    lum, builder, growths = started(config_of(logs, "grown", "pretrain.start_from=constant"))
+    lum, builder, audit = started(config_of(logs, "grown", "pretrain.start_from=constant"))
     for condition in ASKED:
         for now, expected in zip(answers(lum, builder, before, asked=[condition]), then, strict=True):
             torch.testing.assert_close(now, expected, atol=1e-5, rtol=1e-5)
-    assert "condition_constant" not in " ".join(growth.parameter for growth in growths)
+    assert "condition_constant" not in " ".join(row.target for row in audit.rows)
 
 
 @pytest.mark.parametrize("table_optimizer", ["rowwise_adagrad", "adagrad"])
@@ -169,11 +169,11 @@ def test_on_two_ranks(logs, before, said_before, forks):
             torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)
     # What two ranks saved row-wise is taken by one, with the state of its tables.
     config = config_of(logs, "grown", "pretrain.start_from=two-ranks")
-    lum, builder, growths = started(config)
+    lum, builder, audit = started(config)
     then = said(config_of(logs, "grown", "run=two-ranks"), before)
     for now, expected in zip(answers(lum, builder, before), then, strict=True):
         assert torch.equal(now, expected)
-    assert not any(growth.rows_new or growth.columns_new for growth in growths)
+    assert not any(row.rows_new or row.columns_new for row in audit.rows)
     assert all((sums > 0).any() for sums in table_states(lum).values())
 
 

@@ -61,7 +61,7 @@ def test_cut_off(copied, tensors, refused, left):
     save_file(tensors, copied / "model.safetensors")
     for name in ("model.pt", "model.safetensors", "dcp/__1_0.distcp"):
         cut(copied / name, left)
-    refused(copied / "model.pt", "cannot be read as torch.save|is no archive of torch.save", rules())
+    refused(copied / "model.pt", "cannot be read as an archive of torch.save|is no archive of", rules())
     refused(copied / "model.safetensors", "is cut off", rules())
     refused(copied / "dcp", r"is cut off: __1_0.distcp has [\d,]+ bytes", rules())
     cut(copied / "dcp" / ".metadata", left)
@@ -165,7 +165,7 @@ def test_tables_that_are_not_as_said(copied, tensors, refused, tmp_path):
         ({"key": ["a", None], "row": [0, 1]}, "1 entries lack their raw id or their row"),
         ({"key": ["a"], "row": ["first"]}, "expected row numbers"),
         ({"id": ["a"], "row": [0]}, "has no column 'key'; it has id, row"),
-        ({"key": ["z"], "row": [0]}, "not one raw id is in both vocabularies"),
+        ({"key": ["z"], "row": [0]}, "not one raw id is in both "),
         (None, "there is no .*broken"),
     ],
 )

@@ -69,7 +69,9 @@ def test_whole_numbers_meet_their_text(taken, tmp_path):
 
 
 def test_vocabularies_of_different_tables(taken):
-    with pytest.raises(ValueError, match="not one raw id is in both vocabularies .*first ids are 'x' and 'a'"):
+    with pytest.raises(
+        ValueError, match="not one raw id is in both ours.csv and theirs.csv .the first ids are 'x' and 'a'"
+    ):
         taken(["a", "b"], ["x", "y"], keep_rows=[2], rows=3)
     many = [f"n{number}" for number in range(60)]
     with pytest.raises(
@@ -80,6 +82,22 @@ def test_vocabularies_of_different_tables(taken):
     assert torch.equal(weight[0], OLD[0]) and audit.rows[0].rows_new == 60
     with pytest.raises(ValueError, match=r"2 of 3 raw ids \(66.7%\) .* min_joined=0.9"):
         taken(["a", "b"], ["a", "b", "c"], min_joined=0.9)
+
+
+def test_categories_of_another_table_are_refused(taken, tmp_path):
+    """All new rows would begin with the mean of all, as if no id had a category."""
+    ours = ["a", "b", *(f"n{number}" for number in range(30))]
+    categories = {"new_rows": "category_mean", "categories": "c.parquet"}
+    for keys, said in [
+        (["x", "y"], "not one raw id is in both ours.csv and c.parquet .the first ids are 'a' and 'x'"),
+        (["a", "y"], r"1 of 32 raw ids .3.1%. of ours.csv are in c.parquet, fewer than min_joined=0.1"),
+        (["a", "N1"], "1 raw ids of ours.csv differ only in form from ids of c.parquet, such as 'n1' and 'N1'"),
+    ]:
+        pl.DataFrame({"key": keys, "category": ["red", "blue"]}).write_parquet(tmp_path / "c.parquet")
+        with pytest.raises(ValueError, match=said):
+            taken(["a", "b", "n2", "n3"], ours, **categories)
+    weight, _ = taken(["a", "b", "n2", "n3"], ours, min_joined=0.03, lookalikes="new", **categories)
+    assert torch.equal(weight[2], OLD[:4].mean(0))
 
 
 def test_a_row_that_is_kept_has_no_raw_id_on_either_side(taken):

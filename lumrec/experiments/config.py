@@ -21,6 +21,7 @@ from lumrec.stages.export import ExportConfig
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.query import QueryConfig
 from lumrec.stages.rank import RankConfig
+from lumrec.stages.refresh import RefreshConfig
 from lumrec.stages.retrieve import RetrieveConfig
 from lumrec.stages.score import ScoreConfig
 from lumrec.stages.show_user import ShowUserConfig
@@ -34,6 +35,7 @@ class Config(Common):
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
     show_user: ShowUserConfig = field(default_factory=ShowUserConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)

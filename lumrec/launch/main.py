@@ -19,7 +19,7 @@ from typing import Any
 import lumrec
 from lumrec.experiments.jobs import JobFailed, script_of
 from lumrec.launch import torchrun
-from lumrec.launch.commands import COMMANDS, TOOLS, Description, describe
+from lumrec.launch.commands import COMMANDS, SWITCHES, TOOLS, Description, describe
 from lumrec.launch.environment import check_environment
 from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.failures import is_lost_peer, sentence, tell, terminal
@@ -125,8 +125,8 @@ def _parser(name: str, about: Description, prog: str) -> argparse.ArgumentParser
             parser.add_argument("--config", metavar="NAME", help=says)
         elif option == "j":
             parser.add_argument("-j", metavar="1xN", default="1x1", help="1 node x N processes, run by torchrun")
-        elif option == "check":
-            parser.add_argument("--check", action="store_true", help=says)
+        elif f"--{option}" in SWITCHES:
+            parser.add_argument(f"--{option}", action="store_true", default=argparse.SUPPRESS, help=says)
         elif option != "words":
             parser.add_argument(f"--{option}", metavar="VALUE", default=argparse.SUPPRESS, help=says)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.dim=64")

@@ -16,11 +16,9 @@ from torchx.runner import Runner, config
 from torchx.schedulers.local_scheduler import SignalException
 
 from lumrec.experiments.jobs import SAME_WITHOUT, script_of
-from lumrec.launch.commands import COMMANDS
+from lumrec.launch.commands import COMMANDS, SWITCHES
 from lumrec.launch.torchrun import nodes_and_processes
 from lumrec.run.errors import UserError, did_you_mean
-
-SWITCHES = ("--check",)  # options that are given without a value
 
 
 class CmdRunFile(CmdRun):

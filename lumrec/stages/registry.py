@@ -76,6 +76,12 @@ STAGES = {
             checked_with=("model", "query"),
             headline=("conditions", "users", "users_absent", "rows", "bytes", "answers_per_s", "wall_s"),
         ),
+        Stage(
+            "refresh",
+            ("refresh",),
+            headline=("users", "p50_s", "p95_s", "most_s", "wall_s"),
+            options={"follow": "refresh.follow"},
+        ),
         Stage("show_user", ("show_user", "query"), options={"user": "show_user.user"}),
         Stage(
             "rank",

@@ -57,6 +57,8 @@ def test_help_teaches(stage, capsys):
 def test_a_user_to_inspect_is_an_option(capsys):
     torchx_run("apps/show_user.py", "--user", "42", "show_user.top=3")
     assert "apps/show_user.py --config ml-1m show_user.top=3 show_user.user=42" in capsys.readouterr().err
+    torchx_run("apps/refresh.py", "--follow")
+    assert "apps/refresh.py --config ml-1m refresh.follow=true" in capsys.readouterr().err
 
 
 def test_from_a_folder_without_apps_it_is_the_app_that_comes_with_lumrec(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,16 @@
-"""The command that builds the state of users from a ranker's log."""
+"""The commands that build the state of users from a ranker's log, and answer their new events."""
 
+import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from drawn_requests import builders
 from tiny_knowledge import make_knowledge
 
 from lumrec.data.forgotten import FORGOTTEN
@@ -11,7 +18,9 @@ from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import load
 from lumrec.features.history import SECOND
 from lumrec.knowledge.records import user_digest
+from lumrec.knowledge.store import KnowledgeStore
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.serving.requests import Event
 from lumrec.serving.state import UserState
 from lumrec.stages.registry import STAGES
 
@@ -65,3 +74,57 @@ def test_what_cannot_be_built_is_said_first(words, tmp_path):
         run(words, "user_state.place=nowhere")
     with pytest.raises(MissingFileError, match="no finished ranker in .*tiny-rank"):
         run(words, f"runs_dir={tmp_path}")
+
+
+LUMS = "inputs.lums=[tiny-pretrain-0of2, tiny-pretrain-1of2]"
+
+
+def appended(words, number: int) -> list[str]:
+    """Appends an event to the state for each of three users; their keys."""
+    runs = Path(load(None, words).runs_dir)
+    data = PreparedData.open(runs / "tiny-prepare")
+    state = UserState.open(runs / "tiny-rank-user_state", builders(data, "none", 5, [])[1])
+    keys, last = data.user_keys()[:3], int(data.timestamp.max())
+    events = [Event(key, data.item_keys()[7], last + number, 1.0, {"scenario": "home"}) for key in keys]
+    assert state.append(events).new == 3
+    return keys
+
+
+def test_refresh_answers_whoever_has_new_events_and_follow_goes_on_until_it_is_stopped(words):
+    run(words, "overwrite=true")
+    store, keys = Path(load(None, words).runs_dir) / "tiny-query", appended(words, 1)
+    before = KnowledgeStore.open(store).get(keys).o_BND
+    result = STAGES["refresh"].run(load(None, [*words, LUMS]))
+    assert result["users"] == 3 and 0 < result["p50_s"] <= result["most_s"]
+    after = KnowledgeStore.open(store).get(keys).o_BND
+    assert not torch.equal(after, before)
+    assert STAGES["refresh"].run(load(None, [*words, LUMS]))["users"] == 0
+
+    def new_events_and_then_sigterm() -> None:
+        appended(words, 2)
+        deadline = time.monotonic() + 60
+        while torch.equal(KnowledgeStore.open(store, verify=False).get(keys).o_BND, after):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=new_events_and_then_sigterm)
+    thread.start()
+    result = STAGES["refresh"].run(load(None, [*words, LUMS, "refresh.follow=true", "refresh.idle_s=0.05"]))
+    thread.join()
+    assert result["users"] == 3 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_refresh_of_what_does_not_belong_together_is_refused(words, tmp_path):
+    with pytest.raises(MissingFileError, match="there is no user state in .*nowhere"):
+        STAGES["refresh"].run(load(None, [*words, LUMS, "refresh.state=nowhere"]))
+    runs = Path(load(None, words).runs_dir)
+    shutil.copytree(runs / "tiny-rank-user_state", tmp_path / "state")
+    (tmp_path / "state" / "state.json").write_text(
+        (tmp_path / "state" / "state.json").read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0')
+    )
+    with pytest.raises(UserError, match="was built from other data than"):
+        STAGES["refresh"].run(load(None, [*words, LUMS, f"refresh.state={tmp_path / 'state'}"]))
+    with pytest.raises(UserError, match="refresh.store: got 'tiny-query', expected a Redis"):
+        load(None, [*words, LUMS, "refresh.store=tiny-query"])
+        STAGES["refresh"].run(load(None, [*words, LUMS, "refresh.store=tiny-query"]))

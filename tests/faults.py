@@ -37,6 +37,7 @@ import polars as pl  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from shop_log import SHOP_USERS, shop_log  # noqa: E402
+from small_experiments import LOG_WORDS  # noqa: E402
 from small_store import KEYS, publish  # noqa: E402
 
 from lumrec.data.prepared import PreparedData  # noqa: E402
@@ -231,18 +232,10 @@ def holding(folder: Path, key: str) -> list[str]:
 
 
 SHOP = [
-    "name=shop",
-    "data.source=log",
-    "data.label={column: clicked, at_least: 1}",
-    "data.split={kind: time, times: ['2023-11-20T22:13:20', '2023-11-21T22:13:20']}",
-    "schema.features={item_id: {role: item}, feedback: {role: condition, wish: true}}",
-    "model.dim=16",
-    "model.max_events=8",
+    *LOG_WORDS,
     "model.num_layers=1",
-    "pretrain.packing.events_per_pack=256",
     "pretrain.train.max_steps=2",
     "pretrain.train.checkpoint_every=1",
-    "query.tokens_per_pack=600",
 ]
 
 

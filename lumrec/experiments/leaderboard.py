@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,7 @@ def make_tables(runs: Iterable[StoredRun]) -> tuple[list[Table], list[LeftOut]]:
     """The tables of rankers, LUMs and towers, the best row first; and the finished runs that fit into no table."""
     tables: dict[tuple[Any, ...], Table] = {}
     rows: dict[tuple[Any, ...], Row] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     left_out = []
     for run in sorted(runs, key=lambda run: (not re.search(r"-s\d+$", run.name), run.name)):  # a pipeline's seeds first
         metrics = _metrics(run)
@@ -160,17 +162,14 @@ def make_tables(runs: Iterable[StoredRun]) -> tuple[list[Table], list[LeftOut]]:
         at = (run.stage, run.fingerprint, run.split, test, folds, *settings.items(), *metrics)
         if at not in tables:
             tables[at] = Table(run.stage, run.data, _protocol(run, settings), metrics)
-        again = 0  # a seed that was run twice starts another row
-        while True:
-            key = (*at, *_identity(run), again)
-            row = rows.get(key)
-            if row is None:
-                row = rows[key] = Row([])
-                tables[at].rows.append(row)
-            if (run.seed, run.fold) not in {(other.seed, other.fold) for other in row.runs}:
-                row.runs.append(run)
-                break
-            again += 1
+        same = (*at, *_identity(run))
+        repeat = (*same, run.seed, run.fold)
+        key = (*same, seen[repeat])  # a seed that was run twice starts another row
+        seen[repeat] += 1
+        if key not in rows:
+            rows[key] = Row([])
+            tables[at].rows.append(rows[key])
+        rows[key].runs.append(run)
     for table in tables.values():
         table.sort()
     return sorted(tables.values(), key=lambda table: (list(TITLES).index(table.stage), table.data)), left_out

@@ -127,7 +127,7 @@ RETRIEVAL = [
 
 
 def run(
-    words: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = OUT
+    overrides: Sequence[str], *, table: str = "4", dataset: str = "ml-1m", rows: str = "", out: str = OUT
 ) -> dict[str, float | str]:
     """Runs what is missing and writes <out>/table4-<dataset>.json, .md and .svg (or table5-…, hazard-…).
 
@@ -144,7 +144,7 @@ def run(
     Raises UserError for an unknown table, row or data set, for a file whose rows have another protocol, and like the
     pipeline.
     """
-    config = table_config(table, dataset, rows, words)
+    config = table_config(table, dataset, rows, overrides)
     cases = choose(table, dataset, rows, config)
     metrics = RETRIEVED if table == "retrieval" else METRICS
     kind = f"{'table' if table.isdecimal() else ''}{table}{f'-{rows}' if rows else ''}".replace(",", "-")
@@ -160,7 +160,7 @@ def run(
     for case in cases:
         by_variant.setdefault(case.variant, []).append(case)
     for variant, of_variant in by_variant.items():
-        settings = read_config(dataset, variant, words)
+        settings = read_config(dataset, variant, overrides)
         if table == "retrieval":
             figures, stages = towers.run(settings, list(metrics)), towers.plan(settings)
         else:
@@ -177,7 +177,7 @@ def run(
             commits.setdefault(case.model, set()).update(map(_commit, [*runs, *lum]))
     options = ["--table", table, "--dataset", dataset, *(["--rows", rows] if rows else [])]
     options += ["--out", out] if out != OUT else []
-    command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *words])
+    command = shlex.join(["torchx", "run", "apps/reproduce.py", *options, *overrides])
     for model, of_model in commits.items():
         result |= {f"{model}/command": command, f"{model}/commit": ", ".join(sorted(of_model))}
     if table in BY_RANKER:
@@ -244,21 +244,21 @@ def choose(table: str, dataset: str, rows: str, config: Config) -> list[Case]:
     return [case for row in chosen for case in TABLE_5[row]]
 
 
-def table_config(table: str, dataset: str, rows: str, words: Sequence[str]) -> Config:
+def table_config(table: str, dataset: str, rows: str, overrides: Sequence[str]) -> Config:
     """The config that determines a table's protocol and, by pipeline.rankers, its rows."""
     own = "warm-up" if rows == "warm-up" else table if table == "retrieval" else ""
     every = [f"pipeline.rankers={json.dumps(list(RANKER_NAMES))}"] if table == "4" else []
-    return read_config(dataset, f"-{own}" if own else "", [*every, *words])
+    return read_config(dataset, f"-{own}" if own else "", [*every, *overrides])
 
 
-def read_config(dataset: str, variant: str, words: Sequence[str]) -> Config:
+def read_config(dataset: str, variant: str, overrides: Sequence[str]) -> Config:
     """The config of one of the table's pipelines, with its own run folder. Raises UserError where there is none."""
     path = CONFIGS / f"{dataset}{variant}.yaml"
     if not path.is_file():
         known = sorted({file.stem for file in CONFIGS.glob("*.yaml") if "-no-" not in file.stem})
         raise UserError(f"there is no config {path}; the data sets and variants are {', '.join(known)}")
     return with_overrides(
-        load(path), [f"run=reproduce-{dataset}{variant}", "overwrite=true", *words], origin="the words"
+        load(path), [f"run=reproduce-{dataset}{variant}", "overwrite=true", *overrides], origin="the command line"
     )
 
 
@@ -266,8 +266,8 @@ def only(config: Config, cases: Sequence[Case]) -> Config:
     """The config with only the rankers and kinds of knowledge that the rows need."""
     rankers = list(dict.fromkeys(case.ranker for case in cases))
     kinds = [kind for kind in KNOWLEDGE if any(case.knowledge == kind for case in cases)]
-    words = [f"pipeline.rankers={json.dumps(rankers)}", f"pipeline.knowledge={json.dumps(kinds)}"]
-    return with_overrides(config, words, origin="the rows of the table")
+    overrides = [f"pipeline.rankers={json.dumps(rankers)}", f"pipeline.knowledge={json.dumps(kinds)}"]
+    return with_overrides(config, overrides, origin="the rows of the table")
 
 
 def paired_gains(

@@ -24,7 +24,7 @@ from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import Config
 from lumrec.experiments.jobs import Job, run_jobs, torchx_command
-from lumrec.experiments.plan import PlannedStage, by_row, check_read_by_some, plan, read_result, stage_words
+from lumrec.experiments.plan import PlannedStage, by_row, check_read_by_some, plan, read_result, stage_overrides
 from lumrec.experiments.report_gains import gains
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
@@ -104,7 +104,7 @@ def make(
     jobs = []
     for stage in stages:
         if stage.name in left and (only is None or stage.name in only):
-            command = torchx_command(stage.app, stage_words(stage, config), config=folder / "config.yaml")
+            command = torchx_command(stage.app, stage_overrides(stage, config), config=folder / "config.yaml")
             needs = tuple(need for need in stage.needs if need in left)
             then = partial(check_prepared, stage, reads) if stage.app == "prepare" else None
             jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive, then=then))

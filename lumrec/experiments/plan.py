@@ -118,14 +118,14 @@ def with_tuned(config: Config, ranker: str, kind: str) -> Config:
     Settings of knowledge that are tuned for all rows of a ranker are left out of its base.
     """
     for name in (ranker, f"{ranker}/{kind}"):
-        if words := config.pipeline.tuned.get(name):
-            config = with_overrides(config, words, origin=f"pipeline.tuned.{name}")
+        if overrides := config.pipeline.tuned.get(name):
+            config = with_overrides(config, overrides, origin=f"pipeline.tuned.{name}")
         if name == ranker:
             config = dataclasses.replace(config, rank=as_read(config.rank, because_of="knowledge"))
     return config
 
 
-def stage_words(stage: PlannedStage, base: Config) -> list[str]:
+def stage_overrides(stage: PlannedStage, base: Config) -> list[str]:
     """The key=value overrides that turn the pipeline's config into the stage's."""
     before = leaves(base)
     return [f"{key}={as_text(now)}" for key, now in leaves(stage.config).items() if now != before.get(key)]

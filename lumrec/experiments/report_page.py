@@ -9,7 +9,7 @@ from typing import Any
 from lumrec.data.moments import seen_line
 from lumrec.experiments.config import Config, load
 from lumrec.experiments.jobs import as_typed, torchx_command
-from lumrec.experiments.plan import PlannedStage, stage_words
+from lumrec.experiments.plan import PlannedStage, stage_overrides
 from lumrec.experiments.report_gains import notes_of
 from lumrec.experiments.report_plots import KNOWLEDGE_COLOURS, Dot, Series, curves, dot_chart, read_series
 from lumrec.experiments.report_table import (
@@ -85,7 +85,7 @@ def write_page(
         ],
         versions=_versions(stages).items(),
         commands=[
-            as_typed(torchx_command(stage.app, stage_words(stage, config), config=folder / "config.yaml"))
+            as_typed(torchx_command(stage.app, stage_overrides(stage, config), config=folder / "config.yaml"))
             for stage in stages
         ],
     )

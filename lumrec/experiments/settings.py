@@ -52,13 +52,13 @@ class PipelineConfig:
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 raise UserError(f"{at}{name}: got {list(given)}, expected one or more, without repetitions")
-        for name, words in self.tuned.items():
+        for name, overrides in self.tuned.items():
             ranker, slash, kind = name.partition("/")
             if ranker not in RANKERS or (slash and kind not in KNOWLEDGE):
                 raise UserError(
                     f"{at}tuned.{name}: expected a ranker, such as din, or with knowledge, such as din/both"
                 )
-            wrong = [word for word in words if not word.startswith("rank.") or word.startswith(DECIDED)]
+            wrong = [word for word in overrides if not word.startswith("rank.") or word.startswith(DECIDED)]
             if wrong:
                 raise UserError(
                     f"{at}tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "

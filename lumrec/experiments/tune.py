@@ -32,21 +32,21 @@ def run(config: Config) -> dict[str, float | str]:
     "…/first/valid/<metric>" of the first. Writes trials.json (overrides and metrics of all trials) and tuned.yaml, a
     config's `pipeline.tuned` section. Raises UserError for a space that cannot be drawn from, and like the pipeline.
     """
-    words = draw(config.tune)
+    overrides = draw(config.tune)
     pipeline.check(config)
     config, note = pipeline.resolve_dataset(config)
     folder = Path(config.runs_dir) / config.run
-    stages = plan(config, words)
+    stages = plan(config, overrides)
     pipeline.make(config, stages, note)
 
-    trials = [_trial(stage, words, config) for stage in stages if stage.variant]
+    trials = [_trial(stage, overrides, config) for stage in stages if stage.variant]
     write_json(folder / "trials.json", trials)
     result: dict[str, float | str] = {}
     tuned = {}
     for name in dict.fromkeys(trial["name"] for trial in trials):
         of_name = [trial for trial in trials if trial["name"] == name]
         best = max(of_name, key=lambda trial: _goodness(trial, config.rank.select))
-        tuned[name] = best["words"]
+        tuned[name] = best["overrides"]
         result[f"{name}/trial"] = best["trial"]
         for origin, trial in (("", best), ("first/", of_name[0])):
             result |= {f"{name}/{origin}{key}": value for key, value in trial.items() if key.startswith("valid/")}
@@ -57,7 +57,7 @@ def run(config: Config) -> dict[str, float | str]:
     return result
 
 
-def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
+def plan(config: Config, overrides: list[list[str]]) -> list[PlannedStage]:
     """The pipeline's stages up to the knowledge, and the trials instead of its rankers."""
     one_seed = dataclasses.replace(config.pipeline, seeds=config.pipeline.seeds[:1])
     stages = []
@@ -66,7 +66,7 @@ def plan(config: Config, words: list[list[str]]) -> list[PlannedStage]:
             stages.append(stage)
             continue
         ranker, kind = stage.ranker, stage.knowledge
-        for index, of_trial in enumerate(words):
+        for index, of_trial in enumerate(overrides):
             name = f"trial-{ranker}-{kind}-{index}"
             trial = with_overrides(stage.config, [*of_trial, "rank.test=false"], origin="tune.space")
             trial = dataclasses.replace(trial, run=f"{config.run}/{name}", pipeline=config.pipeline)
@@ -79,23 +79,23 @@ def table(trials: list[dict[str, Any]], tuned: dict[str, list[str]]) -> str:
     rows = [["", "", *METRICS.values(), "of the validation part"]]
     for trial in trials:
         figures = [f"{trial[f'valid/{metric}']:.4f}" for metric in METRICS]
-        mark = "best " if tuned[trial["name"]] == trial["words"] else ""
-        settings = " ".join(word.removeprefix("rank.").removeprefix("train.") for word in trial["words"])
+        mark = "best " if tuned[trial["name"]] == trial["overrides"] else ""
+        settings = " ".join(word.removeprefix("rank.").removeprefix("train.") for word in trial["overrides"])
         rows.append([trial["name"], str(trial["trial"]), *figures, mark + (settings or "the unchanged config")])
     return "\n".join(text_table(rows))
 
 
-def _trial(stage: PlannedStage, words: list[list[str]], config: Config) -> dict[str, Any]:
+def _trial(stage: PlannedStage, overrides: list[list[str]], config: Config) -> dict[str, Any]:
     ranker, kind, index = stage.ranker, stage.knowledge, int(stage.variant)
     # Settings that the config already has for this ranker are part of every trial, and the best trial keeps them.
     before = [*config.pipeline.tuned.get(ranker, []), *config.pipeline.tuned.get(f"{ranker}/{kind}", [])]
-    keys = {word.partition("=")[0] for word in words[index]}
+    keys = {word.partition("=")[0] for word in overrides[index]}
     kept = [word for word in before if word.partition("=")[0] not in keys]
     figures = {key: value for key, value in pipeline.read_result(stage).items() if key.startswith("valid/")}
     return {
         "name": f"{ranker}/{kind}",
         "trial": index,
-        "words": [*kept, *words[index]],
+        "overrides": [*kept, *overrides[index]],
         **figures,
         "wall_s": pipeline.read_result(stage)["wall_s"],
     }

@@ -77,22 +77,22 @@ def plan(config: Config) -> list[PlannedStage]:
             stages.append(stage)
             continue
         if not any(other.name == "online" for other in stages):
-            words = [f"rank.time_window=[0, {share}]", "rank.select=", "rank.knowledge=none", "rank.tables=fresh"]
+            overrides = [f"rank.time_window=[0, {share}]", "rank.select=", "rank.knowledge=none", "rank.tables=fresh"]
             online = with_overrides(
-                dataclasses.replace(stage.config, run=f"{config.run}/online"), words, origin="warm_up"
+                dataclasses.replace(stage.config, run=f"{config.run}/online"), overrides, origin="warm_up"
             )
             inputs = dataclasses.replace(online.inputs, knowledge="", lums=[])
             online = dataclasses.replace(online, seed=config.seed, inputs=inputs, rank=as_read(online.rank))
             stages.insert(1, PlannedStage("online", "rank", online, ("prepare",)))
         for row in ROWS:
             name = f"rank-{stage.ranker}-{stage.knowledge}-{row}-s{stage.seed}"
-            words = [f"rank.time_window=[{share}, 1]"]
-            words += [] if row.endswith("feature") else without
+            overrides = [f"rank.time_window=[{share}, 1]"]
+            overrides += [] if row.endswith("feature") else without
             needs = stage.needs
             if row.startswith("param"):
-                words += [*source, f"rank.warm_start.rules={folder / 'rules' / f'{row}-{stage.knowledge}.yaml'}"]
+                overrides += [*source, f"rank.warm_start.rules={folder / 'rules' / f'{row}-{stage.knowledge}.yaml'}"]
                 needs = (*needs, "online")
-            config_of_row = with_overrides(stage.config, words, origin="warm_up")
+            config_of_row = with_overrides(stage.config, overrides, origin="warm_up")
             config_of_row = dataclasses.replace(config_of_row, run=f"{config.run}/{name}")
             stages.append(dataclasses.replace(stage, name=name, config=config_of_row, needs=needs, variant=row))
     return stages

@@ -27,7 +27,7 @@ from lumrec.experiments.pipeline import (
     resolve_dataset,
     run,
 )
-from lumrec.experiments.plan import plan, stage_words
+from lumrec.experiments.plan import plan, stage_overrides
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, rows, what_next
 from lumrec.metrics.compare import Scores, read_scores, write_scores
@@ -75,7 +75,7 @@ def test_words_of_a_stage_give_its_config(config, tmp_path):
     base = tmp_path / "config.yaml"
     base.write_text(to_yaml(config))
     for stage in plan(config):
-        assert load(base, stage_words(stage, config)) == stage.config
+        assert load(base, stage_overrides(stage, config)) == stage.config
 
 
 def test_a_stage_has_the_settings_of_its_ranker_and_no_others(config):

@@ -69,7 +69,7 @@ def test_a_search_ends_with_settings_that_the_pipeline_takes(tiny_words, stages_
     tuned = tmp_path / "tuned.yaml"
     tuned.write_text((tmp_path / "all" / "tuned.yaml").read_text())
     best = yaml.safe_load(tuned.read_text())["pipeline"]["tuned"]["din/none"]
-    assert best == trials[int(result["din/none/trial"])]["words"]
+    assert best == trials[int(result["din/none/trial"])]["overrides"]
     config = load(tuned, words)
     stages = {stage.name: stage.config.rank for stage in pipeline.plan(config)}
     expected = float(best[0].split("=")[1]) if best else config.rank.train.optimizer.dense_lr

@@ -24,8 +24,8 @@ from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.limits import check_names, count, setting, share
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import best_checkpoint, check_fingerprint, read_meta
+from lumrec.train.config import TrainConfig
 from lumrec.train.identity import Settings
-from lumrec.train.loop import TrainConfig
 from lumrec.train.parallel import shard
 from lumrec.train.plan import read_plan
 

@@ -37,9 +37,10 @@ from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, setting, share
+from lumrec.train.config import TrainConfig, check_select
 from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.length import fit_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, check_select, fit
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.parallel import shard
 from lumrec.warm_start.config import WarmStartConfig
 from lumrec.warm_start.continual import TOKENS, earlier_run, find_earlier, growth_table, open_earlier, start_from

@@ -35,9 +35,10 @@ from lumrec.run.limits import check_names, count, setting
 from lumrec.run.unread import check_read
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint
+from lumrec.train.config import TrainConfig, check_no_encoder, check_select
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, check_no_encoder, check_select, fit
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
 from lumrec.warm_start.config import WarmStartConfig

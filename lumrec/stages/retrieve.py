@@ -41,10 +41,11 @@ from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.run.folder import RunFolder
 from lumrec.run.limits import check_names, count, share
 from lumrec.run.unread import check_read
+from lumrec.train.config import TrainConfig, check_no_encoder, check_select
 from lumrec.train.gather_candidates import gather_candidates
 from lumrec.train.identity import Settings
 from lumrec.train.length import fit_length, too_short
-from lumrec.train.loop import StepOutput, TrainConfig, check_no_encoder, check_select, fit
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
 

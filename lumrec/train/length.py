@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from lumrec.run.distributed import rank
-from lumrec.train.loop import TrainConfig
+from lumrec.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 SMALLEST_BATCH, MOST_EPOCHS = 32, 20  # what min_steps goes down and up to

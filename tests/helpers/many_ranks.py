@@ -26,7 +26,8 @@ from lumrec.models.lum import ModelConfig, build_lum
 from lumrec.modules.large_user_model import LargeUserModel, Pack
 from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.stages.pretrain import PretrainConfig, make_step
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.config import TrainConfig
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES

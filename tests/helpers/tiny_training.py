@@ -20,7 +20,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.train import checkpoint
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.config import TrainConfig
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.parallel import shard
 
 ROWS = (40, 12)

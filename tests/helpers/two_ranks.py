@@ -12,7 +12,8 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.run.distributed import init_distributed, rank
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.config import TrainConfig
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard

@@ -22,7 +22,7 @@ from lumrec.run.changes import config_differences
 from lumrec.run.errors import UserError
 from lumrec.run.folder import RunFolder
 from lumrec.stages.registry import STAGES
-from lumrec.train.loop import TrainConfig
+from lumrec.train.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 from lumrec.models.lum import ModelConfig
 from lumrec.stages.rank import RankConfig
 from lumrec.stages.retrieve import RetrieveConfig
+from lumrec.train.config import TrainConfig
 from lumrec.train.identity import Settings
-from lumrec.train.loop import TrainConfig
 from lumrec.train.optimizers import OptimizerConfig
 
 CONFIGS = [

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from lumrec.experiments.config import load
 from lumrec.stages.registry import STAGES
+from lumrec.train.config import TrainConfig
 from lumrec.train.length import MOST_EPOCHS, SMALLEST_BATCH, fit_length, too_short
-from lumrec.train.loop import TrainConfig
 from lumrec.train.optimizers import OptimizerConfig
 
 

@@ -23,8 +23,9 @@ from torch import nn
 
 from lumrec.run.distributed import init_distributed
 from lumrec.train.checkpoint import best_checkpoint, load_weights
+from lumrec.train.config import TrainConfig
 from lumrec.train.flops import gemm_peak
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.non_finite import NonFiniteError
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard

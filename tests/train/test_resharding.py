@@ -12,7 +12,8 @@ from torch import nn
 
 from lumrec.run.distributed import init_distributed
 from lumrec.train.checkpoint import best_checkpoint, complete_checkpoints, load_weights
-from lumrec.train.loop import StepOutput, TrainConfig, fit
+from lumrec.train.config import TrainConfig
+from lumrec.train.loop import StepOutput, fit
 from lumrec.train.optimizers import OptimizerConfig
 from lumrec.train.parallel import shard
 

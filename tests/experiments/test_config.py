@@ -66,7 +66,7 @@ def test_an_unknown_name_says_which_is_nearest(tmp_path, monkeypatch):
 def test_files_in_a_circle(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    assert "in a circle" in message(path=tmp_path / "a.yaml")
+    assert "form a circle" in message(path=tmp_path / "a.yaml")
 
 
 def test_lists_mappings_and_null():

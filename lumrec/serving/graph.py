@@ -302,4 +302,4 @@ def load_graph(path: str | Path, tables: Tables, *, trust_compiled: bool = True)
         if not trust_compiled:
             raise UserError(f"{path} was compiled: it is machine code, and is not loaded")
         return Graph(torch._inductor.aoti_load_package(str(path)), spec, tables)
-    return Graph(read_graph(path).module(), spec, tables)
+    return Graph(read_graph(path), spec, tables)

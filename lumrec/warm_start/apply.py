@@ -1,7 +1,7 @@
 """Carries out a plan: every rank fills its own shards, reading the source in blocks of rows.
 
-First all that is going to be read is looked through, so that a bad number is found before anything is changed; the same
-pass yields the means for new rows. Then each shard is filled, and what was filled is compared with what production has.
+A first pass reads every number that will be taken, so that a bad one is found before anything is changed; it also gives
+the means for new rows. Then each shard is filled, and the filled model is compared with what production has.
 
 Shape suffixes: R rows of a shard, C columns of the target, N rows of a block, G categories.
 """
@@ -41,19 +41,19 @@ def warm_start(
     dry_run: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Audit:
-    """Fills `model` from a production checkpoint, in place, and gives the audit of what was taken. Collective.
+    """Fills `model` from a production checkpoint, in place, and returns the audit of what was taken. Collective.
 
     model: any module, plain or under DistributedModelParallel in any plan, of lumrec or not. source: see `open_source`.
-    rules: a YAML file or the same as a mapping; see lumrec/warm_start/rules.py. optimizer: whose state goes on too (its
-    entries must exist: KeyedOptimizerWrapper.init_state makes Adam's); None: of a DMP, only its fused optimizer.
-    check: called with the filled model (in evaluation, without gradients); gives its scores of some rows and those that
-    production gave them, which may differ by `tolerance`. dry_run: only the audit, from names, shapes and
-    vocabularies. block_bytes: of the source in memory at a time.
+    rules: a YAML file or the same as a mapping; see lumrec/warm_start/rules.py. optimizer: its state is filled too (its
+    entries must exist: KeyedOptimizerWrapper.init_state makes Adam's); None: the fused optimizer of a DMP. check:
+    called with the filled model (in evaluation mode, without gradients); returns the model's scores of some rows and
+    production's scores of the same rows, which may differ by `tolerance`. dry_run: make only the audit, from names,
+    shapes and vocabularies. block_bytes: how much of the source is in memory at a time.
 
-    No rank holds more of a table than its own shard, the row numbers of tables whose rows go by raw id, and a block.
-    The source is only read. Raises MissingFileError, and UserError (PlanError for rules, with all problems) before
-    anything in the model is changed; and UserError where the filled model differs from what production has, by rows
-    (`check` of a rule) or by scores: the model is filled then, and not to be used.
+    Of a table, a rank holds only its own shard, a block, and a row number per row if rows are matched by raw id. The
+    source is opened for reading only. Raises MissingFileError, and UserError (PlanError for rules, with all problems)
+    before anything in the model is changed; and UserError where the filled model differs from production in its rows
+    (`check` of a rule) or scores. In that case the model is filled, and must not be used.
     """
     source = source if isinstance(source, Source) else open_source(source)
     rules = read_rules(rules)
@@ -77,7 +77,7 @@ def warm_start(
 
 
 def _read(source: Source, copy: Copy, first: int, last: int) -> Tensor:
-    """Rows of a copy's source, with the columns that its parts speak of (float32 where a mean is taken)."""
+    """Rows first … last-1 of a copy's source: all columns, or, for `average`, the mean of those taken (float32)."""
     block_NC = source.read(copy.source, first, last).reshape(last - first, -1)
     if copy.average:
         taken = [column for start, number, _ in copy.parts for column in range(start, start + number)]
@@ -98,7 +98,7 @@ def _blocks(source: Source, name: str, block_bytes: int) -> Iterator[tuple[int, 
 
 
 class _Groups(NamedTuple):
-    """Sums of the rows that are taken: of each category, and of the rows without one behind."""
+    """Sums and counts of the rows that are taken, by category; the last entry is of the rows without one."""
 
     sums_GC: Tensor
     counts_G: Tensor
@@ -106,7 +106,8 @@ class _Groups(NamedTuple):
 
 
 def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
-    """What new rows get, by copy: a row for each category and one for all ([G + 1, source's columns]). Collective.
+    """Name of a copy → what its new rows get: a row for each category, then one for all others ([G + 1, source's
+    columns]). Collective.
 
     Each rank reads every world_size-th block. Raises UserError, on all ranks, for numbers that cannot be taken.
     """
@@ -145,7 +146,7 @@ def _survey(plan: Plan, source: Source, block_bytes: int) -> dict[str, Tensor]:
 
 
 def _fault(copy: Copy, block_NC: Tensor, taken_N: Tensor, first: int) -> tuple[str, int, int]:
-    """Why the taken rows of a block cannot be written (""), how many numbers become 0, and of how many."""
+    """(why the taken rows of a block cannot be written, or ""; how many of their numbers become 0; their number)."""
     taken = [column for start, number, _ in copy.parts for column in range(start, start + number)]
     rows_NC = block_NC if copy.spread or len(taken) == block_NC.shape[1] else block_NC[:, taken]
     is_float = block_NC.is_floating_point() or block_NC.is_complex()
@@ -174,7 +175,7 @@ def _fault(copy: Copy, block_NC: Tensor, taken_N: Tensor, first: int) -> tuple[s
 
 
 def _too_many_zeroed(plan: Plan, parts: list[dict[str, tuple[int, int]]]) -> set[str]:
-    """Tensors of which a cast rounds too many numbers to 0, in words; the numbers of the others go to the audit."""
+    """A sentence for each tensor of which a cast rounds too many numbers to 0; writes all counts into the audit."""
     problems = set()
     for copy in plan.copies:
         zeroed, numbers = (sum(part.get(copy.name, (0, 0))[index] for part in parts) for index in (0, 1))

@@ -11,7 +11,7 @@ from lumrec.run.printable import markdown, printable
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One parameter: its source, rows and columns taken, new and unused, and what became of its optimizer state.
+    """One parameter: its source, how many rows and columns are taken, new and unused, and what its optimizer gets.
 
     joined: share of the target's raw ids that the source's vocabulary has; None where rows are not by raw id. zeroed:
     numbers that the target's dtype rounded to 0. checked: rows that were compared with production's.
@@ -38,12 +38,12 @@ class AuditRow:
 
 @dataclass
 class Audit:
-    """rows: of parameters that have a source. fresh: those that stay as initialised. unused: the source's that are
-    left.
+    """What a warm start took.
 
-    states_left: the source's optimizer state that is not taken. others: what the source holds beside tensors, never
-    read. applied: whether the model was filled and passed all checks, or this is a dry run. checked: scores that were
-    compared with production's.
+    rows: of parameters that have a source. fresh: parameters that stay as initialised. unused: tensors of the source
+    that are not taken. states_left: the source's optimizer state that is not taken. others: entries of the source that
+    are no tensors, and are never read. applied: the model was filled and passed all checks (false for a dry run).
+    checked: number of scores that were compared with production's.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Whether a filled model has what production has: rows of its tables by raw id, and scores.
+"""Compares a filled model with production: rows of its tables, by raw id, and scores.
 
 Shape suffixes: N rows of a check, C columns of the source.
 """
@@ -31,7 +31,9 @@ class Rows(NamedTuple):
 
 
 def read_checks(plan: Plan, folder: Path) -> dict[str, Rows]:
-    """Parameter → rows that its rule says to compare. Collective. Raises UserError for a file that does not fit."""
+    """Parameter → rows to compare, by the `check` of its rule. Collective. Raises UserError for a file that does not
+    fit.
+    """
     checks = {}
     for copy in plan.copies:
         rule = plan.rules.get(copy.name)
@@ -77,7 +79,7 @@ def _read_rows(folder: Path, rule: Rule, what: str, num_rows: int, columns: int)
 
 
 def check_rows(plan: Plan, checks: dict[str, Rows]) -> None:
-    """Compares the filled tables with production's rows. Collective. Raises UserError where one differs too much."""
+    """Raises UserError where a filled table differs too much from production's rows. Collective."""
     problems = []
     for copy in plan.copies:
         if copy.name not in checks:
@@ -103,7 +105,7 @@ def check_rows(plan: Plan, checks: dict[str, Rows]) -> None:
 
 
 def check_scores(model: nn.Module, check: Callable[[nn.Module], tuple[Tensor, Tensor]], tolerance: float) -> int:
-    """Compares the model's scores with production's, and gives their number over all ranks. Collective.
+    """Compares the model's scores with production's; returns how many there are on all ranks. Collective.
 
     Raises UserError where they differ by more than `tolerance`, are not of one shape, or are none.
     """

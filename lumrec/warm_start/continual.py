@@ -1,12 +1,12 @@
-"""Continual training: a LUM that goes on from an earlier one, though its tables and its schema may have grown.
+"""Continual training: a LUM that continues from an earlier one, although its tables and its schema may have grown.
 
     table        rows of values known there: as they were      │ new rows: as row 0 ("unknown") was
     projection   columns of features known there: as they were │ columns of a new feature: zero
     all else     as it was; names and shapes must agree
 
-So at step 0 the new LUM answers every history as the earlier one did, new values in it or not: to that one they were
-"unknown", and a new feature is one that is not looked at yet. Both learn from the first step on, as no two new rows get
-the same gradient, and the table behind zero columns is drawn at random.
+So before the first step the new LUM answers every history as the earlier one did: values that are new in a history were
+"unknown" to the earlier one, and a new feature has no effect yet. Both learn from the first step on, because new rows
+get different gradients, and the table of a new feature is drawn at random.
 """
 
 import itertools
@@ -67,7 +67,7 @@ class Earlier(NamedTuple):
 
 
 def earlier_run(common: Common, start_from: str) -> tuple[str, TrainedLum]:
-    """The name and the LUM that `start_from` means for this run; no data are read.
+    """The name and the LUM of the run that `start_from` names; no data are read.
 
     In the name, {fold} is replaced by "kofK" of common.fold. Raises MissingFileError where there is no such run, and
     UserError where it is this one.
@@ -132,8 +132,8 @@ def _check_settings(earlier: Earlier, model: ModelConfig) -> None:
     ]
     if differences:
         raise UserError(
-            f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(differences)}. Use its settings, or "
-            "train a new one without pretrain.start_from"
+            f"a LUM cannot continue from {earlier.run} as another model: {'; '.join(differences)}. Use its settings, "
+            "or train a new one without pretrain.start_from"
         )
 
 
@@ -156,8 +156,8 @@ def _check_features(earlier: Earlier, model: ModelConfig, schema: SchemaConfig) 
                 )
     if problems:
         raise UserError(
-            f"a LUM cannot go on from {earlier.run} with this schema: {'; '.join(dict.fromkeys(problems))}. Features "
-            "may be added, none changed or taken away"
+            f"a LUM cannot continue from {earlier.run} with this schema: {'; '.join(dict.fromkeys(problems))}. "
+            "Features may be added, none changed or taken away"
         )
 
 
@@ -183,8 +183,8 @@ def _check_vocabularies(earlier: Earlier, data: PreparedData) -> None:
 def _check_split(earlier: Earlier, data: PreparedData) -> None:
     """Raises UserError where the earlier LUM may have learned from an event that `data` holds out.
 
-    It has not where all it learned from is older than what is held out, nor where the same rule parted a log that has
-    only grown: a user's first events, or users by a hash of their keys, stay in the training part.
+    It cannot have where everything that it learned from is older than what is held out. Nor where the same rule split a
+    log that has only grown: a user's first events, or users by a hash of their keys, stay in the training part.
     """
     split, split_before = data.manifest["split"], earlier.manifest["split"]
     held_out = data.timestamp[data.split != TRAIN]
@@ -209,8 +209,8 @@ def start_from(
 ) -> Audit:
     """Loads the earlier LUM into `model` (from `parallel.shard`), in place; gives the audit of it. Collective.
 
-    config, schema: of `model`. table_state: "keep" goes on with the tables' optimizer state too (new rows have none
-    yet), so that trained rows go on in small steps; "fresh" starts it again. All other state always starts again.
+    config, schema: of `model`. table_state: "keep" loads the tables' optimizer state too (new rows have none yet), so
+    that trained rows continue in small steps; "fresh" starts it again. All other state always starts again.
     Each rank reads only the rows that it holds. Raises UserError, before anything is loaded, for parameters that do
     not fit, and for state that is to be kept and does not fit.
     """
@@ -290,7 +290,7 @@ def _check_parameters(
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(
-            f"a LUM cannot go on from {earlier.run} as another model: {'; '.join(problems[:6])}{more}. Use the "
+            f"a LUM cannot continue from {earlier.run} as another model: {'; '.join(problems[:6])}{more}. Use the "
             "settings of `model` that it was trained with"
         )
 

@@ -49,7 +49,9 @@ def match_names(
         for name in found:
             target = _target_of(rule, name)
             if target not in targets:
-                problems.append(f"{name!r} is to go to {target!r}, which the model has not{nearest(target, targets)}")
+                problems.append(
+                    f"{name!r} is to fill {target!r}, which the model does not have{nearest(target, targets)}"
+                )
             elif target in fresh:
                 problems.append(f"{target!r} is listed as fresh, and rule {rule.source!r} fills it")
             elif target in pairs:

@@ -122,7 +122,7 @@ def make_plan(model: nn.Module, source: Source, rules: Rules, optimizer: Any = N
     """The plan of a warm start of `model` (plain, or under DMP). Collective.
 
     optimizer: what holds the state that is to go on, such as TorchRec's CombinedOptimizer or lumrec's; None takes the
-    fused optimizer of a DMP only. Raises PlanError, which lists every problem at once: rules that match nothing, a
+    fused optimizer of a DMP. Raises PlanError, which lists every problem at once: rules that match nothing, a
     parameter that two rules match or none, tensors of the source that are not listed as unused, and all that differs
     without leave.
     """

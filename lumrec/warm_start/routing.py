@@ -1,7 +1,7 @@
 """TorchRec's managed collisions (ZCH) in a warm start: the buffers that say which row a raw id has.
 
-Each rank keeps its own table: `_mch_sorted_raw_ids` is sorted within the rank, and its rows are the rank's own. In
-another number of ranks ids would be looked for where they are not. Such buffers go on only whole, together with their
+Each rank keeps its own map: `_mch_sorted_raw_ids` is sorted within the rank and leads to the rank's rows. On another
+number of ranks, ids would be looked up where they are not. Such buffers are taken only as a whole, together with their
 table's rows, and to the same shards.
 """
 

@@ -79,9 +79,9 @@ class RowMap:
 def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, what: str) -> RowMap:
     """The RowMap that a rule asks for. `what`: the parameter, for errors.
 
-    Raises UserError for tables of other sizes than the rule allows, a vocabulary with an id or a row twice or a row
-    that its table has not, ids that share a row of the source without leave, too few ids that both vocabularies have,
-    and new rows about which nothing is said.
+    Raises UserError for tables of other sizes than the rule allows, a vocabulary that has an id or a row twice or a row
+    beyond its table, ids that share a row of the source although the rule does not allow it, too few ids that both
+    vocabularies have, and new rows for which the rule states nothing.
     """
     if rule.rows in ("error", "grow"):
         if source_rows != target_rows and (rule.rows == "error" or source_rows > target_rows):

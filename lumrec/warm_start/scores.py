@@ -1,7 +1,7 @@
-"""Production's scores of rows of the log, which a ranker that began from production must give too.
+"""Production's scores of rows of the log, which a ranker that starts from production must reproduce.
 
-A Parquet or CSV file: user and item (raw ids), timestamp (seconds, as prepared) where a user met an item several
-times, and what production said, as score (a probability) or logit.
+They are in a Parquet or CSV file: user and item (raw ids), timestamp (seconds, as prepared) where a user has several
+events with an item, and production's output as score (a probability) or logit.
 
 Shape suffixes: N rows.
 """
@@ -63,7 +63,7 @@ def read_scores(path: str | Path, key: str = "rank.warm_start.scores") -> tuple[
 def read_expected(path: str | Path, data: PreparedData) -> Expected:
     """What production said of the rows of `data` that the file names.
 
-    Raises as `read_scores` does, and UserError for a user and item that `data` has not, or several times.
+    Raises as `read_scores` does, and UserError for a user and item that `data` do not have, or have several times.
     """
     frame, value_N, is_logit = read_scores(path)
     return Expected(_rows(Path(path), frame, data), value_N, is_logit)

@@ -1,4 +1,4 @@
-"""Optimizer state of a warm start: whose each entry is, and what it means, in the source and in the model's optimizer.
+"""Optimizer state of a warm start: which parameter each entry belongs to, and what it means, on both sides.
 
 FBGEMM's fused optimizers call their first state "<table>.momentum1", whatever it is: sums of squared gradients in
 Adagrad, the mean gradient in Adam and LAMB. So an entry is read by what lies beside it and by its shape. State is taken
@@ -41,7 +41,7 @@ class Dropped(ValueError):
 
 
 class Names:
-    """Parameters, to be found by what an optimizer calls them."""
+    """Finds parameters by the names that optimizers give them."""
 
     def __init__(self, parameters: Collection[str]) -> None:
         self.parameters = frozenset(parameters)
@@ -50,8 +50,8 @@ class Names:
             self.plain.setdefault(plain(name), []).append(name)
 
     def find(self, name: str) -> str | None:
-        """The parameter `name`: itself; but for what wrappers add; but for the key that CombinedOptimizer puts in
-        front.
+        """The parameter that is called so: exactly, without what wrappers add, or also without the key that
+        CombinedOptimizer puts in front. None for none, or several.
         """
         if name in self.parameters:
             return name
@@ -61,7 +61,7 @@ class Names:
         return None
 
     def split(self, rest: str) -> tuple[str | None, str]:
-        """(parameter, entry) of "<parameter>.<entry>", either with dots in it; the longest parameter that fits."""
+        """(parameter, entry) of "<parameter>.<entry>", both of which may have dots; the longest parameter that fits."""
         parts = rest.split(".")
         for end in range(len(parts) - 1, 0, -1):
             if found := self.find(".".join(parts[:end])):
@@ -156,9 +156,8 @@ def _names_by_index(source: Source, rules: Rules, names: Names) -> dict[int, str
             )
         for name in given:
             if names.find(name) is None:
-                raise UserError(
-                    f"optimizer_parameters has {name!r}, which the source has not{nearest(name, names.parameters)}"
-                )
+                near = nearest(name, names.parameters)
+                raise UserError(f"optimizer_parameters has {name!r}, which the source does not have{near}")
             if given.count(name) > 1:
                 raise UserError(f"optimizer_parameters has {name!r} twice: give each parameter once")
         return dict(enumerate(given))
@@ -172,9 +171,9 @@ def _names_by_index(source: Source, rules: Rules, names: Names) -> dict[int, str
 
 
 def read_state(entries: list[Entry], parameter: tuple[int, ...], *, kind: str = "") -> State:
-    """What a parameter's entries mean. kind: the optimizer as the rule states it, "" for none.
+    """What the entries of a parameter mean. kind: the optimizer that the rule states, "" for none.
 
-    Raises Dropped where that cannot be known, and UserError where the rule's kind is not what is there.
+    Raises Dropped where the meaning is not known, and UserError where the entries are not those of the rule's kind.
     """
     by_last: dict[str, Entry] = {}
     for entry in entries:

@@ -25,8 +25,7 @@ def read_vocabulary(
     """key (str, or whole numbers where Parquet has such), row (i64) of a Parquet or CSV file, in its order.
 
     is_shared: several raw ids may have one row. Raises MissingFileError, or UserError for missing columns and values,
-    rows that are no whole numbers, an id (or, without is_shared, a row) that is there twice, and a row that a table of
-    `rows` rows has not.
+    rows that are no whole numbers, an id (or, without is_shared, a row) that occurs twice, and a row beyond `rows`.
     """
     key, row = columns
     frame = read_columns(path, [key, row], numbers=[row]).select(pl.col(key).alias("key"), pl.col(row).alias("row"))

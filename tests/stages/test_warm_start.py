@@ -287,7 +287,7 @@ def with_rule(words: list[str], name: str, rule: str, more: str = "") -> list[st
         (
             "target: tables.embedding_bags.itm_id.weight",
             "",
-            "bags.itm_id.weight', which the model has not; the nearest",
+            "bags.itm_id.weight', which the model does not have; the nearest",
         ),
         (
             "match: regex, target: 'x'",

@@ -75,7 +75,7 @@ def test_regular_expressions_and_names(shop):
         ),
         (
             {"rules": [{"source": "", "match": "prefix", "target": "x."}]},
-            "to go to 'x.item.weight', which the model has not",
+            "is to fill 'x.item.weight', which the model does not have",
         ),
         (
             {"rules": [{"source": "", "match": "prefix"}], "unused": ["itme.*"]},

@@ -234,7 +234,10 @@ def test_state_by_index_needs_names(tmp_path):
         warm_start(model, tmp_path / "a.pt", rules() | {"optimizer_parameters": names[:1]}, optimizer=optimizer)
     for wrong, said in [
         (["first.bias", *names[1:]], "has 'first.bias' twice: give each parameter once"),
-        (["first.wieght", *names[1:]], "has 'first.wieght', which the source has not; the nearest is 'first.weight'"),
+        (
+            ["first.wieght", *names[1:]],
+            "has 'first.wieght', which the source does not have; the nearest is 'first.weight'",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             warm_start(model, tmp_path / "a.pt", rules() | {"optimizer_parameters": wrong}, optimizer=optimizer)

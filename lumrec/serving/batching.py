@@ -82,6 +82,10 @@ class Batcher(Generic[Request, Answer]):
             if future.cancelled() and entry in self._waiting:
                 self._waiting.remove(entry)
 
+    async def beside(self, call: Callable[[], Any]) -> Any:
+        """What `call` gives, made in the worker thread between two calls."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
     def close(self) -> None:
         """Ends the worker thread once its current call has ended."""
         self._thread.shutdown(wait=False, cancel_futures=True)

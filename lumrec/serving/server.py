@@ -4,6 +4,7 @@
     POST /v1/rank      the best candidates
     POST /v1/events    what users did, for the requests that follow
     GET  /healthz      this process runs        GET /readyz   it takes requests        GET /metrics   Prometheus
+    GET  /             a user, and what the LUM changes for them, as a page
     GET  /openapi.json the API, for programs    GET /docs     the API, for people; loads nothing from the internet
 
 Requests are computed in batches (batching.py), on the newest version of bundle and store (live.py). Every refusal is
@@ -19,10 +20,11 @@ import logging
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
@@ -52,12 +54,20 @@ from lumrec.serving.batching import Batcher, QueueFull
 from lumrec.serving.guard import Guard
 from lumrec.serving.live import Live
 from lumrec.serving.metrics import Metrics
+from lumrec.serving.page import Page
 from lumrec.serving.requests import Event, ScoreRequest
 from lumrec.serving.served_log import ServedLog
 from lumrec.serving.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
 STUCK_S = 10.0  # a call of the ranker that takes longer means that this process is not ready
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 BAD = {
     400: "The body is no JSON",
     401: "The token is missing or wrong",
@@ -78,6 +88,7 @@ class Api:
 
     def __init__(self, live: Live, settings: ServeConfig, metrics: Metrics, log: ServedLog | None) -> None:
         self.live, self.settings, self.metrics, self.log = live, settings, metrics, log
+        self._page: Page | None = None
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -128,6 +139,14 @@ class Api:
         for outcome, number in taken._asdict().items():
             self.metrics.events.labels(outcome).inc(number)
         return EventsTaken(**taken._asdict())
+
+    async def page(self, user: Annotated[str, Query(max_length=200)] = "") -> HTMLResponse:
+        """What the LUM changes for a user, as a page."""
+        scorer = self.live.scorer
+        if self._page is None or self._page.scorer is not scorer:
+            self._page = Page(scorer)
+        view = await self.batcher.beside(partial(self._page.look, user)) if user else None
+        return HTMLResponse(render("serve.html.j2", view=view, bundle=scorer.version), headers=PAGE_HEADERS)
 
     async def healthz(self) -> Alive:
         """200 while this process runs."""
@@ -255,6 +274,8 @@ def make_app(
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     app.get("/metrics", tags=["operation"], response_class=Response, responses=text)(api.metrics_text)
     app.get("/docs", include_in_schema=False)(docs)
+    if settings.page:
+        app.get("/", include_in_schema=False)(api.page)
     _say_in_one_sentence(app, metrics)
     body_timeout_s = settings.timeout_ms / 1000
     app.add_middleware(
@@ -268,7 +289,7 @@ async def docs(request: Request) -> HTMLResponse:
     api = request.app.openapi()
     examples = {name: example(schema) for name, schema in api["components"]["schemas"].items()}
     base = str(request.base_url).rstrip("/")
-    return HTMLResponse(render("api.html.j2", api=api, examples=examples, base=base))
+    return HTMLResponse(render("api.html.j2", api=api, examples=examples, base=base), headers=PAGE_HEADERS)
 
 
 def _say_in_one_sentence(app: FastAPI, metrics: Metrics) -> None:

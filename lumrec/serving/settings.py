@@ -29,8 +29,8 @@ class ServeConfig:
     """The server of a bundle: what it serves, where it listens, and its limits.
 
     bundle: run name or folder of the bundle; "" = "<run>-bundle", where run names the ranker ("" = "<name>-rank").
-    store: run name, folder or redis:// place of the knowledge store; "" = inputs.knowledge. Read only where the bundle
-        was trained with knowledge.
+    store: run name, folder or redis:// place of the knowledge store; "" = inputs.knowledge, or the store that the
+        ranker was trained with. Read only where the bundle was trained with knowledge.
     state: run name, folder or redis:// place of the users' state; "" = "<run>-user_state" if it
         is there, else every user is unknown.
     host: address to listen on. Any but a loopback address needs a token.
@@ -44,6 +44,7 @@ class ServeConfig:
     timeout_ms: a request that has no answer by then gets 504. A request may ask for less.
     drain_s: seconds that running requests get to finish after SIGTERM.
     reload_s: seconds between two looks for a new version of the bundle, the store or the state.
+    page: the page at /, which shows what the LUM changes for a user; it takes time of the ranker.
     log: run name or folder for what was scored and the events that followed, as rows to train on (data.source=served);
         "" = none.
     log_rows: rows of one file of the log.
@@ -64,6 +65,7 @@ class ServeConfig:
     timeout_ms: float = setting(1000.0, least=1, most=3_600_000)
     drain_s: int = count(30, most=86_400)
     reload_s: float = setting(1.0, least=0.01, most=86_400)
+    page: bool = True
     log: str = ""
     log_rows: int = count(10_000, least=1, most=10_000_000)
     log_every_s: float = setting(60.0, least=0.1, most=86_400)

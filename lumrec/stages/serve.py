@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lumrec.data.common import Common
+from lumrec.models.ranker import open_ranker_run
 from lumrec.run.errors import UserError
 from lumrec.run.key_value import is_redis
 from lumrec.serving.settings import Places, ServeConfig
@@ -40,12 +41,18 @@ def run(common: Common, settings: ServeConfig) -> dict[str, Any]:
 
 def places_of(common: Common, settings: ServeConfig) -> Places:
     """Where the bundle, the store and the state are; those of the ranker's run where the settings name none."""
-    ranker = common.folder("rank")
-    state = settings.state or f"{ranker.name}-user_state"
+    run = common.run_name("rank")
+    state = settings.state or f"{run}-user_state"
     if not settings.state and not (common.runs / state).exists():
         logger.warning("serve.state is not given, and there is no %s: every user is unknown", common.runs / state)
         state = ""
-    store = settings.store or common.inputs.knowledge or f"{common.name}-query"
-    bundle = common.find_run(settings.bundle or f"{ranker.name}-bundle")
+    store = settings.store or common.inputs.knowledge
+    if not store:  # where the ranker had it from, if its run is here
+        ranker = common.folder("rank")
+        is_here = (ranker / "result.json").exists()
+        store = str(open_ranker_run(ranker).common.knowledge if is_here else common.knowledge)
+    bundle = common.find_run(settings.bundle or f"{run}-bundle")
+    if not (settings.bundle or bundle.exists()):
+        bundle = common.runs / f"{run}-bundle"  # which is what the message names
     store, state = (each if is_redis(each) or not each else str(common.find_run(each)) for each in (store, state))
     return Places(bundle, store, state, common.runs / settings.log if settings.log else None)

@@ -1,4 +1,4 @@
-"""The server over a real bundle, store and state: HTTP equals the scorer, events change scores, the page in a browser."""
+"""The server over a real bundle, store and state: HTTP equals the scorer, events change scores, a page in a browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,5 +165,5 @@ def test_no_page_where_it_is_switched_off(runs: Path) -> None:
 def test_bundles_with_one_name_are_told_apart(runs: Path) -> None:
     """A run in the folder of a pipeline has its bundle, state and store there."""
     config = load(None, [*WORDS, f"runs_dir={runs}", "run=some/rank-din"])
-    found = places_of(config, SimpleNamespace(bundle="", store="", state="x", log=""))  # type: ignore[arg-type]
+    found = places_of(config, ServeConfig(state="x"))
     assert found.bundle == runs / "some" / "rank-din-bundle"

@@ -19,7 +19,7 @@ from lumrec.data.log_columns import of_time
 from lumrec.data.prepared import PreparedData
 from lumrec.data.scaling import Moments, scaled
 from lumrec.data.splits import DEFAULT_FRACTIONS, TRAIN
-from lumrec.features.history import Known, Layout, UserHistory, histories_of
+from lumrec.features.history import Known, Layout, UserHistory, histories_of, log_events
 from lumrec.features.statistics import Scale
 from lumrec.models.ranker_config import RANKERS
 from lumrec.modules.rankers.base import RankBatch
@@ -170,6 +170,27 @@ def test_a_state_built_from_the_log_is_what_appending_makes(make, seed, keep, ha
             np.testing.assert_allclose(first, second, rtol=1e-12 if first.dtype == np.float64 else 0, atol=1e-12)
     if keep == 60:
         check_rows(log, rows, builder, built)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 999), has_requests=st.booleans())
+def test_moments_of_prepared_data_are_told_apart_within_a_second(make, seed, has_requests):
+    log = make(drawn_events(seed, 50, users=2, span=12), "temporal", seed=seed, has_requests=has_requests)
+    rows, builder = builders(log.data, "all", 50, READS)
+    known = builder.known(builder.layout)
+    moment_E = log_events(log.data, builder.layout, known).moment
+    requests = [request_of(log, row, np.array([row]))._replace(time=at / 1e6) for row, at in enumerate(moment_E)]
+    states = list(histories_of(log.data, builder.layout, known))
+    made = builder.batch(requests, [states[user] for user in log.data.user])
+    same(said(rows.batch(np.arange(log.data.num_events))), said(made.rank))
+
+
+def test_a_count_of_twin_stays_when_its_moment_is_folded(log: RichLog, builder: RequestBuilder):
+    layout = dataclasses.replace(builder.layout, keep=2)
+    state, event = UserHistory.empty(layout), Event("1", "1", START_US / 1e6)
+    for second in (0, 5, 5, 5, 5):
+        state.append(builder.encode([event._replace(time=event.time + second)]), builder.known(layout))
+    assert state.earlier.tolist()[0] == 1  # of its moment two others are folded now
 
 
 @pytest.fixture(scope="module")

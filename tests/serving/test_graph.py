@@ -1,6 +1,8 @@
 """Exported rankers give the scores of the rankers themselves, for any sizes, and run where lumrec is not."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from tiny_rankers import MODELS, make_batch, make_ranker, make_rows, random_know
 from lumrec.modules.knowledge import KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.serving.graph import Graph, export_graph, load_graph
-from lumrec.serving.tables import open_tables, write_tables
+from lumrec.serving.graph import Graph, GraphSpec, RankerGraph, export_graph, graph_inputs, load_graph
+from lumrec.serving.tables import Tables, open_tables, table_weights, write_tables
 
 SIZES = [[5, 0, 2], [0], [1], [40], [0, 0, 30, 1, 9, 17, 8, 8, 3]]
 
@@ -57,23 +59,57 @@ def assert_same(graph: Graph, ranker: Ranker, batch: RankBatch, atol: float = 1e
     torch.testing.assert_close(graph(batch), torch.sigmoid(ranker(batch)), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "with_knowledge"), [*((name, True) for name in MODELS), ("din", False), ("dlrm", False)]
-)
-def test_a_graph_scores_as_its_ranker(name, with_knowledge, tmp_path):
-    ranker = trained(name, knowledge=KnowledgeFusion("both", 2, 4, 2, 3, attention=True) if with_knowledge else None)
-    graph = exported(ranker, tmp_path)
+def assert_same_for_all_sizes(graph: Graph, ranker: Ranker) -> None:
     for lengths in SIZES:
         assert_same(graph, ranker, batch_of(lengths, ranker))
     # Candidates of two users, and of one, who share their history.
     rows = make_rows([40, 3])
     for users in (rows, rows[:1], rows[1:]):
         candidates = [type(row)(target, row.history, row.user) for row in users for target in (3, 7, 7, 30, 11)]
-        knowledge = random_knowledge(len(candidates)) if with_knowledge else None
-        plain = make_batch(candidates, knowledge=knowledge)
+        plain = make_batch(candidates, knowledge=random_knowledge(len(candidates)) if ranker.knowledge else None)
         assert torch.equal(shared(plain, 5).expanded().history_T, plain.history_T)
         assert_same(graph, ranker, shared(plain, 5))
         torch.testing.assert_close(graph(plain), graph(shared(plain, 5)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("with_knowledge", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_exported_scores_as_the_ranker(name, with_knowledge):
+    """Before torch.export, which is slow."""
+    ranker = trained(name, knowledge=KnowledgeFusion("both", 2, 4, 2, 3, attention=True) if with_knowledge else None)
+    spec = GraphSpec.of(ranker)
+    graph = Graph(RankerGraph(ranker, spec), spec, Tables(table_weights(ranker.tables), {}))
+    assert_same_for_all_sizes(graph, ranker)
+
+
+ELSEWHERE = """
+import importlib.abc, sys
+
+class NoLumrec(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("lumrec", "torchrec", "fbgemm_gpu"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, NoLumrec())
+import torch
+arguments = torch.load(sys.argv[2], weights_only=True)
+with torch.inference_mode():
+    scores = torch.export.load(sys.argv[1]).module()(*arguments)
+torch.save(scores, sys.argv[3])
+assert not [name for name in sys.modules if name.startswith(("lumrec", "torchrec"))]
+"""
+
+
+@pytest.mark.parametrize("name", ["din", "dlrm", "dien", "sim", "twin"])
+def test_a_graph_scores_as_its_ranker_also_where_only_torch_is(name, tmp_path):
+    ranker = trained(name, knowledge=None if name == "dlrm" else KnowledgeFusion("both", 2, 4, 2, 3, attention=True))
+    graph = exported(ranker, tmp_path)
+    assert_same_for_all_sizes(graph, ranker)
+    batch = batch_of([4, 0, 9], ranker)
+    torch.save((graph_inputs(batch, graph.spec), *graph.tables), tmp_path / "arguments.pt")
+    files = [str(tmp_path / each) for each in ("graph.pt2", "arguments.pt", "scores.pt")]
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *files], check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "scores.pt"), graph(batch))
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 1e-3), ("int8", 2e-2)])

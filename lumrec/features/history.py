@@ -414,17 +414,50 @@ def histories_of(data: PreparedData, layout: Layout, known: Known) -> Iterator[U
         earlier_E = earlier_of_category(data.user, known.category_I[data.item], data.before)
     users = {name: data.user_columns[name] for name in layout.users}
     dense = {name: data.dense[name] for name in layout.user_dense}
-    for user, (first, last) in enumerate(zip(data.user_offsets.tolist(), data.user_offsets[1:].tolist())):
-        history = UserHistory(
+    # Folds the events of all users at once, which is several times as fast as `UserHistory.fold`.
+    length_U = np.diff(data.user_offsets)
+    folded_U = np.maximum(0, length_U - layout.keep)
+    begin_U = data.user_offsets[:-1] + folded_U
+    old = np.flatnonzero(np.arange(len(rows)) < np.repeat(begin_U, length_U))
+    user_O, label_O, excess_O = data.user[old], rows.label[old], rows.excess[old]
+    label_U, excess_U = (np.bincount(user_O, x_O, data.num_users).tolist() for x_O in (label_O, excess_O))
+    until_U = np.where(folded_U > 0, at(rows.time, begin_U - 1), NEVER).tolist()
+    entries_of = {name: entries(column, rows.item[old]) for name, column in known.columns.items()}
+    if known.category_I is not None:
+        entries_of[CATEGORY] = np.arange(len(old)), known.category_I[rows.item[old]]
+    counts_U = {
+        name: _counts_by_user(at(user_O, place), value, at(label_O, place), at(excess_O, place), data.num_users)
+        for name, (place, value) in entries_of.items()
+    }
+    nothing = _no_counts(layout)
+    for user, (begin, last) in enumerate(zip(begin_U.tolist(), data.user_offsets[1:].tolist())):
+        yield UserHistory(
             layout=layout,
-            events=rows.take(slice(first, last)),
-            earlier=earlier_E[first:last],
+            events=rows.take(slice(begin, last)),
+            earlier=earlier_E[begin:last],
             users={name: _taken(column, slice(user, user + 1)) for name, column in users.items()},
             dense={name: float(values[user]) for name, values in dense.items()},
-            counts=_no_counts(layout),
+            counts=nothing | {name: counts[user] for name, counts in counts_U.items()},
+            count=float(folded_U[user]),
+            label=label_U[user],
+            excess=excess_U[user],
+            folded_until=until_U[user],
         )
-        history.fold(known)
-        yield history
+
+
+def _counts_by_user(
+    user_P: np.ndarray, value_P: np.ndarray, label_P: np.ndarray, excess_P: np.ndarray, num_users: int
+) -> list[Counts]:
+    """Counts of each user's values. user_P: int64, ascending."""
+    width = int(value_P.max(initial=0)) + 1
+    key_K, place = np.unique(user_P * width + value_P, return_inverse=True)
+    sums = [np.bincount(place, x_P, len(key_K)) for x_P in (np.ones(len(place)), label_P, excess_P)]
+    columns = [key_K % width, *sums]
+    bounds = np.searchsorted(key_K, np.arange(num_users + 1) * width).tolist()
+    return [
+        Counts(*(column[begin:end] for column in columns)) if begin < end else NO_COUNTS
+        for begin, end in zip(bounds, bounds[1:])
+    ]
 
 
 def log_events(data: PreparedData, layout: Layout, known: Known) -> EventRows:

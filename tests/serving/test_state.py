@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from drawn_requests import builders, live_events, rich_log
 
-from lumrec.features.history import UserHistory, histories_of
+from lumrec.features.history import Layout, UserHistory, histories_of, log_events
 from lumrec.knowledge.forget import forget
 from lumrec.knowledge.records import user_digest
 from lumrec.run.errors import MissingFileError, UserError
@@ -262,3 +262,19 @@ def test_a_redis_that_was_killed_is_one_error_until_it_is_back(redis_server, log
     redis_server.start()
     assert state.append([Event("1", "1", DAY + 1.0)]).new == 1
     assert RedisKeyValue(place).client.ping()
+
+
+def test_the_histories_of_a_log_are_those_of_its_events_appended_one_after_the_other(log):
+    """Folded for all users at once; sums of excesses may round otherwise."""
+    _, builder = builders(log.data, "all", 5, [])
+    layout = Layout.of(log.data.schema, keep=7, has_clock=True, category="tags")
+    known = builder.known(layout)
+    rows = log_events(log.data, layout, known)
+    for user, history in enumerate(histories_of(log.data, layout, known)):
+        grown = UserHistory.empty(layout)
+        for row in range(*log.data.user_offsets[user : user + 2]):
+            grown.append(rows.take(slice(row, row + 1)), known)
+        grown.users, grown.dense = history.users, history.dense  # which no event holds
+        assert history.count == grown.count > 0
+        for mine, theirs in zip(history.arrays(), grown.arrays(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)

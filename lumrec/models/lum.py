@@ -21,6 +21,7 @@ from lumrec.modules.user_encoder import UserEncoder
 from lumrec.run.config_file import stored
 from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.files import check_outside
 from lumrec.run.limits import check_names, count, setting, share
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import best_checkpoint, check_fingerprint, read_meta
@@ -122,14 +123,16 @@ def lum_tables(config: ModelConfig, schema: SchemaConfig) -> dict[str, int]:
     return table_widths(schema, [name for names in token_features(config, schema).values() for name in names])
 
 
-def check_tables(section: str, train: TrainConfig, widths: Mapping[str, int]) -> None:
-    """Raises UserError for tables that the training of a model names, or places, and that the model does not have.
+def check_tables(section: str, train: TrainConfig, widths: Mapping[str, int], run: Path) -> None:
+    """Raises UserError for tables that the training of a model names, or places, and that the model does not have, and
+    for a plan in the folder of the run.
 
-    section: pretrain, rank or retrieve. widths: of the model's tables.
+    section: pretrain, rank or retrieve. widths: of the model's tables. run: folder of this run.
     """
     given = list(train.optimizer.table_lrs)
     check_names(f"{section}.train.optimizer.table_lrs", given, list(widths), "tables that this model reads")
-    read_plan(train.sharding, widths, world_size=world_size(), whose="this model")
+    if read_plan(train.sharding, widths, world_size=world_size(), whose="this model"):
+        check_outside(train.sharding, f"{section}.train.sharding", run)
 
 
 def data_tables(

@@ -51,6 +51,14 @@ def check_file(path: str | Path, key: str, expected: str, *, may_be_folder: bool
     return path
 
 
+def check_outside(path: str | Path, key: str, folder: Path) -> None:
+    """Raises UserError for an input in the folder of the run that reads it: with overwrite=true it would be deleted
+    before it is read.
+    """
+    if Path(path).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{key}: {path} lies in {folder}, the folder of this run itself; choose another run=<name>")
+
+
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with None instead of NaN and infinities, which JSON does not have."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}

@@ -165,7 +165,7 @@ def _token_cost(model: LargeUserModel, config: PretrainConfig, *, num_items: int
 
 def check_inputs(common: Common, *, model: ModelConfig, pretrain: PretrainConfig) -> None:
     """Raises UserError where a file or run that the settings name is missing or invalid; reads no data."""
-    pretrain.warm_start.check_inputs("pretrain.warm_start.", common.prepared)
+    pretrain.warm_start.check_inputs("pretrain.warm_start.", common.prepared, common.folder("pretrain"))
     if pretrain.start_from:
         earlier_run(common, pretrain.start_from)
 
@@ -182,7 +182,7 @@ def check_schema(common: Common, schema: SchemaConfig, *, model: ModelConfig, pr
         )
     check_names("pretrain.evaluate.condition", list(pretrain.evaluate.condition), read, READ_BY_LUM)
     tables = lum_tables(model, schema)
-    check_tables("pretrain", pretrain.train, tables)
+    check_tables("pretrain", pretrain.train, tables, common.folder("pretrain"))
     pretrain.warm_start.check_names(tables, TOKENS, common.prepared)
     if pretrain.start_from:
         open_earlier(common, model, pretrain.start_from, schema)

@@ -98,7 +98,7 @@ def step(model: nn.Module, batch: RankBatch) -> StepOutput:
 def check_inputs(common: Common, *, rank: RankConfig) -> None:
     """Raises UserError for missing or invalid files and for settings that the chosen ranker does not read."""
     check_read(rank, "rank")
-    rank.warm_start.check_inputs("rank.warm_start.", common.prepared)
+    rank.warm_start.check_inputs("rank.warm_start.", common.prepared, common.folder("rank"))
 
 
 def check_schema(common: Common, schema: SchemaConfig, *, rank: RankConfig) -> None:
@@ -118,7 +118,7 @@ def check_schema(common: Common, schema: SchemaConfig, *, rank: RankConfig) -> N
             f"expected one of {', '.join(map(repr, items))}"
         )
     tables = ranker_tables(rank, schema)
-    check_tables("rank", rank.train, tables)
+    check_tables("rank", rank.train, tables, common.folder("rank"))
     rank.warm_start.check_names(tables, "", common.prepared)
 
 

@@ -207,7 +207,7 @@ def check_schema(common: Common, schema: SchemaConfig, *, retrieve: RetrieveConf
     """Raises UserError where the settings, or a sharding plan, name what the schema or the towers do not have."""
     conditions = features_by_role(schema, "condition")
     check_names("retrieve.conditions", list(retrieve.conditions), conditions, "condition features")
-    check_tables("retrieve", retrieve.train, tower_tables(retrieve, schema))
+    check_tables("retrieve", retrieve.train, tower_tables(retrieve, schema), common.folder("retrieve"))
 
 
 def check_data(common: Common, data: PreparedData, *, retrieve: RetrieveConfig) -> None:

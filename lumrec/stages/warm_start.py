@@ -37,6 +37,8 @@ def run(common: Common, model: ModelConfig, pretrain: PretrainConfig, rank: Rank
     if of_lum and rank.warm_start.source:
         raise UserError("pretrain.warm_start.source and rank.warm_start.source are both given: one at a time")
     settings = pretrain.warm_start if of_lum else rank.warm_start
+    if not settings.source:
+        raise UserError("give rank.warm_start.source, or pretrain.warm_start.source: a checkpoint to start from")
     stage: Any = pretrain_stage if of_lum else rank_stage
     sections = {"model": model, "pretrain": pretrain} if of_lum else {"rank": rank}
     stage.check_inputs(common, **sections)

@@ -14,7 +14,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.vocabulary import moved_values
 from lumrec.run.distributed import on_rank_zero, rank
 from lumrec.run.errors import UserError
-from lumrec.run.files import check_file, sha256
+from lumrec.run.files import check_file, check_outside, sha256
 from lumrec.run.limits import setting
 from lumrec.train.checkpoint import best_checkpoint
 from lumrec.warm_start.apply import warm_start
@@ -69,27 +69,32 @@ class WarmStartConfig:
                 "rows has its own, in its rule)"
             )
 
-    def check_inputs(self, at: str, prepared: Path) -> None:
-        """Raises MissingFileError or UserError for files that are missing or cannot be read; reads no data.
+    def check_inputs(self, at: str, prepared: Path, run: Path) -> None:
+        """Raises MissingFileError or UserError for files that are missing, cannot be read, or lie in the folder of this
+        run; reads no data.
 
         at: the section, with a dot. prepared: folder of the prepared data, which may be made later, with the
-        vocabularies in it.
+        vocabularies in it. run: folder of this run.
         """
         if not self.source:
             return
         check_file(self.source, f"{at}source", "a DCP folder or a checkpoint file", may_be_folder=True)
         rules = read_rules(self.rules)
+        inputs = {f"{at}source": Path(self.source), f"{at}rules": Path(self.rules)}
         if rules.optimizer_source:
-            path = Path(rules.folder) / rules.optimizer_source
-            check_file(path, f"{self.rules}: optimizer_source", "a checkpoint of the optimizer", may_be_folder=True)
+            key, path = f"{self.rules}: optimizer_source", Path(rules.folder) / rules.optimizer_source
+            inputs[key] = check_file(path, key, "a checkpoint of the optimizer", may_be_folder=True)
         for rule in rules.rules:
-            for key in _FILES:
-                path = Path(rules.folder) / getattr(rule, key)
-                is_made_later = key == "target_vocabulary" and not prepared.exists() and _is_in(path, prepared)
-                if getattr(rule, key) and not is_made_later:
-                    check_file(path, f"{self.rules}, rule {rule.source!r}: {key}", "Parquet or CSV")
+            for name in _FILES:
+                key, path = f"{self.rules}, rule {rule.source!r}: {name}", Path(rules.folder) / getattr(rule, name)
+                is_made_later = name == "target_vocabulary" and not prepared.exists() and _is_in(path, prepared)
+                if getattr(rule, name) and not is_made_later:
+                    inputs[key] = check_file(path, key, "Parquet or CSV")
         if self.scores:
+            inputs[f"{at}scores"] = Path(self.scores)
             read_scores(self.scores, f"{at}scores")
+        for key, path in inputs.items():
+            check_outside(path, key, run)
 
     def check_names(self, tables: Collection[str], before: str, prepared: Path) -> None:
         """Raises UserError for rules that name what the source or the model does not have, as far as this is known

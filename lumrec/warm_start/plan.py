@@ -218,7 +218,7 @@ def _add(plan: Plan, rules: Rules, rule: Rule, name: str, full: str, target: str
 
     def row_map_of() -> RowMap:
         folder = Path(rules.folder)
-        return map_rows(rule, source_rows=source_rows, target_rows=target_rows, folder=folder, what=repr(target))
+        return map_rows(rule, name, source_rows=source_rows, target_rows=target_rows, folder=folder, what=repr(target))
 
     # Vocabularies need more memory than the rows' numbers: one rank has them.
     row_map = on_rank_zero(row_map_of) if rule.target_vocabulary else row_map_of()

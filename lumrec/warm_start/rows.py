@@ -76,8 +76,8 @@ class RowMap:
         return RowMap(self.num_rows * number, self.num_source_rows * number, torch.cat(parts))
 
 
-def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, what: str) -> RowMap:
-    """The RowMap that a rule asks for. `what`: the parameter, for errors.
+def map_rows(rule: Rule, name: str, *, source_rows: int, target_rows: int, folder: Path, what: str) -> RowMap:
+    """The RowMap that a rule asks for. name: of the source's tensor; what: the parameter, both for errors.
 
     Raises UserError for tables of other sizes than the rule allows, a vocabulary that has an id or a row twice or a row
     beyond its table, ids that share a row of the source although the rule does not allow it, too few ids that both
@@ -87,7 +87,7 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
         if source_rows != target_rows and (rule.rows == "error" or source_rows > target_rows):
             hint = "rows=grow or remap" if source_rows < target_rows else "rows=remap, by raw id"
             raise UserError(
-                f"{what} has {target_rows:,} rows, {rule.source!r} {source_rows:,}: say what row is which by {hint}"
+                f"{what} has {target_rows:,} rows, {name!r} {source_rows:,}: say what row is which by {hint}"
             )
         return _stated(rule, RowMap(target_rows, source_rows), what)
     target = read_vocabulary(folder / rule.target_vocabulary, rule.target_columns, target_rows, what)
@@ -97,7 +97,7 @@ def map_rows(rule: Rule, *, source_rows: int, target_rows: int, folder: Path, wh
             folder / rule.source_vocabulary,
             rule.source_columns,
             source_rows,
-            repr(rule.source),
+            repr(name),
             is_shared=rule.collisions == "share",
         )
         _check_keep_rows(rule, source, rule.source_vocabulary, what)

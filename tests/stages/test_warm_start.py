@@ -388,3 +388,30 @@ def test_a_vocabulary_of_other_data_is_refused(words, tmp_path):
             STAGES[stage].run(config(with_rule(words, "stale", rule), "run=stale"))
     frame.write_parquet(tmp_path / "stale.parquet")
     STAGES["warm_start"].run(config(with_rule(words, "stale", rule)))
+
+
+def test_a_run_never_replaces_what_it_reads(words, tmp_path):
+    """With overwrite=true its folder is emptied first: the checkpoint, the rules or the plan were lost."""
+    folder = Path(config(words).runs_dir)
+    shutil.copytree(folder / "production", folder / "own")
+    (folder / "own" / "rules.yaml").write_text(RULES)
+    (folder / "own" / "plan.json").write_text('{"item_id": "table_wise"}')
+    again = ["run=own", "overwrite=true"]
+    (folder / "link").symlink_to(folder / "own")
+    for stage, given, key in [
+        ("rank", [f"rank.warm_start.source={folder / 'own'}"], "rank.warm_start.source"),
+        ("rank", [f"rank.warm_start.source={best_checkpoint(folder / 'own')}"], "rank.warm_start.source"),
+        ("rank", [f"rank.warm_start.source={folder / 'link'}"], "rank.warm_start.source"),
+        ("rank", [f"rank.warm_start.rules={folder / 'own' / 'rules.yaml'}"], "rank.warm_start.rules"),
+        ("rank", [f"rank.train.sharding={folder / 'own' / 'plan.json'}"], "rank.train.sharding"),
+        ("pretrain", [f"pretrain.train.sharding={folder / 'own' / 'plan.json'}"], "pretrain.train.sharding"),
+    ]:
+        before = sorted(path.name for path in (folder / "own").rglob("*"))
+        with pytest.raises(ValueError, match=f"{key}: .* lies in .*own, the folder of this run itself; choose another"):
+            STAGES[stage].run(config(from_production(words), *again, *given))
+        assert sorted(path.name for path in (folder / "own").rglob("*")) == before
+
+
+def test_the_dry_run_needs_a_source(words):
+    with pytest.raises(ValueError, match="give rank.warm_start.source, or pretrain.warm_start.source"):
+        STAGES["warm_start"].run(config(words))

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 # Words of a small run, and what its table must say.
 SMALL = {
     "requests": ("--repeats 1 --users 50 --events 60 --candidates 5", "60 events × 5 candidates"),
+    "fresh": ("--repeats 1 --users 40 --width 16 --max-events 16 --seconds 0.5", "s to the answer"),
     "pretrain": (
         "--lengths long --encoders hstu --tokens merged --events 128 --max-events 32 --users 20 --repeats 1",
         "lumrec hstu",

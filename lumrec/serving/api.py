@@ -12,6 +12,7 @@ from lumrec.run.printable import printable
 
 MOST_SECONDS = 2**43  # of a time: as microseconds, it fits 64 bits
 MOST_ITEMS = 1_000_000  # of an answer
+MOST_CONDITIONS = 64  # of a request
 
 User = Annotated[str, Field(description="raw key of the user, as in the log", examples=["42"])]
 Items = Annotated[list[str], Field(min_length=1, description="raw keys of the candidates", examples=[["1", "2", "3"]])]
@@ -65,6 +66,56 @@ class RankBody(ScoreBody):
     """One user, and the items to rank."""
 
     k: K = 10
+
+
+Condition = dict[str, str]
+
+
+class RetrieveBody(Strict):
+    """One user, for whom the store holds a LUM's answers."""
+
+    user: User
+    condition: Annotated[
+        Condition | None,
+        Field(description="one of those that the store was asked under; null = its first", examples=[None]),
+    ] = None
+    k: K = 10
+    timeout_ms: Timeout = None
+
+
+class AskBody(Strict):
+    """One user, and the conditions under which the LUM is asked about them now."""
+
+    user: User
+    conditions: Annotated[
+        list[Condition],
+        Field(min_length=1, max_length=MOST_CONDITIONS, examples=[[{"feedback": "like"}]]),
+    ]
+    k: K = 10
+    timeout_ms: Timeout = None
+
+
+class FoundItem(BaseModel):
+    """An item that fits. share: its probability among all items under the condition."""
+
+    item: str
+    similarity: float
+    share: float | None
+
+
+class Retrieved(BaseModel):
+    """The items that fit best, the best first; none for a user for whom the store holds no answer."""
+
+    condition: Condition
+    knowledge: bool
+    items: list[FoundItem]
+
+
+class Asked(BaseModel):
+    """The items that fit best under each condition; none for a user without events."""
+
+    unknown_user: bool
+    answers: list[Retrieved]
 
 
 class EventBody(Strict):

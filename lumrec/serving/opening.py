@@ -8,15 +8,26 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_or_prepare
 from lumrec.knowledge.answers import KIND as KNOWLEDGE
 from lumrec.knowledge.live_users import STATE, STATE_KIND
 from lumrec.knowledge.manifest import MANIFEST
 from lumrec.knowledge.store import KnowledgeStore
+from lumrec.models.lum import condition_features, load_lum
+from lumrec.models.lum_folds import find_lums
+from lumrec.query.conditions import default_conditions
+from lumrec.query.group_query import GroupQuery
+from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import UserError
 from lumrec.run.key_value import is_redis
 from lumrec.run.redis_versions import RedisVersions
+from lumrec.serving.api import MOST_CONDITIONS
 from lumrec.serving.live import Live, stamp_of
+from lumrec.serving.live_lum import LiveLum
 from lumrec.serving.metrics import Metrics
 from lumrec.serving.processes import run
+from lumrec.serving.retrieval import Asker
 from lumrec.serving.scorer import Scorer
 from lumrec.serving.served_log import ServedLog
 from lumrec.serving.server import make_app
@@ -44,7 +55,28 @@ def open_app(places: Places, settings: ServeConfig, token: str) -> FastAPI:
     live, log = open_live(places, metrics), None
     if places.log is not None:
         log = ServedLog(places.log, metrics, max_rows=settings.log_rows, max_age_s=settings.log_every_s)
-    return make_app(live, settings, token=token, metrics=metrics, log=log)
+    asker = None if places.lums is None else open_asker(places.lums, live.scorer.state)
+    return make_app(live, settings, token=token, metrics=metrics, log=log, asker=asker)
+
+
+def open_asker(common: Common, state: UserState | None) -> Asker:
+    """The LUMs of the inputs, to be asked about the users of a state. Raises as `load_lum`, and UserError where they do
+    not belong together.
+    """
+    if state is None:
+        raise UserError("serve.lums needs the state of users: build it with lumrec user_state, and give serve.state")
+    device = init_distributed("cpu")
+    data = open_or_prepare(common, make=False)
+    if state.identity.get("data_fingerprint") != data.fingerprint:
+        raise UserError(f"the user state was built from other data than {data.path}: name its data by inputs.prepared")
+    live = []
+    for lum in find_lums(common, data):
+        model = lum.trained.model
+        dmp, builder, _ = load_lum(lum.trained.folder, data, device=device)
+        conditions = default_conditions(data, condition_features(model, data.schema))
+        query = GroupQuery(dmp, builder, conditions, max_events=model.max_events, max_conditions=MOST_CONDITIONS)
+        live.append(LiveLum(query, state.layout))
+    return Asker(live)
 
 
 def open_live(places: Places, metrics: Metrics) -> Live:

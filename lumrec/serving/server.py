@@ -2,6 +2,8 @@
 
     POST /v1/score     the probability of each candidate
     POST /v1/rank      the best candidates
+    POST /v1/retrieve  the items that the LUM finds best, by what the store holds
+    POST /v1/ask       the same, asked while the request waits, under any conditions
     POST /v1/events    what users did, for the requests that follow
     GET  /healthz      this process runs        GET /readyz   it takes requests        GET /metrics   Prometheus
     GET  /             a user, and what the LUM changes for them, as a page
@@ -37,14 +39,20 @@ from lumrec.run.page import render
 from lumrec.run.printable import printable
 from lumrec.serving.api import (
     Alive,
+    AskBody,
+    Asked,
+    EventBody,
     EventsBody,
     EventsTaken,
+    FoundItem,
     KnowledgeUsed,
     Problem,
     RankBody,
     RankedItem,
     Ranking,
     Ready,
+    RetrieveBody,
+    Retrieved,
     ScoreBody,
     Scores,
     example,
@@ -56,6 +64,7 @@ from lumrec.serving.live import Live
 from lumrec.serving.metrics import Metrics
 from lumrec.serving.page import Page
 from lumrec.serving.requests import Event, ScoreRequest
+from lumrec.serving.retrieval import Asker, Retriever, items_of
 from lumrec.serving.served_log import ServedLog
 from lumrec.serving.settings import ServeConfig
 
@@ -68,6 +77,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+FIELDS = [*dict.fromkeys([*RankBody.model_fields, *AskBody.model_fields, *EventBody.model_fields])]
 BAD = {
     400: "The body is no JSON",
     401: "The token is missing or wrong",
@@ -84,10 +94,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Api:
-    """The endpoints. live: the scorer in force. log: takes in what was scored, or None."""
+    """The endpoints. live: the scorer in force. log: takes in what was scored, or None. asker: LUMs to ask, or None."""
 
-    def __init__(self, live: Live, settings: ServeConfig, metrics: Metrics, log: ServedLog | None) -> None:
-        self.live, self.settings, self.metrics, self.log = live, settings, metrics, log
+    def __init__(
+        self, live: Live, settings: ServeConfig, metrics: Metrics, log: ServedLog | None, asker: Asker | None
+    ) -> None:
+        self.live, self.settings, self.metrics, self.log, self.asker = live, settings, metrics, log, asker
+        self._retriever: Retriever | None = None
         self._page: Page | None = None
 
     @contextlib.asynccontextmanager
@@ -102,11 +115,14 @@ class Api:
         )
         # One request at a time: its counts are its own, and what is wrong with one is no matter of another.
         self.appender = Batcher(self._append, max_weight=1, max_waiting=self.settings.queue)
+        # Calls with some more work than an event loop should do.
+        self.finder: Batcher[Callable[[], Any], Any] = Batcher(_each, max_weight=1, max_waiting=self.settings.queue)
         watching = asyncio.create_task(self._watch())
         yield
         watching.cancel()
         self.batcher.close()
         self.appender.close()
+        self.finder.close()
         if self.log is not None:
             await asyncio.to_thread(self.log.close)
 
@@ -139,6 +155,17 @@ class Api:
         for outcome, number in taken._asdict().items():
             self.metrics.events.labels(outcome).inc(number)
         return EventsTaken(**taken._asdict())
+
+    async def retrieve(self, body: RetrieveBody) -> Retrieved:
+        """The items that the LUM finds best for a user, by what the store holds: no model is computed."""
+        timeout_s = self._timeout_s(body.timeout_ms)
+        return await self.finder.submit(partial(self._retrieve, body), timeout_s=timeout_s)
+
+    async def ask(self, body: AskBody) -> Asked:
+        """The items that the LUM finds best for a user under any conditions, by the user's newest events."""
+        if self.asker is None:
+            raise HTTPException(404, "this server has no LUM to ask: start it with serve.lums=[<runs of pretrain>]")
+        return await self.finder.submit(partial(self._ask, body), timeout_s=self._timeout_s(body.timeout_ms))
 
     async def page(self, user: Annotated[str, Query(max_length=200)] = "") -> HTMLResponse:
         """What the LUM changes for a user, as a page."""
@@ -206,6 +233,35 @@ class Api:
             raise Unavailable(self.live.problems.get("state", "the user state cannot be read"))
         return [state.append(events) for events in requests]
 
+    def _retrieve(self, body: RetrieveBody) -> Retrieved:
+        store = self.live.scorer.store
+        if store is None:
+            raise HTTPException(
+                404,
+                "this server reads no knowledge store: serve a bundle that was trained with knowledge, and give "
+                f"serve.store ({self.live.problems.get('store', 'none is given')})",
+            )
+        if self._retriever is None or self._retriever.store is not store:
+            self._retriever = Retriever(store)
+        condition = self._retriever.condition(body.condition)
+        found, problem = self._retriever.find(body.user, condition, body.k)
+        self.live.note("store", problem)
+        items = [FoundItem(**each) for each in items_of(found)]
+        return Retrieved(condition=store.conditions[condition], knowledge=found is not None, items=items)
+
+    def _ask(self, body: AskBody) -> Asked:
+        state = self.live.scorer.state
+        history = None if state is None else state.get([body.user])[0]
+        if history is None or not len(history.events):
+            return Asked(unknown_user=True, answers=[])
+        assert self.asker is not None
+        found = self.asker.find(body.user, history, body.conditions, body.k)
+        answers = [
+            Retrieved(condition=asked, knowledge=True, items=[FoundItem(**each) for each in items_of(items)])
+            for asked, items in zip(body.conditions, found, strict=True)
+        ]
+        return Asked(unknown_user=False, answers=answers)
+
     def _score_many(self, requests: list[ScoreRequest]) -> Sequence[tuple[Any, Any]]:
         scorer = self.live.scorer  # a new one may take its place meanwhile
         return [(scorer, scored) for scored in scorer.score_many(requests)]
@@ -226,6 +282,10 @@ class Api:
                 metrics.no_knowledge.inc(self.live.scorer.needs_knowledge)
             elif not math.isnan(scored.knowledge_age_s):
                 metrics.knowledge_age_s.observe(scored.knowledge_age_s)
+
+
+def _each(calls: list[Callable[[], Any]]) -> list[Any]:
+    return [call() for call in calls]
 
 
 class JsonRequest(Request):
@@ -253,10 +313,16 @@ class JsonRoute(APIRoute):
 
 
 def make_app(
-    live: Live, settings: ServeConfig, *, token: str, metrics: Metrics, log: ServedLog | None = None
+    live: Live,
+    settings: ServeConfig,
+    *,
+    token: str,
+    metrics: Metrics,
+    log: ServedLog | None = None,
+    asker: Asker | None = None,
 ) -> FastAPI:
-    """The ASGI application. token: what requests must bring; "" = nothing. log: see Api."""
-    api = Api(live, settings, metrics, log)
+    """The ASGI application. token: what requests must bring; "" = nothing. log, asker: see Api."""
+    api = Api(live, settings, metrics, log, asker)
     app = FastAPI(
         title="lumrec",
         description="Scores candidates for a user, with what a Large User Model knows of them.",
@@ -268,6 +334,8 @@ def make_app(
     app.router.route_class = JsonRoute
     app.post("/v1/score", tags=["ranking"], responses=PROBLEMS)(api.score)
     app.post("/v1/rank", tags=["ranking"], responses=PROBLEMS)(api.rank)
+    app.post("/v1/retrieve", tags=["retrieval"], responses=PROBLEMS)(api.retrieve)
+    app.post("/v1/ask", tags=["retrieval"], responses=PROBLEMS)(api.ask)
     app.post("/v1/events", tags=["events"], responses=PROBLEMS)(api.events)
     app.get("/healthz", tags=["operation"])(api.healthz)
     app.get("/readyz", tags=["operation"], responses={503: {"model": Ready}})(api.readyz)
@@ -297,7 +365,7 @@ def _say_in_one_sentence(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _refused(422, sentence(error.errors(), list(RankBody.model_fields)))
+        return _refused(422, sentence(error.errors(), FIELDS))
 
     @app.exception_handler(UserError)
     async def unusable(_: Request, error: UserError) -> JSONResponse:

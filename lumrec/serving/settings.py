@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lumrec.data.common import Common
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.limits import count, setting
 
@@ -16,12 +17,15 @@ SHORTEST_TOKEN = 16  # characters
 
 
 class Places(NamedTuple):
-    """What is served. store, state: folders or redis:// places; "" = none. log: None = none."""
+    """What is served. store, state: folders or redis:// places; "" = none. log: None = none. lums: the settings whose
+    inputs are the LUMs to ask and the data they were trained on; None = none.
+    """
 
     bundle: Path
     store: str
     state: str
     log: Path | None = None
+    lums: Common | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class ServeConfig:
         ranker was trained with. Read only where the bundle was trained with knowledge.
     state: run name, folder or redis:// place of the users' state; "" = "<run>-user_state" if it
         is there, else every user is unknown.
+    lums: run names of the LUMs that /v1/ask asks while a request waits, those that the store was made by; [] = none. It
+        needs inputs.prepared, the data they were trained on, and a state.
     host: address to listen on. Any but a loopback address needs a token.
     port: 0 = one that is free.
     token_file: file that holds the token which requests must bring; "" = the environment variable LUMREC_TOKEN.
@@ -54,6 +60,7 @@ class ServeConfig:
     bundle: str = ""
     store: str = ""
     state: str = ""
+    lums: list[str] = field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = count(8000, most=65_535)
     token_file: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,4 +56,6 @@ def places_of(common: Common, settings: ServeConfig) -> Places:
     if not (settings.bundle or bundle.exists()):
         bundle = common.runs / f"{run}-bundle"  # which is what the message names
     store, state = (each if is_redis(each) or not each else str(common.find_run(each)) for each in (store, state))
-    return Places(bundle, store, state, common.runs / settings.log if settings.log else None)
+    log = common.runs / settings.log if settings.log else None
+    lums = replace(common, inputs=replace(common.inputs, lums=settings.lums)) if settings.lums else None
+    return Places(bundle, store, state, log, lums)

@@ -96,6 +96,31 @@ def test_a_state_that_is_not_there_is_refused_and_a_store_is_not(runs: Path) -> 
         assert "answers are absent" in client.get("/?user=1").text
 
 
+def test_items_by_the_store_and_by_the_lum_itself(runs: Path) -> None:
+    config = load(None, [*WORDS, f"runs_dir={runs}"])
+    app = open_app(places_of(config, ServeConfig(lums=["tiny-pretrain"])), SETTINGS, "")
+    with TestClient(app, base_url=LOCAL, raise_server_exceptions=False) as client:
+        stored = client.post("/v1/retrieve", json={"user": "1", "k": 5}).json()
+        assert stored["condition"] == {"feedback": "like"} and len(stored["items"]) == 5
+        similarity = [each["similarity"] for each in stored["items"]]
+        assert similarity == sorted(similarity, reverse=True) and 0 < stored["items"][0]["share"] < 1
+        conditions = [{"feedback": "dislike"}, {"feedback": "like"}, {}]
+        asked = client.post("/v1/ask", json={"user": "1", "k": 5, "conditions": conditions}).json()
+        assert [each["condition"] for each in asked["answers"]] == conditions
+        now = {each["item"]: each for each in asked["answers"][1]["items"]}
+        for each in stored["items"]:  # the same LUM and the same events: equal but for the store's float16
+            assert now[each["item"]]["similarity"] == pytest.approx(each["similarity"], abs=0.02)
+            assert now[each["item"]]["share"] == pytest.approx(each["share"], rel=0.05)
+        other = client.post("/v1/retrieve", json={"user": "1", "k": 5, "condition": conditions[0]}).json()
+        assert other["items"] != stored["items"]
+        for path, body in (("retrieve", {"condition": {"feedback": "lik"}}), ("ask", {"conditions": [{"mood": "x"}]})):
+            answer = client.post(f"/v1/{path}", json={"user": "1", **body})
+            assert answer.status_code == 422 and len(answer.json()["detail"]) > 20
+        nobody = client.post("/v1/ask", json={"user": "nobody", "conditions": conditions}).json()
+        assert nobody == {"unknown_user": True, "answers": []}
+        assert not client.post("/v1/retrieve", json={"user": "nobody"}).json()["knowledge"]
+
+
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The address of the application, served by a thread."""

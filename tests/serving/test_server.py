@@ -121,6 +121,10 @@ def test_a_body_that_cannot_be_used_gets_one_sentence(client: TestClient, body: 
 def test_an_endpoint_without_its_engine_says_what_to_start_it_with(client: TestClient) -> None:
     answer = client.post("/v1/events", json={"events": [{"user": "1", "item": "2", "label": 1}]})
     assert answer.status_code == 404 and "serve.state=" in answer.json()["detail"]
+    answer = client.post("/v1/ask", json={"user": "1", "conditions": [{}]})
+    assert answer.status_code == 404 and "serve.lums=" in answer.json()["detail"]
+    answer = client.post("/v1/retrieve", json={"user": "1"})
+    assert answer.status_code == 404 and "serve.store" in answer.json()["detail"]
 
 
 def test_a_body_of_another_kind_a_wrong_path_and_a_wrong_method_get_one_sentence(client: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics and golden rows in one folder.
+"""Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics, golden rows in one folder.
 
 torchx run apps/export.py --config ml-1m run=ml-1m-rank
 torchx run apps/export.py --config ml-1m run=ml-1m-rank export.dtype=int8
@@ -8,7 +8,7 @@ import torchx.specs as specs
 
 
 def export(*words: str, config: str = "ml-1m") -> specs.AppDef:
-    """Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics and golden rows in one folder.
+    """Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics, golden rows in one folder.
 
     run names the ranker's run; the bundle is published beside it, in <run>-bundle, whole or not at all, and is opened
     with lumrec.Scorer.open. export.dtype=float16 or int8 makes the tables smaller, export.compile=aoti compiles the

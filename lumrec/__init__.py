@@ -29,18 +29,23 @@ if TYPE_CHECKING:
     from lumrec.models.ranker import load_ranker
     from lumrec.query.group_query import GroupQuery
     from lumrec.run.errors import MissingFileError, UserError
+    from lumrec.serving.requests import Event, ScoreRequest
     from lumrec.serving.scorer import Scorer
+    from lumrec.serving.state import UserState
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "Event",
     "GroupQuery",
     "Knowledge",
     "KnowledgeStore",
     "MissingFileError",
     "PreparedData",
+    "ScoreRequest",
     "Scorer",
     "UserError",
+    "UserState",
     "build_knowledge",
     "fit_lum",
     "fit_ranker",
@@ -51,13 +56,16 @@ __all__ = [
 ]
 _MODULES = {
     "Config": "lumrec.experiments.config",
+    "Event": "lumrec.serving.requests",
     "GroupQuery": "lumrec.query.group_query",
     "Knowledge": "lumrec.knowledge.store",
     "KnowledgeStore": "lumrec.knowledge.store",
     "MissingFileError": "lumrec.run.errors",
     "PreparedData": "lumrec.data.prepared",
+    "ScoreRequest": "lumrec.serving.requests",
     "Scorer": "lumrec.serving.scorer",
     "UserError": "lumrec.run.errors",
+    "UserState": "lumrec.serving.state",
     "build_knowledge": "lumrec.experiments.steps",
     "fit_lum": "lumrec.experiments.steps",
     "fit_ranker": "lumrec.experiments.steps",

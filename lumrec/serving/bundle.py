@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from lumrec.data.prepared import PreparedData
 from lumrec.features.items import Catalogue, ItemHistory
@@ -155,13 +157,49 @@ def _open_version(folder: Path, manifest: dict[str, Any], *, verify: bool) -> Bu
 
 def open_parts(folder: Path, manifest: dict[str, Any]) -> Bundle:
     """A version whose files have been checked, or are being made: all but the golden rows is read."""
-    spec = RequestSpec.from_json(manifest["spec"])
+    try:
+        spec = RequestSpec.from_json(manifest["spec"])
+        catalogue = Catalogue.open(folder / ITEMS, spec.schema)
+        items = ItemHistory.open(folder / ITEMS) if spec.statistics.kind == "all" else None
+        problem = _catalogue_problem(catalogue, spec, manifest["num_items"])
+        problem = problem or (_history_problem(items, manifest["num_items"]) if items else "")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise UserError(f"the bundle in {folder} is damaged: {problem:.300}; {AGAIN}")
     keys = Keys(folder, manifest["table_rows"], num_items=manifest["num_items"])
-    items = ItemHistory.open(folder / ITEMS) if spec.statistics.kind == "all" else None
-    builder = RequestBuilder(spec, keys, Catalogue.open(folder / ITEMS, spec.schema), items)
+    builder = RequestBuilder(spec, keys, catalogue, items)
     compiled = manifest["compile"] != "none"  # whether these are trusted was asked of the manifest
     graph = load_graph(folder / GRAPH, open_tables(folder / TABLES), trust_compiled=compiled)
     return Bundle(folder, manifest, builder, graph)
+
+
+def _catalogue_problem(catalogue: Catalogue, spec: RequestSpec, num_items: int) -> str:
+    """What is wrong with the features of the items, in words; "" where nothing is."""
+    for name, (values, offsets) in catalogue.columns.items():
+        num_rows = spec.table_rows.get(spec.schema.features[name].table, 0)
+        if values.dtype != torch.int64 or (len(values) and not 0 <= values.min() <= values.max() < num_rows):
+            return f"{name} of the items leads out of its table"
+        if offsets is None:
+            fits = values.shape == (num_items + 1,)
+        else:
+            fits = offsets.dtype == torch.int64 and offsets.shape == (num_items + 2,) and int(offsets[0]) == 0
+            fits = fits and int(offsets[-1]) == len(values) and bool((offsets.diff() >= 0).all())
+        if not fits:
+            return f"{name} does not have one entry for each of {num_items} items"
+    if any(dense.dtype != np.float32 or dense.shape != (num_items + 1,) for dense in catalogue.dense.values()):
+        return f"a dense feature does not have one number for each of {num_items} items"
+    return ""
+
+
+def _history_problem(items: ItemHistory, num_items: int) -> str:
+    """What is wrong with how the items were liked over time, in words; "" where nothing is."""
+    dtypes = [array.dtype for array in items] == [np.int64, np.int64, np.float64]
+    if not dtypes or [array.ndim for array in items] != [1, 1, 1] or len(items.label_P1) != len(items.key_P) + 1:
+        return "the history of the items is of another shape or type"
+    if any((np.diff(array) < 0).any() for array in (items.second_S, items.key_P)):
+        return "the history of the items is not sorted"
+    return "" if (items.key_P < num_items * max(1, len(items.second_S))).all() else "it has a history of no item"
 
 
 def write_titles(folder: Path, data: PreparedData) -> None:

@@ -84,7 +84,7 @@ def open_live(places: Places, metrics: Metrics) -> Live:
 
     Raises as `Scorer.open`; a store that cannot be read is absent knowledge.
     """
-    openers: dict[str, Any] = {"bundle": lambda: Scorer.open(places.bundle)}
+    openers: dict[str, Any] = {"bundle": lambda: Scorer.open(places.bundle, trust_compiled=places.trust_compiled)}
     versions = {"bundle": lambda: stamp_of(places.bundle / MANIFEST)}
     if places.store:
         openers["store"] = lambda _: KnowledgeStore.open(places.store)

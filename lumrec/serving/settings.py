@@ -18,7 +18,7 @@ SHORTEST_TOKEN = 16  # characters
 
 class Places(NamedTuple):
     """What is served. store, state: folders or redis:// places; "" = none. log: None = none. lums: the settings whose
-    inputs are the LUMs to ask and the data they were trained on; None = none.
+    inputs are the LUMs to ask and the data they were trained on; None = none. trust_compiled: see ServeConfig.
     """
 
     bundle: Path
@@ -26,6 +26,7 @@ class Places(NamedTuple):
     state: str
     log: Path | None = None
     lums: Common | None = None
+    trust_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ServeConfig:
         is there, else every user is unknown.
     lums: run names of the LUMs that /v1/ask asks while a request waits, those that the store was made by; [] = none. It
         needs inputs.prepared, the data they were trained on, and a state.
+    trust_compiled: serve a compiled bundle, which is machine code; see docs/security.md.
     host: address to listen on. Any but a loopback address needs a token.
     port: 0 = one that is free.
     token_file: file that holds the token which requests must bring; "" = the environment variable LUMREC_TOKEN.
@@ -61,6 +63,7 @@ class ServeConfig:
     store: str = ""
     state: str = ""
     lums: list[str] = field(default_factory=list)
+    trust_compiled: bool = False
     host: str = "127.0.0.1"
     port: int = count(8000, most=65_535)
     token_file: str = ""

@@ -7,7 +7,6 @@ rows of the input    0 … 99,999 | 100,000 … 199,999 | …      parts, each s
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import multiprocessing
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class ScoreConfig:
     time: column of the time (a date with time, or seconds since 1970, UTC); "" = now.
     processes: processes that score, each on one core; 0 = one for each core.
     rows_per_part: rows that one process takes at a time.
+    trust_compiled: open a compiled bundle, which is machine code; see docs/security.md.
     """
 
     bundle: str = ""
@@ -69,6 +70,7 @@ class ScoreConfig:
     time: str = ""
     processes: int = count(0, most=1024)
     rows_per_part: int = count(100_000, least=1, most=2**24)
+    trust_compiled: bool = False
 
 
 class Part(NamedTuple):
@@ -128,7 +130,7 @@ def run(common: Common, settings: ScoreConfig) -> dict[str, float | str]:
     parts_folder.mkdir(exist_ok=True)
     parts = list(_parts(files, settings.rows_per_part))
     pending = [part for part in parts if not (parts_folder / _name(part)).exists()]
-    work = functools.partial(_score_part, parts_folder, settings, columns)
+    work = partial(_score_part, parts_folder, settings, columns)
     with full_disk_told(run_folder.path, "the scores", then="make room and run the same command again: it continues"):
         _in_processes(common, settings, bundle, work, pending)
         counts = _join(parts_folder, parts, run_folder.path / OUTPUT)
@@ -146,20 +148,21 @@ def run(common: Common, settings: ScoreConfig) -> dict[str, float | str]:
     return result
 
 
-def _in_processes(common: Common, settings: ScoreConfig, bundle: Path, work: functools.partial, parts: list) -> None:
+def _in_processes(common: Common, settings: ScoreConfig, bundle: Path, work: partial, parts: list) -> None:
     """Scores the parts; with one process in this one."""
     processes = min(settings.processes or os.cpu_count() or 1, len(parts))
     store = settings.store and (settings.store if "://" in settings.store else str(common.find_run(settings.store)))
     state = settings.state and (settings.state if "://" in settings.state else str(common.find_run(settings.state)))
-    scorer = Scorer.open(bundle, store=store or None, state=state or None)  # what is wrong is said once, and here
+    trusted = settings.trust_compiled
+    open_scorer = partial(Scorer.open, bundle, store=store or None, state=state or None, trust_compiled=trusted)
+    scorer = open_scorer()  # what is wrong is said once, and here
     if processes <= 1:
         _use(scorer)
         for part in parts:
             work(part)
         return
     spawn = multiprocessing.get_context("spawn")
-    arguments = (bundle, store, state)
-    with ProcessPoolExecutor(processes, spawn, initializer=_open, initargs=arguments) as pool:
+    with ProcessPoolExecutor(processes, spawn, initializer=_open, initargs=(open_scorer,)) as pool:
         for done, part in enumerate(pool.map(work, parts), start=1):
             logger.info("part %d (%d of %d) is scored", part, done, len(parts))
 
@@ -172,9 +175,9 @@ def _use(scorer: Scorer) -> None:
     _scorer = scorer
 
 
-def _open(bundle: Path, store: str, state: str) -> None:
+def _open(open_scorer: partial[Scorer]) -> None:
     torch.set_num_threads(1)
-    _use(Scorer.open(bundle, store=store or None, state=state or None, verify=False))
+    _use(open_scorer(verify=False))
 
 
 def _columns(files: list[Path], settings: ScoreConfig, schema: SchemaConfig) -> dict[str, str]:

@@ -58,4 +58,4 @@ def places_of(common: Common, settings: ServeConfig) -> Places:
     store, state = (each if is_redis(each) or not each else str(common.find_run(each)) for each in (store, state))
     log = common.runs / settings.log if settings.log else None
     lums = replace(common, inputs=replace(common.inputs, lums=settings.lums)) if settings.lums else None
-    return Places(bundle, store, state, log, lums)
+    return Places(bundle, store, state, log, lums, settings.trust_compiled)

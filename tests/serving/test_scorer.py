@@ -14,7 +14,7 @@ from lumrec.experiments.config import load
 from lumrec.metrics.compare import read_scores
 from lumrec.models.ranker_config import RANKERS
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.listed_files import own_hash
+from lumrec.run.listed_files import listed, own_hash
 from lumrec.serving.requests import ScoreRequest
 from lumrec.serving.scorer import Scorer
 from lumrec.stages.registry import STAGES
@@ -123,7 +123,7 @@ def test_one_changed_bit_of_any_file_is_refused(served):
         with pytest.raises(UserError, match=f"{file.name} was changed or damaged"):
             Scorer.open(served.bundle)
         file.write_bytes(content[:-1])
-        with pytest.raises(UserError, match="was cut or changed"):
+        with pytest.raises(UserError, match="was cut off or changed"):
             Scorer.open(served.bundle, verify=False)
         file.unlink()
         with pytest.raises(MissingFileError, match="lacks"):
@@ -139,7 +139,7 @@ def test_a_manifest_that_was_changed_or_names_other_files_is_refused(served):
         Scorer.open(served.bundle)
     for change, why in [
         (lambda m: m.update(folder="../tiny-query"), "it names the folder"),
-        (lambda m: m["files"].update({"../../secret": {"sha256": "", "bytes": 1}}), "no file in this folder"),
+        (lambda m: m["files"].update({"../../secret": {"sha256": "", "bytes": 1}}), "not a file in this folder"),
         (lambda m: m.update(num_items="many"), "it lacks num_items"),
         (lambda m: m.update(format=0), "has the format 0"),
         (lambda m: m.update(compile="aoti"), "machine code"),
@@ -164,11 +164,36 @@ def test_a_table_that_fits_its_checksum_but_not_the_golden_rows_is_refused(serve
     table = np.load(folder / "tables/0.npy", mmap_mode="r+")
     table += 0.1
     table.flush()
-    from lumrec.run.listed_files import listed
-
     changed_manifest(served.bundle, lambda m: m["files"].update(listed(folder, [folder / "tables/0.npy"])))
     with pytest.raises(UserError, match="does not give the scores of its ranker: golden row"):
         Scorer.open(served.bundle)
+
+
+def test_arrays_that_fit_their_checksums_and_lead_out_of_tables_are_refused(served):
+    folder = served.bundle / json.loads((served.bundle / "manifest.json").read_text())["folder"]
+    manifest = json.loads((served.bundle / "manifest.json").read_text())
+    for name, change, why in [
+        ("item_id.values", lambda x: x + 10**6, "leads out of its table"),
+        ("item_id.values", lambda x: x[1:], "one entry for each"),
+        ("item_id.values", lambda x: x.astype(object), "Python objects in dtype"),
+        ("categories.offsets", lambda x: x[::-1], "one entry for each"),
+        ("price", lambda x: x.astype(np.float64), "one number for each"),
+        ("key_P", lambda x: x[::-1], "not sorted"),
+        ("label_P1", lambda x: x[1:], "of another shape or type"),
+    ]:
+        (served.bundle / "manifest.json").write_text(json.dumps(manifest))
+        file = folder / "items" / f"{name}.npy"
+        before = file.read_bytes()
+        np.save(file, change(np.load(file)), allow_pickle=True)
+        changed_manifest(served.bundle, lambda m, file=file: m["files"].update(listed(folder, [file])))
+        with pytest.raises(UserError, match=f"is damaged: .*{why}"):
+            Scorer.open(served.bundle)
+        file.write_bytes(before)
+    for change, why in [(lambda m: m["spec"].pop("features"), "features"), (lambda m: m["spec"].update(x=1), "'x'")]:
+        (served.bundle / "manifest.json").write_text(json.dumps(manifest))
+        changed_manifest(served.bundle, change)
+        with pytest.raises(UserError, match=f"is damaged: .*{why}"):
+            Scorer.open(served.bundle)
 
 
 def test_knowledge_of_another_lum_or_other_conditions_is_refused(served):

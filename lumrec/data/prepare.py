@@ -26,6 +26,7 @@ from lumrec.data.config import DataConfig
 from lumrec.data.convert import convert
 from lumrec.data.drawn_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
+from lumrec.data.labels import check_labels
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, write_manifest
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_lines
@@ -150,7 +151,8 @@ def prepare(common: Common, path: Path) -> dict[str, Any]:
             )
         shutil.rmtree(scratch)
         blank_quarantine(work / "quarantine.parquet", forgotten)
-        _check_labels(data, content)
+        before = read_manifest(common.find_run(data.vocabulary_from), verify=False) if data.vocabulary_from else None
+        check_labels(data, content, before["facts"].get("train_positive_rate") if before else None)
         manifest = write_manifest(
             work,
             {
@@ -232,36 +234,6 @@ def read_to_its_end(data: DataConfig) -> Iterator[None]:
             f"{file or 'the log'} cannot be read to its end: {str(error).splitlines()[0]}. It is damaged: copy or "
             "write it again"
         ) from error
-
-
-MOST_UNREADABLE_LABELS = 0.1  # of all events; more are another kind of label, not noise
-
-
-def _check_labels(data: DataConfig, content: dict[str, Any]) -> None:
-    """Raises UserError where a log's labels make no rankers: one class only, or another kind of label than declared."""
-    if data.source != "log" or data.log.all_positive:
-        return
-    label, rates = data.label, [content["facts"][f"{part}_positive_rate"] for part in PARTS]
-    rates = [rate for rate in rates if rate is not None]
-    rule = f"values={label.values}" if label.values else f"at_least={label.at_least}"
-    rule = (
-        rule if label.values or label.at_least is not None else "neither values nor at_least, so 0 and 1 are expected"
-    )
-    column, counts = label.column or "label", content["counts"]
-    reason = f"{column} is neither 0 nor 1, true nor false"
-    unread = sum(n for key, n in content["quarantine"].items() if key == f"events: {reason}" or key.endswith(reason))
-    found = f"data.label has {rule}; in column {column!r} of the log "
-    hint = "; say what is positive by data.label.values or data.label.at_least (--check shows the column's values)"
-    if unread > MOST_UNREADABLE_LABELS * counts["events_read"]:
-        raise UserError(f"{found}{unread:,} of {counts['events_read']:,} events have another label{hint}")
-    if data.vocabulary_from:  # the next days of a log, of which a few events may be all there is
-        return
-    if rates and not any(rates):
-        raise UserError(f"{found}no event is positive{hint}")
-    if rates and min(rates) == 1 and data.negatives is None:
-        raise UserError(
-            f"{found}every event is positive{hint}. Where the log has only positives, say data.log.all_positive=true"
-        )
 
 
 def _older_vocabularies(common: Common, path: Path) -> tuple[str, dict[str, pl.DataFrame]]:

@@ -402,6 +402,7 @@ def test_a_full_disk_is_not_taken_for_a_damaged_log(make_config: Callable, tmp_p
         ([1, 2, 3, 4, 5], "16 of 20 events have another label"),
         ([1], "every event is positive.*data.log.all_positive=true"),
         ([0], "no event is positive"),
+        (["good", "bad"], "at_least=4.0; in column 'label' of the log 20 of 20 events have another label"),
     ],
 )
 def test_labels_of_one_class_or_another_kind_are_refused(tmp_path, labels, said):
@@ -410,6 +411,7 @@ def test_labels_of_one_class_or_another_kind_are_refused(tmp_path, labels, said)
     rows = [f"u{i % 4},i{i % 5},{1_700_000_000 + 60 * i},{labels[i % len(labels)]}" for i in range(20)]
     log.write_text("\n".join(["user,item,time,label", *rows]))
     words = ["data.source=log", f"data.log.events={log}", "data.log.user=user", "data.log.item=item"]
+    words += ["data.label.at_least=4"] if "at_least" in said else []
     config = load(None, [*words, "data.log.timestamp=time", "schema.features={item_id: {role: item}}"])
     with pytest.raises(UserError, match=said):
         prepare(config, tmp_path / "prepared")

@@ -1,5 +1,6 @@
 """Vocabularies that build on older ones: known values keep their rows, tables only grow."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from lumrec.data.own_log.config import LogConfig
 from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import FeatureConfig, SchemaConfig
+from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.data.vocabulary import build_vocabulary, encode, moved_values
 from lumrec.run.errors import UserError
 
@@ -169,6 +171,27 @@ def test_a_log_without_any_item_of_the_earlier_one_is_refused(prepare_days: Call
         UserError, match=r"none of its 19 items is in .* this log \(there '\w+', say, and here 'p\w+'\)"
     ):
         prepare_days("day-2", [f"a,p{n},{n},1,home" for n in range(1, 20)], vocabulary_from="day-1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "label", "said"),
+    [
+        ([0, 1], {}, ""),
+        ([1] * 5, {}, ""),  # a few events may be of one class
+        ([0] * 60, {}, "no event is positive, and 50.0% of those of the log in data.vocabulary_from are; say"),
+        ([1] * 60, {}, "every event is positive, and 50.0% of those"),
+        ([0, 1] * 30, {"at_least": 4.0}, "data.label has at_least=4.0; .* no event is positive"),
+        ([1, 2, 3, 4, 5] * 12, {}, "48 of 60 events have another label"),
+    ],
+)
+def test_labels_of_another_kind_than_the_earlier_log_has(prepare_days: Callable, labels: list, label: dict, said: str):
+    def day(labels: list, first: int) -> list[str]:
+        return [f"u{n % 5},i{n % 4},{first + n},{label},home" for n, label in enumerate(labels)]
+
+    prepare_days("day-1", day([0, 1] * 30, 1_700_000_000))
+    expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with expected:
+        prepare_days("day-2", day(labels, 1_800_000_000), vocabulary_from="day-1", label=LabelConfig(**label))
 
 
 def test_values_are_encoded_by_the_grown_vocabulary():

@@ -196,9 +196,9 @@ def _parquet_file(file: Path) -> TableFile:
         groups = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         if groups != metadata.num_rows:
             raise pa.ArrowInvalid(f"its footer counts {metadata.num_rows:,} rows, and its row groups have {groups:,}")
-    except (pa.ArrowInvalid, OSError, pl.exceptions.PolarsError) as error:
+    except (pa.ArrowException, OSError, pl.exceptions.PolarsError) as error:
         raise UserError(
-            f"{file} cannot be read as Parquet: it is cut or damaged, or no Parquet file "
+            f"{file} cannot be read as Parquet: it is cut or damaged, no Parquet file, or has an unknown type "
             f"({str(error).splitlines()[0]}). Copy or write it again"
         ) from None
     if metadata.num_rows == 0:

@@ -241,6 +241,12 @@ def test_files_that_cannot_be_used_are_refused(write: Callable, scratch: Path, n
         read_log(write(content, name), scratch).events.collect()
 
 
+def test_a_type_that_cannot_be_read_is_named(scratch: Path, tmp_path: Path):
+    pl.DataFrame({"user_id": ["u"], "big": pl.Series([1]).cast(pl.Int128)}).write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(UserError, match="log.parquet cannot be read as Parquet: .* more than 64 bits not implemented"):
+        read_log(tmp_path / "log.parquet", scratch)
+
+
 def test_a_cut_parquet_file_and_mixed_formats_and_no_file(write: Callable, scratch: Path, tmp_path: Path):
     whole = parquet_bytes(scratch)
     with pytest.raises(ValueError, match="half.parquet cannot be read as Parquet"):

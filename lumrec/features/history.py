@@ -309,7 +309,7 @@ class UserHistory:
         return b"".join([MAGIC, self.layout.digest, lengths, *padded])
 
     @classmethod
-    def from_bytes(cls, content: bytes | memoryview, layout: Layout) -> UserHistory:
+    def from_bytes(cls, content: bytes, layout: Layout) -> UserHistory:
         """The state that `to_bytes` wrote. Raises UserError for bytes of another layout, cut or damaged ones."""
         dtypes = layout.dtypes
         header = len(MAGIC) + 8 + 8 * len(dtypes)

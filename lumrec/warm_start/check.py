@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from lumrec.run.distributed import gathered, on_rank_zero
 from lumrec.run.errors import UserError
-from lumrec.run.files import check_file
 from lumrec.warm_start.plan import Plan, flat, overlaps, shards_of
 from lumrec.warm_start.rules import Rule
-from lumrec.warm_start.vocabulary import join, read_vocabulary
+from lumrec.warm_start.vocabulary import join, read_columns, read_vocabulary, row_numbers
 
 _FILLED = "the model is filled and must not be used"
 
@@ -51,21 +50,15 @@ def read_checks(plan: Plan, folder: Path) -> dict[str, Rows]:
 
 def _read_rows(folder: Path, rule: Rule, what: str, num_rows: int, columns: int) -> Rows:
     path, by = folder / rule.check, "key" if rule.target_vocabulary else "row"
-    check_file(path, "check", f"Parquet with the columns {by} and values")
-    try:
-        frame = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    if absent := [name for name in (by, "values") if name not in frame.columns]:
-        raise UserError(f"{path} has no column {absent[0]!r}; it has {', '.join(frame.columns)}")
+    frame = read_columns(path, [by, "values"], key="check", expected=f"Parquet with the columns {by} and values")
     if by == "key":
         vocabulary = read_vocabulary(folder / rule.target_vocabulary, rule.target_columns, num_rows, what)
         frame = join(vocabulary, frame.select("key", "values"))
     frame = frame.select("row", "values").drop_nulls()
     if not len(frame):
         raise UserError(f"{path} has no row of {what!r}: are its raw ids of another table?")
+    row_N = torch.from_numpy(row_numbers(frame["row"], path, "row").to_numpy(writable=True))
     try:
-        row_N = torch.from_numpy(frame["row"].cast(pl.Int64).to_numpy(writable=True))
         value_NC = torch.from_numpy(np.array(frame["values"].to_list(), np.float32))
     except (ValueError, TypeError, pl.exceptions.PolarsError):
         raise UserError(f"{path}: values must be lists of {columns:,} numbers, one for each row") from None

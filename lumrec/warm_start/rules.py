@@ -49,8 +49,9 @@ class Rule:
     rows without a raw id that keep their number, such as 0 for "unknown". hash: "modulo" (whole numbers), "splitmix64"
     (whole numbers) or "fnv1a64" (text), of the id, modulo the source's rows. collisions: "error", or "share": ids that
     had one row in the source begin with equal rows; so a vocabulary may be written by any hash. min_joined: lowest
-    share of the target's raw ids that the source's vocabulary must have. lookalikes: "error" where an id without a
-    source differs only in its form from one of the source's (`7` and `7.0`, `7` and `007`, trailing blanks), or "new".
+    share of the target's raw ids that the source's vocabulary must have, and the categories. lookalikes: "error" where
+    an id that is missing there differs only in its form from one that is there (`7` and `7.0`, `7` and `007`, `AB` and
+    `ab`, trailing blanks), or "new".
     new_rows: what rows without a source begin with, to be stated where there are any: "mean" of the rows taken,
     "category_mean" of those of the same category (categories: file of key, category; "mean" where a category has none),
     "unknown" (as row 0), "zero", or "random" (as the model was initialised).

@@ -29,7 +29,7 @@ def read_vocabulary(
     """
     key, row = columns
     frame = read_columns(path, [key, row], numbers=[row]).select(pl.col(key).alias("key"), pl.col(row).alias("row"))
-    frame = frame.with_columns(_keys(frame["key"], path, key), _row_numbers(frame["row"], path, row))
+    frame = frame.with_columns(_keys(frame["key"], path, key), row_numbers(frame["row"], path, row))
     if missing := int(frame.select(pl.any_horizontal(pl.all().is_null())).sum().item()):
         raise UserError(f"{path}: {missing:,} entries lack their raw id or their row")
     for column, name in (("key", key), ("row", row)):
@@ -85,7 +85,8 @@ def _keys(keys: pl.Series, path: Path, name: str) -> pl.Series:
     return keys.cast(pl.String)
 
 
-def _row_numbers(rows: pl.Series, path: Path, name: str) -> pl.Series:
+def row_numbers(rows: pl.Series, path: Path, name: str) -> pl.Series:
+    """Row numbers as i64. Raises UserError for what are none; nothing is rounded."""
     known = rows.drop_nulls()
     is_number = rows.dtype.is_integer() or rows.dtype.is_float() and bool((known.floor() == known).all())
     try:

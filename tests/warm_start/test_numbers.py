@@ -274,6 +274,12 @@ def test_rows_that_production_has_are_compared(tmp_path):
     plain = {"rules": [{"source": "weight", "check": "rows.parquet"}], **folder}
     with pytest.raises(ValueError, match="row 1 by 0.5"):
         warm_start(nn.Embedding(6, 2), tmp_path / "old.pt", plain)
+    pl.DataFrame({"row": [1.5], "values": [[2.0, 3.0]]}).write_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="column 'row' holds Float64 such as 1.5; expected row numbers"):
+        warm_start(nn.Embedding(6, 2), tmp_path / "old.pt", plain)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="rows.parquet cannot be read as .parquet"):
+        warm_start(nn.Embedding(6, 2), tmp_path / "old.pt", plain)
 
 
 def test_scores_that_production_gave_are_compared(tmp_path):

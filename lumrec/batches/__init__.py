@@ -1,1 +1,1 @@
-"""Prepared data → windows, packs and rows, and the loaders that deal them out."""
+"""Makes windows, packs and rows from prepared data, and loads them in batches."""

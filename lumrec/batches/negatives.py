@@ -1,4 +1,4 @@
-"""Which items compete with the right one in InfoNCE (LUM equ. 2), and how much each of them counts.
+"""The negatives of InfoNCE (LUM eq. 2) and their weights.
 
 Shape suffixes: T events, C candidates, I catalogue items.
 """
@@ -17,21 +17,21 @@ from lumrec.run.limits import count, setting
 
 @dataclass(frozen=True)
 class NegativesConfig:
-    """Which items the right one is compared with in InfoNCE (LUM eq. 2), and how much each of them counts.
+    """The negatives of InfoNCE (LUM eq. 2) and their weights.
 
     full: the whole catalogue (for small catalogues; the other settings then have no effect).
     in_batch: the items of the same pack, by how often they occur (the paper's). With logq it was the best of ten losses
         at equal time on ML-1M and Amazon Beauty (docs/lab-log/retrieval.md), hence the default.
     sampled: number of further draws, shared by all positions of a pack.
-    sampling: how these are drawn: uniform; popularity^popularity_power in the training part; or mixed, by popularity in
-        popularity_share of the draws and uniform in the rest.
+    sampling: how these are drawn: uniform; popularity (^popularity_power) in the training part; or mixed, that is
+        popularity for popularity_share of the draws and uniform for the rest.
     popularity_power: exponent of the popularity.
     popularity_share: share of the draws of "mixed" that go by popularity.
     unique: each item counts once, however often it occurs in the pack or was drawn.
-    logq: divide by how often an item was to be expected, so that the sum over negatives estimates the sum over the
-        catalogue. The positive, which is always there, is not divided: the gradient of arXiv 2507.09331.
+    logq: divide by an item's expected number of occurrences, so that the sum over negatives estimates the sum over the
+        catalogue. The positive, which always occurs, is not divided: the gradient of arXiv 2507.09331.
     logq_positive: divide the positive too, as in the older form of logQ (Yi et al., RecSys 2019).
-    across_ranks: use the candidates of all ranks for the positions of each; `sampled` are drawn on each rank.
+    across_ranks: use the candidates of all ranks at the positions of each rank; `sampled` are drawn on each rank.
     """
 
     full: bool = False
@@ -61,7 +61,7 @@ class NegativesConfig:
 
 
 class Candidates(NamedTuple):
-    """item_C: int64, distinct catalogue items, ascending. positive_T: int64, candidate that each event's item is.
+    """item_C: int64, distinct catalogue items, ascending. positive_T: int64, index of each event's item among them.
 
     log_weight_C: float32, log of how much each candidate counts as a negative. log_positive_weight_T: float32, log of
     how much each event's item counts where it is the right one; empty where that is 1 throughout.
@@ -74,7 +74,7 @@ class Candidates(NamedTuple):
 
 
 class NegativeSampler:
-    """Draws a pack's candidates: its own items, once each, and the negatives, with their weights.
+    """Draws a pack's candidates: its items, once each, and the negatives, with their weights.
 
     item_counts_I: how often each item occurs in training.  num_ranks: ranks whose candidates are put together.
     """
@@ -85,7 +85,7 @@ class NegativeSampler:
         self.num_draws = config.sampled * num_ranks  # for one step
         counts_I = torch.from_numpy(item_counts_I).double()
         self.popularity_I = counts_I / counts_I.sum()
-        # Items that no training event holds are no use as negatives: nothing would ever pull them back.
+        # Items without a training event are never negatives: they would only ever be pushed away.
         uniform_I, powered_I = (counts_I > 0).double(), self.popularity_I**config.popularity_power
         powered_I = powered_I * uniform_I  # 0^0 is 1
         share = {"uniform": 0.0, "popularity": 1.0, "mixed": config.popularity_share}[config.sampling]
@@ -96,8 +96,8 @@ class NegativeSampler:
     def draw(self, item_T: Tensor, generator: torch.Generator, *, num_events: int | None = None) -> Candidates:
         """The candidates for events with the items `item_T` (int64).
 
-        num_events: events of all ranks whose candidates are put together in this step; by default those of `item_T`.
-        Weights are then such that those of one item add up over the ranks (where `unique`, they are equal).
+        num_events: events of all ranks whose candidates are combined in this step; by default those of `item_T`. An
+        item's weights then add up over the ranks (with `unique`, they are equal).
         """
         num_items, num_own, config, none = len(self.proposal_I), len(item_T), self.config, torch.zeros(0)
         if config.full:
@@ -106,7 +106,7 @@ class NegativeSampler:
         sampled = torch.searchsorted(self.cumulative_I, random, right=True)
         item_C, place = torch.unique(torch.cat([item_T, sampled]), return_inverse=True)
         positive_T = place[:num_own]
-        # A target that is no negative is a candidate of weight 0: right at its own position, and nowhere else.
+        # A target that is no negative is a candidate with weight 0: it only counts at its own position.
         count_C = torch.bincount(place if config.in_batch else place[num_own:], minlength=len(item_C)).double()
         if config.unique:
             count_C = (count_C > 0).double()
@@ -119,7 +119,7 @@ class NegativeSampler:
         return Candidates(item_C, positive_T, log_weight_C, log_positive_weight_T)
 
     def _expected(self, item_C: Tensor, num_events: int) -> Tensor:
-        """How often each item is to be expected in a step with `num_events` events; where `unique`, how probably."""
+        """Expected occurrences of each item in a step with `num_events` events; with `unique`, its probability."""
         num_in_batch = num_events if self.config.in_batch else 0
         proposal_C, popularity_C = self.proposal_I[item_C], self.popularity_I[item_C]
         if self.config.unique:

@@ -1,4 +1,4 @@
-"""Packs: windows of many users behind each other, filled to a budget of events (LUM section 4.1.3, packing).
+"""Packs: windows of many users one after another, up to a budget of events (LUM section 4.1.3, packing).
 
 Shape suffixes: W windows, T events, Q queries, C candidates, I catalogue items.
 """
@@ -26,10 +26,10 @@ ABSENT = -1
 
 
 class Queries(NamedTuple):
-    """Conditions to ask. window_Q: int64 ascending, window asked; moment_Q: int64, events of it that are seen.
+    """Conditions to ask. window_Q: int64 ascending, each query's window; moment_Q: int64, number of its events it sees.
 
-    time_Q: int64, seconds, when each is asked; None = at the time of the row that follows what is seen, or behind a
-    window's end at that of its last event.
+    time_Q: int64, seconds, the time of each query; None = the time of the row after the events that it sees, or at a
+    window's end that of the last event.
     conditions: feature -> vocabulary row of each query (int64 [Q]; ABSENT where the feature is not given), or its bags
     (values int64, lengths int64 [Q]) where a query may hold several values.
     """
@@ -146,8 +146,8 @@ class PackingConfig:
     """How windows of events are packed into batches.
 
     events_per_pack: events of one pack on each rank, at most (two tokens each).
-    condition_dropout: share of the events whose condition feature is withheld while training, feature by feature, so
-        that a query may leave the feature out.
+    condition_dropout: share of the events whose condition feature is withheld in training, separately for each feature,
+        so that a query may leave the feature out.
     """
 
     events_per_pack: int = count(4096, least=1, most=2**26)
@@ -157,10 +157,10 @@ class PackingConfig:
 class PackLoader:
     """Training packs of an epoch in a seeded order; the state is (epoch, packs done), so any pack can be made again.
 
-    The windows of one step, world_size · events_per_pack events, are dealt to the ranks such that each has about the
-    same work to do (see `deal`), which all ranks find out alike; ranks with long windows then hold fewer events. Ranks
-    get equally many packs, an empty one where the last step has fewer windows than ranks. token_cost: see there.
-    `done` counts budgets of events_per_pack over all ranks: another number of ranks goes on with the next one.
+    The windows of one step, world_size · events_per_pack events, are divided so that each rank has about the same work
+    (see `deal`); ranks with long windows then have fewer events. All ranks compute the same division. They get the same
+    number of packs, an empty one if the last step has fewer windows than ranks. token_cost: see there. `done` counts
+    budgets of events_per_pack over all ranks, so another number of ranks continues with the next one.
     """
 
     def __init__(
@@ -180,12 +180,12 @@ class PackLoader:
         if packing.events_per_pack < max_events:
             raise UserError(
                 f"pretrain.packing.events_per_pack is {packing.events_per_pack}, less than model.max_events "
-                f"{max_events}: not even one full window fits; raise the one or lower the other"
+                f"{max_events}, so a pack cannot hold a full window; raise the first or lower the second"
             )
         if contrast_feature:
             _check_contrast(contrast_feature, builder)
         self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
-        # Popularity among the users that this LUM learns from: that of held-out users is theirs to keep.
+        # Popularity among the users that this LUM is trained on: held-out users must not affect it.
         data = builder.data
         own_E = (data.split == TRAIN) & users[data.user]
         self.sampler = NegativeSampler(
@@ -220,7 +220,7 @@ class PackLoader:
         return int(self._budget_of_window(windows)[-1]) // self.world_size + 1
 
     def __len__(self) -> int:
-        """Packs of an epoch on this rank (epochs differ by a pack or two: windows are cut again)."""
+        """Packs of an epoch on this rank (epochs differ by a pack or two, because windows are cut again)."""
         return self._length
 
     def __iter__(self) -> Iterator[Pack]:
@@ -248,9 +248,9 @@ class PackLoader:
         self.epoch, self.done = state["epoch"], state["done"]
 
     def training_pack(self, windows: Windows, generator: torch.Generator, *, num_events: int | None = None) -> Pack:
-        """A pack in which every event is to be predicted, with negatives and, if wished, counterfactual queries.
+        """A pack in which every event is predicted, with negatives and, with a contrast, counterfactual queries.
 
-        num_events: events of all ranks in this step, where their negatives are put together (see NegativeSampler).
+        num_events: events of all ranks in this step, if their negatives are combined (see NegativeSampler).
         """
         builder, rate = self.builder, self.packing.condition_dropout
         row_T = expand_ranges(windows.start_W, windows.length_W)

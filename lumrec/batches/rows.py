@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowTokens(NamedTuple):
-    """kjt: stride U + B (see RankBatch). item_C, history_T: int64, tokens of the items and of the rows' histories.
+    """kjt: stride U + B (see RankBatch). item_C, history_T: int64, indices of the tokens of the items and histories.
     extras: what RankBatch has only for some rankers."""
 
     kjt: KeyedJaggedTensor
@@ -41,11 +41,11 @@ class RowTokens(NamedTuple):
 
 
 def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Sequence[float] = ()) -> np.ndarray:
-    """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM has not learnt from.
+    """Rows of the training part (int64 [N]); with knowledge of a time split, those that its LUM was not trained on.
 
-    window: shares of the training part by time: the rows after the first and until the second; () = all. A row's time
-    is that of its moment.
-    Raises UserError where that leaves none, and for a window that is none.
+    window: two shares of the training part by time; only the rows between them are used; () = all. A row's time is that
+    of its moment.
+    Raises UserError if that leaves no rows, and for an invalid window.
     """
     is_training, time_E = data.split == TRAIN, data.timestamp[data.before]
     if window:
@@ -56,7 +56,7 @@ def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Seque
         is_training &= time_E > knowledge.learnt_until
         logger.info("rows that the LUM has not learnt from: %s to train on", f"{is_training.sum():,}")
         if not is_training.any():
-            raise UserError("the LUM has learnt from all training rows: lower pretrain.time_share")
+            raise UserError("the LUM was trained on all training rows: lower pretrain.time_share")
     return np.flatnonzero(is_training)
 
 
@@ -187,7 +187,7 @@ class RowBuilder:
         columns = {}
 
         def put(name: str, column: Column, index: Tensor, bag: Tensor) -> None:
-            """Fills bags (in ascending order) with entries of a column; the other bags of the feature are empty."""
+            """Fills bags (in ascending order) with entries of a column; the feature's other bags are empty."""
             values, lengths = column.take(index)
             columns[name] = (
                 values,
@@ -206,9 +206,9 @@ class RowBuilder:
         return columns
 
     def _unique(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct ids, and the place of each of `ids` among them: np.unique without its sort, in another order.
+        """Distinct ids, and the index of each of `ids` among them: like np.unique, but without sorting.
 
-        A scratch array over all ids keeps, for each, where it occurs last; what is left there is one place per id.
+        A scratch array over all ids keeps the last position of each id, which leaves one position per id.
         """
         place_of = getattr(self._scratch, "place_of", None)  # one per thread: loader and evaluation may overlap
         if place_of is None:
@@ -222,10 +222,10 @@ class RowBuilder:
 class RowLoader:
     """Batches of an epoch in a seeded order; the state is (epoch, batches done), so any batch can be made again.
 
-    Rows are dealt evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by one at most, so
-    that no step has a rank without rows, or a last batch of a few. Raises UserError with fewer rows than ranks.
-    Another number of ranks deals out the epoch's remaining rows again (where fewer are left than ranks, up to R - 1
-    rows come twice).
+    Rows are divided evenly: with R ranks every epoch has a multiple of R batches whose sizes differ by at most one, so
+    no step has a rank without rows, and no last batch is small. Raises UserError with fewer rows than ranks. Another
+    number of ranks divides the epoch's remaining rows again (if fewer are left than ranks, up to R - 1 rows come
+    twice).
     """
 
     def __init__(
@@ -288,9 +288,10 @@ class RowLoader:
 def evaluation_batches(
     builder: RowBuilder, rows: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[np.ndarray, RankBatch]]:
-    """Each row once over all ranks: (places in `rows` [B], batch); every rank gets the same number of batches.
+    """Each row once over all ranks: (indices into `rows` [B], batch); every rank gets the same number of batches.
 
-    Where the rows do not suffice, a rank gets one again that another has too (sharded tables need every rank's call).
+    If there are too few rows, a rank gets a row that another has too: with sharded tables every rank must call the
+    model.
     """
     length = -(-len(rows) // (batch_size * world_size))
     bounds = np.linspace(0, len(rows), length * world_size + 1).astype(np.int64)
@@ -303,7 +304,7 @@ def evaluation_batches(
 
 
 def _pair(item_E: np.ndarray, feedback: Sequence[Column]) -> np.ndarray:
-    """A number for each event that two events share where item and all feedback agree."""
+    """A number for each event, the same for events with the same item and feedback."""
     pair_E = item_E.astype(np.int64)
     for column in feedback:
         code_E = _codes(column)
@@ -313,7 +314,7 @@ def _pair(item_E: np.ndarray, feedback: Sequence[Column]) -> np.ndarray:
 
 
 def _codes(column: Column) -> np.ndarray:
-    """A number for each entry that two entries share where their values agree."""
+    """A number for each entry, the same for entries with the same values."""
     if column.offsets is None:
         return column.values.numpy()
     lengths = column.offsets.diff().numpy()

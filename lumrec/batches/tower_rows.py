@@ -21,7 +21,7 @@ class TowerBuilder(RowBuilder):
     def towers(self, rows: np.ndarray, items_C: np.ndarray) -> TowerBatch:
         """Users of the event rows `rows` (int64 [B]), each with the history before its row, and items (int64 [C]).
 
-        Either may be empty. A row's own item is not read: which candidate is right, and the weights, are left empty.
+        Either may be empty. A row's item is not read: positives and weights are left empty.
         """
         tokens, item_C = self.tokens(rows, items_C), torch.from_numpy(items_C)
         batch = TowerBatch(
@@ -51,8 +51,8 @@ class TowerBuilder(RowBuilder):
 class TowerLoader(RowLoader):
     """Training batches of a two-tower retriever: the rows as a RowLoader deals them, and negatives as in step 1.
 
-    How often an item is to be expected (logQ) goes by `rows`. An item of the training part that none of them holds
-    counts as one occurrence, so that it is drawn too: it is a candidate later on.
+    Expected occurrences of items (logQ) are counted in `rows`. A training item that is in none of them counts once, so
+    that it is drawn too: the evaluation has it as a candidate.
     """
 
     builder: TowerBuilder

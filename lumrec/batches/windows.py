@@ -1,4 +1,4 @@
-"""Windows: the stretches of a user's history that go through the user encoder as one sequence.
+"""Windows: parts of a user's history that the user encoder reads as one sequence.
 
 Shape suffixes: U users, W windows, S steps, R ranks.
 """
@@ -33,7 +33,7 @@ class Windows:
 
 
 def training_lengths(data: PreparedData) -> np.ndarray:
-    """Number of training events of each user (int64 [U]); they are the beginning of the user's events.
+    """Number of training events of each user (int64 [U]); they are the user's first events.
 
     Raises UserError where a later event is marked as training: the LUM would read across its own targets.
     """
@@ -43,15 +43,15 @@ def training_lengths(data: PreparedData) -> np.ndarray:
     is_first = np.arange(data.num_events) - data.user_offsets[data.user] < length_U[data.user]
     if (is_first != is_train.astype(bool)).any():
         user = int(data.user[np.flatnonzero(is_first != is_train.astype(bool))[0]])
-        raise UserError(f"user {user} has training events behind validation or test events; split the log by time")
+        raise UserError(f"user {user} has training events after validation or test events; split the log by time")
     return length_U
 
 
 def training_windows(data: PreparedData, *, max_events: int, users: np.ndarray, generator: torch.Generator) -> Windows:
-    """Windows that hold each training event of `users` (bool [U]) exactly once.
+    """Windows that contain each training event of `users` (bool [U]) exactly once.
 
-    A user with more than `max_events` is cut at a random phase, so that over the epochs each event is met with a short
-    and with a long past.
+    The history of a user with more than `max_events` is cut at a random position, so that over the epochs each event
+    has both short and long histories.
     """
     length_U = torch.from_numpy(np.where(users, training_lengths(data), 0))
     start_U = torch.from_numpy(data.user_offsets[:-1])
@@ -66,7 +66,7 @@ def training_windows(data: PreparedData, *, max_events: int, users: np.ndarray, 
 
 
 def token_cost(num_parameters: int, *, dim: int, num_layers: int, num_candidates: int = 0) -> float:
-    """What a token costs beside attention, in tokens attended to: the a : b of a·n + b·n² for a window of n tokens.
+    """The cost of a token without attention, in units of one token attended to: a / b of a·n + b·n² for n tokens.
 
     A forward pass takes 2 operations per parameter of the blocks and token, and 2·n·dim per layer and token for causal
     attention over n tokens (Kaplan et al., arXiv 2001.08361, section 2.1 and table 1); the backward pass twice as much
@@ -86,11 +86,11 @@ def window_cost(tokens_W: Tensor, token_cost: float) -> Tensor:
 
 
 def deal(cost_W: Tensor, step_W: Tensor, num_ranks: int) -> Tensor:
-    """Rank of each window (int64 [W]), such that the ranks' sums of costs within each step are nearly equal.
+    """The rank of each window (int64 [W]), so that within each step the ranks' total costs are nearly equal.
 
-    Longest processing time first (Graham 1969): a step's windows, the most expensive first, each go to the rank that
-    has the least so far; the largest sum is then at most 4/3 of the best possible. step_W: int64, step of each window.
-    All steps are dealt side by side, so that the loop is as long as the step with the most windows.
+    Longest processing time first (Graham 1969): a step's windows, the most expensive first, go to the rank with the
+    lowest cost so far; the highest total is then at most 4/3 of the best possible. step_W: int64, step of each window.
+    All steps are processed in parallel, so the loop is as long as the step with the most windows.
 
     >>> deal(torch.tensor([1.0, 5.0, 4.0, 2.0, 7.0]), torch.tensor([0, 0, 0, 0, 1]), 2).tolist()
     [0, 0, 1, 1, 0]
@@ -111,10 +111,11 @@ def deal(cost_W: Tensor, step_W: Tensor, num_ranks: int) -> Tensor:
 
 
 class AnsweringWindows(NamedTuple):
-    """windows, and where in each of them answers are asked for.
+    """windows, and the positions in each of them at which answers are asked for.
 
-    answers_W: int64, how many each window gives. seen_R: int64 [R], how many events of its window each answer sees, in
-    ascending order within a window, windows in order. What is seen ends before the row start + seen.
+    answers_W: int64, number of answers of each window. seen_R: int64 [R], how many events of its window each answer
+    sees, in ascending order within a window, windows in order. The history of an answer ends before the row start +
+    seen.
     """
 
     windows: Windows
@@ -139,14 +140,14 @@ class AnsweringWindows(NamedTuple):
 
 
 def behind(windows: Windows) -> AnsweringWindows:
-    """One answer for each window, behind its last event."""
+    """One answer for each window, after its last event."""
     return AnsweringWindows(windows, torch.ones_like(windows.length_W), windows.length_W)
 
 
 def answering_windows(
     start_U: Tensor, length_U: Tensor, user_U: Tensor, *, max_events: int, stride: int
 ) -> AnsweringWindows:
-    """Windows in which an answer before each of a user's first `length` events is asked for exactly once.
+    """Windows that ask exactly once for an answer before each of a user's first `length` events.
 
     A user with up to max_events is one window. A longer one is covered by windows that begin every `stride` events and
     answer only where at least max_events - stride events are seen::

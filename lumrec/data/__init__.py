@@ -1,1 +1,1 @@
-"""From an interaction log to jagged packs and ranker rows."""
+"""Reads interaction logs and makes prepared data from them."""

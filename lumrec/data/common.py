@@ -32,7 +32,7 @@ class InputsConfig:
 
 @dataclass(frozen=True)
 class Common:
-    """Settings that every stage reads beside its own section.
+    """Settings that every stage reads in addition to its section.
 
     run: folder of this run under runs_dir; "" = "<name>-<stage>".
     name: name of the experiment; "" = the name of the YAML file.
@@ -97,7 +97,7 @@ class Common:
         return self.runs / name if (self.runs / name).exists() else Path(name)
 
     def settings(self, **sections: Any) -> Common:
-        """What a stage's config.yaml holds: these settings and the stage's own sections, as one dataclass.
+        """The contents of a stage's config.yaml: these settings and the stage's sections, as one dataclass.
 
         Raises UserError for a value that cannot work (see lumrec/run/limits.py).
         """

@@ -1,4 +1,4 @@
-"""The manifest of a prepared folder: what is in it, how it was made, and the checksum of every file.
+"""The manifest of a prepared folder: its contents, how it was made, and the checksum of every file.
 
 It holds no times, paths or host names, so that preparing the same log twice gives the same bytes. It is written last:
 a folder without it is not a prepared folder.
@@ -21,7 +21,7 @@ UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; thes
 
 
 class PreparedDataError(UserError):
-    """The folder is no usable prepared data set; the message names the file and how to mend it."""
+    """The folder is no usable prepared data set; the message names the file and how to repair it."""
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def _malformed(folder: Path, manifest: dict[str, Any]) -> str:
-    """What no manifest says that `write_manifest` wrote, in words; "" where there is nothing."""
+    """What is wrong with the contents of a manifest, in words; "" if nothing is."""
     kinds = {
         "schema": dict,
         "split": dict,

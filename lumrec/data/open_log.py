@@ -48,7 +48,7 @@ def named_files(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def request(data: DataConfig, schema: SchemaConfig, *, seed: int) -> dict[str, Any]:
-    """What decides the prepared bytes; it is in the manifest, so that a folder made otherwise is recognised."""
+    """What determines the prepared bytes; it is in the manifest, so that a folder made otherwise is recognised."""
     decides: dict[str, Any] = dataclasses.asdict(data)
     for name in ("path", "allow_other_files", *({"log", "simulator", "served"} - {data.source})):
         del decides[name]

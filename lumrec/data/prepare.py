@@ -1,4 +1,4 @@
-"""A raw log becomes a prepared folder, which every later stage reads.
+"""Makes a prepared folder, which every later stage reads, from a raw log.
 
     manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet
     quarantine.parquet  (rows left out, and why)        beside them config.yaml and result.json
@@ -134,10 +134,10 @@ def prepare(common: Common, path: Path) -> dict[str, Any]:
             files = {name: sha256(file) for name, file in named_files(raw.files).items()}
             if older:
                 files[VOCABULARY] = older_fingerprint
-            standing = _standing_result(path, common, files, forgotten)
-            if standing is not None:
+            current = _current_result(path, common, files, forgotten)
+            if current is not None:
                 say(f"{path} is prepared already, with this config and these files (overwrite=true makes it again)")
-                return standing
+                return current
             content = convert(
                 without_forgotten(raw, forgotten),
                 schema,
@@ -200,9 +200,9 @@ def _prepare_served(common: Common, path: Path, forgotten: set[str]) -> dict[str
     full_disk = full_disk_told(path.parent, f"what is prepared for {path.name}", then=ROOM)
     with _claimed(path) as work, full_disk:
         files = {name: sha256(file) for name, file in named_files(served_files(log)).items()}
-        if (standing := _standing_result(path, common, files, forgotten)) is not None:
+        if (current := _current_result(path, common, files, forgotten)) is not None:
             say(f"{path} is prepared already, with this config and these files (overwrite=true makes it again)")
-            return standing
+            return current
         content = write_served(common.data.served, common.data.split, log, base, work, forgotten)
         about = {"dataset": "served", "source": {"files": files}, "request": _request(common)}
         about |= {"schema": base.manifest["schema"], "split": plain_split(common.data.split), **content}
@@ -223,7 +223,7 @@ def _prepare_served(common: Common, path: Path, forgotten: set[str]) -> dict[str
 
 @contextlib.contextmanager
 def read_to_its_end(data: DataConfig) -> Iterator[None]:
-    """Makes one UserError of whatever polars makes of a damaged file of the log; its other errors are bugs of ours."""
+    """Turns polars' errors about a damaged file of the log into one UserError; its other errors are bugs of ours."""
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -250,7 +250,7 @@ def _older_vocabularies(common: Common, path: Path) -> tuple[str, dict[str, pl.D
 
 
 def _growth(fingerprint: str, older: dict[str, pl.DataFrame], folder: Path, schema: SchemaConfig) -> dict[str, Any]:
-    """What the manifest says of vocabularies that build on older ones; nothing where they do not.
+    """The manifest's entry about vocabularies that build on older ones; empty where they do not.
 
     taken: values of the older one; found: those of them that this log's training part has; new: values that it adds.
     Raises UserError where none of many items of the older log is in this one: then the ids are written in another way.
@@ -309,7 +309,7 @@ def summary(note: str, manifest: dict[str, Any], path: Path, wall_s: float) -> s
 
 
 def warnings(manifest: dict[str, Any]) -> list[str]:
-    """What of a prepared folder makes figures misleading, a sentence each."""
+    """Sentences about what makes metrics on this prepared data misleading."""
     rule, negatives = manifest["split"], manifest["request"]["data"].get("negatives")
     split = SplitConfig(**{**rule, "fractions": [] if rule["times"] else rule["fractions"]})
     found = split_warnings(split, manifest["counts"], absolute_time=manifest["absolute_time"])
@@ -372,7 +372,7 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-def _standing_result(
+def _current_result(
     path: Path, common: Common, files: dict[str, str], forgotten: Collection[str]
 ) -> dict[str, Any] | None:
     """result.json of a folder that needs no work; None where it is missing or to be overwritten.
@@ -392,11 +392,11 @@ def _standing_result(
     if differences:
         raise UserError(
             f"{path} was prepared with another config or from other files:\n{differences}\n"
-            "Say overwrite=true to replace it, or run=<name> for another folder."
+            "Use overwrite=true to replace it, or run=<name> for another folder."
         )
     if found := files_with(path, forgotten):
         raise UserError(
-            f"{path} holds forgotten users ({', '.join(found)}). Say overwrite=true to prepare it again without them."
+            f"{path} holds forgotten users ({', '.join(found)}). Use overwrite=true to prepare it again without them."
         )
     return read_json(path / "result.json", again="prepare it again with overwrite=true")
 

@@ -6,7 +6,7 @@ Shapes: E events (sorted by user, time, original order), U users, I items.
     item          [7, 2, 7 | 4, 4]  index into items.parquet
     split         [0, 0, 2 | 0, 1]  train, valid, test
 
-What a ranker is asked about are rows: row e < E is event e, and the rows behind them were drawn (data.negatives).
+A ranker scores rows: row e < E is event e, and the rows after the events were drawn (data.negatives).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lumrec.run.files import sha256
 
 
 class Rows(NamedTuple):
-    """event: int64 [N], the event whose user, moment, context and history each row has. item: int64 [N], asked about.
+    """event: int64 [N], the event whose user, moment, context and history each row has. item: int64 [N], to be scored.
     label: float32 [N]."""
 
     event: np.ndarray
@@ -99,7 +99,7 @@ class PreparedData:
         self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
 
     def _check_indices(self) -> None:
-        """Raises PreparedDataError for a number that leads out of the users, items, parts or tables."""
+        """Raises PreparedDataError for an index that is outside the users, items, parts or tables."""
         limits = [("user", self.user, self.num_users), ("item", self.item, self.num_items), ("split", self.split, 3)]
         limits += [("negatives' event", self.negative_event, self.num_events)]
         limits += [("negatives' item", self.negative_item, self.num_items)]
@@ -142,7 +142,7 @@ class PreparedData:
         return Rows(event_N, item_N, label_N)
 
     def without(self, names: Sequence[str]) -> PreparedData:
-        """The same data in whose schema some features are not; nothing is copied. Raises UserError for other names."""
+        """The same data without some features in the schema; nothing is copied. Raises UserError for unknown names."""
         if unknown := [name for name in names if name not in self.schema.features]:
             raise UserError(
                 f"there is no feature {unknown[0]!r} to leave out; the schema has {', '.join(self.schema.features)}"
@@ -153,7 +153,7 @@ class PreparedData:
         return reduced
 
     def with_negatives(self, event_N: np.ndarray) -> np.ndarray:
-        """The rows of some events (int64), and behind them the rows that were drawn beside these."""
+        """The rows of some events (int64), followed by the rows that were drawn beside these events."""
         is_asked_E = np.zeros(self.num_events, bool)
         is_asked_E[event_N] = True
         return np.concatenate([event_N, self.num_events + np.flatnonzero(is_asked_E[self.negative_event])])

@@ -1,4 +1,4 @@
-"""What the columns of a log mean: which features there are, their roles, and the embedding tables that they read.
+"""The meaning of a log's columns: features, their roles, and the embedding tables that they read.
 
 features:                                      tables:
   item_id:    {role: item}                       item_id: {width: 32}

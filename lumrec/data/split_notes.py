@@ -1,4 +1,4 @@
-"""How many events and users are in train, validation and test, and whether the test events suffice to measure by."""
+"""How many events and users are in train, validation and test, and whether there are enough test events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import polars as pl
 
 from lumrec.data.splits import DEFAULT_FRACTIONS, PARTS, SplitConfig, SplitKind, assign_block, check_split, cut_times
 
-FEW_USERS = 30  # with test events: an interval over fewer users says little
+FEW_USERS = 30  # with test events: an interval over fewer users means little
 LEAST = {"test": 0.05, "valid": 0.01}  # least shares of the events, for a suggested split
 
 

@@ -1,1 +1,1 @@
-"""Models from their settings and the prepared data; trained ones from their run folder."""
+"""Builds models from their settings and the prepared data, and loads trained ones from their run folders."""

@@ -1,4 +1,4 @@
-"""A LUM from its config and the prepared data, and a trained one from its run folder."""
+"""Builds a LUM from its config and the prepared data, and loads a trained one from its run folder."""
 
 import dataclasses
 import shlex
@@ -88,8 +88,8 @@ class ModelConfig:
             raise UserError(f"{at}ffn_dim: got {self.ffn_dim}, and an hstu block has no FFN; leave it at 0")
         if self.similarity == "dot" and self.temperature != ModelConfig.temperature:
             raise UserError(
-                f"{at}temperature={self.temperature} has no effect with {at}similarity=dot: leave out the one or "
-                "change the other"
+                f"{at}temperature={self.temperature} has no effect with {at}similarity=dot: remove the first or "
+                "change the second"
             )
         parameters = self.num_layers * self.dim * (4 * self.dim + 2 * (self.ffn_dim or 4 * self.dim))
         parameters += TOKENS_PER_EVENT[self.tokens] * self.max_events * self.dim
@@ -204,7 +204,7 @@ def build_user_encoder(config: ModelConfig) -> UserEncoder:
 def lum_fingerprint(
     config: ModelConfig, data: PreparedData, *, fold: str, time_share: float
 ) -> dict[str, str | Settings]:
-    """What must agree for a checkpoint to fit: the data, its vocabularies by themselves, and what it was trained as."""
+    """What a checkpoint must agree with: the data, the vocabularies (separately), and the settings of its training."""
     recorded = {"data": data.fingerprint, "vocabulary": data.vocabulary_fingerprint}
     return {**recorded, **_trained_as(config, fold=fold, time_share=time_share)}
 
@@ -231,7 +231,7 @@ def beside(folder: Path, common: Common, stage: str) -> Common:
 class TrainedLum(NamedTuple):
     """A finished LUM run: its best checkpoint, that checkpoint's meta.json, and the settings it was trained with.
 
-    time_share: of the training events, the earliest share that it learned from.
+    time_share: share of the training events, from the earliest on, that it was trained on.
     """
 
     folder: Path
@@ -276,7 +276,7 @@ def open_lum_run(folder: Path, *, missing: str = "") -> TrainedLum:
 
 
 def check_lum_fits(lum: TrainedLum, data: PreparedData) -> bool:
-    """Whether a LUM was trained on this very data; False: on an older state of it, which fits too.
+    """Whether a LUM was trained on exactly this data; False: on an older state of it, which fits too.
 
     Raises UserError for other data: its embeddings would be those of other values.
     """

@@ -1,4 +1,4 @@
-"""The LUM runs that a stage asks: one LUM of all users, or one for each fold that was held out from it."""
+"""The LUM runs that a stage asks: one LUM of all users, or one LUM for each held-out fold of users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class AskedLum(NamedTuple):
-    """A finished LUM run: its name, the fold "k/K" that it has not seen ("" = it saw all users), and what it is."""
+    """A finished LUM run: its name, the fold "k/K" that was held out from it ("" = none), and its TrainedLum."""
 
     run: str
     fold: str
@@ -25,7 +25,7 @@ class AskedLum(NamedTuple):
 
 
 def find_lums(common: Common, data: PreparedData) -> list[AskedLum]:
-    """The LUM runs of `inputs.lums`: LUM k is the one that has not seen fold k; or the only one, of all users.
+    """The LUM runs of `inputs.lums`: LUM k is the one from which fold k was held out; or a single LUM of all users.
 
     Raises MissingFileError where a run is missing, UserError where the runs are not the K folds of K, were trained on
     other data than `data`, or differ in their model settings.

@@ -129,11 +129,11 @@ class RankerConfig(RankerSections):
 
     model: the ranker; see lumrec/modules/rankers.
     knowledge: "none", "direct" (the LUM's answers as features), "matching" (their similarity to the target) or "both".
-    knowledge_attention: the answers pooled by their match with the target join the features of any of these modes.
+    knowledge_attention: in any of these modes, add the mean of the answers weighted by their match with the target.
     knowledge_dim: width to which answers are projected.
-    knowledge_dropout: share of the rows that train without knowledge.
-    statistics: "all", "user" (none that need other users' labels) or "none"; see lumrec/features/statistics.py. The
-        schema's dense features are read beside them.
+    knowledge_dropout: share of the training rows whose knowledge is withheld.
+    statistics: "all", "user" (none that need other users' labels) or "none"; see docs/concepts.md. The schema's dense
+        features are read too.
     leave_out: features of the schema that the ranker does not read.
     max_history: events before the row; SIM and TWIN are made for long histories, such as 1024.
     hidden_dims: hidden layers of the over-arch.
@@ -162,12 +162,12 @@ class RankerConfig(RankerSections):
 
     @property
     def category(self) -> str:
-        """The item feature that the chosen ranker takes for a category; "" where it takes none, or the first."""
+        """The item feature that the chosen ranker uses as category; "" where it uses none, or the first one."""
         return getattr(self.own, "category", "")
 
     @property
     def takes_a_category(self) -> bool:
-        """Whether the chosen ranker takes an item feature for a category; SIM does only for its hard search."""
+        """Whether the chosen ranker uses an item feature as category; SIM does only for its hard search."""
         return hasattr(self.own, "category") and getattr(self.own, "search", "hard") == "hard"
 
     def unread(self) -> dict[str, str]:
@@ -177,7 +177,7 @@ class RankerConfig(RankerSections):
 
     @classmethod
     def earlier_keys(cls, stored: Mapping[str, Any]) -> dict[str, str | None]:
-        """Keys of earlier versions → today's; None: it had no effect. Once, each ranker's settings had no section."""
+        """Keys of earlier versions, when rankers had no sections → today's keys; None: it had no effect."""
         model, knowledge = str(stored.get("model", cls.model)), str(stored.get("knowledge", cls.knowledge))
         sections = defaults(RankerSections)
         found: dict[str, str | None] = dict.fromkeys(name for section in sections.values() for name in section)

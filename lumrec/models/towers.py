@@ -1,4 +1,4 @@
-"""A two-tower model from its settings and the prepared data."""
+"""Builds a two-tower model from its settings and the prepared data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TowersConfig:
 
     knowledge: "none", or "direct": the LUM's answers enter the user tower, its item embeddings the item tower.
     knowledge_dim: width to which each is projected.
-    knowledge_dropout: share of the rows that train without knowledge.
+    knowledge_dropout: share of the training rows whose knowledge is withheld.
     conditions: condition features of the request, such as its search query, that the user tower reads. Each must be
         known before the item is chosen: an item's own genre would give the answer away.
     max_history: events before the row that are read.
@@ -63,7 +63,7 @@ class TowersConfig:
 
 
 def tower_features(config: TowersConfig, schema: SchemaConfig) -> list[str]:
-    """Features of the user tower beside the history: the user's, the context's and the request's (`conditions`)."""
+    """Features of the user tower besides the history: the user's, the context's and the request's (`conditions`)."""
     declared = features_by_role(schema, "condition")
     unknown = sorted(set(config.conditions) - set(declared))
     if unknown:
@@ -90,7 +90,7 @@ def build_towers(
 ) -> tuple[TwoTower, TowerBuilder]:
     """Towers with fresh weights for the features of the data's schema, and the builder that makes batches for them.
 
-    Raises UserError for an unknown setting, and for knowledge that the config does not want, or the reverse.
+    Raises UserError for an unknown setting, and if knowledge is given without being configured, or the reverse.
     """
     limits.check(config, "retrieve")
     check_read(config, "retrieve")

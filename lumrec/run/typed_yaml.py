@@ -1,9 +1,9 @@
 """Reads YAML by the types of dataclass fields: a scalar is text until its field's type decides how to read it.
 
-    run: 007       str             "007"   (YAML 1.1, so PyYAML and OmegaConf, reads 7)
-    scene: NO      str             "NO"    (False)
-    seed: 010      int             10      (8)
-    bias: null     bool | None    None
+    run: 007       str             "007"   (7 in YAML 1.1, which PyYAML reads)
+    scene: NO      str             "NO"    (False there)
+    seed: 010      int             10      (8 there)
+    bias: null     bool | None     None
     name: ${HOME}  str             "${HOME}": there is no interpolation
 
 Numbers, booleans and null are written as in the core schema of YAML 1.2. A repeated key or a tag (!!python/…) is an

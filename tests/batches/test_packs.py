@@ -219,7 +219,7 @@ def test_a_held_out_fold_is_never_in_a_pack(builder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"packing": PackingConfig(events_per_pack=8)}, "not even one full window fits"),
+        ({"packing": PackingConfig(events_per_pack=8)}, "so a pack cannot hold a full window"),
         ({"contrast_feature": "category"}, "conditions that the model reads"),
         ({"negatives": NegativesConfig(in_batch=False, sampled=0)}, "no negatives"),
     ],

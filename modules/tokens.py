@@ -79,6 +79,11 @@ def feature_widths(tables: EmbeddingBagCollection) -> dict[str, int]:
     return {name: config.embedding_dim for config in tables.embedding_bag_configs() for name in config.feature_names}
 
 
+def table_of_features(tables: EmbeddingBagCollection) -> dict[str, str]:
+    """The name of each feature's table, in the order of `feature_order`."""
+    return {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
+
+
 def feature_order(tables: EmbeddingBagCollection) -> list[str]:
     """The order of KJT keys with which these tables are always called.
 

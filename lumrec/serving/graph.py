@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import Histories, Looked, RankBatch, Ranker
@@ -32,10 +31,11 @@ from lumrec.modules.tokens import kjt_from_lists
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import read_json, sync_file, write_atomically
 from lumrec.serving.graph_file import read_graph, save_graph
-from lumrec.serving.tables import TableDtype, Tables, pooled
+from lumrec.serving.tables import TableDtype, Tables, bags, embedded
 
 Compile = Literal["none", "aoti"]
 Inputs = dict[str, Tensor]
+FIXED_COLUMNS = ("dense_BF", "o_BND", "e_BD", "log_z_BN", "present_BN", "o_BNW", "e_CKW")
 LEAST_EVENTS = 2  # places of a padded history: AOTInductor's code fails for 0, and torch.export's scan refuses 1
 
 
@@ -91,16 +91,11 @@ class RankerGraph(nn.Module):
         self.ranker._modules = {name: module for name, module in ranker._modules.items() if name != "tables"}
 
     def forward(self, inputs: Inputs, tables: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
-        def embedded(names: Sequence[str]) -> Tensor:
-            bags = []
-            for name in names:
-                table = self.spec.tables[name]
-                values, offsets = inputs[f"values:{name}"], inputs[f"offsets:{name}"]
-                bags.append(pooled(tables[table], scales.get(table), values, offsets))
-            return torch.cat(bags, dim=1)
+        def of(names: Sequence[str]) -> Tensor:
+            return embedded(names, inputs, self.spec.tables, tables, scales)
 
-        token_UD, dense_BF = embedded(self.spec.token_features), inputs["dense_BF"]
-        row_BR = embedded(self.spec.row_features) if self.spec.row_features else dense_BF[:, :0]
+        token_UD, dense_BF = of(self.spec.token_features), inputs["dense_BF"]
+        row_BR = of(self.spec.row_features) if self.spec.row_features else dense_BF[:, :0]
         token_ZD = F.pad(token_UD, (0, 0, 0, 1))
         target_BI = F.embedding(inputs["target_B"], token_UD[:, : self.ranker.item_dim])
         histories = Histories(
@@ -129,7 +124,7 @@ def graph_inputs(batch: RankBatch, spec: GraphSpec) -> Inputs:
     missing += ["knowledge"] if spec.knowledge is not None and batch.knowledge is None else []
     if missing:
         raise ValueError(f"this ranker reads {', '.join(missing)} and the batch has none")
-    inputs = _feature_inputs(batch.tokens, batch.num_tokens, spec)
+    inputs = bags(batch.tokens, batch.num_tokens, spec.token_features, spec.row_features)
     inputs |= _history_inputs(batch, spec)
     inputs |= {"target_B": batch.target_B, "dense_BF": batch.dense_BF}
     if spec.knowledge is not None:
@@ -140,51 +135,40 @@ def graph_inputs(batch: RankBatch, spec: GraphSpec) -> Inputs:
     return inputs
 
 
-def _feature_inputs(tokens: KeyedJaggedTensor, num_tokens: int, spec: GraphSpec) -> Inputs:
-    """Values and offsets of the bags of each feature: tokens' or rows' (see RankBatch)."""
-    inputs, stride, values = {}, tokens.stride(), tokens.values().numpy()
-    offsets = np.concatenate([[0], np.cumsum(tokens.lengths().numpy(), dtype=np.int64)])
-    for names, bags in ((spec.token_features, (0, num_tokens)), (spec.row_features, (num_tokens, stride))):
-        for name in names:
-            first = spec.features.index(name) * stride
-            own = offsets[first + bags[0] : first + bags[1] + 1]
-            inputs[f"values:{name}"] = torch.from_numpy(values[own[0] : own[-1]])
-            inputs[f"offsets:{name}"] = torch.from_numpy(own - own[0])
-    return inputs
-
-
 def _history_inputs(batch: RankBatch, spec: GraphSpec) -> Inputs:
     """The padded histories and rows of each group."""
     offsets, num_rows = batch.offsets_B1.numpy(), len(batch)
     group_B = np.arange(num_rows) if batch.history_of_B is None else batch.history_of_B.numpy()
     length_G = np.diff(offsets)
-    is_event_GL = np.arange(max(LEAST_EVENTS, length_G.max(initial=0))) < length_G[:, None]
     count_G = np.bincount(group_B, minlength=len(length_G))
     most_rows = max(1, count_G.max(initial=0))
     place_B = np.arange(num_rows) + (np.arange(len(length_G)) * most_rows - (count_G.cumsum() - count_G))[group_B]
     target_GR = np.full(len(length_G) * most_rows, batch.num_tokens)
     target_GR[place_B] = batch.target_B.numpy()
 
-    def padded(values_T: Tensor, fill: int) -> Tensor:
-        values_GL = np.full(is_event_GL.shape, fill, values_T.numpy().dtype)
-        values_GL[is_event_GL] = values_T.numpy()
-        return torch.from_numpy(values_GL)
-
     inputs = {
-        "history_GL": padded(batch.history_T, batch.num_tokens),
+        "history_GL": padded(batch.history_T, length_G, batch.num_tokens),
         "target_GR": torch.from_numpy(target_GR.reshape(-1, most_rows)),
         "place_B": torch.from_numpy(place_B),
     }
     if "age_T" in spec.reads:
         assert batch.age_T is not None
-        inputs["age_GL"] = padded(batch.age_T, -1)
+        inputs["age_GL"] = padded(batch.age_T, length_G, -1)
     if "category_count_T" in spec.reads:
         assert batch.category_count_T is not None
-        inputs["count_GL"] = padded(batch.category_count_T, -1)
+        inputs["count_GL"] = padded(batch.category_count_T, length_G, -1)
     if "category_U" in spec.reads:
         assert batch.category_U is not None
         inputs["category_Z"] = F.pad(batch.category_U, (0, 1), value=-1)
     return inputs
+
+
+def padded(values_T: Tensor, length_G: np.ndarray, fill: int) -> Tensor:
+    """The values of each history, then `fill`, [G, L]."""
+    is_event_GL = np.arange(max(LEAST_EVENTS, length_G.max(initial=0))) < length_G[:, None]
+    values_GL = np.full(is_event_GL.shape, fill, values_T.numpy().dtype)
+    values_GL[is_event_GL] = values_T.numpy()
+    return torch.from_numpy(values_GL)
 
 
 def export_graph(
@@ -197,17 +181,30 @@ def export_graph(
     Raises UserError for "aoti" without a C++ compiler.
     """
     path, spec = Path(path), GraphSpec.of(ranker, dtype, compile)
-    arguments = _example(ranker, spec)
+    export_module(RankerGraph(ranker, spec), _example(ranker, spec), path, compile=compile)
+    write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
+    return spec
+
+
+def export_module(
+    module: nn.Module, arguments: tuple[dict[str, Tensor], ...], path: Path, *, compile: Compile = "none"
+) -> None:
+    """Writes `module`, called with dicts of tensors, to `path` (.pt2).
+
+    The first size of each tensor is dynamic, and in the first dict every size, but for the columns of FIXED_COLUMNS.
+    """
     every_size = torch.export.Dim.DYNAMIC
-    fixed = {"dense_BF": 1, "o_BND": 1, "e_BD": 1, "log_z_BN": 1, "present_BN": 1}  # their first size only is dynamic
     shapes = [
-        {name: dict.fromkeys(range(fixed.get(name, x.ndim)), every_size) for name, x in arguments[0].items()},
-        *({name: {0: every_size} for name in named} for named in arguments[1:]),
+        {
+            name: dict.fromkeys(range(1 if at or name in FIXED_COLUMNS else x.ndim), every_size)
+            for name, x in named.items()
+        }
+        for at, named in enumerate(arguments)
     ]
     # Without this option an exported graph is only right for sizes of at least 2.
     general_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with general_sizes, torch.no_grad():
-        exported = torch.export.export(RankerGraph(ranker, spec), arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".graph-") as scratch:
             made = Path(scratch) / "graph.pt2"  # torch wants this ending
             if compile == "aoti":
@@ -216,8 +213,6 @@ def export_graph(
                 save_graph(exported, made)
             sync_file(made)
             os.replace(made, path)
-    write_atomically(path.with_suffix(".json"), json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
-    return spec
 
 
 def _compile(exported: torch.export.ExportedProgram, path: Path) -> None:

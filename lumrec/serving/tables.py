@@ -8,6 +8,7 @@ Shape suffixes: N rows of a table, D its width, V values of a feature, S bags.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.run.errors import UserError
 from lumrec.run.files import read_json, sync_tree, write_atomically
@@ -131,3 +133,40 @@ def pooled(table_ND: Tensor, scale_N: Tensor | None, values_V: Tensor, offsets_S
         table_ND = row_VD if scale_N is None else row_VD * scale_N.index_select(0, values_V)[:, None]
         values_V = torch.arange(values_V.shape[0])
     return F.embedding_bag(values_V, table_ND, offsets_S1, mode="mean", include_last_offset=True)
+
+
+def embedded(
+    names: Sequence[str],
+    inputs: Mapping[str, Tensor],
+    table_of: Mapping[str, str],
+    tables: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+) -> Tensor:
+    """The pooled rows of features, concatenated: float32 [S, sum of D]. inputs: as `bags` makes them."""
+    return torch.cat(
+        [
+            pooled(
+                tables[table_of[name]],
+                scales.get(table_of[name]),
+                inputs[f"values:{name}"],
+                inputs[f"offsets:{name}"],
+            )
+            for name in names
+        ],
+        dim=1,
+    )
+
+
+def bags(
+    tokens: KeyedJaggedTensor, num_tokens: int, token_features: Sequence[str], row_features: Sequence[str]
+) -> dict[str, Tensor]:
+    """Values and offsets of each feature's bags, those of tokens or those of rows (see RankBatch), as int64."""
+    inputs, stride, keys, values = {}, tokens.stride(), tokens.keys(), tokens.values().numpy()
+    offsets = np.concatenate([[0], np.cumsum(tokens.lengths().numpy(), dtype=np.int64)])
+    for names, begin, end in ((token_features, 0, num_tokens), (row_features, num_tokens, stride)):
+        for name in names:
+            first = keys.index(name) * stride
+            own = offsets[first + begin : first + end + 1]
+            inputs[f"values:{name}"] = torch.from_numpy(values[own[0] : own[-1]])
+            inputs[f"offsets:{name}"] = torch.from_numpy(own - own[0])
+    return inputs

@@ -36,7 +36,7 @@ from lumrec.modules.knowledge import MaskedStandardise, fold_weights, project_by
 from lumrec.modules.large_user_model import check_similarity, scaled
 from lumrec.modules.layout import moved
 from lumrec.modules.rankers.base import make_mlp
-from lumrec.modules.tokens import check_keys, feature_order, feature_widths
+from lumrec.modules.tokens import check_keys, feature_order, feature_widths, table_of_features
 
 POOLINGS = ("mean", "attention")
 
@@ -127,7 +127,8 @@ class TwoTower(nn.Module):
         self.features = feature_order(tables)
         self.token_features, self.row_features = [*item_features, *feedback_features], list(row_features)
         self.similarity, self.temperature, self.pooling = similarity, temperature, pooling
-        width = feature_widths(tables)
+        self.item_features, self.table_of = list(item_features), table_of_features(tables)
+        self.width_of = width = feature_widths(tables)
         self.item_dim = sum(width[f] for f in item_features)
         token_dim = sum(width[f] for f in self.token_features)
         if pooling == "attention":
@@ -157,18 +158,45 @@ class TwoTower(nn.Module):
             raise ValueError("these towers read a LUM's knowledge and the batch has none: give it to the builder")
         embedded = self.tables(batch.tokens).to_dict()
         token_UD = torch.cat([embedded[f][: batch.num_tokens] for f in self.token_features], dim=1)
-        user = [embedded[f][batch.num_tokens :] for f in self.row_features] + [self._pool(token_UD, batch)]
-        item = [F.embedding(batch.candidate_C, token_UD[:, : self.item_dim])]
-        if self.has_knowledge:
-            assert batch.o_BNW is not None and batch.present_BN is not None and batch.fold_B is not None
-            assert batch.e_CKW is not None
-            user.append(self.answers(batch.o_BNW, batch.present_BN, batch.fold_B))
-            e_CX = batch.e_CKW.detach().float().flatten(1)
-            item.append(self.item_projection(self.item_scale(e_CX, torch.ones_like(e_CX, dtype=torch.bool))))
+        row = [embedded[f][batch.num_tokens :] for f in self.row_features]
+        item_CI = F.embedding(batch.candidate_C, token_UD[:, : self.item_dim])
         return (
-            self._scaled(self.user_tower(torch.cat(user, dim=1))),
-            self._scaled(self.item_tower(torch.cat(item, dim=1))),
+            self.user_vectors([*row, self._pool(token_UD, batch)], batch.o_BNW, batch.present_BN, batch.fold_B),
+            self.item_vectors(item_CI, batch.e_CKW),
         )
+
+    def user_vectors(
+        self, inputs: Sequence[Tensor], o_BNW: Tensor | None, present_BN: Tensor | None, fold_B: Tensor | None
+    ) -> Tensor:
+        """The vectors of users, [B, V]. inputs: their features and pooled histories, which are concatenated."""
+        x = list(inputs)
+        if self.has_knowledge:
+            assert o_BNW is not None and present_BN is not None and fold_B is not None
+            x.append(self.answers(o_BNW, present_BN, fold_B))
+        return self._scaled(self.user_tower(torch.cat(x, dim=1)))
+
+    def item_vectors(self, item_CI: Tensor, e_CKW: Tensor | None) -> Tensor:
+        """The vectors of items, [C, V], from their features."""
+        x = [item_CI]
+        if self.has_knowledge:
+            assert e_CKW is not None
+            e_CX = e_CKW.detach().float().flatten(1)
+            x.append(self.item_projection(self.item_scale(e_CX, torch.ones_like(e_CX, dtype=torch.bool))))
+        return self._scaled(self.item_tower(torch.cat(x, dim=1)))
+
+    def padded_pool(self, token_ZD: Tensor, history_BL: Tensor) -> Tensor:
+        """Each row's history as one vector, [B, D], for torch.export: `forward` pools the same without padding.
+
+        token_ZD: the tokens, then zeros. history_BL: int64, tokens, the last one for the padding after a history.
+        """
+        event_BLD, is_event_BL = F.embedding(history_BL, token_ZD), history_BL < token_ZD.shape[0] - 1
+        length_B1 = is_event_BL.sum(dim=1, keepdim=True)
+        if self.pooling == "mean":
+            return event_BLD.sum(dim=1) / length_B1.clamp(min=1)
+        distance_BL = length_B1 - 1 - torch.arange(history_BL.shape[1], device=history_BL.device)
+        logit_BL = self.attention(token_ZD).squeeze(1)[history_BL] + self.distance_bias_L[distance_BL.clamp(min=0)]
+        weight_BL = logit_BL.masked_fill(~is_event_BL, -1e30).softmax(dim=1)
+        return torch.bmm(weight_BL[:, None], event_BLD).squeeze(1)
 
     def _pool(self, token_UD: Tensor, batch: TowerBatch) -> Tensor:
         """Each row's history as one vector, [B, D]; 0 for an empty history."""

@@ -113,8 +113,8 @@ class RequestBuilder:
         self._nobody = UserHistory.empty(self.layout)
         self._category_I = categories(catalogue.columns, spec.category) if "category_U" in spec.reads else None
         dense = {name: schema.features[name] for name in spec.statistics.dense}
-        of_context = [name for name, feature in dense.items() if feature.role == "context"]
-        self._names = names_of({name: schema.features[name] for name in (*spec.row_features, *of_context)})
+        of_request = [*spec.row_features, *(name for name, feature in dense.items() if feature.role != "item")]
+        self._names = names_of({name: schema.features[name] for name in of_request})
         self._local = local()
 
     def known(self, layout: Layout, live: LiveCounts | None = None) -> Known:
@@ -242,11 +242,14 @@ class RequestBuilder:
             feature = self.spec.schema.features[name]
             if feature.role == "item":
                 dense_BF[:, f] = self.catalogue.dense[name][asked.item_B]
-            elif feature.role == "user":
-                dense_BF[:, f] = np.array([state.dense[name] for state in asked.states])[asked.request_B]
             else:
                 values, of_Q, index_B = asked.raw(name, feature)
-                numbers = [scaled_number(value, scale) for value in values]
+                numbers = [
+                    asked.states[q].dense[name]
+                    if value is MISSING and feature.role == "user"
+                    else scaled_number(value, scale)
+                    for q, value in zip(of_Q.tolist(), values, strict=True)
+                ]
                 for q in [q for q, number in zip(of_Q.tolist(), numbers) if number is None]:
                     asked.unknown_Q[q] += 1
                 dense_BF[:, f] = np.array([number or 0.0 for number in numbers])[index_B]

@@ -226,8 +226,12 @@ def test_what_is_unknown_is_served_and_counted(builder: RequestBuilder):
 
 def test_features_of_a_user_may_come_with_the_request(log: RichLog, builder: RequestBuilder):
     state = in_portions(log, builder, 60, np.random.default_rng(0))[0]
-    asked = [ScoreRequest("1", ["1", "2"], {"hobbies": hobbies} if hobbies else {}) for hobbies in (["h0"], None)]
-    own = bags(builder.batch(asked, [state, state]).rank, "hobbies")
+    rank = builder.batch(
+        [ScoreRequest("1", ["1", "2"], given) for given in ({"hobbies": ["h0"], "wealth": 1e6}, {})], [state, state]
+    ).rank
+    wealth_B = rank.dense_BF[:, builder.spec.statistics.names.index("wealth")].tolist()
+    assert wealth_B[0] == wealth_B[1] > 100 and wealth_B[2] == wealth_B[3] == np.float32(state.dense["wealth"])
+    own = bags(rank, "hobbies")
     assert own[0] == own[1] == builder.keys.rows("hobbies", ["h0"]).tolist()
     assert own[2] == own[3] == state.users["hobbies"].values.tolist()
 

@@ -157,12 +157,17 @@ class KnowledgeUsed(BaseModel):
 
 
 class Answer(BaseModel):
-    """What every answer says of its request. unknown_items: candidates that the ranker has never seen."""
+    """What every answer says of its request. unknown_items: candidates that the ranker has never seen. unknown_values:
+    number of values of the context that it has never seen, or that were not given. cut: the request is for a time so
+    early that the state no longer holds all that the user had done by then.
+    """
 
     request_id: str
     bundle: str = Field(description="version of the bundle that scored")
     unknown_user: bool
     unknown_items: list[str]
+    unknown_values: int
+    cut: bool
     knowledge: KnowledgeUsed
 
 

@@ -213,6 +213,8 @@ class Api:
             "bundle": scorer.version,
             "unknown_user": scored.unknown_user,
             "unknown_items": scored.unknown_items,
+            "unknown_values": scored.unknown_values,
+            "cut": scored.cut,
             "knowledge": KnowledgeUsed(present=scored.knowledge_present, age_s=age_s),
         }
 
@@ -275,6 +277,8 @@ class Api:
         metrics.candidates.inc(sum(len(scored.scores) for scored in good))
         metrics.unknown_users.inc(sum(scored.unknown_user for scored in good))
         metrics.unknown_items.inc(sum(len(scored.unknown_items) for scored in good))
+        metrics.unknown_values.inc(sum(scored.unknown_values for scored in good))
+        metrics.cut.inc(sum(scored.cut for scored in good))
         for scored in good:
             self.live.note("store", scored.store_error)
             self.live.note("state", scored.state_error)

@@ -31,6 +31,8 @@ class Scored:
     knowledge_age_s: float
     store_error: str = ""
     state_error: str = ""
+    unknown_values: int = 0
+    cut: bool = False
 
 
 @dataclass

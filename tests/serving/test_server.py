@@ -61,6 +61,8 @@ def test_scores_are_in_the_order_of_the_request_and_rankings_are_the_best_first(
         "bundle": "v1",
         "unknown_user": True,
         "unknown_items": ["x"],
+        "unknown_values": 0,
+        "cut": False,
         "knowledge": {"present": False, "age_s": None},
         "scores": pytest.approx([0.003, -0.001, 0.009, 0.003]),
     }

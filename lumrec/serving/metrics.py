@@ -47,9 +47,7 @@ class Metrics:
         self.candidates = counter("candidates", "Items scored")
         self.unknown_users = counter("unknown_users", "Requests of users without any event")
         self.unknown_items = counter("unknown_items", "Scored items that the ranker has never seen")
-        self.unknown_values = counter(
-            "unknown_values", "Values of contexts that are missing or never seen"
-        )
+        self.unknown_values = counter("unknown_values", "Values of contexts that are missing or never seen")
         self.cut = counter("cut", "Requests for a time that the user's state no longer holds")
         self.no_knowledge = counter("knowledge_absent", "Requests scored without knowledge by a ranker that reads it")
         self.knowledge_age_s = histogram("knowledge_age_seconds", "Since the LUM was asked", AGES)

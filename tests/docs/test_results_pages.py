@@ -1,6 +1,7 @@
 """The results pages in docs/results are what their figures give."""
 
 import json
+import re
 
 from results_pages import RESULTS, index, page, pages, read
 
@@ -23,6 +24,15 @@ def test_figures_by_the_old_rule_are_marked():
     assert "**Measured before 2026-11-29" in page(path, result)
     result["protocol"] += ", rows see strictly earlier moments"
     assert "Measured before" not in page(path, result)
+
+
+def test_configs_mark_ranking_figures_by_the_old_rule():
+    """AUCs that a config tells to expect; retrieval keeps the order among equal times by both rules."""
+    configs = RESULTS.parents[1] / "configs"
+    tops = {file: file.read_text(encoding="utf-8").partition("\n\n")[0] for file in configs.rglob("*.yaml")}
+    expecting = {file: top for file, top in tops.items() if re.search(r"Expect.* \.[78]\d{2,3}\b", top, re.DOTALL)}
+    assert len(expecting) >= 7
+    assert [file.name for file, top in expecting.items() if "2026-11-29" not in top] == []
 
 
 def test_rows_of_uncommitted_code_are_no_results():

@@ -234,6 +234,7 @@ def test_scores_of_production_accept_a_takeover_or_refuse_it(words, tmp_path, ca
         ("user,item,logit\nU,I,\n", "without user, item or a finite logit"),
         ("user,item,logit\nU,I,high\n", "expected numbers as logit"),
         ("user,item,timestamp,logit\nU,I,2024-05-20,1\n", "whole seconds as timestamp"),
+        ("user,item,timestamp,logit\nU,I,1.5,1\n", "timestamp holds Float64; expected whole seconds"),
         ("user,item,logit\nU,nobody,1\nV,I,1\n", "2 of 2 rows are no event of the prepared log, such as user 'U'"),
     ],
 )

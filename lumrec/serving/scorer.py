@@ -174,7 +174,10 @@ class Scorer:
     def check_state(self, state: UserState) -> str:
         """Why the ranker cannot read these states, as a sentence; "" if it can."""
         spec, identity = self.bundle.builder.spec, state.identity
-        wanted = spec.layout(keep=identity["layout"]["keep"]).to_json()
+        try:
+            wanted = spec.layout(keep=identity["layout"]["keep"]).to_json()
+        except UserError as error:  # fewer events than the ranker reads
+            return str(error)
         for name, held, expected in (
             ("vocabulary", identity["vocabulary_fingerprint"], self.bundle.manifest["data"]["vocabulary_fingerprint"]),
             ("layout", identity["layout"], wanted),

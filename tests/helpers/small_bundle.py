@@ -61,7 +61,7 @@ def score_rows(scorer: Scorer, ranker: Path, rows: np.ndarray, *, at_once: int =
     has after the whole log, and the knowledge of the row."""
     row_builder = plain_ranker(open_ranker_run(ranker))[1]
     data, builder = row_builder.data, scorer.bundle.builder
-    layout = Layout.of(data.schema, keep=1000, has_clock=builder.spec.has_clock, category=builder.spec.category)
+    layout = Layout.of(data.schema, keep=5000, has_clock=builder.spec.has_clock, category=builder.spec.category)
     states: list[UserHistory] = list(histories_of(data, layout, builder.known(layout)))
     requests = row_requests(row_builder, builder, rows)
     user_N = data.user[data.rows(rows).event]

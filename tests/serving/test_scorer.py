@@ -223,10 +223,37 @@ def test_a_bundle_is_kept_made_again_and_read_on_while_the_next_one_is_published
         STAGES["export"].run(load(None, [*served.words, "export.dtype=int8"]))
 
 
-@pytest.mark.parametrize("dtype, most", [("float16", 2e-3), ("int8", 2e-2)])
-def test_smaller_tables_score_nearly_the_same_and_say_how_nearly(served, dtype, most):
-    result = STAGES["export"].run(load(None, [*served.words, f"export.dtype={dtype}", "overwrite=true"]))
+def test_smaller_tables_score_nearly_the_same_and_say_how_nearly(served):
+    result = STAGES["export"].run(load(None, [*served.words, "export.dtype=int8", "overwrite=true"]))
     scorer = Scorer.open(served.bundle, store=served.store)
-    assert 1e-6 < result["golden_difference"] < most == scorer.bundle.manifest["tolerance"]
+    assert 1e-6 < result["golden_difference"] < 2e-2 == scorer.bundle.manifest["tolerance"]
     card = (served.bundle / scorer.version / "MODEL_CARD.md").read_text()
-    assert f"Tables: {dtype}" in card and f"{result['golden_difference']:.2g}" in card
+    assert "Tables: int8" in card and f"{result['golden_difference']:.2g}" in card
+
+
+def test_states_of_other_data_are_refused_and_those_that_cannot_be_read_are_told(served):
+    STAGES["user_state"].run(load(None, served.words))
+    state = served.runs / "tiny-rank-user_state"
+    user = PreparedData.open(served.runs / "tiny-prepare").user_keys()[0]
+    scorer = Scorer.open(served.bundle, store=served.store, state=state)
+    request = ScoreRequest(user, scorer.bundle.titles()[0][:4], {}, 1.71e9)
+    there = scorer.score_many([request])[0]
+    assert not there.unknown_user and not there.state_error
+
+    def unreadable(_):
+        raise OSError("the disk is gone")
+
+    scorer.state.get = unreadable
+    gone = scorer.score_many([request])[0]
+    assert gone.unknown_user and "the disk is gone" in gone.state_error
+    scorer.state = None
+    np.testing.assert_array_equal(scorer.score_many([request])[0].scores, gone.scores)
+    identity = json.loads((state / "state.json").read_text())
+    for change, why in [
+        ({"vocabulary_fingerprint": "other"}, "their vocabulary is 'other'"),
+        ({"layout": {**identity["layout"], "items": []}}, "their layout is"),
+        ({"layout": {**identity["layout"], "keep": 5}}, "5 events of a user are to be kept"),
+    ]:
+        (state / "state.json").write_text(json.dumps(identity | change))
+        with pytest.raises(UserError, match=why):
+            Scorer.open(served.bundle, state=state)

@@ -28,7 +28,9 @@ HELPER = Path(__file__).parents[1] / "helpers" / "serve_small.py"
 def server(folder: Path, *, workers: int = 1, delay_s: float = 0.0) -> Iterator[tuple[subprocess.Popen, str]]:
     """The process of a small server, and its address."""
     words = [sys.executable, str(HELPER), str(folder), str(workers), str(delay_s)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    # TMPDIR: a parent that is killed leaves the folder of its counters.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

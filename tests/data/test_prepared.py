@@ -126,7 +126,7 @@ def test_missing_cut_and_changed_files_are_named(copy: Path, name: str):
         with pytest.raises(PreparedDataError, match=f"cannot read {name}"):
             PreparedData.open(copy, verify=False)
     (copy / name).write_bytes(whole[:100])
-    with pytest.raises(PreparedDataError, match=f"{name} has 100 bytes.*cut or changed"):
+    with pytest.raises(PreparedDataError, match=f"{name} has 100 bytes.*cut off or changed"):
         PreparedData.open(copy, verify=False)
     (copy / name).unlink()
     with pytest.raises(PreparedDataError, match=f"{name} is missing"):

@@ -93,7 +93,7 @@ def test_users_who_were_forgotten_in_a_folder_further_up_are_left_out(tmp_path):
 
 def test_files_that_do_not_fit_are_told(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
-    with pytest.raises(FileNotFoundError, match="users.parquet; make it with"):
+    with pytest.raises(FileNotFoundError, match="users.parquet; expected what"):
         import_parquet(out, tmp_path / "back")
     export_parquet(publish(tmp_path / "run"), out)
     export_parquet(publish(tmp_path / "run2", dtype="int8"), other)

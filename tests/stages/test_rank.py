@@ -234,7 +234,7 @@ def test_one_class_only_is_stated(words, tmp_path):
             "rank.sim.search: got 'quick', expected one of",
         ),
         ("rank.model=din rank.sim.search=hard", UserError, "^rank.sim.search=hard has no effect with rank.model=din: "),
-        ("rank.knowledge_dim=8", UserError, "rank.knowledge_dim=8 has no effect with rank.knowledge=none: leave out"),
+        ("rank.knowledge_dim=8", UserError, "rank.knowledge_dim=8 has no effect with rank.knowledge=none: remove"),
         ("rank.model=sim rank.sim.category=categories", UserError, "no effect with rank.sim.search=soft"),
         ("rank.search=hard", UserError, "unknown key 'rank.search'; the nearest valid key is 'rank.sim.search'"),
         ("rank.knowledge=some", ValueError, "rank.knowledge: got 'some', expected one of none, direct"),

@@ -108,11 +108,11 @@ def test_refresh_answers_whoever_has_new_events_and_follow_goes_on_until_it_is_s
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=new_events_and_then_sigterm)
+    handler, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=new_events_and_then_sigterm)
     thread.start()
     result = STAGES["refresh"].run(load(None, [*words, LUMS, "refresh.follow=true", "refresh.idle_s=0.05"]))
     thread.join()
-    assert result["users"] == 3 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert result["users"] == 3 and signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_refresh_of_what_does_not_belong_together_is_refused(words, tmp_path):

@@ -42,7 +42,7 @@ class Metrics:
         self.request_s = histogram("request_seconds", "From the first byte to the last", SECONDS, "endpoint")
         self.call_s = histogram("call_seconds", "One call of the ranker", SECONDS)
         self.call_requests = histogram("call_requests", "Requests in one call of the ranker", BATCHES)
-        self.queue = gauge("queue_requests", "Requests that wait", "livesum")
+        self.queue = gauge("queue_requests", "Requests that wait or are being scored", "livesum")
         self.refused = counter("refused", "Requests refused or given up", "why")
         self.candidates = counter("candidates", "Items scored")
         self.unknown_users = counter("unknown_users", "Requests of users without any event")

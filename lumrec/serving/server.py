@@ -203,7 +203,8 @@ class Api:
         """What the scorer gave for a request, and the fields that all answers share."""
         self._check_number("items", len(body.items))
         request = ScoreRequest(body.user, body.items, body.context, body.time, body.per_item)
-        scorer, scored = await self.batcher.submit(request, timeout_s=self._timeout_s(body.timeout_ms))
+        with self.metrics.queue.track_inprogress():
+            scorer, scored = await self.batcher.submit(request, timeout_s=self._timeout_s(body.timeout_ms))
         request_id = body.request_id or uuid.uuid4().hex
         if self.log is not None:
             self.log.scored(scorer, request, request_id, scored)
@@ -270,7 +271,6 @@ class Api:
 
     def _called(self, answers: Sequence[Any], seconds: float) -> None:
         metrics = self.metrics
-        metrics.queue.set(len(self.batcher))
         metrics.call_s.observe(seconds)
         metrics.call_requests.observe(len(answers))
         good = [scored for answer in answers if not isinstance(answer, Exception) for scored in answer[1:]]

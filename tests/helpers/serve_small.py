@@ -1,4 +1,4 @@
-"""python tests/helpers/serve_small.py FOLDER WORKERS DELAY_S: the small server in a process that a test can end."""
+"""python tests/helpers/serve_small.py FOLDER WORKERS: the small server in a process that a test can end."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lumrec.serving.server import make_app
 from lumrec.serving.settings import ServeConfig
 
 
-def make(folder: Path, settings: ServeConfig, delay_s: float) -> FastAPI:
+def make(folder: Path, settings: ServeConfig) -> FastAPI:
     """The application; called in each worker."""
     metrics = Metrics()
-    live = small_live(folder, delay_s=delay_s, metrics=metrics)
+    live = small_live(folder, metrics=metrics)
     return make_app(live, settings, token="", metrics=metrics)
 
 
 if __name__ == "__main__":
     start_logging()
     write_bundle(Path(sys.argv[1]) / "bundle.json")
-    settings = ServeConfig(port=0, workers=int(sys.argv[2]), drain_s=10)
-    run(partial(make, Path(sys.argv[1]), settings, float(sys.argv[3])), settings, threads=1)
+    settings = ServeConfig(port=0, workers=int(sys.argv[2]), timeout_ms=120_000, drain_s=120)
+    run(partial(make, Path(sys.argv[1]), settings), settings, threads=1)

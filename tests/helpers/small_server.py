@@ -42,7 +42,7 @@ class SmallScorer:
     path: Path
     store: Any = None
     state: Any = None
-    delay_s: float = 0.0
+    delay_s: float = 0.0  # of each call, which also waits while a file "hold" lies beside the bundle
     needs_knowledge: bool = False
     calls: list[int] = field(default_factory=list)
 
@@ -60,6 +60,8 @@ class SmallScorer:
         """Raises UserError for a context feature "wrong"."""
         self.calls.append(len(requests))
         time.sleep(self.delay_s)
+        while self.path.with_name("hold").exists():
+            time.sleep(0.01)
         return [self._score(request) for request in requests]
 
     def _score(self, request: ScoreRequest) -> Scored:

@@ -170,7 +170,7 @@ def test_beside_requests_a_reader_finds_the_new_answer_in_seconds(served, capsys
             asked = time.perf_counter()
             reader.get(SHOP_USERS)
             waits.append(time.perf_counter() - asked)
-            assert time.perf_counter() - appended < 20
+            assert time.perf_counter() - appended < 120
         seconds.append(time.perf_counter() - appended)
     stop.set()
     thread.join()
@@ -193,7 +193,7 @@ def test_a_redis_that_dies_is_waited_for(runs, served, redis_server, monkeypatch
     known = served.state.builder.known(served.state.layout)
     build(served.place, {}, served.state.layout, zip(data.user_keys(), histories_of(data, served.state.layout, known)))
     UserState.open(served.place, served.state.builder).append(served.events)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not served.reader().get(["new"]).present_BN.all():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from small_store import publish
+from torchrec import KeyedJaggedTensor
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-torchrec-model.md"
 
@@ -35,5 +36,12 @@ def test_the_pages_code_runs_and_scores_start_unchanged(tmp_path, monkeypatch):
     exec(export, names)
     with torch.no_grad():
         expected = names["model"](names["dense_features"], names["sparse_features"], names["knowledge"])
-    torch.testing.assert_close(names["exported"].module()(*names["inputs"]), expected)
+        one = names["knowledge"]._make(x[:1] for x in names["knowledge"])
+        product = KeyedJaggedTensor(
+            ["user", "product"], torch.tensor([17, 8]), lengths=torch.ones(2, dtype=torch.int64)
+        )
+        of_one = names["model_inputs"](names["dense_features"][:1], product, one)
+        alone = names["model"](names["dense_features"][:1], product, one)
+    torch.testing.assert_close(names["scores"], expected)
+    torch.testing.assert_close(names["read_graph"](Path("model.pt2"))(of_one), alone)
     exec(means, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import httpx
 import pytest
 
 from lumrec.run.errors import UserError
-from lumrec.serving.processes import run
+from lumrec.serving.processes import _listen, run
 from lumrec.serving.settings import ServeConfig
 
 HELPER = Path(__file__).parents[1] / "helpers" / "serve_small.py"
@@ -99,6 +100,25 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_answers_are_sent_at_once() -> None:
+    """Nagle's algorithm would hold back the body of each answer until its head is acknowledged, 40 ms later."""
+
+    async def main() -> int:
+        sockets: asyncio.Queue[socket.socket] = asyncio.Queue()
+        listening = _listen(ServeConfig(port=0))
+        server = await asyncio.start_server(
+            lambda _, writer: sockets.put(writer.get_extra_info("socket")), sock=listening
+        )
+        async with server:
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            accepted = await sockets.get()
+            no_delay = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return no_delay
+
+    assert asyncio.run(main()) == 1
 
 
 def _children(pid: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The server under load: latency and throughput of POST /v1/score at rising rates, by model and length of the history.
 
     python benchmarks/serve.py [--models dlrm] [--events 50 1024 4096] [--rates 5 20 80] [--seconds 5] [--workers 1]
-                               [--candidates 100] [--knowledge]
+                               [--candidates 100] [--knowledge] [--lum_dim 32] [--end_to_end 1 10 100]
 
 For each model a ranker of a small simulated log is trained for a few steps (what it learns does not matter here),
 exported, and served by `lumrec serve` in a process of its own, with three users whose histories have --events events;
@@ -13,6 +13,10 @@ serves its answers.
 The baselines are in this process, one request at a time without HTTP: `scorer` is lumrec.Scorer with the same bundle
 and state, `eager` the trained ranker as a plain PyTorch module over the same features. One process loads the server, so
 that on a machine of few cores both share them.
+
+--lum_dim is the width of that LUM: a request reads its answers, so that its size should cost nothing (the paper's
+Figure 5 b). --end_to_end shows beside it what an end-to-end generative ranker (E2E-GR) pays: a causal encoder of about
+so many million parameters reads the user's events at request time, and all candidates as queries of that one history.
 """
 
 import argparse
@@ -34,12 +38,15 @@ from _measure import parser_of, print_machine
 
 from lumrec.experiments.config import load
 from lumrec.models.ranker import open_ranker_run, plain_ranker
+from lumrec.modules.layout import make_layout
+from lumrec.modules.user_encoder import UserEncoder
 from lumrec.serving.requests import Event, ScoreRequest
 from lumrec.serving.scorer import Scorer
 from lumrec.serving.state import UserState
 from lumrec.stages.registry import STAGES
 
 START_S, DRAIN_S = 120.0, 5.0
+ENCODERS = {1: (128, 5), 10: (256, 13), 100: (768, 14)}  # million parameters: width, layers
 SERVE = "from lumrec.launch.main import run_command; run_command('serve')"
 
 
@@ -65,16 +72,22 @@ class Outcome:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", default=["dlrm"], help="dlrm, din, dien, sim, twin")
+    parser.add_argument("--models", nargs="*", default=["dlrm"], help="dlrm, din, dien, sim, twin")
     parser.add_argument("--events", type=int, nargs="+", default=[50, 1024, 4096], help="of a history")
     parser.add_argument("--rates", type=float, nargs="+", default=[5, 20, 80], help="requests per second")
     parser.add_argument("--seconds", type=float, default=5, help="of each rate")
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1, help="processes of the server")
     parser.add_argument("--knowledge", action="store_true", help="with the answers of a small LUM")
+    parser.add_argument("--lum_dim", type=int, default=32, help="width of the LUM (with --knowledge)")
+    parser.add_argument(
+        "--end_to_end", nargs="*", type=int, default=[], choices=ENCODERS, help="million parameters of an E2E-GR"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     print_machine(args)
+    for million in args.end_to_end:
+        end_to_end(million, args)
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             measure(model, Path(folder), args)
@@ -115,12 +128,34 @@ def made(model: str, runs: Path, args: argparse.Namespace) -> list[str]:
         *("name=bench", f"runs_dir={runs}", "data.source=simulator", "data.simulator.num_users=200"),
         *("data.simulator.num_items=2000", "data.simulator.events_per_user=30", f"rank.model={model}"),
         *(f"rank.max_history={max(args.events)}", "rank.batch_size=32", "rank.train.max_steps=4"),
-        *("model.dim=32", "model.num_layers=1", "model.max_events=32", "pretrain.train.max_steps=4"),
+        *(f"model.dim={args.lum_dim}", "model.num_layers=1", "model.max_events=32", "pretrain.train.max_steps=4"),
         *("pretrain.packing.events_per_pack=1024", f"rank.knowledge={'both' if args.knowledge else 'none'}"),
     ]
     for stage in [*(["pretrain", "query"] if args.knowledge else []), "rank", "export", "user_state"]:
         STAGES[stage].run(load(None, words))
     return words
+
+
+@torch.no_grad()
+def end_to_end(million: int, args: argparse.Namespace) -> None:
+    """Prints how long an encoder takes over a history and the candidates after it, without its embedding tables."""
+    dim, num_layers = ENCODERS[million]
+    encoder = UserEncoder(
+        encoder="gpt", dim=dim, num_layers=num_layers, num_heads=dim // 64, max_tokens=max(args.events) + 1
+    ).eval()
+    size = sum(weight.numel() for layer in encoder.children() for weight in layer.parameters())
+    for num_events in args.events:
+        prefix_Q = torch.full((args.candidates,), num_events)
+        layout = make_layout(
+            torch.tensor([num_events]), query_sequence_Q=torch.zeros_like(prefix_Q), query_prefix_Q=prefix_Q
+        )
+        x_TD, y_QD = torch.randn(num_events, dim), torch.randn(args.candidates, dim)
+
+        def score(inputs: tuple = (x_TD, y_QD, layout, prefix_Q)) -> None:
+            encoder(*inputs[:3], query_prefix_Q=inputs[3])
+
+        took = milliseconds(score, 3)
+        print(f"E2E-GR of {size / 1e6:.0f}M  {num_events:5,} events  in this process, ms: {took}", flush=True)
 
 
 def fill(scorer: Scorer, state: Path, items: Sequence[str], args: argparse.Namespace) -> dict[int, ScoreRequest]:
@@ -163,7 +198,7 @@ def milliseconds(step: Callable[[], None], repeats: int) -> str:
     for repeat in range(repeats + 2):
         start = time.perf_counter()
         step()
-        if repeat >= 2:
+        if repeat >= 2:  # the first two warm up
             times.append(1000 * (time.perf_counter() - start))
     return f"{np.median(times):.1f} [{min(times):.1f} … {max(times):.1f}]"
 

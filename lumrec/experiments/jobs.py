@@ -141,6 +141,7 @@ def _ended_with_us(running: list[_Running]) -> Iterator[None]:
                 one.process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 one.process.kill()
+                one.process.wait()
 
 
 def tail(log: Path, lines: int) -> list[str]:

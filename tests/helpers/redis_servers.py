@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lumrec.knowledge.store import KnowledgeStore
+
 
 class RedisServer:
     """Started when made. place: URL for a name. `kill` is kill -9; `start` begins again, empty."""
@@ -23,7 +25,7 @@ class RedisServer:
         """Returns once the server takes connections."""
         words = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self.socket.parent)]
         self.process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self.socket.exists():
             assert self.process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
             time.sleep(0.01)
@@ -46,5 +48,7 @@ def redis_server() -> Iterator[RedisServer]:
     pytest.importorskip("redis", reason="the client of Redis is not installed: pip install 'lumrec[redis]'")
     with tempfile.TemporaryDirectory(prefix="redis-") as folder:  # pytest's paths may be too long for a socket
         server = RedisServer(Path(folder))
-        yield server
+        with pytest.MonkeyPatch.context() as patch:  # a machine that stalls is no Redis that does not answer
+            patch.setitem(KnowledgeStore.open.__func__.__kwdefaults__, "timeout_s", 120.0)
+            yield server
         server.kill()

@@ -21,7 +21,7 @@ class Squares:
     def __call__(self, numbers: list[int]) -> list[int]:
         self.calls.append(numbers)
         self.begun.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(120)
         if 13 in numbers:
             raise ValueError("13 is no number")
         return [number**2 for number in numbers]
@@ -30,9 +30,9 @@ class Squares:
 async def _behind_one(squares: Squares, batcher: Batcher[int, int], *others: int) -> list[int | BaseException]:
     """Answers to 1 and the others, which arrive while 1 is computed."""
     squares.go_on.clear()
-    first = asyncio.create_task(batcher.submit(1, timeout_s=10))
-    await asyncio.to_thread(squares.begun.wait, 10)
-    rest = [asyncio.create_task(batcher.submit(other, timeout_s=10)) for other in others]
+    first = asyncio.create_task(batcher.submit(1, timeout_s=120))
+    await asyncio.to_thread(squares.begun.wait, 120)
+    rest = [asyncio.create_task(batcher.submit(other, timeout_s=120)) for other in others]
     await asyncio.sleep(0)
     squares.go_on.set()
     return await asyncio.gather(first, *rest, return_exceptions=True)
@@ -65,16 +65,16 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
         squares = Squares()
         squares.go_on.clear()
         batcher = Batcher(squares, max_weight=1, max_waiting=2)
-        taken = [asyncio.create_task(batcher.submit(1, timeout_s=10))]
-        await asyncio.to_thread(squares.begun.wait, 10)
-        taken += [asyncio.create_task(batcher.submit(number, timeout_s=10)) for number in (2, 3)]
+        taken = [asyncio.create_task(batcher.submit(1, timeout_s=120))]
+        await asyncio.to_thread(squares.begun.wait, 120)
+        taken += [asyncio.create_task(batcher.submit(number, timeout_s=120)) for number in (2, 3)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull) as refused:
-            await batcher.submit(4, timeout_s=10)
+            await batcher.submit(4, timeout_s=120)
         assert refused.value.retry_after_s >= 1
         squares.go_on.set()
         assert await asyncio.gather(*taken) == [1, 4, 9]
-        assert await batcher.submit(5, timeout_s=10) == 25
+        assert await batcher.submit(5, timeout_s=120) == 25
 
     asyncio.run(main())
 
@@ -84,12 +84,12 @@ def test_a_request_whose_time_is_over_is_not_computed_and_leaves_the_queue() -> 
         squares = Squares()
         squares.go_on.clear()
         batcher = Batcher(squares, max_weight=10, max_waiting=1)
-        first = asyncio.create_task(batcher.submit(1, timeout_s=10))
-        await asyncio.to_thread(squares.begun.wait, 10)
+        first = asyncio.create_task(batcher.submit(1, timeout_s=120))
+        await asyncio.to_thread(squares.begun.wait, 120)
         with pytest.raises(TimeoutError):
             await batcher.submit(2, timeout_s=0.05)
         assert batcher.busy_s > 0
-        later = asyncio.create_task(batcher.submit(3, timeout_s=10))  # the queue has room again
+        later = asyncio.create_task(batcher.submit(3, timeout_s=120))  # the queue has room again
         await asyncio.sleep(0)
         squares.go_on.set()
         assert await asyncio.gather(first, later) == [1, 9]

@@ -1,7 +1,5 @@
 """FLOPs of a step as its formulas say, without a change to what is computed; a peak that is measured."""
 
-import time
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -59,9 +57,9 @@ def test_results_are_the_same_to_the_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_measured_once_and_quickly(dtype):
+def test_the_peak_is_measured_once(dtype):
     threads = torch.get_num_threads()
     peak = gemm_peak(torch.device("cpu"), dtype, num_threads=threads)
-    started = time.process_time()
+    measured = gemm_peak.cache_info().misses
     assert gemm_peak(torch.device("cpu"), dtype, num_threads=threads) == peak > 1e8
-    assert time.process_time() - started < 0.05
+    assert gemm_peak.cache_info().misses == measured

@@ -53,7 +53,7 @@ class Publisher:
         """Serves an archive of `files` from now on."""
         self.content = zipped(files, folder) if kind == ".zip" else tarred(files, folder)
         checksum = "md5:" + hashlib.md5(self.content, usedforsecurity=False).hexdigest()
-        return Archive(f"{self.url}/ml-1m{kind}", "https://a.publisher/page", checksum, folder, timeout_s=5.0)
+        return Archive(f"{self.url}/ml-1m{kind}", "https://a.publisher/page", checksum, folder, timeout_s=120.0)
 
 
 def zipped(files: dict[str, bytes], folder: str) -> bytes:
@@ -304,7 +304,7 @@ def test_a_killed_process_is_continued(publisher: Publisher, tmp_path: Path):
     assert publisher.asked == ["", "bytes=10000-"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -398,7 +398,7 @@ def test_a_missing_page_is_asked_for_once(publisher: Publisher, tmp_path: Path):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/ml-1m.zip", "http://unknown.invalid/ml-1m.zip"])
 def test_an_unreachable_publisher(tmp_path: Path, url: str):
-    archive = Archive(url, "https://a.publisher/page", "md5:0000", "ml-1m", timeout_s=5.0)
+    archive = Archive(url, "https://a.publisher/page", "md5:0000", "ml-1m", timeout_s=120.0)
     with pytest.raises(DataSetMissing, match=f"could not download {url}(.|\n)*{BY_HAND}"):
         fetch(archive, tmp_path / "cache" / "ml-1m")
     assert not list((tmp_path / "cache").iterdir())

@@ -225,7 +225,7 @@ def test_a_missing_data_set_says_what_to_do(nowhere: Path, tmp_path: Path, sourc
 
 def test_an_unreachable_publisher_says_where_to_put_the_files(nowhere: Path, monkeypatch: pytest.MonkeyPatch):
     release = movielens.RELEASES["movielens-20m"]
-    archive = replace(release.archive, url="http://127.0.0.1:1/ml-20m.zip", timeout_s=5.0)
+    archive = replace(release.archive, url="http://127.0.0.1:1/ml-20m.zip", timeout_s=120.0)
     monkeypatch.setitem(movielens.RELEASES, "movielens-20m", replace(release, archive=archive))
     with pytest.raises(DataSetMissing, match="could not download") as error:
         movielens.resolve(source="movielens-20m")

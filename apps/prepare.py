@@ -6,7 +6,10 @@ torchx run apps/prepare.py --check data.log.events=clicks.csv
 
 import torchx.specs as specs
 
+from lumrec.launch.cluster import on_cluster
 
+
+@on_cluster
 def prepare(*words: str, config: str = "", check: bool = False, j: str = "1x1") -> specs.AppDef:
     """Prepares a log: from raw events to the folder that every later stage reads.
 
@@ -20,7 +23,7 @@ def prepare(*words: str, config: str = "", check: bool = False, j: str = "1x1") 
         config: name of a config that comes with lumrec, or a YAML file; default ml-1m; with --check only the
             built-in defaults
         check: report what is in the log and what preparing would do, and write nothing
-        j: nodes x processes per node
+        j: nodes x processes per node; 1:2x8 = on one to two nodes, whatever is there
     """
     from lumrec.launch.torchx import stage_app
 

@@ -6,7 +6,10 @@ torchx run apps/pretrain.py -j 1x2 --config ml-1m
 
 import torchx.specs as specs
 
+from lumrec.launch.cluster import on_cluster
 
+
+@on_cluster
 def pretrain(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     """Step 1: pre-trains a Large User Model (LUM) on the prepared log.
 
@@ -17,7 +20,7 @@ def pretrain(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef
     Args:
         words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
         config: name of a config that comes with lumrec, or a YAML file
-        j: nodes x processes per node
+        j: nodes x processes per node; 1:2x8 = on one to two nodes, whatever is there
     """
     from lumrec.launch.torchx import stage_app
 

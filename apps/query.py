@@ -8,7 +8,10 @@ python -m lumrec.knowledge.parquet export RUN_FOLDER FOLDER   exports users and 
 
 import torchx.specs as specs
 
+from lumrec.launch.cluster import on_cluster
 
+
+@on_cluster
 def query(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     """Step 2: asks the LUM what each user would take under each condition, and stores the answers as knowledge.
 
@@ -20,7 +23,7 @@ def query(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     Args:
         words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
         config: name of a config that comes with lumrec, or a YAML file
-        j: nodes x processes per node
+        j: nodes x processes per node; 1:2x8 = on one to two nodes, whatever is there
     """
     from lumrec.launch.torchx import stage_app
 

@@ -6,7 +6,10 @@ torchx run apps/retrieve.py -j 1x2 --config ml-1m-retrieve
 
 import torchx.specs as specs
 
+from lumrec.launch.cluster import on_cluster
 
+
+@on_cluster
 def retrieve(*words: str, config: str = "ml-1m-retrieve", j: str = "1x1") -> specs.AppDef:
     """Step 3 for retrieval: trains a two-tower model (EDB), without or with LUM knowledge.
 
@@ -17,7 +20,7 @@ def retrieve(*words: str, config: str = "ml-1m-retrieve", j: str = "1x1") -> spe
     Args:
         words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
         config: name of a config that comes with lumrec, or a YAML file
-        j: nodes x processes per node
+        j: nodes x processes per node; 1:2x8 = on one to two nodes, whatever is there
     """
     from lumrec.launch.torchx import stage_app
 

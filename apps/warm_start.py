@@ -5,7 +5,10 @@ torchx run apps/warm_start.py --config ml-1m rank.warm_start.source=prod/dcp ran
 
 import torchx.specs as specs
 
+from lumrec.launch.cluster import on_cluster
 
+
+@on_cluster
 def warm_start(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppDef:
     """Dry run: lists what a model would take from a production checkpoint, parameter by parameter.
 
@@ -17,7 +20,7 @@ def warm_start(*words: str, config: str = "ml-1m", j: str = "1x1") -> specs.AppD
     Args:
         words: settings, key=value each, after all options; an unknown key is an error that names the nearest valid one
         config: name of a config that comes with lumrec, or a YAML file
-        j: nodes x processes per node
+        j: nodes x processes per node; 1:2x8 = on one to two nodes, whatever is there
     """
     from lumrec.launch.torchx import stage_app
 

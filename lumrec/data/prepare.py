@@ -42,7 +42,7 @@ from lumrec.data.split_notes import split_line, split_warnings
 from lumrec.data.splits import PARTS, SplitConfig
 from lumrec.data.vocabulary import read_vocabularies
 from lumrec.run.changes import differing
-from lumrec.run.distributed import on_rank_zero
+from lumrec.run.distributed import check_shared, on_rank_zero
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import full_disk_told, leftovers, locked, read_json, replace_folder, sha256
 from lumrec.run.folder import names_in
@@ -84,6 +84,7 @@ def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True, s
             f"there is no prepared data in {path}; make it with: torchx run apps/prepare.py --config <your config>"
         )
     if not common.inputs.prepared:
+        check_shared(path.parent)
         on_rank_zero(lambda: _make_if_missing(common, path))
     data = open_prepared(path, verify=verify)
     if isinstance(data, ServedData) and not served:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,18 +18,19 @@ from lumrec.run.errors import UserError
 
 
 def nodes_and_processes(j: str) -> tuple[int, int]:
-    """Nodes and processes per node of "1x2". Raises UserError for text of another form."""
-    nodes, _, processes = j.partition("x")
-    if len(j) > 20 or not (nodes.isdecimal() and processes.isdecimal() and int(nodes) > 0 and int(processes) > 0):
-        raise UserError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2")
-    return int(nodes), int(processes)
+    """Most nodes, and processes per node, of "1x2" or "1:2x8" (one to two nodes). Raises UserError for other text."""
+    match = re.fullmatch(r"(?:0*([1-9]\d*):)?0*([1-9]\d*)x0*([1-9]\d*)", j, re.ASCII) if len(j) <= 20 else None
+    if match is None or int(match[1] or 1) > int(match[2]):
+        raise UserError(f"-j is {j!r}; expected nodes x processes per node, such as 1x2, or 1:2x8 for one to two nodes")
+    return int(match[2]), int(match[3])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code of a script that torch.distributed.run has run."""
-    from torch.distributed import run
+    from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
     args = run.parse_args(list(arguments))
     if args.nproc_per_node.isdecimal():
@@ -51,6 +53,14 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         first = error.get_first_failure()[1].exitcode
         return first if first > 0 else failed[0]
+    except (DistNetworkError, RendezvousConnectionError):
+        where = f" ({args.rdzv_endpoint})" if args.rdzv_endpoint else ""
+        print(
+            f"lumrec: the node where the others meet{where} cannot be reached or has ended; its output says why",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     return 0
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +87,32 @@ def gathered(value: Value) -> list[Value]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError, on every rank, where `folder` is not one folder that all nodes of the job share. Collective."""
+    if world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", world_size())):
+        return
+
+    def make_token() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+        os.close(handle)
+        return path
+
+    token = Path(on_rank_zero(make_token))
+    try:
+        is_there = token.name in os.listdir(folder)  # a network file system looks again for a list
+    except OSError:
+        is_there = False
+    without = {host for host in gathered("" if is_there else socket.gethostname()) if host}
+    if rank() == 0:
+        token.unlink()
+    if without:
+        raise UserError(
+            f"{folder.absolute()} is not shared by all nodes of this job: {', '.join(sorted(without))} cannot see what "
+            "rank 0 writes there; give runs_dir=<a folder that every node mounts at the same path>"
+        )
 
 
 def barrier() -> None:

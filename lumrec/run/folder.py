@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lumrec.run.changes import _AGAIN, config_differences, differing
-from lumrec.run.distributed import on_rank_zero, rank
+from lumrec.run.distributed import check_shared, on_rank_zero, rank
 from lumrec.run.errors import UserError
 from lumrec.run.files import finite, locked, read_json, write_atomically
 from lumrec.run.typed_yaml import to_yaml
@@ -74,9 +74,10 @@ class RunFolder:
           also with overwrite=true.
 
         Configs are compared by `config_differences`. Every rank must call this, after `init_distributed`; an error of
-        rank 0 is raised on all ranks.
+        rank 0 is raised on all ranks, and so is UserError where the nodes of a job do not share the folder's parent.
         """
         run = cls(path)
+        check_shared(path.parent)
         run.finished, run.resumed = on_rank_zero(
             lambda: run._open(settings, stage, dict(inputs or {}), quiet=quiet, keep=keep)
         )

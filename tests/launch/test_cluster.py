@@ -108,10 +108,9 @@ def test_a_folder_that_nodes_do_not_share_is_refused_before_any_work(tmp_path):
     words = ["data.source=simulator", "data.simulator.num_users=50", "name=small", "model.dim=8"]
     words += ["model.num_layers=1", "model.max_events=16", "pretrain.train.max_steps=2"]
     outcomes = two_nodes(folders, [*words, "runs_dir=runs"])
-    for output, _ in outcomes:
-        assert "runs is not shared by all nodes of this job" in output and "Traceback" not in output, output
-    # The agent where both meet may end first; then the other one cannot reach it any more.
-    assert sorted(code for _, code in outcomes) in ([1, 2], [2, 2])
+    # Whichever agent ends first, the other one may lose it, or stop its process before that has said why.
+    assert any("runs is not shared by all nodes of this job" in output for output, _ in outcomes), outcomes
+    assert all(code in (1, 2) and "Traceback" not in output for output, code in outcomes), outcomes
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     for output, code in two_nodes(folders, [*words, f"runs_dir={tmp_path}/runs"]):
         assert code == 0, output

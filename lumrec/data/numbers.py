@@ -14,8 +14,9 @@ from lumrec.run.errors import UserError
 
 MAX_NUMBER = 1e30  # squares of larger numbers overflow in moments (64 bits) and models (32 bits)
 UNREADABLE = 0.5  # share of values that are not numbers from which the column is refused
-MAX_SPREADS = 1e6  # a value this far from most others makes them all equal when it is scaled with them
-MOST = (0.05, 0.95)  # quantiles of most values
+MAX_SPREADS = 1e6  # a deviation so many times the distance of two numbers makes them equal when they are scaled
+LOW = 0.05  # quantile of the distances from the median that are compared with the deviation
+NOISE = 1e-7  # numbers that differ by less than this share of themselves are one in 32 bits
 SAMPLED_ROWS = 1_000_000  # for these quantiles
 DECIMAL_COMMA = r"^[+-]?[0-9.]*[0-9],[0-9]+$"
 
@@ -100,17 +101,21 @@ def _check(name: str, feature: FeatureConfig, facts: NumberFacts) -> None:
 
 
 def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
+    """Raises UserError where the numbers spread so widely that scaling by their deviation makes most of them equal."""
     value = number(pl.col(column), frame.collect_schema()[column])
-    low, high = frame.select(value.min().alias("low"), value.max().alias("high")).collect(engine="streaming").row(0)
-    most = frame.head(SAMPLED_ROWS).select(*(value.quantile(q).alias(str(q)) for q in MOST)).collect().row(0)
-    if low is None or most[0] is None or most[0] == most[1]:
-        return  # no values, or a flag: most values are equal
-    distance, farthest = max((high - most[1], high), (most[0] - low, low))
-    if distance > MAX_SPREADS * (most[1] - most[0]):
+    middle = frame.head(SAMPLED_ROWS).select(value.quantile(0.5)).collect().item()
+    if middle is None:
+        return
+    distance = (value - middle).abs()  # of 0 or by rounding, where most numbers are equal: they do not count
+    different = distance.filter(distance > NOISE * abs(middle))
+    low = frame.head(SAMPLED_ROWS).select(different.quantile(LOW)).collect().item()
+    farthest = value.filter(distance == distance.max()).first()
+    deviation, far = frame.select(value.std(), farthest.alias("far")).collect(engine="streaming").row(0)
+    if low is not None and deviation is not None and deviation > MAX_SPREADS * low:
         raise UserError(
-            f"schema.features.{name}: {farthest:g} is too far from the other numbers, most of which are between "
-            f"{most[0]:g} and {most[1]:g}: scaling would make these all equal; correct it, leave it empty, or use "
-            "scale: log, or buckets as kind: id"
+            f"schema.features.{name}: {far:g} is too far from the other numbers, such as {middle:g} and "
+            f"{middle + low:g}: scaling would make these all equal; correct it, leave it empty, or use scale: log, or "
+            "buckets as kind: id"
         )
 
 

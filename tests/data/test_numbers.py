@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from lumrec.data.numbers import number_facts
 from lumrec.data.own_log.check import Report, check
 from lumrec.data.prepare import prepare
 from lumrec.data.scaling import Moments, scaled
+from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.experiments.config import load
 from lumrec.run.errors import UserError
 
@@ -60,10 +63,42 @@ def prepared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tup
 def test_a_training_row_that_would_make_all_others_one_number_is_refused(prepared: Callable, outliers: list[str]):
     speed = [str(n % 7 + 1) for n in range(60)]
     speed[3 : 3 + len(outliers)] = outliers
-    with pytest.raises(UserError, match="schema.features.speed: .* is too far from the other numbers, most of"):
+    with pytest.raises(UserError, match="schema.features.speed: .* is too far from the other numbers, such as"):
         prepared(speed=speed, price=HOW_FAR * 6)
     prepared("schema.features.speed.scale=log", speed=speed, price=HOW_FAR * 6)
     prepared(speed=["0"] * 59 + ["1"], price=HOW_FAR * 6)  # a rare flag is no outlier
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [["0"] * 57 + ["1", "2", "1e18"], [str(-(2**63)) if n % 5 == 0 else str(n % 7 + 1) for n in range(60)]],
+    ids=["mostly zeros", "pandas' missing whole number"],
+)
+def test_so_are_one_among_mostly_equal_numbers_and_a_mark_in_many_rows(prepared: Callable, speed: list[str]):
+    with pytest.raises(UserError, match="schema.features.speed: .* is too far from the other numbers, such as"):
+        prepared(speed=speed, price=HOW_FAR * 6)
+
+
+DRAWN = random.Random(3)
+FAIR = {
+    "rare flag": [int(n == 7) for n in range(3000)],
+    "counts with a heavy tail": [int(DRAWN.paretovariate(0.7)) - 1 for _ in range(3000)],
+    "mostly zeros, else bytes": [0 if DRAWN.random() < 0.9 else int(2 ** DRAWN.uniform(8, 36)) for _ in range(3000)],
+    "log-normal prices": [round(DRAWN.lognormvariate(3, 3), 2) for _ in range(3000)],
+    "probabilities": [10 ** DRAWN.uniform(-6, 0) for _ in range(3000)],
+    "timestamps in nanoseconds, some missing as -1": [
+        -1 if n % 9 == 0 else 1_700_000_000_000_000_000 + n * 10**9 for n in range(3000)
+    ],
+    "rounding noise": [DRAWN.choice([0.3, 0.1 + 0.2, 0.1 + 0.2, 1.0]) for _ in range(3000)],
+    "one number": [5] * 3000,
+}
+
+
+@pytest.mark.parametrize("values", FAIR.values(), ids=FAIR)
+def test_columns_as_logs_have_them_are_no_outliers(values: list[float], tmp_path: Path):
+    pl.DataFrame({"x": values}).write_parquet(tmp_path / "block.parquet")
+    schema = SchemaConfig(features={"x": FeatureConfig(role="context", kind="dense", column="x")})
+    assert number_facts(schema, [tmp_path / "block.parquet"], {})["x"].rows == 3000
 
 
 def test_unreadable_and_missing_numbers_are_counted_and_told(prepared: Callable):

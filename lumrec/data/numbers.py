@@ -66,7 +66,7 @@ def number_facts(
         facts[name] = _facts(frame, column)
         _check(name, feature, facts[name])
         if feature.scale == "standard":
-            _check_outliers(name, frame, column)
+            _check_outliers(name, frame, column, "order" if is_event else f"{feature.role}_id")
     return facts
 
 
@@ -100,8 +100,11 @@ def _check(name: str, feature: FeatureConfig, facts: NumberFacts) -> None:
         raise UserError(f"{where}, such as {example!r}; kind: dense is for numbers, use kind: id for text")
 
 
-def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
-    """Raises UserError where the numbers spread so widely that scaling by their deviation makes most of them equal."""
+def _check_outliers(name: str, frame: pl.LazyFrame, column: str, row: str) -> None:
+    """Raises UserError where the numbers spread so widely that scaling by their deviation makes most of them equal.
+
+    row: column that identifies a row in the message.
+    """
     value = number(pl.col(column), frame.collect_schema()[column])
     middle = frame.head(SAMPLED_ROWS).select(value.quantile(0.5)).collect().item()
     if middle is None:
@@ -109,11 +112,12 @@ def _check_outliers(name: str, frame: pl.LazyFrame, column: str) -> None:
     distance = (value - middle).abs()  # of 0 or by rounding, where most numbers are equal: they do not count
     different = distance.filter(distance > NOISE * abs(middle))
     low = frame.head(SAMPLED_ROWS).select(different.quantile(LOW)).collect().item()
-    farthest = value.filter(distance == distance.max()).first()
-    deviation, far = frame.select(value.std(), farthest.alias("far")).collect(engine="streaming").row(0)
+    farthest = distance == distance.max()
+    found = frame.select(value.std(), far=value.filter(farthest).first(), row=pl.col(row).filter(farthest).first())
+    deviation, far, at = found.collect(engine="streaming").row(0)
     if low is not None and deviation is not None and deviation > MAX_SPREADS * low:
         raise UserError(
-            f"schema.features.{name}: {far:g} is too far from the other numbers, such as {middle:g} and "
+            f"schema.features.{name}: {far:g} in row {at} is too far from the other numbers, such as {middle:g} and "
             f"{middle + low:g}: scaling would make these all equal; correct it, leave it empty, or use scale: log, or "
             "buckets as kind: id"
         )

@@ -27,7 +27,7 @@ from lumrec.data.schema import features_by_role
 from lumrec.experiments.config import load
 from lumrec.features.history import UserHistory
 from lumrec.features.items import Catalogue, ItemHistory
-from lumrec.features.statistics import LogPast, Statistics, fit, raw_columns
+from lumrec.features.statistics import LogPast, Statistics, dense_inputs, raw_columns
 from lumrec.models.ranker import row_features
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.serving.keys import Keys, write_keys
@@ -64,7 +64,7 @@ def prepared(folder: Path, num_users: int) -> PreparedData:
 
 def measure(data: PreparedData, folder: Path, num_events: int, args: argparse.Namespace) -> None:
     """Prints the times for users with this many events."""
-    random, items, model = np.random.default_rng(0), data.item_keys(), fit(data, kind=args.kind)[0]
+    random, items, model = np.random.default_rng(0), data.item_keys(), dense_inputs(data, kind=args.kind).model
     roles = {f"{role}_features": features_by_role(data.schema, role) for role in ("item", "feedback")}
     roles["row_features"] = row_features(data.schema)
     settings: dict[str, Any] = {"features": [name for names in roles.values() for name in names], "reads": READS}

@@ -100,7 +100,7 @@ class RowBuilder:
     ) -> None:
         if max_history < 0:
             raise UserError(f"max_history is {max_history}; expected 0 or more events")
-        self.data, self.knowledge, self.max_history = data, knowledge, max_history
+        self.data, self.statistics, self.knowledge, self.max_history = data, statistics, knowledge, max_history
         self.features, self.item_features = list(features), list(item_features)
         self.feedback_features, self.row_features = list(feedback_features), list(row_features)
         self.dense_RF = np.zeros((data.num_rows, 0), np.float32) if statistics is None else statistics.values_RF

@@ -42,10 +42,13 @@ BLOCK = 1 << 16  # rows that are standardised at a time
 
 
 class Statistics(NamedTuple):
-    """values_RF: float32, mean 0 and variance 1 over the training events; names: one for each of the F columns."""
+    """values_RF: float32, mean 0 and variance 1 over the training events. names: one for each of the F columns. model:
+    how they were made; None where that is not known.
+    """
 
     values_RF: np.ndarray
     names: list[str]
+    model: StatisticsModel | None = None
 
 
 class Past(ABC):
@@ -182,14 +185,9 @@ class StatisticsModel:
 
 
 def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
-    """What a ranker reads as numbers of each row: `row_statistics`, and behind them the schema's dense features."""
-    return fit(data, kind=kind)[1]
+    """What a ranker reads as numbers of each row: `row_statistics`, and behind them the schema's dense features.
 
-
-def fit(data: PreparedData, *, kind: str = "all") -> tuple[StatisticsModel, Statistics]:
-    """How statistics are made, fitted on the training part of a log, and what a ranker reads as numbers of each row.
-
-    Raises UserError as `row_statistics` does.
+    Their model is fitted on the training part. Raises UserError as `row_statistics` does.
     """
     raw = raw_statistics(data, kind=kind)
     training = np.flatnonzero(data.split == TRAIN)
@@ -203,7 +201,7 @@ def fit(data: PreparedData, *, kind: str = "all") -> tuple[StatisticsModel, Stat
         index = {"item": rows.item, "user": data.user[rows.event], "context": rows.event}
         declared = [values[index[data.schema.features[name].role]] for name, values in data.dense.items()]
         values_RF = np.concatenate([values_RF, np.stack(declared, axis=1)], axis=1)
-    return model, Statistics(values_RF, model.names)
+    return Statistics(values_RF, model.names, model)
 
 
 def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
@@ -212,9 +210,10 @@ def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
     kind: "all" of them; "user" leaves out what needs other users (the item's, and every excess); "none" has no column.
     Raises UserError for another kind, and where the training part is empty (there is nothing to standardise by).
     """
-    model, statistics = fit(data, kind=kind)
+    values_RF, names, model = dense_inputs(data, kind=kind)
+    assert model is not None
     num = len(model.columns)
-    return Statistics(statistics.values_RF[:, :num], statistics.names[:num])
+    return Statistics(values_RF[:, :num], names[:num])
 
 
 def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.ndarray]:

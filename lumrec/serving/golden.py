@@ -27,7 +27,7 @@ from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TEST
-from lumrec.features.history import SECOND, UserHistory, log_events
+from lumrec.features.history import SECOND, EventRows, UserHistory, log_events
 from lumrec.features.statistics import Scale
 from lumrec.modules.knowledge import KnowledgeBatch
 from lumrec.modules.rankers.base import Ranker
@@ -64,12 +64,14 @@ def write_golden(
     with torch.no_grad():
         logit_Q = ranker.eval()(batch)
     assert isinstance(logit_Q, torch.Tensor)
-    requests = row_requests(row_builder, builder, rows)
+    events = _log_events(row_builder.data, builder)
+    requests = row_requests(row_builder, builder, rows, events)
+    histories = _histories(row_builder, builder, rows, events)
     columns: dict[str, Any] = {
         "item": [request.items[0] for request in requests],
         "time": [request.time for request in requests],
         "context": [json.dumps(request.context) for request in requests],
-        "history": pa.array([history.to_bytes() for history in _histories(row_builder, builder, rows)], pa.binary()),
+        "history": pa.array([history.to_bytes() for history in histories], pa.binary()),
         "score": torch.sigmoid(logit_Q).numpy(),
     }
     if (knowledge := batch.knowledge) is not None:
@@ -119,12 +121,19 @@ def _knowledge(table: pa.Table, needs: dict[str, Any] | None) -> KnowledgeBatch 
     )
 
 
-def row_requests(row_builder: RowBuilder, builder: RequestBuilder, rows: np.ndarray) -> list[ScoreRequest]:
-    """A request that asks for what each of these rows (int64 [Q]) was: its user, item and context, at its moment."""
+def row_requests(
+    row_builder: RowBuilder, builder: RequestBuilder, rows: np.ndarray, events: EventRows | None = None
+) -> list[ScoreRequest]:
+    """A request that asks for what each of these rows (int64 [Q]) was: its user, item and context, at its moment.
+
+    events: those of the log, where they have been made already.
+    """
     data, spec = row_builder.data, builder.spec
     event_Q, item_Q, _ = data.rows(rows)
     users, items = data.user_keys(), data.item_keys()
-    moment_Q = log_events(data, builder.layout, builder.known(builder.layout)).moment[event_Q]
+    if events is None:
+        events = _log_events(data, builder)
+    moment_Q = events.moment[event_Q]
     time_Q = moment_Q / SECOND if spec.has_clock else moment_Q.astype(np.float64)
     contexts: list[dict[str, Any]] = [{} for _ in rows]
     for name in row_builder.row_features:
@@ -152,11 +161,16 @@ def _unscaled(scaled_Q: np.ndarray, scale: Scale) -> list[float]:
     return (np.sign(x_Q) * np.expm1(np.abs(x_Q)) if scale.scale == "log" else x_Q).tolist()
 
 
-def _histories(row_builder: RowBuilder, builder: RequestBuilder, rows: np.ndarray) -> list[UserHistory]:
+def _log_events(data: PreparedData, builder: RequestBuilder) -> EventRows:
+    return log_events(data, builder.layout, builder.known(builder.layout))
+
+
+def _histories(
+    row_builder: RowBuilder, builder: RequestBuilder, rows: np.ndarray, events: EventRows
+) -> list[UserHistory]:
     """The state of each row's user before the row's moment, with as many events as the ranker reads."""
     data, layout = row_builder.data, builder.layout
     known = builder.known(layout)
-    events = log_events(data, layout, known)
     histories = []
     for event in data.rows(rows).event.tolist():
         history, user = UserHistory.empty(layout), int(data.user[event])

@@ -14,7 +14,6 @@ from lumrec.batches.rows import RowBuilder
 from lumrec.data.common import Common
 from lumrec.data.prepared import PreparedData
 from lumrec.features.items import Catalogue, ItemHistory
-from lumrec.features.statistics import fit
 from lumrec.models.ranker import TrainedRanker, open_ranker_run, plain_ranker
 from lumrec.modules.rankers.base import Ranker
 from lumrec.run.distributed import init_distributed, world_size
@@ -139,6 +138,7 @@ def _build(trained: TrainedRanker, settings: ExportConfig, folder: Path, run_fol
 def _write_inputs(folder: Path, trained: TrainedRanker, ranker: Ranker, rows: RowBuilder) -> RequestSpec:
     """Writes keys and items; what requests are made of."""
     data: PreparedData = rows.data
+    assert rows.statistics is not None and rows.statistics.model is not None
     (folder / bundles.ITEMS).mkdir()
     Catalogue.of(data).save(folder / bundles.ITEMS)
     if trained.config.statistics == "all":
@@ -147,7 +147,7 @@ def _write_inputs(folder: Path, trained: TrainedRanker, ranker: Ranker, rows: Ro
     write_keys(folder, {table: data.vocabulary(table) for table in data.table_rows}, data.item_keys())
     return RequestSpec.of(
         data,
-        fit(data, kind=trained.config.statistics)[0],
+        rows.statistics.model,
         features=ranker.features,
         row_features=ranker.row_features,
         max_history=trained.config.max_history,

@@ -110,7 +110,7 @@ def test_a_value_listed_twice_does_not_show_the_rows_own_label(tiny_prepared: Pr
 
 def test_standardised_over_the_training_part_and_constant_columns_are_zero(tiny_prepared: PreparedData):
     data = changed(tiny_prepared, timestamp=np.zeros_like(tiny_prepared.timestamp))
-    values_RF, names = row_statistics(data)
+    values_RF, names, _ = row_statistics(data)
     assert values_RF.dtype == np.float32 and values_RF.shape == (data.num_events, len(names))
     training = values_RF[data.split == TRAIN].astype(np.float64)
     deviation = training.std(axis=0)

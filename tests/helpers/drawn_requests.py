@@ -19,7 +19,7 @@ from lumrec.data.schema import FeatureConfig, SchemaConfig, features_by_role, va
 from lumrec.data.sources.raw_log import SHOWN_WITH, RawLog
 from lumrec.data.splits import SplitConfig
 from lumrec.features.items import Catalogue, ItemHistory
-from lumrec.features.statistics import fit
+from lumrec.features.statistics import dense_inputs
 from lumrec.models.ranker import row_features
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.serving.requests import Event, RequestBuilder, RequestSpec, ScoreRequest
@@ -127,13 +127,13 @@ def builders(
     data: PreparedData, kind: str, max_history: int, reads: Sequence[str]
 ) -> tuple[RowBuilder, RequestBuilder]:
     """Both builders of a ranker that reads all features."""
-    model, statistics = fit(data, kind=kind)
+    statistics = dense_inputs(data, kind=kind)
     item, feedback = (features_by_role(data.schema, role) for role in ("item", "feedback"))
     of_row = row_features(data.schema)
     features = [*of_row, *feedback, *item]
     settings = {"features": features, "row_features": of_row, "max_history": max_history, "reads": reads}
     rows = RowBuilder(data, item_features=item, feedback_features=feedback, statistics=statistics, **settings)
-    spec = RequestSpec.from_json(RequestSpec.of(data, model, **settings).to_json())
+    spec = RequestSpec.from_json(RequestSpec.of(data, statistics.model, **settings).to_json())
     items = ItemHistory.of(data) if kind == "all" else None
     return rows, RequestBuilder(spec, Vocabularies(data), Catalogue.of(data), items)
 

@@ -70,7 +70,7 @@ def schema_to_read(common: Common) -> SchemaConfig:
     return schema_in_use(common.data, common.schema)
 
 
-def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True, served: bool = False) -> PreparedData:
+def open_or_prepare(common: Common, *, make: bool = True, served: bool = False) -> PreparedData:
     """The prepared data that a stage reads; the default folder is made first, saying so, where it is missing.
 
     Every rank of a torch.distributed job must call this: rank 0 prepares, the others wait. Raises PreparedDataError
@@ -86,7 +86,7 @@ def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True, s
     if not common.inputs.prepared:
         check_shared(path.parent)
         on_rank_zero(lambda: _make_if_missing(common, path))
-    data = open_prepared(path, verify=verify)
+    data = open_prepared(path)
     if isinstance(data, ServedData) and not served:
         raise UserError(f"{path} holds rows that a server has scored (data.source=served); only rankers train on them")
     if not common.inputs.prepared and (differences := _differences(data.manifest["request"], _request(common))):
@@ -97,14 +97,14 @@ def open_or_prepare(common: Common, *, verify: bool = True, make: bool = True, s
     return data
 
 
-def open_prepared(path: Path, *, verify: bool = True) -> PreparedData:
+def open_prepared(path: Path) -> PreparedData:
     """The prepared data of a folder, `ServedData` where it holds served rows. Raises as `PreparedData.open`, and
     UserError where the log that served rows are of was prepared again.
     """
     if not (path / FEATURES).is_file():
-        return PreparedData.open(path, verify=verify)
-    manifest = read_manifest(path, verify=verify)
-    base = PreparedData.open(manifest["base"]["folder"], verify=verify)
+        return PreparedData.open(path)
+    manifest = read_manifest(path)
+    base = PreparedData.open(manifest["base"]["folder"])
     if base.fingerprint != manifest["base"]["fingerprint"]:
         raise PreparedDataError(
             f"{path} holds served rows of the prepared data {base.path} with the fingerprint "

@@ -32,7 +32,7 @@ def count_values(values: pl.Series, weight: pl.Series | None = None) -> pl.DataF
         frame = frame.filter(pl.col("key").list.len() > 0).explode("key")
     return (
         frame.with_columns(text_of(pl.col("key"), frame["key"].dtype), pl.col("count").cast(pl.Int64))
-        .filter(_present("key"))
+        .filter(pl.col("key").is_not_null(), pl.col("key") != "")
         .group_by("key")
         .agg(pl.col("count").sum())
     )
@@ -95,10 +95,6 @@ def encode(values: pl.Series, vocabulary: pl.DataFrame, kind: str) -> tuple[pl.S
         return _regroup(rows, lengths).alias(values.name), int((rows == 0).sum())
     rows = _lookup(as_text(values), vocabulary)
     return rows.alias(values.name), int((rows == 0).sum())
-
-
-def _present(name: str) -> pl.Expr:
-    return pl.col(name).is_not_null() & (pl.col(name) != "")
 
 
 def _lookup(keys: pl.Series, vocabulary: pl.DataFrame) -> pl.Series:

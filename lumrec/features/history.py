@@ -5,10 +5,10 @@
     events     e1 … e900            e901 … e1000
                folded: sums only    kept (`keep` of them), with item, time, label and features
 
-`append` sorts events in by time and folds the oldest ones. What a ranker reads of the past of a request is made from
-this (lumrec/features/request_past.py) and is the same as for a row of the log. Two things go beyond what is kept: a
-request for a time before the first kept event cannot leave out folded ones, and a moment that reaches back to folded
-events has its TWIN counts from all of them.
+`append` sorts events in by time and folds the oldest ones. What a ranker reads of a request's past is computed from
+this state (lumrec/features/request_past.py) and equals what it reads for a row of the log, with two exceptions: for a
+request before the first kept event, the sums still include later folded events; and an event whose moment began before
+the first kept event has TWIN counts over all folded events.
 
 Times are in microseconds since 1970, UTC; in a log without times, an event's time is its number.
 
@@ -42,11 +42,11 @@ CATEGORY = ""  # counted like an item feature: the first value of Layout.categor
 
 @dataclass(frozen=True)
 class Layout:
-    """What the state of every user holds.
+    """The contents of every user's state.
 
-    keep: events kept, at most. events, users: features of events and users that read tables; True where it is a list.
-    user_dense: dense features of users. items: item features whose values are counted. category: the item feature whose
-    first value TWIN counts; "" = none. has_clock: False for a log without times.
+    keep: the most events that are kept. events, users: features of events and of users that read tables; True for a
+    feature whose values are lists. user_dense: dense features of users. items: item features whose values are counted.
+    category: the item feature whose first value TWIN counts; "" = none. has_clock: False for a log without times.
     """
 
     keep: int
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, schema: SchemaConfig, *, keep: int, has_clock: bool, category: str = "") -> Layout:
-        """Of the features of a schema. category: "" = the first multi-valued item feature, where there is one."""
+        """The layout for a schema's features. category: "" = the first multi-valued item feature, if there is one."""
         if keep < 1:
             raise UserError(f"{keep} events of a user are to be kept; expected at least 1")
         is_list = {name: feature.kind == "multi" for name, feature in schema.features.items()}
@@ -86,7 +86,7 @@ class Layout:
 
     @cached_property
     def dtypes(self) -> list[np.dtype]:
-        """Of the arrays of a state, as they are written."""
+        """The dtype of each array of a state, in the order in which they are written."""
         columns = [("<i4", "<i8")[: 1 + is_list] for is_list in (*self.events.values(), *self.users.values())]
         of_columns = [dtype for column in columns for dtype in column]
         of_counts = ["<i8", "<f8", "<f8", "<f8"] * len(_no_counts(self))
@@ -94,10 +94,10 @@ class Layout:
 
 
 class Known(NamedTuple):
-    """What events are counted by.
+    """What a state needs to know of the items in order to count events.
 
-    columns: of a Catalogue. category_I: int64 [I + 1], None where no category is counted. rate: items and seconds
-    (int64 [N]) to smoothed like-rates, float64 [N]; None where no statistic reads them.
+    columns: of a Catalogue. category_I: category of each item, int64 [I + 1]; None if no category is counted. rate:
+    gives the smoothed like-rates (float64 [N]) of items at given seconds (int64 [N]); None if no statistic reads them.
     """
 
     columns: Mapping[str, Column]
@@ -108,7 +108,7 @@ class Known(NamedTuple):
     def of(
         cls, catalogue: Catalogue, layout: Layout, rate: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     ) -> Known:
-        """What the events of a layout are counted by."""
+        """The part of a catalogue that a layout needs; rate: see above."""
         category_I = categories(catalogue.columns, layout.category) if layout.category else None
         return cls({name: catalogue.columns[name] for name in layout.items}, category_I, rate)
 
@@ -136,7 +136,7 @@ class EventRows:
 
     @classmethod
     def none(cls, is_list: Mapping[str, bool]) -> EventRows:
-        """No events. is_list: of each feature."""
+        """No events. is_list: whether the values of each feature are lists."""
         nothing = torch.zeros(0, dtype=torch.int64)
         columns = {
             name: Column(nothing, torch.zeros(1, dtype=torch.int64) if of else None) for name, of in is_list.items()
@@ -144,7 +144,7 @@ class EventRows:
         return cls(**{name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()}, features=columns)
 
     def take(self, index: np.ndarray | slice) -> EventRows:
-        """The events of these places, in that order."""
+        """The events at these indices, in that order."""
         arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
         return EventRows(**arrays, features={name: _taken(column, index) for name, column in self.features.items()})
 
@@ -186,7 +186,11 @@ def _joined(first: Column, second: Column) -> Column:
 
 
 class Counts(NamedTuple):
-    """Of folded events, by value of an item feature: int64, sorted; their number and sums, float64."""
+    """Counts of folded events by value of an item feature.
+
+    value_K: int64, sorted. count_K, label_K, excess_K: number of events, sum of their labels and of their excesses,
+    float64.
+    """
 
     value_K: np.ndarray
     count_K: np.ndarray
@@ -194,7 +198,7 @@ class Counts(NamedTuple):
     excess_K: np.ndarray
 
     def plus(self, value_N: np.ndarray, label_N: np.ndarray, excess_N: np.ndarray) -> Counts:
-        """With these values counted too."""
+        """These counts with further values added."""
         value_K, place = np.unique(np.concatenate([self.value_K, value_N]), return_inverse=True)
         added = (np.ones(len(value_N)), label_N, excess_N)
         sums = (np.bincount(place, np.concatenate(both), len(value_K)) for both in zip(self[1:], added, strict=True))
@@ -243,13 +247,13 @@ class UserHistory:
         )
 
     def as_of(self, time: int) -> int:
-        """How many of the kept events are strictly earlier than this time; in a log without times, than this number."""
+        """Number of kept events strictly before `time`; in a log without times, `time` is the number of an event."""
         return int(np.searchsorted(self.events.time, time))
 
     def append(self, rows: EventRows, known: Known) -> None:
         """Adds events of this user, in any order; in a log without times, in the order of arrival.
 
-        Equal times keep the order of arrival. Which events are new is for the caller to say, by their ids.
+        Equal times keep the order of arrival. The caller has removed events that the state already has, by their ids.
         """
         if not len(rows):
             return
@@ -274,7 +278,7 @@ class UserHistory:
             before_E = np.searchsorted(events.time, moment)
             earlier = earlier_of_category(np.zeros(len(events), np.int64), category_E, before_E)
             earlier = earlier + self.counts[CATEGORY].of(category_E)[0].astype(np.int64)
-            earlier[:first] = self.earlier[:first]  # with what they reach back to, which may be folded by now
+            earlier[:first] = self.earlier[:first]  # these also counted events that have been folded since
             self.earlier = earlier
         else:
             self.earlier = np.zeros(len(events), np.int64)
@@ -282,7 +286,7 @@ class UserHistory:
         self.fold(known)
 
     def fold(self, known: Known) -> None:
-        """Leaves `keep` events, and counts the older ones."""
+        """Keeps the last `keep` events and adds the older ones to the counts."""
         num = len(self.events) - self.layout.keep
         if num <= 0:
             return
@@ -330,7 +334,7 @@ class UserHistory:
         return cls._of_arrays(layout, iter(arrays))
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """All that the state holds, in the order in which it is written."""
+        """The arrays of the state, in the order in which they are written."""
         yield np.array([self.count, self.label, self.excess])
         yield np.array([self.folded_until])
         yield np.array(list(self.dense.values()))
@@ -395,7 +399,7 @@ def earlier_of_category(user_E: np.ndarray, category_E: np.ndarray, before_E: np
     is_first_E = np.ones(len(order_E), bool)
     is_first_E[1:] = (np.diff(user_E[order_E]) != 0) | (np.diff(category_E[order_E]) != 0)
     run_E = np.cumsum(is_first_E) - 1  # number of the user's category, in that order
-    # The rows of a run ascend, and each run is kept apart by its number.
+    # Within a run the rows ascend; the run's number keeps the keys of different runs apart.
     key_E = run_E * len(order_E) + order_E
     count_E = np.empty(len(order_E), np.int64)
     end_E = np.searchsorted(key_E, run_E * len(order_E) + before_E[order_E])
@@ -448,7 +452,7 @@ def histories_of(data: PreparedData, layout: Layout, known: Known) -> Iterator[U
 def _counts_by_user(
     user_P: np.ndarray, value_P: np.ndarray, label_P: np.ndarray, excess_P: np.ndarray, num_users: int
 ) -> list[Counts]:
-    """Counts of each user's values. user_P: int64, ascending."""
+    """The counts of each user. user_P: int64, ascending."""
     width = int(value_P.max(initial=0)) + 1
     key_K, place = np.unique(user_P * width + value_P, return_inverse=True)
     sums = [np.bincount(place, x_P, len(key_K)) for x_P in (np.ones(len(place)), label_P, excess_P)]
@@ -461,11 +465,11 @@ def _counts_by_user(
 
 
 def log_events(data: PreparedData, layout: Layout, known: Known) -> EventRows:
-    """The events of a log with all that a state holds of them."""
+    """The events of a log with everything that a state stores of an event."""
     index_E = np.arange(data.num_events)
     first_E = data.user_offsets[data.user]
     if layout.has_clock:
-        # Within a second: how many times of events the user had in it before.
+        # Within a second, each moment of the user gets another microsecond.
         is_first_E = np.zeros(len(index_E), bool)
         is_first_E[data.before] = True
         begins_E = np.cumsum(is_first_E)
@@ -492,9 +496,9 @@ def log_events(data: PreparedData, layout: Layout, known: Known) -> EventRows:
 
 
 def content_ids(rows: EventRows, *, has_clock: bool) -> np.ndarray:
-    """Ids of events that came without: a hash of item, second, label and features, uint64 [E].
+    """Ids for events that were given none: a hash of item, second, label and features, uint64 [E].
 
-    All 0, which is none, in a log without times: there, equal events are different ones.
+    In a log without times all are 0 (no id), because equal events are different events there.
     """
     if not has_clock:
         return np.zeros(len(rows), np.uint64)

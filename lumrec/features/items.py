@@ -1,4 +1,4 @@
-"""What statistics read of items: how each was liked at any time before, and the features that it has.
+"""The item data that statistics read: how each item was liked before any given time, and its features.
 
 Shape suffixes: I items, N rows asked about, S seconds that occur, P training events sorted by item and time.
 """
@@ -40,7 +40,7 @@ class ItemHistory(NamedTuple):
 
     @classmethod
     def of(cls, data: PreparedData) -> ItemHistory:
-        """That of the log's training part."""
+        """The history of the items in the log's training part."""
         training = np.flatnonzero(data.split == TRAIN)
         # Seconds are numbered, so that a key cannot overflow.
         second_S, second_P = np.unique(data.timestamp[training], return_inverse=True)
@@ -60,7 +60,7 @@ class ItemHistory(NamedTuple):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Smoothed like-rate of the items, and the number of events behind it, float64 [N].
 
-        live: of events that came after the log was prepared, all of which count.
+        live: counts of events that came after the log was prepared; they are added whatever the second.
         """
         count_N, sum_N = self.counts(item_N, second_N)
         if live is not None:
@@ -75,12 +75,12 @@ class ItemHistory(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path) -> ItemHistory:
-        """What `save` wrote, memory-mapped."""
+        """The history that `save` wrote, memory-mapped."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
 
 
 class Catalogue(NamedTuple):
-    """Features of the items, and behind them those of an item that nobody knows: I + 1 entries.
+    """Features of the items, followed by those of the unknown item: I + 1 entries.
 
     columns: vocabulary rows (0, or none of a list, for the unknown item). dense: scaled float32 (0 for it).
     """
@@ -95,7 +95,7 @@ class Catalogue(NamedTuple):
 
     @classmethod
     def of(cls, data: PreparedData) -> Catalogue:
-        """That of the items of a log, with the features of its schema."""
+        """The items of a log, with the features of its schema."""
         columns = {name: _with_unknown(data.item_columns[name]) for name in features_by_role(data.schema, "item")}
         dense = features_by_role(data.schema, "item", dense=True)
         return cls(columns, {name: np.append(data.dense[name], np.float32(0)) for name in dense})
@@ -111,7 +111,7 @@ class Catalogue(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path, schema: SchemaConfig) -> Catalogue:
-        """What `save` wrote of the item features of a schema, memory-mapped."""
+        """The item features of a schema, as `save` wrote them, memory-mapped."""
         columns = {}
         for name in features_by_role(schema, "item"):
             parts = ("values", "offsets") if schema.features[name].kind == "multi" else ("values",)
@@ -130,12 +130,15 @@ def _with_unknown(column: Column) -> Column:
 
 
 def num_entries(column: Column) -> int:
-    """How many items, users or events a column is of."""
+    """Number of items, users or events that a column describes."""
     return len(column.values) if column.offsets is None else len(column.offsets) - 1
 
 
 def entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """Place and value (int64) of each value that these items have, in order; None for places 0, 1, 2 … X - 1."""
+    """Index into `item_X` and value (int64) of each value that these items have, in order.
+
+    None instead of the indices 0, 1, 2 … X - 1, where each item has one value.
+    """
     values = column.values.numpy()
     if column.offsets is None:
         return None, values[item_X]
@@ -148,12 +151,12 @@ def entries(column: Column, item_X: np.ndarray) -> tuple[np.ndarray | None, np.n
 
 
 def at(values_X: np.ndarray, place_P: np.ndarray | None) -> np.ndarray:
-    """The numbers at places of `entries`."""
+    """The numbers at the indices that `entries` gave."""
     return values_X if place_P is None else values_X[place_P]
 
 
 def sum_of_rows(values_P: np.ndarray, place_P: np.ndarray | None, num_rows: int) -> np.ndarray:
-    """Sum of the numbers at each place of `entries`, float64."""
+    """Sum of the numbers of each row, by the indices that `entries` gave, float64."""
     return values_P.astype(np.float64) if place_P is None else np.bincount(place_P, values_P, num_rows)
 
 
@@ -177,19 +180,19 @@ def categories(columns: dict[str, Column], name: str = "") -> np.ndarray:
 
 
 def smoothed(sum_N: np.ndarray, count_N: np.ndarray, prior: float | np.ndarray) -> np.ndarray:
-    """Mean of `count` numbers with this sum, and of PRIOR_EVENTS more at `prior`."""
+    """Mean of `count` numbers with the given sum and of PRIOR_EVENTS further ones, each equal to `prior`."""
     return (sum_N + PRIOR_EVENTS * prior) / (count_N + PRIOR_EVENTS)
 
 
 def running(values_X: np.ndarray | Sequence[float]) -> np.ndarray:
-    """Sum of the values before each and, last, of all: float64 [X + 1]."""
+    """Sum of the values before each one and, at the end, of all values: float64 [X + 1]."""
     total_X1 = np.zeros(len(values_X) + 1)
     np.cumsum(values_X, out=total_X1[1:], dtype=np.float64)
     return total_X1
 
 
 def searched(key_P: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each of `wanted` would be in the sorted keys; looked up in order, which is several times as fast."""
+    """np.searchsorted(key_P, wanted), several times as fast because the wanted keys are looked up in order."""
     order = np.argsort(wanted, kind="stable")
     place = np.empty(len(wanted), np.int64)
     place[order] = np.searchsorted(key_P, wanted[order])

@@ -1,4 +1,4 @@
-"""What statistics read of the past of requests: from the states of their users.
+"""The past of requests for statistics, computed from the states of their users.
 
 Shape suffixes: Q requests, T events of all requests, B rows (candidates), P values of events, V values of rows.
 """
@@ -16,10 +16,11 @@ from lumrec.features.statistics import Past
 
 
 class RequestPast(Past):
-    """That of the candidates of requests, which see the first `seen` events of their user's history.
+    """The past of the candidates of requests. Each request sees the first `seen` events of its user's history.
 
-    seconds_Q: from the last event that is seen to the request. item_B, request_B: int64, the latter ascending. columns:
-    of the item features. slots: int32 zeros, as many as the largest table has rows; they are zeros again afterwards.
+    seconds_Q: time from the last event that is seen to the request. item_B, request_B: of each candidate, int64,
+    ascending by request. columns: of the item features. slots: scratch memory, int32 zeros, as many as the largest
+    table has rows; they are zeros again afterwards.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class RequestPast(Past):
         self.count_N = self.count_N + np.array([of.count for of in histories])[request_B]
 
     def total(self, name: str) -> np.ndarray:
-        """Sum of these numbers over all events, the folded ones too, float64 [B]."""
+        """Sum of the numbers `name` over all events, folded ones included, float64 [B]."""
         return super().total(name) + np.array([getattr(of, name) for of in self.histories])[self.request_B]
 
     def shared(self, feature: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -8,13 +8,14 @@
 
 What a moment is: lumrec/data/moments.py. Other users' labels enter in one place, an item's like-rate, and there only
 those of training events with an EARLIER timestamp: no label of the validation or test part reaches a training row. (A
-mean over all training rows but the row itself looks as honest and is not: beside the item's embedding, which knows the
-whole sum, it gives the label away.)
+mean over all training rows except the row itself looks just as safe but leaks: the item's embedding has learned the sum
+over all rows, and the difference gives the row's label away.)
 
-A drawn row (data.negatives) has the statistics that its item would have had in its event's place, and counts nowhere.
+A drawn row (data.negatives) has the statistics that its item would have had in its event's place, and is not counted in
+those of any other row.
 
-One definition serves training and requests: `raw_columns`. What it reads of the past comes from a `Past`: of rows of a
-log (`LogPast`), or of requests, from the histories of their users (lumrec/features/request_past.py).
+`raw_columns` defines the statistics for training and for requests. It reads the past from a `Past`: `LogPast` for rows
+of a log, and lumrec/features/request_past.py for requests, from the states of their users.
 
 Shape suffixes: E events, R rows of a log (events, and behind them drawn ones), N rows, F statistics, P sorted entries
 that are counted, V pairs (row, value of a feature).
@@ -52,11 +53,11 @@ class Statistics(NamedTuple):
 
 
 class Past(ABC):
-    """What the events of each row's user before the row's moment add up to.
+    """Sums over the events that each row's user had before the row's moment.
 
-    values: numbers of events by name, float64. The events of row n are first_N[n] … before_N[n] - 1 of them, and behind
-    these count_N[n] - (before_N[n] - first_N[n]) older ones, of which only sums are known. seconds_N: from the last one
-    to the row; 0 where there is none.
+    values: name → one number for each event, float64. Row n has the events first_N[n] to before_N[n] - 1, and
+    count_N[n] - (before_N[n] - first_N[n]) older ones of which only sums are known. seconds_N: time from the last event
+    to the row; 0 without an event.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class Past(ABC):
         self.count_N = before_N - first_N
 
     def total(self, name: str) -> np.ndarray:
-        """Sum of these numbers over all events, float64 [N]."""
+        """Sum of the numbers `name` over all events of each row, float64 [N]."""
         return self._range_sum(name, self.first_N)
 
     def last(self, name: str, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sum of these numbers over the last few events, float64 [N], and how many they are."""
+        """Sum of the numbers `name` over the last `window` events, float64 [N], and how many events there were."""
         begin_N = np.maximum(self.first_N, self.before_N - window)
         return self._range_sum(name, begin_N), self.before_N - begin_N
 
@@ -81,10 +82,10 @@ class Past(ABC):
 
     @abstractmethod
     def shared(self, feature: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Number of the events on the values of an item feature that the row's item has, and the sums of their numbers,
+        """Number of events whose item shares a value of `feature` with the row's item, and the sums of their numbers,
         float64 [N].
 
-        An event that shares two values with the row counts twice, and one that lists a value twice too.
+        An event that shares two values with the row counts twice, as does one that lists a shared value twice.
         """
 
 
@@ -98,10 +99,10 @@ def raw_columns(
     """Name of each statistic and its values before they are standardised, float64 [N].
 
     Of the user, over all events before the row's moment and over the last 5, 10 and 50: the smoothed like-rate, and
-    its excess over the like-rate of the items shown (who likes good items is not easy to please for that). Of the user
-    and each value of each item feature (genre, …) that the target has: like-rate, excess, log count. Of the item:
-    like-rate and log count over earlier training events. And the log number of events so far, the log seconds since
-    the last one.
+    its excess over the like-rate of the items shown (a user who was shown good items is not therefore easy to please).
+    Of the user and the values of each item feature (genre, …) that the target has: like-rate, excess, log count. Of the
+    item: like-rate and log count over earlier training events. And the log number of events so far, and the log seconds
+    since the last one.
 
     base_rate: the mean label of the training part. features: of items. item_rates: like-rate and count of the rows'
     items, for the kind "all".
@@ -129,7 +130,7 @@ def raw_columns(
 
 
 class Scale(NamedTuple):
-    """Mean and deviation over the training part of a column, or of a dense feature after its logarithm (`scale`)."""
+    """Mean and deviation, over the training part, of a column or of a dense feature (scale "log": of its logarithm)."""
 
     mean: float
     deviation: float
@@ -138,7 +139,7 @@ class Scale(NamedTuple):
 
 @dataclass(frozen=True)
 class StatisticsModel:
-    """How the numbers of a row are made, as fitted on a training part; what a served ranker needs of it.
+    """How the numbers that a ranker reads of a row are computed, as fitted on a training part; serving uses the same.
 
     kind: one of KINDS. base_rate: mean label of the training part. features: item features whose values are counted.
     columns: scale of each statistic, in order. dense: scale of each dense feature, behind them, in order.
@@ -152,7 +153,7 @@ class StatisticsModel:
 
     @property
     def names(self) -> list[str]:
-        """One for each column of what a ranker reads."""
+        """The name of each number that a ranker reads."""
         return [*self.columns, *self.dense]
 
     @cached_property
@@ -179,15 +180,18 @@ class StatisticsModel:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StatisticsModel:
-        """What `to_json` gave back, also after JSON made lists of its tuples."""
+        """The inverse of `to_json`, also for values that went through JSON, where tuples become lists."""
         scales = {part: {name: Scale(*scale) for name, scale in values[part].items()} for part in ("columns", "dense")}
         return cls(values["kind"], values["base_rate"], list(values["features"]), **scales)
 
 
 def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
-    """What a ranker reads as numbers of each row: `row_statistics`, and behind them the schema's dense features.
+    """The numbers that a ranker reads of each row, and their model, which is fitted on the training part.
 
-    Their model is fitted on the training part. Raises UserError as `row_statistics` does.
+    The numbers are the statistics, each column standardised by the training events, followed by the schema's dense
+    features. kind: "all" statistics; "user" leaves out those that need other users (the item's, and every excess);
+    "none" has none. Raises UserError for another kind, and if the training part is empty (there is nothing to
+    standardise by).
     """
     raw = raw_statistics(data, kind=kind)
     training = np.flatnonzero(data.split == TRAIN)
@@ -204,20 +208,8 @@ def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
     return Statistics(values_RF, model.names, model)
 
 
-def row_statistics(data: PreparedData, *, kind: str = "all") -> Statistics:
-    """Statistics of every row of the prepared data, by row number, each column standardised by the training events.
-
-    kind: "all" of them; "user" leaves out what needs other users (the item's, and every excess); "none" has no column.
-    Raises UserError for another kind, and where the training part is empty (there is nothing to standardise by).
-    """
-    values_RF, names, model = dense_inputs(data, kind=kind)
-    assert model is not None
-    num = len(model.columns)
-    return Statistics(values_RF[:, :num], names[:num])
-
-
 def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.ndarray]:
-    """`raw_columns` of every row of the prepared data, float64 [R]. Raises UserError as `row_statistics` does."""
+    """`raw_columns` of every row of the prepared data, float64 [R]. Raises UserError like `dense_inputs`."""
     check_kind(data, kind)
     base = base_rate(data)
     if kind == "none":
@@ -250,7 +242,7 @@ def base_rate(data: PreparedData) -> float:
 
 
 class LogPast(Past):
-    """That of rows of a log."""
+    """The past of rows of a log."""
 
     def __init__(self, data: PreparedData, rows: Rows, values: Mapping[str, np.ndarray]) -> None:
         first_R, before_R = data.user_offsets[data.user[rows.event]], data.before[rows.event]

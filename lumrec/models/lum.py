@@ -151,7 +151,6 @@ def build_lum(
     data: PreparedData,
     *,
     tables: EmbeddingBagCollection | None = None,
-    device: torch.device | str | None = None,
 ) -> tuple[LargeUserModel, PackBuilder]:
     """A LUM with fresh weights, and the builder that makes packs for it.
 
@@ -159,7 +158,7 @@ def build_lum(
     """
     features = token_features(config, data.schema)
     token_encoder = TokenEncoder(
-        tables if tables is not None else data_tables(data, sum(features.values(), []), device=device),
+        tables if tables is not None else data_tables(data, sum(features.values(), [])),
         item_features=features["item"],
         condition_features=features["condition"],
         dim=config.dim,

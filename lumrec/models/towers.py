@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from lumrec.batches.tower_rows import TowerBuilder
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, table_widths
@@ -86,7 +84,6 @@ def build_towers(
     data: PreparedData,
     *,
     knowledge: Knowledge | None = None,
-    device: torch.device | str | None = None,
 ) -> tuple[TwoTower, TowerBuilder]:
     """Towers with fresh weights for the features of the data's schema, and the builder that makes batches for them.
 
@@ -101,7 +98,7 @@ def build_towers(
     item, feedback = features_by_role(data.schema, "item"), features_by_role(data.schema, "feedback")
     row = tower_features(config, data.schema)
     towers = TwoTower(
-        data_tables(data, [*item, *feedback, *row], device=device),
+        data_tables(data, [*item, *feedback, *row]),
         item_features=item,
         feedback_features=feedback,
         row_features=row,

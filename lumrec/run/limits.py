@@ -12,13 +12,13 @@ above what makes sense, but below what would exhaust a machine or overflow.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from lumrec.run.errors import UserError, did_you_mean
+from lumrec.run.typed_yaml import field_types
 
 # Largest seed that torch, NumPy and a signed 64-bit column accept.
 MOST_SEED = 2**63 - 1
@@ -92,7 +92,7 @@ def check(config: Any, key: str = "") -> None:
 
     key: the config's own key in a larger config, such as "rank.train".
     """
-    hints = _hints(config.__class__)
+    hints = field_types(type(config))
     for each in dataclasses.fields(config):
         at = f"{key}.{each.name}" if key else each.name
         _check_value(at, getattr(config, each.name), hints[each.name], each.metadata.get("limits"))
@@ -179,11 +179,6 @@ def _spoken(limit: float) -> str:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:40]}…{text[-15:]}")
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _inner(hint: Any, index: int) -> Any:

@@ -162,6 +162,6 @@ def check_fingerprint(path: Path, meta: Mapping[str, Any], expected: Fingerprint
             )
 
 
-def some(problems: Sequence[str], limit: int = 6) -> str:
-    """The first `limit` problems in one line, and how many more there are."""
-    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+def some(problems: Sequence[str]) -> str:
+    """The first six problems in one line, and how many more there are."""
+    return "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")

@@ -10,7 +10,7 @@ import torch
 from lumrec.batches.rows import RowBuilder, RowLoader, evaluation_batches, training_rows
 from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
-from lumrec.features.statistics import row_statistics
+from lumrec.features.statistics import dense_inputs
 from lumrec.modules.rankers.base import RankBatch
 
 ITEM = ["item_id", "categories", "price_bucket"]
@@ -106,7 +106,7 @@ def test_every_token_is_looked_up_once(tiny_prepared: PreparedData):
 
 
 def test_statistics_stand_beside_their_rows(tiny_prepared: PreparedData):
-    statistics = row_statistics(tiny_prepared)
+    statistics = dense_inputs(tiny_prepared)
     rows = np.array([5, 3, 3, 100])
     batch = make_builder(tiny_prepared, statistics=statistics).batch(rows)
     assert torch.equal(batch.dense_BF, torch.from_numpy(statistics.values_RF[rows]))

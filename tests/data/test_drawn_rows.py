@@ -15,7 +15,7 @@ from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import PARTS, TEST, TRAIN
 from lumrec.experiments.config import load
-from lumrec.features.statistics import raw_statistics, row_statistics
+from lumrec.features.statistics import dense_inputs, raw_statistics
 from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.ranking import auc
 from lumrec.stages.registry import STAGES
@@ -155,7 +155,7 @@ def test_nothing_else_is_changed_by_them(bought, data: PreparedData):
     assert "negatives/part-00000.parquet" in drawn and plain.num_rows == plain.num_events
     assert data.vocabulary_fingerprint == plain.vocabulary_fingerprint
     assert np.array_equal(training_rows(data, None), training_rows(plain, None))
-    assert np.array_equal(row_statistics(data).values_RF[: data.num_events], row_statistics(plain).values_RF)
+    assert np.array_equal(dense_inputs(data).values_RF[: data.num_events], dense_inputs(plain).values_RF)
 
 
 def test_a_drawn_row_has_the_statistics_of_an_event_with_its_item(data: PreparedData):
@@ -170,7 +170,7 @@ def test_a_drawn_row_has_the_statistics_of_an_event_with_its_item(data: Prepared
 
 
 def test_a_drawn_row_differs_from_its_event_in_the_item_alone(data: PreparedData):
-    statistics = row_statistics(data, kind="all")
+    statistics = dense_inputs(data, kind="all")
     builder = RowBuilder(
         data,
         features=["page", "weekday", "item_id", "tags"],

@@ -11,7 +11,7 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
 from lumrec.experiments.config import load
 from lumrec.features.items import PRIOR_EVENTS
-from lumrec.features.statistics import dense_inputs, raw_statistics, row_statistics
+from lumrec.features.statistics import Statistics, dense_inputs, raw_statistics
 from lumrec.run.errors import UserError
 from lumrec.stages.registry import STAGES
 
@@ -21,6 +21,11 @@ def changed(data: PreparedData, **values) -> PreparedData:
     for name, value in values.items():
         setattr(other, name, value)
     return other
+
+
+def row_statistics(data: PreparedData, kind: str = "all") -> Statistics:
+    """The statistics without the dense features that follow them."""
+    return dense_inputs(changed(data, dense={}), kind=kind)
 
 
 def slow_row(data: PreparedData, row: int) -> dict[str, float]:

@@ -81,11 +81,11 @@ class RawLog:
     extra: dict[str, object] = field(default_factory=dict)
 
 
-def usable_rows(catalogue: pl.LazyFrame, key: str = "item_id") -> pl.LazyFrame:
-    """The rows of a catalogue without a `reason`, the first one of each id."""
+def usable_rows(catalogue: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows of a catalogue of items without a `reason`, the first one of each id."""
     if "reason" in catalogue.collect_schema():
         catalogue = catalogue.filter(pl.col("reason").is_null())
-    return catalogue.unique(key, keep="first", maintain_order=True)
+    return catalogue.unique("item_id", keep="first", maintain_order=True)
 
 
 def first_reason(*checks: tuple) -> pl.Expr:

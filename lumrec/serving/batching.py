@@ -6,7 +6,8 @@
     calls     [a.....][b c....][d.....]
 
 Nothing waits for a timer: a request that arrives alone is computed at once, and batches grow with the load. The queue
-is bounded: whoever finds it full is refused at once, and reads when to come back.
+is bounded, in number and in time: whoever could not be answered in time is refused at once, and reads when to come
+back. So a server that is offered too much still answers what it has the time for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 Request = TypeVar("Request")
@@ -31,12 +33,22 @@ class QueueFull(Exception):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(eq=False)
+class _Entry(Generic[Request, Answer]):
+    """deadline: of the clock, after which nobody waits for the answer."""
+
+    request: Request
+    deadline: float
+    future: asyncio.Future[Answer]
+
+
 class Batcher(Generic[Request, Answer]):
     """Calls `compute` with several requests at a time, in one worker thread, and gives each caller its own answer.
 
     weigh: what a request costs, such as its number of candidates. max_weight: of one call (a heavier request is
-    computed by itself). max_waiting: requests in the queue, those being computed left out. on_call: is given the
-    answers of each call (an exception for a request that failed) and its seconds. Used by one event loop only.
+    computed by itself). max_call_s: a call takes no more requests than are likely to be computed within it.
+    max_waiting: requests in the queue, those being computed left out. on_call: is given the answers of each call (an
+    exception for a request that failed) and its seconds. clock: in seconds. Used by one event loop only.
     """
 
     def __init__(
@@ -46,14 +58,17 @@ class Batcher(Generic[Request, Answer]):
         weigh: Callable[[Request], int] = lambda _: 1,
         max_weight: int,
         max_waiting: int,
+        max_call_s: float = math.inf,
         on_call: Callable[[Sequence[Answer | Exception], float], Any] = lambda _answers, _seconds: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.compute, self.weigh, self.max_weight, self.max_waiting = compute, weigh, max_weight, max_waiting
-        self.on_call = on_call
-        self._waiting: deque[tuple[Request, asyncio.Future[Answer]]] = deque()
+        self.compute, self.weigh, self.max_weight, self.max_call_s = compute, weigh, max_weight, max_call_s
+        self.max_waiting, self.on_call, self.clock = max_waiting, on_call, clock
+        self._waiting: deque[_Entry[Request, Answer]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batcher")
         self._running: asyncio.Task[None] | None = None
         self._began: float | None = None  # of the call that runs now
+        self._num_computed = 0  # requests of that call
         self._seconds_per_request = 0.0  # a moving average
 
     def __len__(self) -> int:
@@ -62,24 +77,27 @@ class Batcher(Generic[Request, Answer]):
     @property
     def busy_s(self) -> float:
         """Seconds that the current call has taken so far; 0 if there is none."""
-        return 0.0 if self._began is None else time.monotonic() - self._began
+        return 0.0 if self._began is None else self.clock() - self._began
 
     async def submit(self, request: Request, *, timeout_s: float) -> Answer:
         """The answer to one request. Raises QueueFull, TimeoutError after `timeout_s`, and what `compute` raises of it.
 
-        A request whose time is over before its turn is not computed.
+        A request that cannot be answered in time is not computed.
         """
-        if len(self._waiting) >= self.max_waiting:
-            raise QueueFull(max(1, math.ceil(len(self._waiting) * self._seconds_per_request)))
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        entry = request, future
+        running_s = max(0.0, self._num_computed * self._seconds_per_request - self.busy_s)
+        wait_s = running_s + len(self._waiting) * self._seconds_per_request
+        # With an empty queue it is computed in any case: the estimate may be of other requests.
+        is_late = bool(self._waiting) and wait_s + self._seconds_per_request > timeout_s
+        if is_late or len(self._waiting) >= self.max_waiting:
+            raise QueueFull(max(1, math.ceil(wait_s)))
+        entry = _Entry(request, self.clock() + timeout_s, asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            return await asyncio.wait_for(entry.future, timeout_s)
         finally:
-            if future.cancelled() and entry in self._waiting:
+            if entry.future.cancelled() and entry in self._waiting:
                 self._waiting.remove(entry)
 
     async def beside(self, call: Callable[[], Any]) -> Any:
@@ -94,30 +112,36 @@ class Batcher(Generic[Request, Answer]):
         loop = asyncio.get_running_loop()
         try:
             while batch := self._next_batch():
-                self._began = time.monotonic()
-                requests = [request for request, _ in batch]
+                self._began, self._num_computed = self.clock(), len(batch)
+                requests = [entry.request for entry in batch]
                 answers = await loop.run_in_executor(self._thread, self._compute, requests)
-                seconds, self._began = time.monotonic() - self._began, None
+                seconds, self._began, self._num_computed = self.busy_s, None, 0
                 self._seconds_per_request += 0.2 * (seconds / len(batch) - self._seconds_per_request)
                 self.on_call(answers, seconds)
-                for (_, future), answer in zip(batch, answers):
-                    if future.done():
+                for entry, answer in zip(batch, answers):
+                    if (future := entry.future).done():
                         continue
                     if isinstance(answer, BaseException):
                         future.set_exception(answer)
                     else:
                         future.set_result(answer)
         finally:
-            self._running = self._began = None
+            self._running, self._began, self._num_computed = None, None, 0
 
-    def _next_batch(self) -> list[tuple[Request, asyncio.Future[Answer]]]:
-        batch: list[tuple[Request, asyncio.Future[Answer]]] = []
-        weight = 0
+    def _next_batch(self) -> list[_Entry[Request, Answer]]:
+        batch: list[_Entry[Request, Answer]] = []
+        now, weight, left_s = self.clock(), 0, self.max_call_s
         while self._waiting:
-            weight += self.weigh(self._waiting[0][0])
-            if batch and weight > self.max_weight:
+            entry, seconds = self._waiting[0], (len(batch) + 1) * self._seconds_per_request
+            weight += self.weigh(entry.request)
+            if batch and (weight > self.max_weight or seconds > left_s):
                 break
-            batch.append(self._waiting.popleft())
+            self._waiting.popleft()
+            if now + seconds > entry.deadline and self._waiting:
+                weight -= self.weigh(entry.request)
+                continue  # it is answered by its timeout; others still have time
+            left_s = min(left_s, entry.deadline - now)
+            batch.append(entry)
         return batch
 
     def _compute(self, requests: list[Request]) -> list[Answer | Exception]:

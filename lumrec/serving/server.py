@@ -110,6 +110,7 @@ class Api:
             self._score_many,
             weigh=lambda request: len(request.items),
             max_weight=self.settings.max_batch_candidates,
+            max_call_s=self.settings.max_batch_ms / 1000,
             max_waiting=self.settings.queue,
             on_call=self._called,
         )

@@ -48,7 +48,8 @@ class ServeConfig:
     max_candidates: items, or events, of one request.
     max_body_kib: size of a request's body.
     max_batch_candidates: items that are scored in one call of the ranker.
-    queue: requests that wait in one process; further ones are refused with 503.
+    max_batch_ms: a call takes no more waiting requests than are likely to be scored within it, one at least.
+    queue: requests that wait in one process; further ones, and those that would wait too long, are refused with 503.
     timeout_ms: a request that has no answer by then gets 504. A request may ask for less.
     drain_s: seconds that running requests get to finish after SIGTERM.
     reload_s: seconds between two looks for a new version of the bundle, the store or the state.
@@ -71,6 +72,7 @@ class ServeConfig:
     max_candidates: int = count(1000, least=1, most=1_000_000)
     max_body_kib: int = count(256, least=1, most=1 << 20)
     max_batch_candidates: int = count(4000, least=1, most=10_000_000)
+    max_batch_ms: float = setting(50.0, least=0, most=3_600_000)
     queue: int = count(256, least=1, most=1_000_000)
     timeout_ms: float = setting(1000.0, least=1, most=3_600_000)
     drain_s: int = count(30, most=86_400)

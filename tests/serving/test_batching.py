@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -95,5 +96,68 @@ def test_a_request_whose_time_is_over_is_not_computed_and_leaves_the_queue() -> 
         assert await asyncio.gather(first, later) == [1, 9]
         assert squares.calls == [[1], [3]]
         assert batcher.busy_s == 0
+
+    asyncio.run(main())
+
+
+class Slow:
+    """A computation of five seconds each, by a clock of its own, that remembers its calls."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[list[int]] = []
+
+    def __call__(self, numbers: list[int]) -> list[int]:
+        self.calls.append(numbers)
+        self.now += 5.0 * len(numbers)
+        return numbers
+
+    def batcher(self, **settings: Any) -> Batcher[int, int]:
+        return Batcher(self, max_weight=100, max_waiting=100, clock=lambda: self.now, **settings)
+
+
+async def _learned(batcher: Batcher[int, int]) -> None:
+    """The batcher knows from a hundred calls that a request takes five seconds."""
+    for _ in range(100):
+        await batcher.submit(0, timeout_s=120)
+
+
+def test_a_call_takes_no_more_requests_than_its_time_allows() -> None:
+    async def main() -> None:
+        slow = Slow()
+        batcher = slow.batcher(max_call_s=11.0)
+        await _learned(batcher)
+        assert await asyncio.gather(*(batcher.submit(n, timeout_s=120) for n in range(5))) == [0, 1, 2, 3, 4]
+        assert slow.calls[100:] == [[0, 1], [2, 3], [4]]
+
+    asyncio.run(main())
+
+
+def test_too_much_is_refused_at_once_and_the_rest_is_answered_in_time() -> None:
+    async def main() -> None:
+        slow = Slow()
+        batcher = slow.batcher(max_call_s=11.0)
+        await _learned(batcher)
+        asked = [batcher.submit(n, timeout_s=60.0) for n in range(50)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert answers[:12] == [*range(12)]  # five seconds each
+        assert all(isinstance(answer, QueueFull) for answer in answers[12:])
+        assert slow.calls[100:] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+
+    asyncio.run(main())
+
+
+def test_a_request_that_would_be_late_gives_way_to_one_that_has_time() -> None:
+    async def main() -> None:
+        slow = Slow()
+        batcher = slow.batcher(max_call_s=6.0)
+        await _learned(batcher)
+        short = asyncio.create_task(batcher.submit(1, timeout_s=0.5))  # to an idle server
+        long = asyncio.create_task(batcher.submit(2, timeout_s=120))
+        assert await long == 2
+        with pytest.raises(TimeoutError):
+            await short
+        assert slow.calls[100:] == [[2]]
+        assert await batcher.submit(3, timeout_s=1.0) == 3  # the estimate may be wrong: it is tried
 
     asyncio.run(main())

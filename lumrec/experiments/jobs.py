@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumrec.experiments.settings import LOCAL
+from lumrec.run.errors import UserError
 from lumrec.run.shipped import PACKAGE, shipped
 
 ROOT = PACKAGE.parent
+TORCHX = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING"]
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20
 SAME_WITHOUT = "the same without TorchX: "  # torchx_run's first line, followed by the plain command
@@ -26,6 +29,8 @@ TORCHRUN_VARIABLES = (
     "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCHELASTIC_ERROR_FILE TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
     "TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_SIGNALS_TO_HANDLE"
 ).split()
+# What TorchX prints of a job that it has given to a cluster; those of this machine end with their launcher.
+_CLUSTER_JOB = re.compile(r"^(?!local_)\w+://torchx/\S+", re.MULTILINE)
 # Colours, and the prefix "rank/0 " that TorchX adds to each line.
 _TORCHX_PREFIX = re.compile(r"^(?:\x1b\[[0-9;]*m)*[\w-]+/\d+(?:\x1b\[[0-9;]*m)* ", re.MULTILINE)
 
@@ -124,7 +129,8 @@ def _start(job: Job, log: Path, threads: int) -> _Running:
 
 @contextmanager
 def _ended_with_us(running: list[_Running]) -> Iterator[None]:
-    """When this block ends, also by SIGTERM, processes that still run get SIGTERM, and SIGKILL ten seconds later."""
+    """When this block ends, also by SIGTERM, processes that still run get SIGTERM, and SIGKILL ten seconds later; jobs
+    that they wait for on a cluster are cancelled."""
 
     def leave(number: int, _: object) -> None:
         raise KeyboardInterrupt(f"signal {number}")
@@ -142,6 +148,8 @@ def _ended_with_us(running: list[_Running]) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 one.process.kill()
                 one.process.wait()
+            for job in _CLUSTER_JOB.findall(one.log.read_text(errors="replace")):
+                subprocess.run([*TORCHX, "cancel", job])
 
 
 def tail(log: Path, lines: int) -> list[str]:
@@ -159,10 +167,36 @@ def _clock(start: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
-def torchx_command(stage: str, overrides: Sequence[str], *, config: Path) -> list[str]:
-    """`torchx run apps/<stage>.py …` on this interpreter, whether or not its folder is on PATH."""
-    prefix = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "--scheduler", "local_cwd"]
-    return [*prefix, f"{script_of(stage)}:{stage}", "-j", "1x1", "--config", str(config), *overrides]
+def torchx_command(
+    stage: str,
+    overrides: Sequence[str],
+    *,
+    config: Path,
+    scheduler: str = LOCAL,
+    scheduler_args: str = "",
+    options: Sequence[str] = (),
+) -> list[str]:
+    """`torchx run apps/<stage>.py …` on this interpreter, whether or not its folder is on PATH.
+
+    It waits for the job. options: name=value, of the app's job; the last value of a name counts.
+    """
+    run = [*TORCHX, "run", *(["--scheduler_args", scheduler_args] if scheduler_args else [])]
+    if scheduler != LOCAL:
+        run += ["--wait", "--log"]
+    given = dict(option.split("=", 1) for option in ["j=1x1", *options])
+    words = [word for name, value in given.items() for word in ("-j" if name == "j" else f"--{name}", value)]
+    return [*run, "--scheduler", scheduler, f"{script_of(stage)}:{stage}", *words, "--config", str(config), *overrides]
+
+
+def check_job(command: Sequence[str], settings: str, app: str) -> None:
+    """Raises UserError, which names the settings, where TorchX does not take a `torchx_command`."""
+    words = list(command)
+    words.insert(len(TORCHX) + 1, "--dryrun")
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+        why = [line for line in said if "error" in line.lower()] or said
+        raise UserError(f"{settings}: TorchX does not take the job of {app}: {why[-1]}")
 
 
 def script_of(stage: str) -> str:
@@ -177,6 +211,6 @@ def script_of(stage: str) -> str:
 
 def as_typed(command: Sequence[str]) -> str:
     """The command of `torchx_command` as a user would type it."""
-    component, *rest = command[list(command).index("local_cwd") + 1 :]
+    component, *rest = command[list(command).index(LOCAL) + 1 :]
     app = component.split(":")[0]
     return shlex.join(["torchx", "run", app, *(word for word in rest if word not in ("-j", "1x1"))])

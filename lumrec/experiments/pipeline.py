@@ -23,11 +23,12 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import Config
-from lumrec.experiments.jobs import Job, run_jobs, torchx_command
+from lumrec.experiments.jobs import Job, check_job, run_jobs, torchx_command
 from lumrec.experiments.plan import PlannedStage, by_row, check_read_by_some, plan, read_result, stage_overrides
 from lumrec.experiments.report_gains import gains
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
+from lumrec.experiments.settings import LOCAL
 from lumrec.run import limits
 from lumrec.run.changes import config_differences
 from lumrec.run.config_file import as_text
@@ -82,15 +83,29 @@ def make(
     reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
     if "prepare" not in left:
         check_prepared(stages[0], reads)
+    settings, config_file = config.pipeline, Path(config.runs_dir) / config.run / "config.yaml"
+
+    def command(app: str, overrides: Sequence[str]) -> list[str]:
+        options = [*settings.job_options.get("all", []), *settings.job_options.get(app, [])]
+        where: dict[str, Any] = {
+            "scheduler": settings.scheduler,
+            "scheduler_args": settings.scheduler_args,
+            "options": options,
+        }
+        return torchx_command(app, overrides, config=config_file, **where)
+
+    if settings.scheduler != LOCAL or settings.scheduler_args or settings.job_options:
+        for app in {stage.app: None for stage in stages if stage.name in left}:
+            check_job(command(app, []), "pipeline.scheduler, scheduler_args and job_options", app)
     # All stages that must run again are discarded before any stage runs: after a kill, a stage that read an old result
     # does not count as finished.
     for stage in stages:
         if left.get(stage.name):
             discard(stage)
     config = dataclasses.replace(config, overwrite=False)
-    folder = Path(config.runs_dir) / config.run
+    folder = config_file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    config_file.write_text(to_yaml(config), encoding="utf-8")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parallel = config.pipeline.jobs or cores
@@ -104,10 +119,10 @@ def make(
     jobs = []
     for stage in stages:
         if stage.name in left and (only is None or stage.name in only):
-            command = torchx_command(stage.app, stage_overrides(stage, config), config=folder / "config.yaml")
             needs = tuple(need for need in stage.needs if need in left)
             then = partial(check_prepared, stage, reads) if stage.app == "prepare" else None
-            jobs.append(Job(stage.name, command, needs, exclusive=stage.exclusive, then=then))
+            words = command(stage.app, stage_overrides(stage, config))
+            jobs.append(Job(stage.name, words, needs, exclusive=stage.exclusive, then=then))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
     return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -11,7 +12,7 @@ import numpy as np
 from lumrec.data.splits import MOST_FOLDS
 from lumrec.models.ranker_config import RANKERS, RankerName
 from lumrec.run import limits
-from lumrec.run.errors import UserError
+from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.limits import count, setting
 
 # none: the plain ranker with fresh tables. tables: it starts with the LUM's tables and reads nothing else from the LUM.
@@ -19,6 +20,8 @@ Knowledge = Literal["none", "tables", "direct", "matching", "both"]
 KNOWLEDGE = get_args(Knowledge)
 
 
+LOCAL = "local_cwd"  # the scheduler of TorchX that starts processes in the working directory
+APPS = ("all", "prepare", "pretrain", "query", "rank", "retrieve", "warm_start")
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 
 
@@ -36,6 +39,10 @@ class PipelineConfig:
     tuned: settings for a ranker ("din"), or for a ranker with a kind of knowledge ("din/both", which take precedence),
         each a list of key=value; apps/tune.py finds them.
     jobs: stages that run at the same time; 0 = one for each core.
+    scheduler: TorchX's scheduler that runs the stages: local_cwd = processes on this machine, slurm, kubernetes, ...
+    scheduler_args: its settings, as after -cfg of `torchx run`: "partition=gpu,time=600".
+    job_options: options of the stages' jobs by app, or of all ("all"), each a list of name=value, such as
+        pretrain: [j=2x8, gpu=8]; `torchx run apps/pretrain.py --help` lists them.
     """
 
     dataset: Literal["", "auto"] = ""
@@ -45,6 +52,9 @@ class PipelineConfig:
     seeds: list[int] = setting(lambda: [0], least=0, most=limits.MOST_SEED)
     tuned: dict[str, list[str]] = field(default_factory=dict)
     jobs: int = count(0, most=4096)
+    scheduler: str = LOCAL
+    scheduler_args: str = ""
+    job_options: dict[str, list[str]] = field(default_factory=dict)
 
     def check(self, at: str) -> None:
         """Raises UserError for settings that cannot work (`at`: the section, with a dot)."""
@@ -64,6 +74,11 @@ class PipelineConfig:
                     f"{at}tuned.{name}: got {wrong[0]!r}; expected settings of rank, without {', '.join(DECIDED)}, "
                     "which the pipeline sets"
                 )
+        for app, options in self.job_options.items():
+            if app not in APPS:
+                raise UserError(f"{at}job_options.{app}: expected one of {', '.join(APPS)}{did_you_mean(app, APPS)}")
+            if wrong := [word for word in options if not re.fullmatch(r"(?!config=|check=)\w+=.*", word, re.DOTALL)]:
+                raise UserError(f"{at}job_options.{app}: got {wrong[0]!r}; expected name=value, such as j=2x8")
 
 
 @dataclass(frozen=True)

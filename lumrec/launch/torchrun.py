@@ -27,6 +27,8 @@ def nodes_and_processes(j: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code of a script that torch.distributed.run has run."""
+    # Of the socket's retries while nodes look for each other; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,8 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     args = run.parse_args(list(arguments))
     if args.nproc_per_node.isdecimal():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node))))
-    # torchrun repeats a failure as a log line and a table, which hide the message of the process itself.
-    for name in ("multiprocessing.api", "agent.server.api"):
+    # torchrun repeats a failure as a log line and a table, and logs how its nodes lose each other after one; these hide
+    # the message of the process itself.
+    for name in ("multiprocessing.api", "multiprocessing.tail_log", "agent.server.api", "rendezvous"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         run.run(args)

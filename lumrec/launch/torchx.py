@@ -5,6 +5,7 @@ TorchX loads this module whenever its command line starts, so it imports nothing
 
 import argparse
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchx.cli.cmd_run import CmdRun
 from torchx.components.dist import ddp
 from torchx.runner import Runner, config
 from torchx.schedulers.local_scheduler import SignalException
+from torchx.util.types import to_dict
 
 from lumrec.experiments.jobs import SAME_WITHOUT, script_of
 from lumrec.launch.commands import COMMANDS, SWITCHES
@@ -51,9 +53,31 @@ class CmdRunFile(CmdRun):
         except UserError as error:
             print(f"torchx run: {error}", file=sys.stderr)
             sys.exit(2)
+        except IsADirectoryError as error:
+            print(
+                f"torchx run: TorchX cannot copy {error.filename}, a link to a folder, to the job's folder: leave "
+                "job_dir out (jobs start in this folder, which the nodes share), or install lumrec's wheel",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        except subprocess.CalledProcessError as error:
+            print(
+                f"torchx run: {shlex.join(map(str, error.cmd))} failed: {error.stderr or 'its message is above'}",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         except SignalException as stop:
             print("torchx run: stopped; the same command continues an unfinished run", file=sys.stderr)
             sys.exit(128 + int(stop.sigval))
+
+    def _run(self, runner: Runner, args: argparse.Namespace) -> None:
+        """As in TorchX, which ignores a setting of the scheduler that there is not."""
+        known = [name for name, _ in runner.scheduler_run_opts(args.scheduler)]
+        for name in to_dict(args.scheduler_args or ""):
+            if name not in known:
+                near = did_you_mean(name, known) or f"; it has: {', '.join(known)}"
+                raise UserError(f"-cfg: {args.scheduler} has no setting {name!r}{near}")
+        super()._run(runner, args)
 
     def _wait_and_exit(self, runner: Runner, app_handle: str, log: bool) -> None:
         """As in TorchX, but a failed job ends with one line: the job's own output above says what went wrong."""

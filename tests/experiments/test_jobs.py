@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lumrec.experiments.jobs import Job, JobFailed, as_typed, run_jobs, tail, torchx_command
+from lumrec.experiments.jobs import TORCHX, Job, JobFailed, as_typed, check_job, run_jobs, tail, torchx_command
+from lumrec.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +95,44 @@ def test_sigterm_ends_the_jobs(tmp_path):
     assert runner.returncode != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+SACCT = """#!/bin/sh
+printf 'JobID|JobName|Partition|Account|AllocCPUS|State|ExitCode\\n7|rank-0|main|root|1|RUNNING|0:0\\n'
+"""
+
+
+def test_the_jobs_of_a_cluster_end_with_us(tmp_path, monkeypatch):
+    for name, script in {"sacct": SACCT, "scancel": f"#!/bin/sh\necho $@ >> {tmp_path}/cancelled\n"}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ready = tmp_path / "ready"
+    wait = f"import os, sys, time\nwhile not os.path.exists({str(ready)!r}): time.sleep(.05)\nsys.exit(1)"
+    waits = f"import time; print('slurm://torchx/7', flush=True); open({str(ready)!r}, 'w'); time.sleep(500)"
+    with pytest.raises(JobFailed):
+        run([python("on_cluster", waits), python("wrong", wait)], tmp_path / "logs")
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+
+
+def test_a_stage_is_sent_where_the_settings_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    where = {"scheduler": "slurm", "scheduler_args": "partition=gpu", "options": ["gpu=8", "j=2x8", "gpu=4"]}
+    command = torchx_command("pretrain", ["a=b"], config=Path("c.yaml"), **where)
+    assert command[len(TORCHX) :] == (
+        "run --scheduler_args partition=gpu --wait --log --scheduler slurm apps/pretrain.py:pretrain "
+        "-j 2x8 --gpu 4 --config c.yaml a=b"
+    ).split(" ")
+    check_job(command, "pipeline.scheduler", "pretrain")
+    for wrong, says in (
+        ({"scheduler": "slurmm"}, "pipeline.scheduler: TorchX does not take the job of pretrain: .*'slurmm'"),
+        ({"options": ["gpus=8"]}, "unrecognized arguments: --gpus"),
+        ({"scheduler_args": "partitio=gpu"}, "has no setting 'partitio' .did you mean 'partition'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_job(
+                torchx_command("pretrain", [], config=Path("c.yaml"), **where | wrong), "pipeline.scheduler", "pretrain"
+            )
 
 
 def test_tail_leaves_torchxs_marks_out(tmp_path):

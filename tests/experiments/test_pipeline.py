@@ -237,6 +237,9 @@ def test_a_feature_that_is_gone_is_another_setting(config):
         ("pipeline.seeds=[]", "pipeline.seeds: got [], expected one or more"),
         ("pipeline.seeds=[1, 1]", "pipeline.seeds: got [1, 1], expected one or more, without repetitions"),
         ("pipeline.folds=0", "pipeline.folds: got 0, expected at least 1"),
+        ("pipeline.job_options={pretain: [j=2x8]}", "pipeline.job_options.pretain: expected one of all, prepare"),
+        ("pipeline.job_options={rank: [--gpu 8]}", "pipeline.job_options.rank: got '--gpu 8'; expected name=value"),
+        ("pipeline.job_options={rank: [config=a.yaml]}", "got 'config=a.yaml'; expected name=value, such as j=2x8"),
         ("fold=0/2", "fold=0/2 is for apps/pretrain.py"),
     ],
 )

@@ -20,10 +20,12 @@ from lumrec.run.shipped import PACKAGE
 PYTHON = (3, 10), (3, 14)
 # Built for each other: other versions together fail at import with an undefined symbol.
 SET = {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu-cpu": "1.8", "fbgemm-gpu": "1.8"}
-# What the stages import, by distribution: the extra "stages" in pyproject.toml, and torchrec, which it cannot name.
+# What the stages and torchrec import, by distribution: the extra "stages" in pyproject.toml, and torchrec itself, which
+# the extra cannot name.
 NEEDED = {
     **{name: name for name in ("torch", "torchrec", "torchx", "numpy", "polars", "pyarrow", "lmdb", "safetensors")},
-    **{name: name for name in ("tqdm", "tensorboard", "matplotlib", "jinja2")},
+    **{name: name for name in ("tqdm", "tensorboard", "matplotlib", "jinja2", "tensordict", "torchmetrics")},
+    "pyre-extensions": "pyre_extensions",
     "pyyaml": "yaml",
     "faiss-cpu": "faiss",
 }

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumrec.experiments.settings import LOCAL
 from lumrec.run.errors import UserError
 from lumrec.run.shipped import PACKAGE, shipped
 
 ROOT = PACKAGE.parent
+LOCAL = "local_cwd"  # the scheduler of TorchX that starts processes in the working directory
 TORCHX = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING"]
 HEARTBEAT_S = 30.0
 TAIL_LINES = 20

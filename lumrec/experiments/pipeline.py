@@ -23,12 +23,11 @@ from lumrec.data.prepared import PreparedData
 from lumrec.data.sources import movielens
 from lumrec.data.sources.raw_log import DataSetMissing
 from lumrec.experiments.config import Config
-from lumrec.experiments.jobs import Job, check_job, run_jobs, torchx_command
+from lumrec.experiments.jobs import LOCAL, Job, check_job, run_jobs, torchx_command
 from lumrec.experiments.plan import PlannedStage, by_row, check_read_by_some, plan, read_result, stage_overrides
 from lumrec.experiments.report_gains import gains
 from lumrec.experiments.report_page import write_page
 from lumrec.experiments.report_table import comparison, what_next
-from lumrec.experiments.settings import LOCAL
 from lumrec.run import limits
 from lumrec.run.changes import config_differences
 from lumrec.run.config_file import as_text

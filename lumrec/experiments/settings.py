@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from lumrec.data.splits import MOST_FOLDS
+from lumrec.experiments.jobs import LOCAL
 from lumrec.models.ranker_config import RANKERS, RankerName
 from lumrec.run import limits
 from lumrec.run.errors import UserError, did_you_mean
@@ -18,9 +19,6 @@ from lumrec.run.limits import count, setting
 # none: the plain ranker with fresh tables. tables: it starts with the LUM's tables and reads nothing else from the LUM.
 Knowledge = Literal["none", "tables", "direct", "matching", "both"]
 KNOWLEDGE = get_args(Knowledge)
-
-
-LOCAL = "local_cwd"  # the scheduler of TorchX that starts processes in the working directory
 APPS = ("all", "prepare", "pretrain", "query", "rank", "retrieve", "warm_start")
 DECIDED = ("rank.model=", "rank.knowledge=", "rank.tables=")
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -88,24 +86,23 @@ def test_unknown_keys_and_a_table_without_context_are_scored_and_counted(table, 
     assert pl.read_parquet(result["output"])["score"].is_finite().all()
 
 
-def test_a_killed_run_continues_with_the_parts_that_are_left(table, served):
+def score_until_killed(words: list[str]) -> None:
+    score_part = score._score_part
+
+    def until_killed(folder, settings, columns, part):
+        if part.number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score_part(folder, settings, columns, part)
+
+    score._score_part = until_killed
+    STAGES["score"].run(load(None, words))
+
+
+def test_a_killed_run_continues_with_the_parts_that_are_left(table, served, forks):
     words, _, expected = table
     words = [*words, "run=killed", "score.processes=1", "score.rows_per_part=20"]
-    code = (
-        "import os, signal, sys\n"
-        "from lumrec.experiments.config import load\n"
-        "from lumrec.stages import score\n"
-        "part = score._score_part\n"
-        "def killed(folder, settings, columns, one):\n"
-        "    if one.number == 5:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return part(folder, settings, columns, one)\n"
-        "score._score_part = killed\n"
-        "config = load(None, sys.argv[1:])\n"
-        "score.run(config, config.score)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], env=os.environ, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    killed = forks.start("tests.stages.test_score:score_until_killed", words=words)
+    assert killed.wait() == [-signal.SIGKILL], killed.text()
     parts = sorted(file.name for file in (served.runs / "killed/parts").iterdir())
     assert parts == [f"{number:06}.parquet" for number in range(5)]
     before = (served.runs / "killed/parts/000000.parquet").stat().st_mtime_ns

@@ -24,22 +24,12 @@ from lumrec.stages.registry import STAGES
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def app(stage, *words, **environment):
-    return subprocess.run(
-        [sys.executable, f"apps/{stage}.py", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def test_unknown_key_is_one_line_and_exit_code_2():
-    result = app("pretrain", "model.dmi=3")
-    assert result.returncode == 2
-    assert result.stderr.strip() == (
-        "lumrec: the command line: unknown key 'model.dmi'; the nearest valid key is 'model.dim'"
+def test_unknown_key_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command("pretrain", ["model.dmi=3"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "lumrec: the command line: unknown key 'model.dmi'; the nearest valid key is 'model.dim'\n"
     )
 
 
@@ -95,12 +85,13 @@ def test_a_file_or_run_that_is_not_there_is_said_before_any_data_are_read(stage,
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
-def test_trace_on_request(tmp_path):
-    words = (f"runs_dir={tmp_path}", "data.source=simulator")
-    result = app("query", *words, LUMREC_TRACEBACK="1")
-    assert result.returncode == 2
-    assert "Traceback" in result.stderr
-    assert "torchx run apps/pretrain.py" in result.stderr
+def test_trace_on_request(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LUMREC_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as ended:
+        run_command("query", [f"runs_dir={tmp_path}", "data.source=simulator"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "torchx run apps/pretrain.py" in said
 
 
 def test_help_needs_no_torch():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from lumrec.data.prepare import prepare
 from lumrec.data.prepared import PreparedData
 from lumrec.data.sources.raw_log import LabelConfig
 from lumrec.experiments.config import load
+from lumrec.launch.main import run_command
 from lumrec.launch.torchx import CmdRunFile, with_values
 from lumrec.run.errors import UserError
 
@@ -56,13 +55,13 @@ def test_what_a_killed_check_left_is_removed_by_the_next(tmp_path: Path, monkeyp
     assert sorted(os.listdir(tmp_path)) == sorted(f"{check.SCRATCH}{name}" for name in ("alive", "link", "young"))
 
 
-def test_a_first_look_without_a_config_ends_with_one_that_prepares(tmp_path: Path):
+def test_a_first_look_without_a_config_ends_with_one_that_prepares(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     words = [f"data.log.events={SHOP / 'clicks.csv'}", f"data.log.items={SHOP / 'products.csv'}"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "apps/prepare.py", "--check", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    text = done.stdout
+    run_command("prepare", ["--check", *words])
+    text = capsys.readouterr().out
     assert os.listdir(tmp_path) == []  # nothing stays, not even the temporary folder
     for expected in (
         "events clicks.csv (300 rows)",
@@ -102,12 +101,12 @@ def test_other_sources_are_checked_too(capsys: pytest.CaptureFixture):
     assert "% positive" in text
 
 
-def test_errors_are_those_of_prepare(tmp_path: Path):
-    command = [sys.executable, "apps/prepare.py", "--check", f"data.log.events={tmp_path / 'no.csv'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "leads to no file" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_errors_are_those_of_prepare(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        run_command("prepare", ["--check", f"data.log.events={tmp_path / 'no.csv'}"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "leads to no file" in said and "Traceback" not in said
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ def one_form(text: pl.Expr) -> pl.Expr:
     >>> pl.Series(["007", "7.0", " 7", "+7", "7e0", "7.50", "7.5 ", "TRUE", "-0"]).to_frame("x").select(
     ...     one_form(pl.col("x"))).to_series().to_list()
     ['7', '7', '7', '7', '7', '7.5', '7.5', 'true', '0']
-    >>> pl.Series(["７", "7\u200b", "\ufeffa\xa0b\xa0", "e\u0301"]).to_frame("x").select(
+    >>> pl.Series(["７", "7\u200b", "7\ufe0f", "7,0", "\ufeffa\xa0b\xa0", "e\u0301"]).to_frame("x").select(
     ...     one_form(pl.col("x"))).to_series().to_list()
-    ['7', '7', 'a b', 'é']
+    ['7', '7', '7', '7', 'a b', 'é']
     """
-    # NFKC makes blanks of non-breaking ones; Cf are the characters that no one sees, such as U+200B and U+FEFF.
-    text = text.str.normalize("NFKC").str.replace_all(r"\p{Cf}", "").str.strip_chars()
+    # NFKC makes blanks of non-breaking ones; Cf and DI are the characters that no one sees, such as U+200B and U+FE0F.
+    text = text.str.normalize("NFKC").str.replace_all(r"[\p{Cf}\p{DI}]", "").str.strip_chars()
+    text = text.str.replace(r"^([+-]?[0-9]+),0$", "${1}")  # a float that was written with a decimal comma
     lower = text.str.to_lowercase()
     number = text.str.replace(r"^\+", "").str.replace(r"^(-?)0+([0-9])", "${1}${2}")
     number = pl.when(number.str.contains(".", literal=True)).then(number.str.replace(r"\.?0*$", "")).otherwise(number)

@@ -56,7 +56,7 @@ def write_log(folder: Path, name: str = "a.csv", **columns: list) -> Path:
     [("54", "54.0"), ("1", "1.0"), ("007", "7"), (" 7", "7"), ("7 ", "7"), ("+7", "7"), ("7e0", "7"), ("-0", "0"),
      ("1.5", "1.50"), ("True", "true"), ("home", "home "), ("\u00e9", "e\u0301"),
      ("home", "ho\u200bme"), ("home", "\ufeffhome"), ("home", "home\xa0"), ("a b", "a\xa0b"), ("54", "\uff15\uff14"),
-     ("\uff21", "A")],
+     ("\uff21", "A"), ("4\u034f1", "41"), ("\u2764\ufe0f", "\u2764"), ("41,0", "41")],
 )  # fmt: skip
 def test_two_forms_of_one_value_are_refused_with_both_named(tmp_path: Path, prepared: Callable, one: str, other: str):
     assert mixed_forms(pl.Series([one, "x", other])) == (one, other)

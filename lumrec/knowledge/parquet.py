@@ -47,7 +47,7 @@ from lumrec.knowledge.refresh import BLOCK, digests_of_stored, stored_users
 from lumrec.knowledge.store import read_item_keys, read_items
 from lumrec.knowledge.writer import BUILDING, KnowledgeWriter, full_disk_told, remove_others
 from lumrec.run.errors import UserError
-from lumrec.run.failures import command_parser, reported
+from lumrec.run.failures import command_parser, machine_errno, reported
 from lumrec.run.files import check_file, sha256, sync_file
 from lumrec.run.folder import RunFolder
 from lumrec.run.printable import say
@@ -217,6 +217,8 @@ def _opened(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
+        if machine_errno(error):
+            raise
         raise UserError(f"{file} is no Parquet file, or was cut off ({error}): copy it again") from None
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from lumrec.metrics.bootstrap import Comparison, Interval, compare
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.failures import command_parser, reported
+from lumrec.run.failures import command_parser, machine_errno, reported
 from lumrec.run.files import new_file
 from lumrec.run.printable import say, text_table
 
@@ -69,6 +69,8 @@ def _columns(path: Path, fields: Sequence[str]) -> list[np.ndarray]:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
+        if machine_errno(error):
+            raise
         raise UserError(
             f"{path} is damaged ({str(error).splitlines()[0]}); train the run again with overwrite=true"
         ) from None

@@ -95,7 +95,7 @@ def _open_file(trace: TracebackType | None) -> str:
     found = ""
     while trace is not None:
         if str(trace.tb_frame.f_globals.get("__name__")).startswith("lumrec."):
-            for name in ("temporary", "path", "file", "folder", "work"):
+            for name in ("temporary", "target", "path", "file", "folder", "work"):
                 value = trace.tb_frame.f_locals.get(name)
                 if isinstance(value, Path):
                     found = str(value)
@@ -124,9 +124,11 @@ def tell(message: str) -> None:
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
     """Inside, characters that the terminal cannot show are escaped; a closed pipe (| head) ends the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # >&-; the next file that is opened would have this number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

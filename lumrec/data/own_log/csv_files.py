@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from lumrec.data.own_log.config import TAB, LogConfig
 from lumrec.data.own_log.table_file import MARK_ERRORS, RAW, REASON, ROW, UNDECODABLE, TableFile, check_unique
 from lumrec.run.errors import UserError
+from lumrec.run.failures import machine_errno
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +209,13 @@ def _names(header: Sequence[str]) -> list[str]:
     return [field.strip() or f"column_{index}" for index, field in enumerate(header, 1)]
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
+def _damaged(file: Path, error: Exception) -> Exception:
+    """A UserError; the error itself where it is one of the machine, such as a full disk."""
+    return (
+        error
+        if machine_errno(error)
+        else UserError(f"{file} cannot be read to its end: it is cut or damaged ({error}). Copy or write it again")
+    )
 
 
 class _BadRows:

@@ -30,6 +30,7 @@ from lumrec.data.own_log.table_file import (
     undecodable,
 )
 from lumrec.run.errors import UserError, did_you_mean
+from lumrec.run.failures import machine_errno
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +198,8 @@ def _parquet_file(file: Path) -> TableFile:
         if groups != metadata.num_rows:
             raise pa.ArrowInvalid(f"its footer counts {metadata.num_rows:,} rows, and its row groups have {groups:,}")
     except (pa.ArrowException, OSError, pl.exceptions.PolarsError) as error:
+        if machine_errno(error):
+            raise
         raise UserError(
             f"{file} cannot be read as Parquet: it is cut or damaged, no Parquet file, or has an unknown type "
             f"({str(error).splitlines()[0]}). Copy or write it again"

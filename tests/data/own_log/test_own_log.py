@@ -7,6 +7,7 @@ import gzip
 import logging
 import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lumrec.data.schema import FeatureConfig, SchemaConfig
 from lumrec.data.sources.raw_log import DataSetMissing, LabelConfig, RawLog
 from lumrec.experiments.config import load
 from lumrec.run.errors import UserError
+from lumrec.run.failures import sentence
 
 SHOP = Path(__file__).parents[3] / "examples" / "shop"
 HEADER = "user_id,item_id,timestamp,label,scene\n"
@@ -559,3 +561,20 @@ def test_a_parquet_file_with_a_damaged_page_is_refused_in_a_sentence(tmp_path: P
     with pytest.raises(ValueError, match="log.parquet cannot be read to its end: .*copy or write it again"):
         prepare(config, tmp_path / "prepared")
     assert sorted(os.listdir(tmp_path)) == ["log.parquet"]
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.parquet"])
+def test_a_limit_of_the_machine_is_not_taken_for_a_damaged_log(tmp_path: Path, name: str):
+    (tmp_path / "log.csv").write_text(HEADER + GOOD * 500 + GOOD.replace("1,home", "0,home") * 500)
+    pl.read_csv(tmp_path / "log.csv").write_parquet(tmp_path / "log.parquet")
+    config = load(
+        None, ["data.source=log", f"data.log.events={tmp_path / name}", f"runs_dir={tmp_path}", "data.duplicates=keep"]
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(Exception) as error:
+            prepare(config, tmp_path / "p")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"p.preparing.*: file too large; ", sentence(error.value))

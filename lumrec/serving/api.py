@@ -1,4 +1,4 @@
-"""What requests and answers hold, as the OpenAPI page shows it. Unknown fields and wrong types are refused."""
+"""Fields of requests and answers, as the OpenAPI page shows them. Unknown fields and wrong types are refused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from lumrec.run.errors import did_you_mean
 from lumrec.run.printable import printable
 
-MOST_SECONDS = 2**43  # of a time: as microseconds, it fits 64 bits
-MOST_ITEMS = 1_000_000  # of an answer
-MOST_CONDITIONS = 64  # of a request
+MOST_SECONDS = 2**43  # largest time: in microseconds it still fits 64 bits
+MOST_ITEMS = 1_000_000  # in an answer
+MOST_CONDITIONS = 64  # in a request
 
 User = Annotated[str, Field(description="raw key of the user, as in the log", examples=["42"])]
 Items = Annotated[list[str], Field(min_length=1, description="raw keys of the candidates", examples=[["1", "2", "3"]])]
@@ -22,7 +22,7 @@ Features = dict[str, Value | list[Value]]
 Context = Annotated[Features, Field(description="raw value, or list of values, of each context feature")]
 PerItem = Annotated[
     dict[str, list[Value | list[Value]]],
-    Field(description="the same for context that differs by candidate: one value for each item"),
+    Field(description="context that differs between candidates: one value for each item"),
 ]
 Time = Annotated[
     float | None,
@@ -33,12 +33,12 @@ RequestId = Annotated[str, Field(max_length=128, description='name of this reque
 
 
 def _whole(number: object) -> object:
-    """10 of 10.0, which JSON holds to be the same."""
+    """10 for 10.0, because JSON does not distinguish them."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 class Strict(BaseModel):
-    """A body of which every field is known and has its type: 42 is no text, and NaN is no number."""
+    """A body without unknown fields, each of the declared type: 42 is not accepted as text, nor NaN as a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -72,19 +72,19 @@ Condition = dict[str, str]
 
 
 class RetrieveBody(Strict):
-    """One user, for whom the store holds a LUM's answers."""
+    """A user whose best items are looked up in the store of the LUM's answers."""
 
     user: User
     condition: Annotated[
         Condition | None,
-        Field(description="one of those that the store was asked under; null = its first", examples=[None]),
+        Field(description="one of the conditions in the store; null = its first", examples=[None]),
     ] = None
     k: K = 10
     timeout_ms: Timeout = None
 
 
 class AskBody(Strict):
-    """One user, and the conditions under which the LUM is asked about them now."""
+    """A user, and the conditions under which the LUM is asked about the user now."""
 
     user: User
     conditions: Annotated[
@@ -96,7 +96,7 @@ class AskBody(Strict):
 
 
 class FoundItem(BaseModel):
-    """An item that fits. share: its probability among all items under the condition."""
+    """An item and how well it fits. share: its probability among all items under the condition."""
 
     item: str
     similarity: float
@@ -104,7 +104,7 @@ class FoundItem(BaseModel):
 
 
 class Retrieved(BaseModel):
-    """The items that fit best, the best first; none for a user for whom the store holds no answer."""
+    """The items that fit best, best first; no items for a user without an answer in the store."""
 
     condition: Condition
     knowledge: bool
@@ -112,7 +112,7 @@ class Retrieved(BaseModel):
 
 
 class Asked(BaseModel):
-    """The items that fit best under each condition; none for a user without events."""
+    """The items that fit best under each condition; no answers for a user without events."""
 
     unknown_user: bool
     answers: list[Retrieved]
@@ -141,7 +141,9 @@ class EventsBody(Strict):
 
 
 class EventsTaken(BaseModel):
-    """What became of events. late: too old to tell from repeated ones, and left out. forgotten: of forgotten users."""
+    """Numbers of events by outcome. known: sent before. late: left out, because they are older than what is kept to
+    recognise repeated events. forgotten: left out, because their users were forgotten.
+    """
 
     new: int
     known: int
@@ -157,9 +159,9 @@ class KnowledgeUsed(BaseModel):
 
 
 class Answer(BaseModel):
-    """What every answer says of its request. unknown_items: candidates that the ranker has never seen. unknown_values:
-    number of values of the context that it has never seen, or that were not given. cut: the request is for a time so
-    early that the state no longer holds all that the user had done by then.
+    """Fields of every answer. unknown_items: candidates that the ranker was not trained on. unknown_values: number of
+    context values that were not given or that the ranker was not trained on. cut: the request is for a time so early
+    that the state no longer holds everything that the user had done by then.
     """
 
     request_id: str
@@ -197,7 +199,7 @@ class Problem(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether this process takes requests, and what it serves. problems: what it has to do without."""
+    """Whether this process takes requests, and what it serves. problems: what cannot be read at the moment."""
 
     ready: bool
     bundle: str
@@ -211,13 +213,13 @@ class Alive(BaseModel):
 
 
 def example(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A body with the fields that a schema requires, of its own examples."""
+    """A body with the required fields of a schema, filled with the schema's examples."""
     fields = schema.get("properties", {})
     return {name: fields[name].get("examples", [None])[0] for name in schema.get("required", []) if name in fields}
 
 
 def sentence(errors: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> str:
-    """What is wrong with a body, in one sentence: pydantic's first error. fields: the known ones, for a hint."""
+    """One sentence for pydantic's first error in a body. fields: known names, for a hint."""
     first = errors[0]
     said, path = first["msg"][:1].lower() + printable(first["msg"][1:])[:200], first["loc"][1:]
     for place, part in enumerate(path[:-2]):

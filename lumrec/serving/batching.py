@@ -1,4 +1,4 @@
-"""Requests of many connections, computed together: those that arrive during one call become the next one.
+"""Computes requests of many connections together: those that arrive during one call form the next call.
 
 ::
 
@@ -6,8 +6,8 @@
     calls     [a.....][b c....][d.....]
 
 Nothing waits for a timer: a request that arrives alone is computed at once, and batches grow with the load. The queue
-is bounded, in number and in time: whoever could not be answered in time is refused at once, and reads when to come
-back. So a server that is offered too much still answers what it has the time for.
+is bounded, in number and in time: a request that could not be answered in time is refused at once, with the time after
+which to come back. So a server under too much load still answers as many requests as it has time for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class _Entry(Generic[Request, Answer]):
-    """deadline: of the clock, after which nobody waits for the answer."""
+    """A waiting request. deadline: time of the clock after which nobody waits for the answer."""
 
     request: Request
     deadline: float
@@ -45,10 +45,10 @@ class _Entry(Generic[Request, Answer]):
 class Batcher(Generic[Request, Answer]):
     """Calls `compute` with several requests at a time, in one worker thread, and gives each caller its own answer.
 
-    weigh: what a request costs, such as its number of candidates. max_weight: of one call (a heavier request is
-    computed by itself). max_call_s: a call takes no more requests than are likely to be computed within it.
-    max_waiting: requests in the queue, those being computed left out. on_call: is given the answers of each call (an
-    exception for a request that failed) and its seconds. clock: in seconds. Used by one event loop only.
+    weigh: the cost of a request, such as its number of candidates. max_weight: largest cost of one call (a heavier
+    request is computed by itself). max_call_s: a call takes no more requests than are likely to be computed in this
+    time. max_waiting: most requests in the queue, without those being computed. on_call: is called with the answers of
+    each call (an exception for a request that failed) and its seconds. clock: in seconds. Used by one event loop only.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Batcher(Generic[Request, Answer]):
         self._waiting: deque[_Entry[Request, Answer]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batcher")
         self._running: asyncio.Task[None] | None = None
-        self._began: float | None = None  # of the call that runs now
+        self._began: float | None = None  # start of the current call
         self._num_computed = 0  # requests of that call
         self._seconds_per_request = 0.0  # a moving average
 
@@ -80,7 +80,7 @@ class Batcher(Generic[Request, Answer]):
         return 0.0 if self._began is None else self.clock() - self._began
 
     async def submit(self, request: Request, *, timeout_s: float) -> Answer:
-        """The answer to one request. Raises QueueFull, TimeoutError after `timeout_s`, and what `compute` raises of it.
+        """The answer to one request. Raises QueueFull, TimeoutError after `timeout_s`, and what `compute` raises.
 
         A request that cannot be answered in time is not computed.
         """
@@ -101,7 +101,7 @@ class Batcher(Generic[Request, Answer]):
                 self._waiting.remove(entry)
 
     async def beside(self, call: Callable[[], Any]) -> Any:
-        """What `call` gives, made in the worker thread between two calls."""
+        """The result of `call`, computed in the worker thread between two calls."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Batcher(Generic[Request, Answer]):
         return batch
 
     def _compute(self, requests: list[Request]) -> list[Answer | Exception]:
-        """The answers, an exception in place of those that failed: one request never fails another."""
+        """The answers, with an exception in place of each that failed: a request never makes another one fail."""
         try:
             return [*self.compute(requests)]
         except Exception as error:

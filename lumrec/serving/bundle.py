@@ -80,7 +80,7 @@ class Bundle:
 
 
 def folder_of(ranker: Path) -> Path:
-    """Where the bundle of a ranker's run folder lies: beside it."""
+    """The folder of a ranker's bundle, which is beside its run folder."""
     return ranker.with_name(f"{ranker.name}-bundle")
 
 
@@ -108,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _malformed(path: Path, manifest: dict[str, Any]) -> str:
-    """What no manifest says that `publish` wrote, in words; "" where there is nothing."""
+    """What is wrong with the contents of a manifest, in words; "" if nothing is."""
     for name, kind in _KINDS.items():
         if not isinstance(manifest.get(name), kind):
             return f"it lacks {name}, or has another kind of value there"
@@ -120,7 +120,7 @@ def _malformed(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def open_bundle(path: Path, *, sha256: str = "", trust_compiled: bool = False, verify: bool = True) -> Bundle:
-    """The version in force in `path`, memory-mapped; it reads on after a newer one took its place.
+    """The version in force in `path`, memory-mapped; it stays readable after a newer one has replaced it.
 
     sha256: that of the manifest, as the export printed it; "" = any. trust_compiled: open a bundle that was compiled
     (export.compile=aoti), whose graph is a library of machine code. verify: compare every file's SHA-256 with the
@@ -156,7 +156,7 @@ def _open_version(folder: Path, manifest: dict[str, Any], *, verify: bool) -> Bu
 
 
 def open_parts(folder: Path, manifest: dict[str, Any]) -> Bundle:
-    """A version whose files have been checked, or are being made: all but the golden rows is read."""
+    """A version whose files have been checked, or are being written: reads everything except the golden rows."""
     try:
         spec = RequestSpec.from_json(manifest["spec"])
         catalogue = Catalogue.open(folder / ITEMS, spec.schema)
@@ -169,13 +169,13 @@ def open_parts(folder: Path, manifest: dict[str, Any]) -> Bundle:
         raise UserError(f"the bundle in {folder} is damaged: {problem:.300}; {AGAIN}")
     keys = Keys(folder, manifest["table_rows"], num_items=manifest["num_items"])
     builder = RequestBuilder(spec, keys, catalogue, items)
-    compiled = manifest["compile"] != "none"  # whether these are trusted was asked of the manifest
+    compiled = manifest["compile"] != "none"  # `open_bundle` has checked that compiled ones are trusted
     graph = load_graph(folder / GRAPH, open_tables(folder / TABLES), trust_compiled=compiled)
     return Bundle(folder, manifest, builder, graph)
 
 
 def _catalogue_problem(catalogue: Catalogue, spec: RequestSpec, num_items: int) -> str:
-    """What is wrong with the features of the items, in words; "" where nothing is."""
+    """What is wrong with the features of the items, in words; "" if nothing is."""
     for name, (values, offsets) in catalogue.columns.items():
         num_rows = spec.table_rows.get(spec.schema.features[name].table, 0)
         if values.dtype != torch.int64 or (len(values) and not 0 <= values.min() <= values.max() < num_rows):
@@ -193,7 +193,7 @@ def _catalogue_problem(catalogue: Catalogue, spec: RequestSpec, num_items: int) 
 
 
 def _history_problem(items: ItemHistory, num_items: int) -> str:
-    """What is wrong with how the items were liked over time, in words; "" where nothing is."""
+    """What is wrong with the history of the items' likes, in words; "" if nothing is."""
     dtypes = [array.dtype for array in items] == [np.int64, np.int64, np.float64]
     if not dtypes or [array.ndim for array in items] != [1, 1, 1] or len(items.label_P1) != len(items.key_P) + 1:
         return "the history of the items is of another shape or type"
@@ -210,7 +210,7 @@ def write_titles(folder: Path, data: PreparedData) -> None:
 
 @contextlib.contextmanager
 def new_version(path: Path) -> Iterator[Path]:
-    """An empty folder for the files of the next version; it is removed where the block fails."""
+    """An empty folder for the files of the next version; it is removed if the block fails."""
     folder = path / f"bundle-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     try:
@@ -223,7 +223,7 @@ def new_version(path: Path) -> Iterator[Path]:
 def publish(path: Path, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The manifest: `content`, the checksum of every file and its own; from here on readers open this version.
 
-    Versions before it are removed; who has opened one reads on.
+    Earlier versions are removed; a process that has opened one can still read it.
     """
     sync_tree(folder)
     files = listed(folder, (file for file in folder.rglob("*") if file.is_file()))

@@ -96,7 +96,7 @@ def _date(seconds: int) -> str:
 
 
 def _metrics(result: Mapping[str, Any]) -> list[str]:
-    """A table; a number that result.json holds as null is undefined."""
+    """A table; a null in result.json is shown as undefined."""
     tested = [name for name in METRICS if name in result]
     if not tested:
         return ["The ranker was not tested (rank.test=false)."]
@@ -118,7 +118,7 @@ def _knowledge(config: RankerConfig, result: Mapping[str, Any], needs: Mapping[s
     return [
         f"- Mode: {config.knowledge}; conditions: {asked}; width: {needs['dim']}; LUMs: {len(needs['lums'])}",
         f"- Hazard: {hazard}: {HAZARDS.get(hazard, 'not recorded')}",
-        "- Of a user without an answer the ranker reads that there is none.",
+        "- For a user without an answer, the ranker reads that there is none.",
     ]
 
 
@@ -126,11 +126,11 @@ def _limits(data: PreparedData, config: RankerConfig, result: Mapping[str, Any])
     lines = [
         "- Users, items and values that were not in the training part are scored as unknown, by their other features.",
         f"- A history is cut to its last {config.max_history} events; statistics count all events before the request.",
-        "- Scores are probabilities of items as the log showed them: of items seldom shown, little was learnt.",
+        "- Scores are probabilities for items as the log showed them; little was learnt about items seldom shown.",
     ]
     if data.absolute_time:
         last = _date(int(data.timestamp[data.split == TRAIN].max()))
-        lines.append(f"- Nothing after {last} was learnt: tastes and items move on, so train again.")
+        lines.append(f"- Nothing after {last} was learnt: tastes and items change, so train again.")
     if "note" in result:
         lines.append(f"- {result['note']}")
     return lines

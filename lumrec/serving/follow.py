@@ -48,8 +48,8 @@ LOG_EVERY_S = 30.0
 
 
 class Answered(NamedTuple):
-    """What one step did. users: how many were answered. seconds: from the arrival of each one's newest event to the
-    moment when a reader finds the answer to it; none for users who were found behind the published version.
+    """Result of a step. users: number of users answered. seconds: for each user with a new event, the time from its
+    arrival until readers find the new answer; nothing for users who were behind the published version.
     """
 
     users: int
@@ -57,11 +57,11 @@ class Answered(NamedTuple):
 
 
 class Follower:
-    """Answers users with new events again.
+    """Asks the LUM again about users with new events.
 
-    state: where events are appended. place: of the knowledge store, a run folder or a Redis. lums: one, or one for each
-    fold, as in the store; lum_identity: what the store's manifest says of them ("lums"). users_at_once: answered in one
-    pass; a smaller number answers the first of them sooner.
+    state: where events are appended. place: the knowledge store, a run folder or a Redis. lums: one, or one for each
+    fold, as in the store. lum_identity: their entry "lums" in the store's manifest. users_at_once: users who are
+    answered in one pass; with a smaller number the first of them are answered sooner.
 
     Raises as `KnowledgeStore.open`, UserError for a store of other LUMs.
     """
@@ -104,8 +104,9 @@ class Follower:
         self._behind = self._users_behind()
 
     def step(self) -> Answered:
-        """Answers a few users: those with new events, or where there are none, some who are behind the published
-        version. Raises Unavailable where a store does not answer; nothing is lost then.
+        """Answers a few users: those with new events or, if there are none, some who are behind the published version.
+
+        Raises Unavailable if a store does not answer; nothing is lost then.
         """
         if (state := self.state.current()) is not self.state:
             logger.info("the user state was built again")
@@ -123,7 +124,7 @@ class Follower:
         return Answered(users, [now - at for at in marked.came_at])
 
     def drain(self) -> Answered:
-        """Steps until nobody is left to be answered."""
+        """Steps until every user is answered."""
         users = 0
         seconds: list[float] = []
         while True:
@@ -152,7 +153,7 @@ class Follower:
         return Answered(users, seconds)
 
     def _answer(self, user_keys: Sequence[str]) -> int:
-        """Answers users after their last events; how many of them have any."""
+        """Answers users after their last events; returns the number of those who have events."""
         states = zip(user_keys, self.state.get(user_keys), strict=True)
         known = {key: history for key, history in states if history is not None and len(history.events)}
         keys = list(known)
@@ -168,12 +169,12 @@ class Follower:
         return len(keys)
 
     def _records(self, fold: int, user_keys: Sequence[str], histories: Sequence[UserHistory]) -> list[bytes]:
-        """Records of users by the LUM of their fold."""
+        """Records of users, answered by the LUM of their fold."""
         manifest = self.store.manifest
         o_BND, num_seen_B = self.lums[fold].answer(user_keys, histories)
         log_z_BN = None
         if manifest["log_normalizer"]:
-            # Of the answers as they are stored, so that log_z is the sum over exactly what readers see.
+            # Computed from the answers as they are stored, so that log_z is the sum over exactly what readers see.
             stored = torch.from_numpy(decode(*encode(o_BND, manifest["dtype"])))
             log_z_BN = log_normalizer(stored.flatten(0, 1), self._e_KID[fold]).view(o_BND.shape[:2])
         record_B = make_records(
@@ -190,10 +191,9 @@ class Follower:
         return records_to_bytes(record_B)
 
     def _users_behind(self) -> Iterator[list[str]]:
-        """Raw keys of users with events that the store's answers do not contain, in blocks; [] where it has looked at
-        some and found none.
+        """Raw keys of users with events newer than the store's answers, in blocks.
 
-        Not users whose keys are too long for a key of LMDB: those are answered with their next events.
+        Users whose keys are too long for LMDB are left out: they are answered with their next events.
         """
         self._behind_is_done = False
         for block in self.state.store.scan():

@@ -1,7 +1,7 @@
 """Golden rows of a bundle: the inputs of some rows, as requests have them, and their scores by the trained ranker.
 
-A bundle that does not give these scores is not opened: another version of torch, another kind of processor or a file
-that fits its checksum and not the others would otherwise show only in what is served.
+A bundle that does not reproduce these scores is not opened. Otherwise a different version of torch, a different kind of
+processor, or a file that belongs to another bundle would show only in what is served.
 
     golden.parquet   item, time, context (JSON), history (bytes of a UserHistory), score,
                      and with knowledge o, log_z, e, present, fold: the LUM's answers for the row
@@ -37,7 +37,7 @@ from lumrec.serving.requests import RequestBuilder, ScoreRequest
 
 FILE = "golden.parquet"
 NUM_ROWS = 200
-UNKNOWN_VALUE = "\0"  # a text that no log has
+UNKNOWN_VALUE = "\0"  # text that occurs in no log
 KNOWLEDGE = ("o", "log_z", "e", "present", "fold")
 
 
@@ -83,7 +83,7 @@ def write_golden(
 
 
 def check_golden(bundle: Bundle) -> float:
-    """The largest difference of a golden row's score. Raises UserError where it is beyond the manifest's tolerance."""
+    """The largest difference of a golden row's score. Raises UserError if it exceeds the manifest's tolerance."""
     table = pq.read_table(bundle.folder / FILE, page_checksum_verification=True)
     inputs = (table[name].to_pylist() for name in ("item", "context", "time"))
     requests = [ScoreRequest("", [item], json.loads(context), at) for item, context, at in zip(*inputs, strict=True)]

@@ -1,4 +1,4 @@
-"""What each request passes before it reaches an endpoint: who may ask, how long a body may take, and the counters."""
+"""Checks each request before it reaches an endpoint (token, host, size and time of the body), and counts it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumrec.serving.metrics import Metrics
 
-OPEN = ("/healthz", "/readyz")  # what a load balancer asks, which has no token
+OPEN = ("/healthz", "/readyz")  # for load balancers, which have no token
 
 
 class Guard:
-    """ASGI middleware. token: "" = none is needed, and only names of this machine are answered to. max_body_kib: of a
-    request's body. body_timeout_s: in which it has to be there.
+    """ASGI middleware. token: "" = none is needed, and only requests to a name of this machine are answered.
+    max_body_kib: largest body of a request. body_timeout_s: time in which it has to arrive.
 
     Without a token, the Host header must name this machine: else a page from elsewhere, open in a browser here, could
     reach the server under a name of its own that leads to 127.0.0.1.
@@ -102,7 +102,7 @@ def _given(authorization: str) -> str:
 
 
 def _is_same(given: str, token: str) -> bool:
-    """Compares in a time that does not tell how much of it is right."""
+    """Compares in a time that does not depend on how many characters are right."""
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 

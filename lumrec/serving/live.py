@@ -19,16 +19,16 @@ from lumrec.run.errors import UserError
 from lumrec.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-RETRY_S = 10.0  # after which what could not be opened is tried again, though it has no new version
+RETRY_S = 10.0  # what could not be opened is tried again after this time, even without a new version
 REPEAT_S = 60.0  # between two log lines about the same failure
 
 
 class Live:
-    """The scorer, and what looks for newer versions of what it reads.
+    """Holds the scorer, and replaces it when a newer version of its bundle, store or state appears.
 
-    openers: of "bundle" (gives the scorer), and of "store" and "state", which are given the scorer; those left out are
-    not read. versions: for each opener, something that changes with each new version, and is None where there is none.
-    problems: why something cannot be read now, by its name.
+    openers: functions that open "bundle" (returns the scorer), "store" and "state" (both are called with the scorer);
+    those left out are not read. versions: for each opener, a function whose value changes with each new version; None
+    if there is none. problems: name → why it cannot be read now.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Live:
         *,
         metrics: Metrics,
     ) -> None:
-        """Raises what the bundle's opener raises, and UserError of the state's: both are mistakes of the start."""
+        """Raises what the bundle's opener raises, and UserErrors of the state's: both are mistakes in the command."""
         self._openers, self._versions, self._metrics = openers, versions, metrics
         self._seen = {what: version() for what, version in versions.items()}
         self.problems: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Live:
             self._renew(what, raised=UserError if what == "state" else ())
 
     def look(self) -> None:
-        """Opens what has a new version, and again what could not be read."""
+        """Opens whatever has a new version, and tries again what could not be read."""
         with self._looking:
             if self._is_due("bundle"):
                 self._renew_bundle()
@@ -60,7 +60,7 @@ class Live:
                     self._renew(what)
 
     def note(self, what: str, problem: str) -> None:
-        """Takes in whether `what` could be read for a request ("" = it could), counts it and logs what has changed."""
+        """Notes whether `what` could be read for a request ("" = it could); counts failures and logs changes."""
         if problem:
             self._metrics.failures.labels(what).inc()
             self._failed(what, UserError(problem))
@@ -141,13 +141,13 @@ class Live:
 
 
 def _version_of(opened: Any) -> str:
-    """The version of a store or a state, as its manifest or identity names it."""
+    """The version of a store or state, from its manifest or identity."""
     about = getattr(opened, "identity", None) or opened.manifest
     return str(about.get("version") or about.get("folder"))
 
 
 def stamp_of(file: Path) -> tuple[int, int, int] | None:
-    """Changes whenever another file takes the place of this one; None where there is none."""
+    """A value that changes whenever the file is replaced; None if there is no file."""
     try:
         facts = file.stat()
     except OSError:

@@ -5,7 +5,7 @@ A user whose events the LUM has read before costs only the new ones (LUM section
     answer   c1 i1 c2 i2 c3 i3           | a b      read, keys and values kept
     answer   ...................  c4 i4  | a b      only c4 i4 and the queries are computed
 
-Shape suffixes: B users, N conditions, D width, K those of the users whose histories fit into a window.
+Shape suffixes: B users, N conditions, D width, K the users whose histories fit into a window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lumrec.run.errors import UserError
 
 
 class _Read(NamedTuple):
-    """What the LUM has read of a user: the keys and values, and which events they are of."""
+    """What the LUM has read of a user: the keys and values, and the events that they belong to."""
 
     history: History
     time_E: np.ndarray
@@ -43,10 +43,10 @@ class _Read(NamedTuple):
 class LiveLum:
     """Asks a LUM about users whose events are in a state.
 
-    query: the LUM and its conditions. layout: of the states. cache_bytes: of the keys and values that are kept, those
-    of the users asked last. cached_bytes: those kept now. Not for several threads at once.
+    query: the LUM and its conditions. layout: of the states. cache_bytes: most bytes of keys and values that are kept,
+    of the users asked about last. cached_bytes: bytes kept now. To be used by one thread at a time.
 
-    Raises UserError where the states keep fewer events than the LUM sees, or not the features that it reads.
+    Raises UserError if the states keep fewer events than the LUM sees, or lack features that it reads.
     """
 
     def __init__(self, query: GroupQuery, layout: Layout, *, cache_bytes: int = 2**28) -> None:
@@ -97,7 +97,7 @@ class LiveLum:
         return o_BND, whole.length_W.numpy()
 
     def _known(self, key: str, history: UserHistory) -> _Read | None:
-        """What was read of the user, unless an event has come before the end of it since then."""
+        """What was read of the user; None if an event has since been added before the last one that was read."""
         read, events = self._read.get(key), history.events
         if read is None:
             return None
@@ -107,7 +107,7 @@ class LiveLum:
     def _read_on(
         self, query: GroupQuery, whole: Windows, parts: Sequence[_Read], asked: Conditions
     ) -> tuple[History, Tensor]:
-        """The histories and answers of these windows, of which `parts` (none, or one for each) were read before."""
+        """The histories and answers of these windows. parts: what was read of each before; empty if nothing was."""
         history, read_K = None, torch.zeros(whole.count, dtype=torch.int64)
         if parts:
             history = History.joined([part.history for part in parts])
@@ -128,7 +128,7 @@ class LiveLum:
 def log_of(histories: Sequence[UserHistory], data: PreparedData, item_columns: Mapping[str, Column]) -> PreparedData:
     """The kept events of these users as a log with the features of `data`; users are numbered in order.
 
-    item_columns: of a Catalogue, so that events with unknown items have a row.
+    item_columns: of a Catalogue, which has a row for unknown items too.
     """
     view = copy.copy(data)
     rows = histories[0].events

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus: of all its worker processes, by files in PROMETHEUS_MULTIPROC_DIR."""
+"""The server's counters for Prometheus, summed over its worker processes by files in PROMETHEUS_MULTIPROC_DIR."""
 
 from __future__ import annotations
 

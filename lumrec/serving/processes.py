@@ -107,7 +107,7 @@ def _make_in_worker(make: Callable[[], FastAPI], threads: int) -> FastAPI:
 
 
 class _Workers(Multiprocess):
-    """uvicorn's workers; what a dead one last measured of itself (its queue) is dropped."""
+    """uvicorn's workers; the gauges of a dead one (its queue) are dropped."""
 
     def keep_subprocess_alive(self) -> None:
         before = {process.pid for process in self.processes}

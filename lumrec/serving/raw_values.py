@@ -1,4 +1,4 @@
-"""Raw values of requests and events, as they come, to the rows and numbers that models read.
+"""Converts raw values of requests and events to the rows and numbers that models read.
 
 They are read as prepare reads a log: texts by lumrec/data/forms.py, numbers by lumrec/data/scaling.py, columns made of
 the time by lumrec/data/log_columns.py; tests compare them.
@@ -29,7 +29,7 @@ from lumrec.run.errors import UserError
 
 
 class KeyIndex(Protocol):
-    """What looks up raw keys; lumrec/serving/keys.py has one."""
+    """Looks up raw keys; lumrec/serving/keys.py implements it."""
 
     def rows(self, table: str, keys: Sequence[str]) -> np.ndarray:
         """Rows of the table, int64 [N], 0 where a key is unknown."""
@@ -48,7 +48,7 @@ MISSING = _Missing()
 class RawReader:
     """Reads raw values of features by the vocabularies of a log.
 
-    derived: columns that lumrec made of the time (utc_offset_hours: local time of the users) and of the label.
+    derived: columns that lumrec derives from the time (utc_offset_hours: local time of the users) and from the label.
     """
 
     def __init__(self, keys: KeyIndex, *, derived: Sequence[str], utc_offset_hours: float) -> None:
@@ -57,9 +57,9 @@ class RawReader:
     def column(
         self, feature: FeatureConfig, raw: Sequence[Any], time_N: np.ndarray, label_N: np.ndarray | None = None
     ) -> tuple[Column, np.ndarray]:
-        """The rows of raw values, and the index of each entry with a value that has none (repeated for several).
+        """The rows of raw values, and the index of each entry with a value that has no row, once for each such value.
 
-        time_N: microseconds; label_N: of events. A missing value of a derived column is made of these.
+        time_N: microseconds. label_N: of events. A missing value of a derived column is computed from these.
         """
         if feature.column in self.derived:
             made = self._made(feature.column, time_N, label_N)
@@ -81,7 +81,7 @@ class RawReader:
 
 
 def names_of(features: Mapping[str, FeatureConfig]) -> frozenset[str]:
-    """The names by which values are given: those of features and of the columns that they read."""
+    """The names by which values may be given: those of the features and of the columns that they read."""
     return frozenset(features) | {feature.column for feature in features.values()}
 
 
@@ -128,8 +128,8 @@ def text(value: Any) -> str:
 
 
 def scaled_number(value: Any, scale: Scale) -> float | None:
-    """A dense feature as a ranker reads it (lumrec/data/scaling.py); None where it is missing, no number, or too far
-    from those of the training part for a model to read.
+    """A dense feature as a ranker reads it (lumrec/data/scaling.py); None if it is missing, not a number, or too far
+    from the training part's numbers for a model to read.
     """
     try:
         number = math.nan if value is MISSING or value is None else float(value)
@@ -143,7 +143,7 @@ def scaled_number(value: Any, scale: Scale) -> float | None:
 
 
 def microseconds(seconds: float) -> int:
-    """Raises UserError for a time that no log has (milliseconds, say)."""
+    """The time in microseconds. Raises UserError for one that no log can have (such as milliseconds)."""
     try:
         if FIRST_POSSIBLE_S <= float(seconds) < LAST_POSSIBLE_S:
             return round(float(seconds) * SECOND)
@@ -153,7 +153,7 @@ def microseconds(seconds: float) -> int:
 
 
 def hashed(key: str) -> int:
-    """64 bits of a text that differ for another one; 0 for ""."""
+    """A 64-bit hash of a text; 0 for ""."""
     if not key:
         return 0
     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
@@ -168,7 +168,7 @@ def _weekdays(time_N: np.ndarray) -> list[str]:
     return [str(day) for day in ((time_N // (86_400 * SECOND) + 3) % 7 + 1).tolist()]
 
 
-# The columns made of the time (`of_time` in lumrec/data/log_columns.py): microseconds of local time to texts.
+# Columns derived from the time, as in `of_time` (lumrec/data/log_columns.py): local time in microseconds → texts.
 TIME_TEXTS = {
     "hour": lambda time_N: [str(hour) for hour in _hours(time_N)],
     "weekday": _weekdays,
@@ -177,5 +177,5 @@ TIME_TEXTS = {
 
 
 def offsets_of(lengths_N: Tensor) -> Tensor:
-    """Of lists of these lengths."""
+    """The offsets of lists of these lengths, with the total at the end."""
     return torch.nn.functional.pad(lengths_N.cumsum(0), (1, 0))

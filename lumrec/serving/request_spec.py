@@ -1,4 +1,4 @@
-"""What a request and an event are, and what it takes to turn them into what a ranker reads."""
+"""Requests and events, and the description of how requests become the batches that a ranker reads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LONGEST_WINDOW = max(WINDOWS)
 class Event(NamedTuple):
     """What a user did with an item that was shown.
 
-    user, item: raw ids. time: seconds since 1970, UTC, with fractions; None = now. In a log without times it is not
-    read: events come in the order of arrival. label: 0 or 1. features: raw values (a list for kind multi) by the name
-    of a feature, or of the column that it reads. event_id: tells a repeated event from another one. request: equal for
-    events that were shown together.
+    user, item: raw ids. time: seconds since 1970, UTC, with fractions; None = now; not read in a log without times,
+    whose events are in the order of arrival. label: 0 or 1. features: raw values (a list for kind multi) by the name of
+    a feature, or of the column that it reads. event_id: an event with an id counts once. request: equal for events that
+    were shown together.
     """
 
     user: str
@@ -38,8 +38,8 @@ class Event(NamedTuple):
 class ScoreRequest(NamedTuple):
     """Candidates (raw item ids) to be scored for a user (raw id).
 
-    context: raw values by feature or column: of the context, of conditions that are known before an item is shown, and
-    of the user, where they differ from what the state holds. per_item: values of the context that differ by candidate,
+    context: feature or column → raw value, for the context, for conditions that are known before an item is shown, and
+    for features of the user that differ from the state. per_item: the same for values that differ between candidates,
     one for each. time: seconds since 1970, UTC; None = now. In a log without times: the number of the user's events
     that are seen, None = all.
     """
@@ -56,8 +56,8 @@ class RequestSpec:
     """How requests become batches: plain values, also as JSON.
 
     schema: without features that the ranker leaves out. features, row_features, reads: of the ranker. max_history,
-    category: as of RowBuilder. has_clock, absolute_time: of the log. utc_offset_hours: local time of its users.
-    derived: columns that lumrec made of time and label. table_rows: as of PreparedData.
+    category: see RowBuilder. has_clock, absolute_time: of the log. utc_offset_hours: local time of its users. derived:
+    columns that lumrec derives from time and label. table_rows: see PreparedData.
     """
 
     schema: SchemaConfig
@@ -85,7 +85,7 @@ class RequestSpec:
         reads: Sequence[str] = (),
         category: str = "",
     ) -> RequestSpec:
-        """That of a ranker which reads these features of a log. Raises UserError for data of an older lumrec."""
+        """The spec of a ranker that reads these features of a log. Raises UserError for data of an older lumrec."""
         manifest = data.manifest
         made = [*TIME_TEXTS, *DERIVED_AFTER]
         if "derived" not in manifest and any(feature.column in made for feature in data.schema.features.values()):
@@ -110,11 +110,11 @@ class RequestSpec:
 
     @property
     def least_kept(self) -> int:
-        """How many of a user's last events a batch reads one by one."""
+        """Number of a user's last events that a batch reads one by one."""
         return max(1, self.max_history, 0 if self.statistics.kind == "none" else LONGEST_WINDOW)
 
     def layout(self, *, keep: int) -> Layout:
-        """What the states of users hold. Raises UserError where that is not enough for the ranker."""
+        """The layout of users' states that keep `keep` events. Raises UserError if the ranker reads more."""
         if keep < self.least_kept:
             raise UserError(
                 f"{keep} events of a user are to be kept, and this ranker reads {self.least_kept}: keep at least those"
@@ -127,6 +127,6 @@ class RequestSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RequestSpec:
-        """What `to_json` gave back."""
+        """The inverse of `to_json`."""
         schema, statistics = schema_from_dict(values["schema"]), StatisticsModel.from_json(values["statistics"])
         return cls(**(dict(values) | {"schema": schema, "statistics": statistics}))

@@ -1,12 +1,12 @@
-"""Requests for scores as the batches that a ranker was trained on: the same features, from the states of the users.
+"""Turns requests into batches like those that the ranker was trained on, from the states of the users.
 
-What a row of the log reads of the past is defined once (lumrec/features/statistics.py, lumrec/batches/rows.py). A
-request at time t reads what a row of that moment would: the user's events before t, the training events of the items
-before t, and the context that it gives.
+A request at time t reads the same as a row of the log at that moment: the user's events before t, the training events
+of the items before t, and the context that it gives. The definitions are shared with training
+(lumrec/features/statistics.py, lumrec/batches/rows.py).
 
 Unknown users, items and values are served: row 0 of their tables, as for what was not seen in training. A context
-feature that a request leaves out is unknown too, except those made of the time (hour, weekday, time_of_day), which are
-made of the request's. A name that is no feature is an error.
+feature that a request leaves out is unknown too, except those derived from the time (hour, weekday, time_of_day), which
+are derived from the request's time. A name that is no feature is an error.
 
 Shape suffixes: Q requests, B candidates of all requests, T history events of all requests, E events, F statistics.
 """
@@ -50,9 +50,10 @@ AT_ONCE = 32  # requests whose statistics are made together
 
 
 class RequestBatch(NamedTuple):
-    """What a ranker reads of Q requests: rank, with one row for each candidate and one history for each request.
+    """The batch of Q requests.
 
-    offsets_Q1: int64, the rows of each request. item_B: int64, index of each candidate; number of items where unknown.
+    rank: what the ranker reads, with one row for each candidate and one history for each request. offsets_Q1: int64,
+    the rows of each request. item_B: int64, index of each candidate; the number of items if it is unknown.
     unknown_user_Q: bool. unknown_items_Q, unknown_values_Q: int64, candidates and context values without a row.
     cut_Q: bool, the request is for a time so early that the user's state no longer holds all that it would have seen.
     """
@@ -97,10 +98,10 @@ class _Asked(NamedTuple):
 
 
 class RequestBuilder:
-    """Makes batches of requests, and rows of events for the states of users. Any number of threads may use one.
+    """Makes batches from requests, and rows from events for the states of users. Safe for any number of threads.
 
-    catalogue: of the items. items: what statistics of kind "all" read of other users, else None. layout: of a state
-    that keeps no more events than the ranker reads one by one.
+    items: the history of the items, which statistics of kind "all" read; otherwise None. layout: that of a state which
+    keeps only the events that the ranker reads one by one.
     """
 
     def __init__(self, spec: RequestSpec, keys: KeyIndex, catalogue: Catalogue, items: ItemHistory | None) -> None:
@@ -118,7 +119,7 @@ class RequestBuilder:
         self._local = local()
 
     def known(self, layout: Layout, live: LiveCounts | None = None) -> Known:
-        """What events are counted by in states of a layout. live: of items, for what is appended after the log."""
+        """The `Known` of states with this layout. live: counts of items in events that were appended after the log."""
         if self.items is None:
             return Known.of(self.catalogue, layout, None)
         items, base_rate = self.items, self.spec.statistics.base_rate
@@ -127,8 +128,9 @@ class RequestBuilder:
         )
 
     def encode(self, events: Sequence[Event]) -> EventRows:
-        """The rows of events, for `UserHistory.append`. Raises UserError for a name that no feature of events has, for
-        a label that is neither 0 nor 1, and for a time that is no number.
+        """The rows of events, for `UserHistory.append`.
+
+        Raises UserError for a name that is no feature of events, a label that is neither 0 nor 1, and an invalid time.
         """
         features = {name: self.spec.schema.features[name] for name in self.event_features}
         names = names_of(features)
@@ -162,7 +164,7 @@ class RequestBuilder:
         return rows
 
     def _of_items(self, feature: FeatureConfig) -> Column | None:
-        """Where a wish reads a column of the items ("an item of this category"): that column."""
+        """The items' column that a wish reads ("an item of this category"); None for other features."""
         for name in self.item_features if feature.wish else ():
             of = self.spec.schema.features[name]
             if (of.column, of.table, of.kind) == (feature.column, feature.table, feature.kind):
@@ -177,8 +179,8 @@ class RequestBuilder:
     ) -> RequestBatch:
         """The batch of requests; histories: the states of their users, None for a user who has none.
 
-        live: number and likes of items in events that came after the log; None counts the training part's only, as in
-        every row of the log. Raises UserError for a name in a context that is no feature of requests, for a value or a
+        live: number and likes of items in events after the log; None counts only the training part, as in rows of the
+        log. Raises UserError for a name in a context that is no feature of requests, for a value or a
         time that cannot be read, and ValueError without any candidate.
         """
         if not any(request.items for request in requests):
@@ -219,7 +221,7 @@ class RequestBuilder:
                 raise UserError(f"{name!r} has {len(values)} values per item; expected {num}, one for each")
 
     def _times(self, requests: Sequence[ScoreRequest]) -> np.ndarray:
-        """Microseconds, or in a log without times how many events are seen."""
+        """The time of each request in microseconds; in a log without times, the number of events that it sees."""
         if not self.spec.has_clock:
             return np.array([FOREVER if each.time is None else int(each.time) for each in requests], np.int64)
         now = time.time()
@@ -281,7 +283,7 @@ class RequestBuilder:
             dense_BF[rows] = model.standardised(raw, rows.stop - rows.start)
 
     def _slots(self) -> np.ndarray:
-        """For RequestPast; one per thread."""
+        """Scratch memory for RequestPast, one for each thread."""
         slots = getattr(self._local, "slots", None)
         if slots is None:
             tables = [self.spec.schema.features[name].table for name in self.item_features]

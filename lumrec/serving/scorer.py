@@ -154,7 +154,7 @@ class Scorer:
         keys = store.item_keys()
         row_I = np.full(self.bundle.manifest["num_items"] + 1, -1)
         row_I[self.bundle.builder.keys.items(keys)] = np.arange(len(keys))
-        row_I[-1] = -1  # where those came that the bundle does not know
+        row_I[-1] = -1  # items that the bundle does not know were written here
         self._store = _Store(store, row_I)
 
     def check_store(self, store: KnowledgeStore) -> str:
@@ -205,10 +205,11 @@ class Scorer:
         histories: Sequence[UserHistory | None] | None = None,
         answers: UserKnowledge | None = None,
     ) -> list[Scored]:
-        """What came of each request; those whose histories have about the same length are scored in one call.
+        """The result of each request; requests with histories of about the same length are scored in one call.
 
-        A store or state that cannot be read counts as one that knows nobody, and each result says why. histories,
-        answers: in place of those of the state and the store, for each request. Raises UserError for no request.
+        A store or state that cannot be read counts as one that knows nobody, and each result gives the reason.
+        histories, answers: used in place of those of the state and the store, one for each request. Raises UserError
+        for a request that cannot be scored.
         """
         if not all(request.items for request in requests):
             raise UserError("a request has no items: there is nothing to score")
@@ -243,7 +244,7 @@ class Scorer:
         state_error: str,
         store_error: str,
     ) -> Scored:
-        """What came of the request in place `q` of a batch."""
+        """The result of request `q` of a batch."""
         rows = slice(int(made.offsets_Q1[q]), int(made.offsets_Q1[q + 1]))
         unknown_items = []
         if made.unknown_items_Q[q]:
@@ -278,7 +279,7 @@ class Scorer:
         return nothing, ""
 
     def _knowledge(self, answers: UserKnowledge, made: RequestBatch) -> KnowledgeBatch:
-        """The answers of each request beside each of its candidates, as the LUM that answered embeds it."""
+        """The answers of each request, with each of its candidates as embedded by the LUM that answered."""
         request_B = torch.from_numpy(np.repeat(np.arange(len(made.offsets_Q1) - 1), np.diff(made.offsets_Q1)))
         o_BND, present_BN = answers.o_BND[request_B], answers.present_BN[request_B]
         fold_B = answers.fold_B[request_B].clamp(min=0)
@@ -292,9 +293,9 @@ class Scorer:
 
 
 def _by_length(histories: Sequence[UserHistory | None], most: int) -> list[list[int]]:
-    """Indices of the histories, those of about the same length together: a batch is padded to its longest one.
+    """Indices of the histories, grouped by similar length, because a batch is padded to its longest history.
 
-    most: events that are read of a history.
+    most: most events of a history that are read.
     """
     groups: dict[int, list[int]] = {}
     for q, history in enumerate(histories):
@@ -304,5 +305,5 @@ def _by_length(histories: Sequence[UserHistory | None], most: int) -> list[list[
 
 
 def identity_of_lums(lums: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What makes LUMs the ones that a ranker was trained with: not the name of their runs."""
+    """The identity of LUMs, by which a ranker recognises those it was trained with; without the names of their runs."""
     return [{name: value for name, value in lum.items() if name != "run"} for lum in lums]

@@ -1,8 +1,8 @@
 """Writes what the server scored, and the events that followed, as Parquet files to train on (data.source=served).
 
-A thread of its own takes in what was scored and writes a file when it holds enough rows or is old enough, whole or not
-at all: a server that is killed loses the rows of the last seconds. A queue that is full, or a disk that cannot be
-written, loses rows too: they are counted and logged, and no request waits for them.
+A separate thread collects the rows and writes a file once it has enough of them or the oldest has waited long enough. A
+file is written completely or not at all, so a server that is killed loses the rows of the last seconds. Rows are also
+lost if the queue is full or the disk cannot be written: these are counted and logged, and no request waits for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lumrec.serving.requests import Event
 
 logger = logging.getLogger(__name__)
 MOST_WAITING = 1000
-MOST_BYTES = 64 << 20  # of a file's rows in memory
+MOST_BYTES = 64 << 20  # rows of one file in memory
 ABOUT = [
     ("request_id", pa.string()),
     ("user", pa.string()),
@@ -44,7 +44,7 @@ Row = tuple[str, Callable[[], dict[str, Any]]]
 
 
 class ServedLog:
-    """Takes in rows and never waits; a file has at most `max_rows` of them, and its rows wait `max_age_s` at most."""
+    """Collects rows without waiting. A file has at most `max_rows` rows, which wait at most `max_age_s` seconds."""
 
     def __init__(self, folder: Path, metrics: Metrics, *, max_rows: int, max_age_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class ServedLog:
         self._put(f"requests-{scorer.version}", columns)
 
     def events(self, events: list[Event]) -> None:
-        """Logs what users did."""
+        """Logs events of users."""
         now = time.time()
         for event in events:
             row = {
@@ -85,7 +85,7 @@ class ServedLog:
             self._put("events", lambda row=row: row)  # type: ignore[misc]
 
     def close(self) -> None:
-        """Writes what is held."""
+        """Writes the rows that are left, and ends the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -142,7 +142,7 @@ class ServedLog:
         self.metrics.log_rows.labels("written").inc(len(rows))
 
     def _describe(self, scorer: Any) -> None:
-        """Writes how the rows of a bundle are made, once."""
+        """Writes, once for each bundle, how its rows are made."""
         file = self.folder / f"spec-{scorer.version}.json"
         if scorer.version in self._described or file.exists():
             return

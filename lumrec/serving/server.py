@@ -2,11 +2,11 @@
 
     POST /v1/score     the probability of each candidate
     POST /v1/rank      the best candidates
-    POST /v1/retrieve  the items that the LUM finds best, by what the store holds
-    POST /v1/ask       the same, asked while the request waits, under any conditions
-    POST /v1/events    what users did, for the requests that follow
+    POST /v1/retrieve  the items that the LUM finds best, from the store of its answers
+    POST /v1/ask       the same from the LUM itself, under any conditions
+    POST /v1/events    what users did, which later requests take into account
     GET  /healthz      this process runs        GET /readyz   it takes requests        GET /metrics   Prometheus
-    GET  /             a user, and what the LUM changes for them, as a page
+    GET  /             a page that shows a user, and what the LUM changes for them
     GET  /openapi.json the API, for programs    GET /docs     the API, for people; loads nothing from the internet
 
 Requests are computed in batches (batching.py), on the newest version of bundle and store (live.py). Every refusal is
@@ -69,7 +69,7 @@ from lumrec.serving.served_log import ServedLog
 from lumrec.serving.settings import ServeConfig
 
 logger = logging.getLogger(__name__)
-STUCK_S = 10.0  # a call of the ranker that takes longer means that this process is not ready
+STUCK_S = 10.0  # this process is not ready while a call of the ranker has taken longer
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'",
@@ -81,12 +81,12 @@ FIELDS = [*dict.fromkeys([*RankBody.model_fields, *AskBody.model_fields, *EventB
 BAD = {
     400: "The body is no JSON",
     401: "The token is missing or wrong",
-    404: "This server was not started with what the endpoint needs",
+    404: "This server was started without what the endpoint needs",
     408: "The body did not arrive in time",
     413: "The body is too large",
-    422: "The body does not hold what it should",
+    422: "The body has invalid or missing fields",
     503: "Too many requests wait; Retry-After says when to come back",
-    504: "The answer was not there in time",
+    504: "The answer was not ready in time",
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text} for status, text in BAD.items()
@@ -94,7 +94,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Api:
-    """The endpoints. live: the scorer in force. log: takes in what was scored, or None. asker: LUMs to ask, or None."""
+    """The endpoints. live: the scorer in force. log: logs what was scored, or None. asker: LUMs to ask, or None."""
 
     def __init__(
         self, live: Live, settings: ServeConfig, metrics: Metrics, log: ServedLog | None, asker: Asker | None
@@ -114,9 +114,9 @@ class Api:
             max_waiting=self.settings.queue,
             on_call=self._called,
         )
-        # One request at a time: its counts are its own, and what is wrong with one is no matter of another.
+        # One request at a time, so that each has its own counts and one that fails does not affect another.
         self.appender = Batcher(self._append, max_weight=1, max_waiting=self.settings.queue)
-        # Calls with some more work than an event loop should do.
+        # Calls that take too long for the event loop.
         self.finder: Batcher[Callable[[], Any], Any] = Batcher(_each, max_weight=1, max_waiting=self.settings.queue)
         watching = asyncio.create_task(self._watch())
         yield
@@ -140,7 +140,7 @@ class Api:
         return Ranking(**answer, items=items)
 
     async def events(self, body: EventsBody) -> EventsTaken:
-        """Adds what users did to the state that later requests are scored by. Sending an event again is safe."""
+        """Adds events to the state from which later requests are scored. Sending an event again is safe."""
         if self.live.scorer.state is None:
             raise HTTPException(
                 404, "this server reads no user state: start it with serve.state=<what lumrec user_state has built>"
@@ -158,12 +158,12 @@ class Api:
         return EventsTaken(**taken._asdict())
 
     async def retrieve(self, body: RetrieveBody) -> Retrieved:
-        """The items that the LUM finds best for a user, by what the store holds: no model is computed."""
+        """The items that the LUM finds best for a user, from the store of its answers; no model runs."""
         timeout_s = self._timeout_s(body.timeout_ms)
         return await self.finder.submit(partial(self._retrieve, body), timeout_s=timeout_s)
 
     async def ask(self, body: AskBody) -> Asked:
-        """The items that the LUM finds best for a user under any conditions, by the user's newest events."""
+        """The items that the LUM finds best for a user under any conditions, after the user's newest events."""
         if self.asker is None:
             raise HTTPException(404, "this server has no LUM to ask: start it with serve.lums=[<runs of pretrain>]")
         return await self.finder.submit(partial(self._ask, body), timeout_s=self._timeout_s(body.timeout_ms))
@@ -181,7 +181,7 @@ class Api:
         return Alive()
 
     async def readyz(self, response: Response) -> Ready:
-        """200 while this process takes requests; what it has to do without is in `problems`."""
+        """200 while this process takes requests. `problems` lists what cannot be read at the moment."""
         problems = [f"the {what} cannot be read: {why}" for what, why in sorted(self.live.problems.items())]
         if (stuck := self.batcher.busy_s) > STUCK_S:
             problems.append(f"the ranker has been computing for {stuck:.0f} s")
@@ -201,7 +201,7 @@ class Api:
                 logger.exception("looking for new versions failed")
 
     async def _scored(self, body: ScoreBody) -> tuple[Any, dict[str, Any]]:
-        """What the scorer gave for a request, and the fields that all answers share."""
+        """The scorer's result for a request, and the fields that all answers share."""
         self._check_number("items", len(body.items))
         request = ScoreRequest(body.user, body.items, body.context, body.time, body.per_item)
         with self.metrics.queue.track_inprogress():
@@ -294,10 +294,10 @@ def _each(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 class JsonRequest(Request):
-    """A request whose body is read as JSON only: no NaN, no half of a surrogate pair, no nesting without an end."""
+    """A request whose body must be strict JSON: no NaN, no lone surrogate, no unlimited nesting."""
 
     async def json(self) -> Any:
-        """Raises HTTPException for anything else."""
+        """The parsed body. Raises HTTPException if it is not valid."""
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
@@ -308,7 +308,7 @@ class JsonRoute(APIRoute):
     """A route that takes a JsonRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler of FastAPI, given another kind of request."""
+        """FastAPI's handler, called with a JsonRequest."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
@@ -326,7 +326,7 @@ def make_app(
     log: ServedLog | None = None,
     asker: Asker | None = None,
 ) -> FastAPI:
-    """The ASGI application. token: what requests must bring; "" = nothing. log, asker: see Api."""
+    """The ASGI application. token: required of requests; "" = none is needed. log, asker: see Api."""
     api = Api(live, settings, metrics, log, asker)
     app = FastAPI(
         title="lumrec",

@@ -139,7 +139,7 @@ class UserState:
         self._update([], lambda _: Changes(put=put, delete=[user_key_bytes(key) for key in user_keys]))
 
     def _update(self, keys: Sequence[bytes], change: Change) -> None:
-        """Updates the store, also where that was written again in another folder (lumrec/knowledge/live_users.py)."""
+        """Updates the store, also if it was rewritten to another folder meanwhile (lumrec/knowledge/live_users.py)."""
         try:
             self.store.update(keys, change)
         except Moved:
@@ -149,24 +149,24 @@ class UserState:
             self.store.update(keys, change)
 
     def unanswered(self, most: int) -> Marked:
-        """Users who have had events since `answered` was last called for them, at most so many."""
+        """At most `most` users who have had events since `answered` was last called for them."""
         marks = self.store.marked(most)
         keys = [mark[_MARK.size :].decode(errors="surrogatepass") for mark in marks.values()]
         return Marked(keys, [_MARK.unpack_from(mark)[0] for mark in marks.values()], marks)
 
     def answered(self, marked: Marked) -> None:
-        """Notes that these users' events were answered; one who has had another event since then stays."""
+        """Marks these users as answered, except those who have had another event since `unanswered`."""
         self.store.unmark(marked.marks)
 
     def __len__(self) -> int:
-        """Number of entries: users, and those forgotten."""
+        """Number of entries: users, and forgotten users."""
         return len(self.store)
 
 
 class _Update:
     """A change for `KeyValue.update`: appends the events of some users; it may be called again with newer values.
 
-    of_user: raw keys to the places of the user's events in `rows`. appended: what the last call did.
+    of_user: raw key → slice of the user's events in `rows`. appended: result of the last call.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class _Update:
         return Changes(put=put, add=self._item_counts(np.concatenate(taken)), mark=mark)
 
     def _sorted_out(self, history: UserHistory, span: slice) -> tuple[np.ndarray, int]:
-        """Places of a user's events that are new, int64, and how many are late."""
+        """Indices of a user's events that are new, int64, and the number of late ones."""
         ids, content, kept = self.rows.id[span], self.content[span], history.events.id
         # Compared one by one: np.isin takes ten times as long over so few.
         is_known = (ids != 0) & (ids[:, None] == kept).any(1) | (content != 0) & (content[:, None] == kept).any(1)
@@ -216,7 +216,7 @@ class _Update:
 
 
 def read_identity(place: str | Path) -> dict[str, Any]:
-    """What the state in force at a place says of itself; "version" is another one after each build.
+    """The identity of the state in force at a place; its "version" changes with each build.
 
     Raises as `UserState.open`.
     """
@@ -242,11 +242,11 @@ def build(
     *,
     forgotten: Collection[str] = (),
 ) -> int:
-    """Publishes a state of these users (raw key, history) at a place, in the stead of the one there; gives their
-    number.
+    """Publishes a state of these users (raw key, history) at a place, replacing the one there; returns their number.
 
-    identity: what a bundle compares. forgotten: SHA-256 of users whose events are never taken in. Until the state is
-    published, readers open the one before; a build that was killed leaves that in force, and is removed by the next.
+    identity: values that a bundle compares with its own. forgotten: SHA-256 of users whose events are never taken in.
+    Until the state is published, readers open the previous one. A build that was killed leaves the previous one in
+    force, and the next build removes what it left.
     """
     version, number = new_version(), 0
     described = {"format": FORMAT, "version": version, **identity, "layout": layout.to_json()}
@@ -263,7 +263,7 @@ def build(
 def _writing(
     place: str | Path, version: str, text: Callable[[], str]
 ) -> Iterator[Callable[[list[tuple[bytes, bytes]]], None]]:
-    """As `RedisVersions.writing`, in a folder too, which nobody else writes."""
+    """Like `RedisVersions.writing`, also for a folder, which only one process may write at a time."""
     if is_redis(place):
         with RedisVersions(str(place), STATE_KIND).writing(version, text) as put:
             yield put

@@ -1,4 +1,4 @@
-"""The embedding tables of an exported model: float32, float16 or int8 rows in files that all workers map.
+"""The embedding tables of an exported model: float32, float16 or int8 rows in files that all workers memory-map.
 
     tables/tables.json     dtype, and for each table its name, rows, width and files
            0.npy           rows of the first table, [rows, width]
@@ -24,7 +24,7 @@ from lumrec.run.files import read_json, sync_tree, write_atomically
 
 TableDtype = Literal["float32", "float16", "int8"]
 CHUNK_ROWS = 1 << 16  # converted at once
-HIGHEST = 127  # of int8
+HIGHEST = 127  # largest int8
 
 
 class Tables(NamedTuple):
@@ -75,7 +75,7 @@ def write_tables(folder: str | Path, tables: nn.Module, *, dtype: TableDtype = "
 def open_tables(folder: str | Path) -> Tables:
     """The tables of a folder that `write_tables` wrote, memory-mapped: processes that open them share their memory.
 
-    Raises MissingFileError or UserError where a file is missing or is not what tables.json says.
+    Raises MissingFileError or UserError if a file is missing or does not fit tables.json.
     """
     folder = Path(folder)
     content = read_json(folder / "tables.json", again="export the ranker again")
@@ -160,7 +160,7 @@ def embedded(
 def bags(
     tokens: KeyedJaggedTensor, num_tokens: int, token_features: Sequence[str], row_features: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Values and offsets of each feature's bags, those of tokens or those of rows (see RankBatch), as int64."""
+    """Values and offsets (int64) of the bags of each feature of tokens and of rows (see RankBatch)."""
     inputs, stride, keys, values = {}, tokens.stride(), tokens.keys(), tokens.values().numpy()
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths().numpy(), dtype=np.int64)])
     for names, begin, end in ((token_features, 0, num_tokens), (row_features, num_tokens, stride)):

@@ -33,7 +33,7 @@ Side = Literal["users", "items"]
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What exported towers read: see GraphSpec. knowledge: (conditions, width, folds) of the LUM, or None."""
+    """What exported towers read; see GraphSpec. knowledge: (conditions, width, folds) of the LUM, or None."""
 
     features: list[str]
     token_features: list[str]
@@ -119,7 +119,7 @@ def export_towers(towers: TwoTower, folder: str | Path, *, dtype: TableDtype = "
 
 
 def _example(towers: TwoTower, spec: TowerSpec) -> tuple[TowerBatch, dict[str, Tensor], dict[str, Tensor]]:
-    """Arguments for the graphs, with sizes that are primes which no one chooses (see graph.py)."""
+    """Example arguments for the export, whose sizes are primes that nobody chooses (see graph.py)."""
     num_rows, num_tokens, num_items, longest = 109, 113, 103, 127
     tables = {
         table: torch.zeros(139, towers.width_of[feature], dtype=getattr(torch, spec.dtype))
@@ -149,7 +149,7 @@ class Towers:
     """Exported towers with their tables: `users(batch)` [B, V] and `items(batch)` [C, V], float32, on the CPU."""
 
     def __init__(self, folder: str | Path, tables: Tables) -> None:
-        """Opens what `export_towers` wrote. tables: of open_tables. Raises UserError where something is not whole."""
+        """Opens what `export_towers` wrote. tables: of open_tables. Raises UserError for incomplete files."""
         folder = Path(folder)
         stored = read_json(folder / "towers.json", again="export the towers again")
         names = [field.name for field in dataclasses.fields(TowerSpec)]
@@ -163,12 +163,12 @@ class Towers:
 
     @torch.inference_mode()
     def users(self, batch: TowerBatch) -> Tensor:
-        """The vectors of the batch's users, [B, V]; there must be one at least."""
+        """The vectors of the batch's users, [B, V]; expects at least one."""
         vectors: Tensor = self._users(tower_inputs(batch, self.spec, "users"), *self.tables)
         return vectors
 
     @torch.inference_mode()
     def items(self, batch: TowerBatch) -> Tensor:
-        """The vectors of the batch's candidates, [C, V]; there must be one at least."""
+        """The vectors of the batch's candidates, [C, V]; expects at least one."""
         vectors: Tensor = self._items(tower_inputs(batch, self.spec, "items"), *self.tables)
         return vectors

@@ -225,8 +225,8 @@ def _compile(exported: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _example(ranker: Ranker, spec: GraphSpec) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
-    """Example arguments for the export. All sizes are primes that nobody chooses, because torch.export may take two equal
-    sizes, or a size that equals a width of the ranker, for one and the same.
+    """Example arguments for the export. All sizes are primes that nobody chooses, because torch.export may take two
+    equal sizes, or a size that equals a width of the ranker, for one and the same.
     """
     tables = {
         table: torch.zeros(139, ranker.width_of[feature], dtype=getattr(torch, spec.dtype))

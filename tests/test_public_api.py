@@ -20,6 +20,12 @@ def test_every_public_name_is_there(package):
         package.no_such_name  # noqa: B018
 
 
+def test_every_module_of_building_blocks_shows_a_tiny_batch():
+    files = [file for file in (ROOT / "modules").rglob("*.py") if file.name != "__init__.py"]
+    without = [file.name for file in files if ">>> " not in file.read_text(encoding="utf-8")]
+    assert len(files) > 20 and not without, f"add a doctest to {without}"
+
+
 def test_a_name_is_imported_when_it_is_first_used():
     code = (
         "import sys, lumrec, lumrec.modules; loaded = lambda: {'torch', 'torchrec', 'polars'} & set(sys.modules); "

@@ -1,16 +1,31 @@
 """The steps of the paper as Python functions: each takes the config, runs its stage, and returns what it made.
 
-    import lumrec
+On a simulated log of 20 users, with two training steps each (`load_config("my.yaml", [...])` reads a file)::
 
-    config = lumrec.load_config("my.yaml", ["model.dim=64"])
-    data = lumrec.prepare_data(config)
-    lum, builder, trained = lumrec.fit_lum(config)
-    knowledge = lumrec.build_knowledge(config)
-    result = lumrec.fit_ranker(config)
+>>> import numpy, tempfile, lumrec
+>>> runs = tempfile.TemporaryDirectory()
+>>> tiny = ["data.source=simulator", "data.simulator.num_users=20", "data.simulator.events_per_user=20", "model.dim=16"]
+>>> tiny += ["pretrain.train.max_steps=2", "rank.train.max_steps=2", "rank.knowledge=both", f"runs_dir={runs.name}"]
+>>> config = lumrec.load_config(None, tiny)
+>>> data = lumrec.prepare_data(config)  # doctest: +ELLIPSIS
+no prepared data at ...: preparing it now...
+>>> lum, builder, trained = lumrec.fit_lum(config)
+>>> knowledge = lumrec.build_knowledge(config)
+>>> knowledge.for_rows(numpy.array([0, 5])).o_BND.shape  # two events, the answers under two conditions
+torch.Size([2, 2, 16])
+>>> 0 <= lumrec.fit_ranker(config)["auc"] <= 1
+True
+>>> ranker, rows, run = lumrec.load_ranker(config.folder("rank"))
+>>> ranker(rows.batch(numpy.array([0, 5]))).shape
+torch.Size([2])
+>>> store = lumrec.KnowledgeStore.open(config.folder("query"))
+>>> store.get([*data.user_keys()[:1], "nobody"]).present_BN.tolist()
+[[True, True], [False, False]]
+>>> runs.cleanup()
 
-They write the same run folders as the apps and follow the same rules: a finished run with the same config is reused, an
-unfinished one continues, and one with another config is refused unless `overwrite=true`. Each raises UserError for
-settings and inputs that cannot be used.
+The functions write the same run folders as the apps and follow the same rules: a finished run with the same config is
+reused, an unfinished one continues, and one with another config is refused unless `overwrite=true`. Each raises
+UserError for settings and inputs that cannot be used.
 """
 
 from __future__ import annotations

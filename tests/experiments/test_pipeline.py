@@ -147,7 +147,7 @@ def test_other_settings_are_refused_or_replace_what_they_touch(config):
     assert all(again.values())
 
 
-def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_stands(tmp_path, capsys):
+def test_your_log_has_changed_and_nothing_of_the_old_one_counts(tmp_path, capsys, stages_in_forks):
     events = shutil.copy(SHOP / "clicks.csv", tmp_path)
     words = [f"data.log.events={events}", f"data.log.items={SHOP / 'products.csv'}", f"runs_dir={tmp_path}", "run=all"]
     config = load(SHOP / "shop.yaml", words)
@@ -163,7 +163,7 @@ def test_a_log_of_ones_own_that_has_changed_is_told_and_nothing_of_the_old_one_s
     Path(events).write_text(text.replace("product,", "thing,", 1))
     with pytest.raises(ValueError, match=r"all/prepare was made with other settings or files \(file clicks.csv: chang"):
         pending(stages, overwrite=False)
-    # Killed, or failed as here, before all is made anew: no stage may look finished that read the log as it was.
+    # Killed or, as here, failed before everything is made again: no stage that read the old log may look finished.
     with pytest.raises(JobFailed, match="has no column 'product'"):
         make(dataclasses.replace(config, overwrite=True), stages, "a changed log")
     assert pending(stages, overwrite=False) == {stage.name: False for stage in stages}

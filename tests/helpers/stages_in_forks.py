@@ -8,7 +8,7 @@ import pytest
 from forks import ForkServer
 
 from lumrec.experiments import pipeline
-from lumrec.experiments.jobs import Job
+from lumrec.experiments.jobs import Job, JobFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,9 @@ def stages_in_forks(forks: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
         for job in jobs:
             app, _, processes, *words = job.command[job.command.index("local_cwd") + 1 :]
             assert processes == "1x1"
-            forks.run_script(ROOT / app.rpartition(":")[0], *words)
+            stage = forks.start_script(ROOT / app.rpartition(":")[0], *words)
+            if stage.wait() != [0]:
+                raise JobFailed(stage.text())
             if job.then is not None:
                 job.then()
         return {job.name: 1.0 for job in jobs}

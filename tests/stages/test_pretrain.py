@@ -80,7 +80,8 @@ def test_it_learns_and_reports_honest_and_oracle_retrieval(trained):
 )
 def test_other_encoders_and_tokens_learn_and_come_back(settings, tiny_prepared, words):
     """What was trained, its best weights loaded, gives the test figures again."""
-    config = config_of(settings, f"run=other-{'-'.join(words).replace('.', '-')}", *words)
+    run = f"run=other-{'-'.join(words).replace('.', '-')}"
+    config = config_of(settings, run, "pretrain.train.epochs=1", *words)
     result = STAGES["pretrain"].run(config)
     curve = [loss for _, loss in losses(Path(config.runs_dir) / config.run)]
     assert np.mean(curve[-5:]) < np.mean(curve[:5])

@@ -18,6 +18,7 @@ from lumrec.run import config_file
 from lumrec.run.errors import UserError
 from lumrec.serving.settings import ServeConfig
 from lumrec.stages.export import ExportConfig
+from lumrec.stages.plan import PlanConfig
 from lumrec.stages.pretrain import PretrainConfig
 from lumrec.stages.query import QueryConfig
 from lumrec.stages.rank import RankConfig
@@ -34,6 +35,7 @@ class Config(Common):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     show_user: ShowUserConfig = field(default_factory=ShowUserConfig)

@@ -19,7 +19,7 @@ EXPERIMENTS = {
     "tune": "lumrec.experiments.tune",
     "reproduce": "lumrec.experiments.paper_tables",
 }
-SWITCHES = ("--check", "--follow")  # options that are given without a value
+SWITCHES = ("--check", "--follow", "--json")  # options that are given without a value
 COMMANDS = STAGES | {name: Stage(name, path=path) for name, path in EXPERIMENTS.items()}
 
 # Programs with their own arguments: module, and what `lumrec --help` says of it.

@@ -146,6 +146,23 @@ def data_tables(
     return make_tables(sizes, {name: schema.features[name].table for name in names}, device=device)
 
 
+def make_lum(config: ModelConfig, schema: SchemaConfig, tables: EmbeddingBagCollection) -> LargeUserModel:
+    """A LUM that reads these tables, with fresh weights on torch's current device."""
+    features = token_features(config, schema)
+    token_encoder = TokenEncoder(
+        tables, item_features=features["item"], condition_features=features["condition"], dim=config.dim
+    )
+    # A query at serving comes after at most max_events - 1 events: training has seen that position.
+    return LargeUserModel(
+        token_encoder,
+        build_user_encoder(config),
+        dim=config.dim,
+        similarity=config.similarity,
+        temperature=config.temperature,
+        tokens=config.tokens,
+    )
+
+
 def build_lum(
     config: ModelConfig,
     data: PreparedData,
@@ -157,22 +174,8 @@ def build_lum(
     tables: those that it reads, with all its features and perhaps others (see `data_tables`); None makes its own.
     """
     features = token_features(config, data.schema)
-    token_encoder = TokenEncoder(
-        tables if tables is not None else data_tables(data, sum(features.values(), [])),
-        item_features=features["item"],
-        condition_features=features["condition"],
-        dim=config.dim,
-    )
-    # A query at serving comes after at most max_events - 1 events: training has seen that position.
-    user_encoder = build_user_encoder(config)
-    model = LargeUserModel(
-        token_encoder,
-        user_encoder,
-        dim=config.dim,
-        similarity=config.similarity,
-        temperature=config.temperature,
-        tokens=config.tokens,
-    )
+    model = make_lum(config, data.schema, tables or data_tables(data, sum(features.values(), [])))
+    token_encoder = model.token_encoder
     builder = PackBuilder(
         data,
         features=token_encoder.features,

@@ -69,6 +69,11 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("prepare", check="lumrec.data.own_log.check"),
+        Stage(
+            "plan",
+            ("model", "pretrain", "query", "plan"),
+            options={"nodes": "plan.nodes", "gpus": "plan.gpus", "gpu": "plan.gpu", "json": "plan.json"},
+        ),
         Stage("pretrain", ("model", "pretrain"), headline=("loss", "hr", "ndcg", "events_per_s", "wall_s")),
         Stage(
             "query",

@@ -178,7 +178,7 @@ class _Fit:
         self.state.set_steps_per_epoch(len(self.loader))
         if self.run_folder.resumed:
             self.run_folder.rewind(self.state.step)
-        plans = {"plan.txt": plan_table(self.model), "plan.json": plan_json(self.model)}
+        plans = {"plan.txt": plan_table(self.model), "plan.json": plan_json(self.model.plan)}
         if rank() == 0:
             for name, plan in plans.items():
                 write_atomically(self.run_folder.path / name, plan)

@@ -25,8 +25,9 @@ from lumrec.modules.tokens import guard_key_order
 from lumrec.run import limits
 from lumrec.run.distributed import rank, world_size
 from lumrec.run.errors import UserError
+from lumrec.train.footprint import TRAINED_BYTES, dense_elements, encoders
 from lumrec.train.optimizers import TABLE_OPTIMIZERS, OptimizerConfig
-from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding
+from lumrec.train.plan import make_plan, quiet_torchrec, read_sharding, topology_here
 
 _SHARDED = "_lumrec_sharded"  # on an EmbeddingBagCollection that DMP has taken over
 
@@ -73,10 +74,12 @@ def shard(
             "that (docs/how-to/warm-start.md), or start the second from the first one's checkpoint"
         )
     chosen = read_sharding(sharding, model, world_size=world_size())
-    plan, sharders = make_plan(model, chosen, device=device, world_size=world_size())
-    encoders = _encoders(model) if fsdp else {}
-    if fsdp and not encoders:
+    sharded_encoders = encoders(model) if fsdp else {}
+    if fsdp and not sharded_encoders:
         raise UserError("fsdp=true shards transformer blocks, and this model has none: set fsdp=false")
+    dense = sum(dense_elements(model, shards=world_size() if fsdp else 1))
+    topology = topology_here(device, world_size=world_size(), dense_bytes=TRAINED_BYTES * dense)
+    plan, sharders, _ = make_plan(model, chosen, topology)
     optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     tables = [
         (config.name, weight)
@@ -92,7 +95,9 @@ def shard(
         if name not in chosen or chosen[name].sharding != "data_parallel":
             _apply_optimizer_in_backward(optimizer_class, [weight], {"lr": optimizer.lr_of(name), **arguments})
     given = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
-    of_encoders = [f"{path}.{name}" for path, encoder in encoders.items() for name, _ in encoder.named_parameters()]
+    of_encoders = [
+        f"{path}.{name}" for path, encoder in sharded_encoders.items() for name, _ in encoder.named_parameters()
+    ]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_torchrec():
         # TorchRec initialises every shard again. With one seed on all ranks, a table's shards would have equal rows.
         torch.manual_seed(torch.initial_seed() + 1 + rank())
@@ -106,7 +111,7 @@ def shard(
             data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=of_encoders),
         )
         _keep_weights(sharded, given)
-        for encoder in encoders.values():
+        for encoder in sharded_encoders.values():
             _fully_shard(encoder, device)
         sharded.init_data_parallel()
     _keep_row_wise_right(sharded, device)
@@ -122,15 +127,6 @@ def refuse_managed_collisions(model: nn.Module) -> None:
             "checkpoints: on other ranks, raw ids would map to other ids' rows. Use an EmbeddingBagCollection and rows "
             "by vocabulary (docs/how-to/warm-start.md)"
         )
-
-
-def _encoders(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` that hold a list of transformer blocks, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "blocks", None), nn.ModuleList)
-    }
 
 
 def _fully_shard(encoder: nn.Module, device: torch.device) -> None:

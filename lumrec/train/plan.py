@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.sharding_plan import column_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
@@ -31,6 +33,7 @@ from lumrec.run.errors import UserError, did_you_mean
 from lumrec.run.typed_yaml import overlaid, read
 from lumrec.train.optimizers import table_shardings
 
+TABLE_SHARE = 0.85  # of a GPU's memory, less what the dense parameters take: what tables may take, as in TorchRec
 SHARDING_TYPES = ("table_wise", "row_wise", "column_wise", "data_parallel")
 
 
@@ -144,24 +147,72 @@ def _nearest(name: str, names: Collection[str]) -> str:
     return did_you_mean(name, names, cutoff=0.5) or f" (there are {', '.join(names)})"
 
 
-def make_plan(
-    model: nn.Module, chosen: Mapping[str, TableSharding], *, device: torch.device, world_size: int
-) -> tuple[ShardingPlan, list[ModuleSharder[nn.Module]]]:
-    """TorchRec's plan that follows `chosen` (from `read_sharding`), and the sharders that carry it out.
+class Planned(NamedTuple):
+    """A sharding plan, the sharders that carry it out, and TorchRec's estimate of what the tables' lookups, exchange
+    and updates take of each rank in a step, in seconds [rank]."""
 
-    The planner places all other tables, by table_wise and, on CUDA, row_wise. Every rank computes the same plan, so an
-    error occurs on all of them and none is left waiting. Raises UserError for a table width that is no multiple of 4.
+    plan: ShardingPlan
+    sharders: list[ModuleSharder[nn.Module]]
+    rank_s: list[float]
+
+
+def topology_here(device: torch.device, *, world_size: int, dense_bytes: int) -> Topology:
+    """The topology of this job. dense_bytes: of each rank, those that its dense parameters take in training."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    memory = 0
+    if device.type == "cuda":
+        memory = int(TABLE_SHARE * torch.cuda.get_device_properties(device).total_memory) - dense_bytes
+    with quiet_torchrec():
+        return Topology(
+            world_size=world_size, local_world_size=local_world_size, compute_device=device.type, hbm_cap=memory
+        )
+
+
+def make_plan(
+    model: nn.Module,
+    chosen: Mapping[str, TableSharding],
+    topology: Topology,
+    *,
+    bags: int | None = None,
+    values_per_bag: Mapping[str, float] | None = None,
+) -> Planned:
+    """TorchRec's plan that follows `chosen` (from `read_sharding`).
+
+    The planner places all other tables, by table_wise and, on CUDA, row_wise. bags: of each feature, in a rank's step;
+    values_per_bag: by feature, 1 where it is not given. Every rank computes the same plan, so an error occurs on all of
+    them and none is left waiting. Raises UserError for a table width that is no multiple of 4, PlannerError where the
+    tables do not fit into the topology.
     """
+    world_size, local_world_size, device_type = (
+        topology.world_size,
+        topology.local_world_size,
+        topology.compute_device,
+    )
     allowed = {}
     for name, table in _tables(model).items():
-        splits = device.type == "cuda" and not _lacks_rows(table, world_size)
+        splits = device_type == "cuda" and not _lacks_rows(table, world_size)
         allowed[name] = [chosen[name].sharding] if name in chosen else ["table_wise", *(["row_wise"] if splits else [])]
     sharder = _Sharder([kind for kind in SHARDING_TYPES if any(kind in types for types in allowed.values())])
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    options: list[ShardingOption] = []
+
+    def take(best: list[ShardingOption]) -> list[ShardingOption]:
+        options.extend(best)
+        return best
+
     with quiet_torchrec():
-        topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device.type)
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=_constraints(model, allowed, world_size))
+        planner = EmbeddingShardingPlanner(
+            topology=topology,
+            batch_size=bags,
+            # The topology's memory is what tables may take. TorchRec would count dense parameters six times, unsharded.
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+            constraints=_constraints(model, allowed, world_size, values_per_bag or {}),
+            callbacks=[take],
+        )
         plan = planner.plan(model, [sharder])  # type: ignore[list-item]
+    rank_s = [0.0] * world_size
+    for option in options:
+        for shard in option.shards:
+            rank_s[shard.rank or 0] += shard.perf.total / 1000 if shard.perf else 0.0
     modules = dict(model.named_modules())
     # The plan lists a collection that two modules share under both paths; DMP shards it under the first.
     plan.plan = {path: shardings for path, shardings in plan.plan.items() if path in modules}
@@ -175,9 +226,9 @@ def make_plan(
                 place = table_wise(rank=table.ranks[0], compute_kernel="fused")
             else:
                 place = column_wise(ranks=list(table.ranks), compute_kernel="fused")
-            placed = place(parameters[name], local_world_size, world_size, device.type, sharder)
+            placed = place(parameters[name], local_world_size, world_size, device_type, sharder)
             shardings[name] = placed  # type: ignore[index]
-    return plan, [sharder]  # type: ignore[list-item]
+    return Planned(plan, [sharder], rank_s)  # type: ignore[list-item]
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
@@ -203,7 +254,7 @@ def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
 
 
 def _constraints(
-    model: nn.Module, allowed: Mapping[str, list[str]], world_size: int
+    model: nn.Module, allowed: Mapping[str, list[str]], world_size: int, values_per_bag: Mapping[str, float]
 ) -> dict[str, ParameterConstraints]:
     """What the planner may choose for each table: only fused kernels, or it silently drops the fused optimizer."""
     constraints = {}
@@ -219,6 +270,7 @@ def _constraints(
             sharding_types=types,
             compute_kernels=["dense" if types == ["data_parallel"] else "fused"],
             min_partition=part if "column_wise" in types and width % part == 0 else None,
+            pooling_factors=[values_per_bag.get(feature, 1.0) for feature in table.feature_names],
         )
     return constraints
 
@@ -250,11 +302,11 @@ def plan_table(model: DistributedModelParallel) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plan_json(model: DistributedModelParallel) -> str:
+def plan_json(plan: ShardingPlan) -> str:
     """The sharding plan as a plan file that `read_sharding` reads back."""
-    plan = {
+    content = {
         table: {"sharding": sharding.sharding_type, "ranks": list(sharding.ranks or [])}
-        for tables in model.plan.plan.values()
+        for tables in plan.plan.values()
         for table, sharding in tables.items()  # type: ignore[attr-defined]
     }
-    return json.dumps(plan, indent=2) + "\n"
+    return json.dumps(content, indent=2) + "\n"

@@ -51,7 +51,7 @@ def test_help_teaches(stage, capsys):
     assert stop.value.code == 0
     assert f"torchx run apps/{stage}.py" in out
     assert ("--config" in out) == (stage != "reproduce")
-    assert ("-j" in out) == (stage in STAGES)
+    assert ("-j " in out) == (stage in STAGES)
 
 
 def test_a_user_to_inspect_is_an_option(capsys):

@@ -77,14 +77,14 @@ def test_a_plan_comes_back_from_the_sharded_model(tmp_path):
     init_distributed("cpu")
     (tmp_path / "plan.json").write_text('{"t1": "data_parallel"}')
     model = shard(TinyModel(), device="cpu", sharding=str(tmp_path / "plan.json"))
-    saved = json.loads(plan_json(model))
+    saved = json.loads(plan_json(model.plan))
     assert saved == {
         "t0": {"sharding": "table_wise", "ranks": [0]},
         "t1": {"sharding": "data_parallel", "ranks": [0]},
     }
     (tmp_path / "plan.json").write_text(json.dumps(saved))
     again = shard(TinyModel(), device="cpu", sharding=str(tmp_path / "plan.json"))
-    assert json.loads(plan_json(again)) == saved
+    assert json.loads(plan_json(again.plan)) == saved
 
 
 def test_fsdp_without_transformer_blocks_is_refused():

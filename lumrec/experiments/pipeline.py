@@ -33,9 +33,9 @@ from lumrec.run.changes import config_differences
 from lumrec.run.config_file import as_text
 from lumrec.run.errors import UserError
 from lumrec.run.files import read_json, write_atomically
-from lumrec.run.folder import RunFolder, check_made_by, clear, has_work
+from lumrec.run.folder import RunFolder, check_made_by, clear, has_work, names_in
 from lumrec.run.printable import say
-from lumrec.run.typed_yaml import to_yaml
+from lumrec.run.typed_yaml import read, to_yaml
 from lumrec.stages.query import SERVED
 from lumrec.stages.registry import STAGES
 from lumrec.warm_start.config import WarmStartConfig
@@ -77,6 +77,7 @@ def make(
 
     The times include those of stages that earlier calls ran. only: names of the stages to run now. Raises like `run`.
     """
+    _check_place(Path(config.runs_dir) / config.run)
     check_stages(config, stages)
     left = pending(stages, overwrite=config.overwrite)
     reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
@@ -104,7 +105,7 @@ def make(
     config = dataclasses.replace(config, overwrite=False)
     folder = config_file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    config_file.write_text(to_yaml(config), encoding="utf-8")
+    write_atomically(config_file, to_yaml(config))
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parallel = config.pipeline.jobs or cores
@@ -124,6 +125,17 @@ def make(
             jobs.append(Job(stage.name, words, needs, exclusive=stage.exclusive, then=then))
     seconds = run_jobs(jobs, parallel=parallel, cores=cores, logs=folder / "logs", say=say)
     return len(jobs), *add_up(folder, stages, seconds, time.monotonic() - start)
+
+
+def _check_place(folder: Path) -> None:
+    """Raises UserError for a folder that holds something else than the runs of a pipeline."""
+    files = sorted(name for name in names_in(folder) if not name.startswith(".") and not (folder / name).is_dir())
+    settings = read(folder / "config.yaml") if "config.yaml" in files else None
+    if files and not (isinstance(settings, Mapping) and "pipeline" in settings):
+        raise UserError(
+            f"{folder} was not made by a pipeline (it holds {', '.join(files[:3])}), and is never written over: choose "
+            "another run=<name>, or remove it yourself"
+        )
 
 
 def check_stages(config: Config, stages: Sequence[PlannedStage]) -> None:

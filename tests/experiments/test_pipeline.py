@@ -196,6 +196,19 @@ def test_what_other_stages_or_strangers_made_is_not_removed(config):
         assert (stages[name].path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("files", ["manifest.json", "thesis.txt", "config.yaml versions.json result.json"])
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_folder_of_something_else_is_not_written_over(config, tmp_path, files, overwrite):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for name in files.split():
+        (folder / name).write_text("run: mine\n")
+    config = with_overrides(config, [f"overwrite={overwrite}"], origin="test")
+    with pytest.raises(UserError, match=f"all was not made by a pipeline .it holds {files.split()[0]}"):
+        make(config, plan(config), "")
+    assert {file.name: file.read_text() for file in folder.iterdir()} == dict.fromkeys(files.split(), "run: mine\n")
+
+
 def test_published_answers_and_prepared_data_stay_until_they_are_replaced(config, tiny_prepared):
     stages = {stage.app: stage for stage in plan(config)}
     shutil.copytree(tiny_prepared.path, stages["prepare"].path)

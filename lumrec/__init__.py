@@ -19,41 +19,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lumrec.data.prepared import PreparedData
-    from lumrec.experiments.config import Config
-    from lumrec.experiments.config import load as load_config
-    from lumrec.experiments.steps import build_knowledge, fit_lum, fit_ranker, prepare_data
-    from lumrec.knowledge.store import Knowledge, KnowledgeStore
-    from lumrec.models.lum import load_lum
-    from lumrec.models.ranker import load_ranker
-    from lumrec.query.group_query import GroupQuery
-    from lumrec.run.errors import MissingFileError, UserError
-    from lumrec.serving.requests import Event, ScoreRequest
-    from lumrec.serving.scorer import Scorer
-    from lumrec.serving.state import UserState
+if TYPE_CHECKING:  # `X as X` exports a name, for type checkers
+    from lumrec.data.prepared import PreparedData as PreparedData
+    from lumrec.experiments.config import Config as Config
+    from lumrec.experiments.config import load_config as load_config
+    from lumrec.experiments.steps import build_knowledge as build_knowledge
+    from lumrec.experiments.steps import fit_lum as fit_lum
+    from lumrec.experiments.steps import fit_ranker as fit_ranker
+    from lumrec.experiments.steps import prepare_data as prepare_data
+    from lumrec.knowledge.store import Knowledge as Knowledge
+    from lumrec.knowledge.store import KnowledgeStore as KnowledgeStore
+    from lumrec.models.lum import load_lum as load_lum
+    from lumrec.models.ranker import load_ranker as load_ranker
+    from lumrec.query.group_query import GroupQuery as GroupQuery
+    from lumrec.run.errors import MissingFileError as MissingFileError
+    from lumrec.run.errors import UserError as UserError
+    from lumrec.serving.requests import Event as Event
+    from lumrec.serving.requests import ScoreRequest as ScoreRequest
+    from lumrec.serving.scorer import Scorer as Scorer
+    from lumrec.serving.state import UserState as UserState
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "Event",
-    "GroupQuery",
-    "Knowledge",
-    "KnowledgeStore",
-    "MissingFileError",
-    "PreparedData",
-    "ScoreRequest",
-    "Scorer",
-    "UserError",
-    "UserState",
-    "build_knowledge",
-    "fit_lum",
-    "fit_ranker",
-    "load_config",
-    "load_lum",
-    "load_ranker",
-    "prepare_data",
-]
 _MODULES = {
     "Config": "lumrec.experiments.config",
     "Event": "lumrec.serving.requests",
@@ -74,6 +60,7 @@ _MODULES = {
     "load_ranker": "lumrec.models.ranker",
     "prepare_data": "lumrec.experiments.steps",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -85,4 +72,4 @@ def __getattr__(name: str) -> Any:
         if (error.name or "lumrec").startswith("lumrec"):
             raise
         raise ImportError(f"lumrec.{name} needs {error.name}: pip install 'lumrec[stages]', or make setup") from error
-    return getattr(module, "load" if name == "load_config" else name)
+    return getattr(module, name)

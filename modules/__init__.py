@@ -16,35 +16,21 @@ if __name__ != "lumrec.modules":
         "`from lumrec.modules import ...` (a second copy of each class would exist otherwise)"
     )
 
-if TYPE_CHECKING:
-    from lumrec.modules.knowledge import KnowledgeFusion
-    from lumrec.modules.large_user_model import LargeUserModel, Pack
-    from lumrec.modules.losses import info_nce
-    from lumrec.modules.rankers.dien import Dien
-    from lumrec.modules.rankers.din import Din
-    from lumrec.modules.rankers.dlrm import Dlrm
-    from lumrec.modules.rankers.sim import Sim
-    from lumrec.modules.rankers.twin import Twin
-    from lumrec.modules.retrievers.edb import TwoTower
-    from lumrec.modules.tokens import TokenEncoder
-    from lumrec.modules.torchrec_models import KnowledgeModel
-    from lumrec.modules.user_encoder import UserEncoder
+if TYPE_CHECKING:  # `X as X` exports a name, for type checkers
+    from lumrec.modules.knowledge import KnowledgeFusion as KnowledgeFusion
+    from lumrec.modules.large_user_model import LargeUserModel as LargeUserModel
+    from lumrec.modules.large_user_model import Pack as Pack
+    from lumrec.modules.losses import info_nce as info_nce
+    from lumrec.modules.rankers.dien import Dien as Dien
+    from lumrec.modules.rankers.din import Din as Din
+    from lumrec.modules.rankers.dlrm import Dlrm as Dlrm
+    from lumrec.modules.rankers.sim import Sim as Sim
+    from lumrec.modules.rankers.twin import Twin as Twin
+    from lumrec.modules.retrievers.edb import TwoTower as TwoTower
+    from lumrec.modules.tokens import TokenEncoder as TokenEncoder
+    from lumrec.modules.torchrec_models import KnowledgeModel as KnowledgeModel
+    from lumrec.modules.user_encoder import UserEncoder as UserEncoder
 
-__all__ = [
-    "Dien",
-    "Din",
-    "Dlrm",
-    "KnowledgeFusion",
-    "KnowledgeModel",
-    "LargeUserModel",
-    "Pack",
-    "Sim",
-    "TokenEncoder",
-    "Twin",
-    "TwoTower",
-    "UserEncoder",
-    "info_nce",
-]
 _FILES = {
     "Dien": "rankers.dien",
     "Din": "rankers.din",
@@ -60,6 +46,7 @@ _FILES = {
     "UserEncoder": "user_encoder",
     "info_nce": "losses",
 }
+__all__ = list(_FILES)
 
 
 def __getattr__(name: str) -> Any:

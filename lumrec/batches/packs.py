@@ -16,6 +16,7 @@ from lumrec.batches.negatives import NegativeSampler, NegativesConfig
 from lumrec.batches.windows import Windows, deal, training_windows, window_cost
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
 from lumrec.modules.large_user_model import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
@@ -48,8 +49,6 @@ class PackBuilder:
         data: PreparedData,
         *,
         features: Sequence[str],
-        item_features: Sequence[str],
-        feedback_features: Sequence[str],
         condition_features: Sequence[str],
         tokens: str = "interleaved",
     ) -> None:
@@ -57,8 +56,8 @@ class PackBuilder:
         self.tokens_per_event = TOKENS_PER_EVENT[tokens]
         self.time_E = torch.from_numpy(data.timestamp)
         self.features = list(features)
-        self.item_features = list(item_features)
-        self.feedback_features = list(feedback_features)
+        self.item_features = features_by_role(data.schema, "item")
+        self.feedback_features = features_by_role(data.schema, "feedback")
         self.condition_features = list(condition_features)
         self.item_E = torch.from_numpy(data.item)
 

@@ -69,3 +69,6 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if config.name:
         return config
     return dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")
+
+
+load_config = load  # its name in the public API

@@ -102,10 +102,6 @@ def compare_means(
 def compare_user_means(
     a: Sequence[Mapping[str, np.ndarray]],
     b: Sequence[Mapping[str, np.ndarray]],
-    *,
-    num_resamples: int = 500,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
     """Like `compare_means`, for metrics that are means of one value per user: for each seed, name → value_U.
 
@@ -114,11 +110,11 @@ def compare_user_means(
     Interval(value=0.25, low=0.0, high=0.75)
     """
     users = _Users(np.array([list(values.values()) for values in (*a, *b)], dtype=np.float64))
-    return _compare(users, list(a[0]), num_resamples=num_resamples, level=level, seed=seed)
+    return _compare(users, list(a[0]))
 
 
 def _compare(
-    rows: "_Rows | _Users", names: Sequence[str], *, num_resamples: int, level: float, seed: int
+    rows: "_Rows | _Users", names: Sequence[str], *, num_resamples: int = 500, level: float = 0.95, seed: int = 0
 ) -> tuple[dict[str, Comparison], dict[str, list[float]]]:
     """`compare_means` of score vectors; the first half belongs to a, the second to b."""
     num = len(rows.scores) // 2

@@ -179,8 +179,6 @@ def build_lum(
     builder = PackBuilder(
         data,
         features=token_encoder.features,
-        item_features=features_by_role(data.schema, "item"),
-        feedback_features=features_by_role(data.schema, "feedback"),
         condition_features=features["condition"],
         tokens=config.tokens,
     )

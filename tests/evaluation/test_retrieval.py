@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from lumrec.batches.packs import PackBuilder
-from lumrec.data.prepared import PreparedData
 from lumrec.evaluation.retrieval import (
     RetrievalConfig,
     evaluate_retrieval,
@@ -153,17 +151,6 @@ def test_the_oracle_stands_beside_the_honest_figures(lum):
     assert both["oracle/ndcg@30"] != both["ndcg@30"]
 
 
-def of_data(builder: PackBuilder, data: PreparedData) -> PackBuilder:
-    """A builder of the same packs from other data."""
-    return PackBuilder(
-        data,
-        features=builder.features,
-        item_features=builder.item_features,
-        feedback_features=builder.feedback_features,
-        condition_features=builder.condition_features,
-    )
-
-
 def test_the_oracle_asks_with_the_conditions_of_the_target(lum):
     """Where every event has one condition, asking with the true one is asking with that one."""
     model, builder = lum
@@ -174,7 +161,7 @@ def test_the_oracle_asks_with_the_conditions_of_the_target(lum):
         data.event_columns[name] = data.event_columns[name]._replace(values=torch.full((data.num_events,), row))
     no_query = torch.zeros(data.num_events + 1, dtype=torch.int64)
     data.event_columns["query"] = data.event_columns["query"]._replace(values=NOBODY, offsets=no_query)
-    same = of_data(builder, data)
+    same = builder.of_other_events(data)
     config = RetrievalConfig(condition={"feedback": "like", "scenario": "home"}, ks=[20], oracle=True)
     got = evaluate_retrieval(model, same, part="valid", config=config, max_events=MODEL.max_events)
     assert got["oracle/hr@20"] == got["hr@20"] and got["oracle/ndcg@20"] == pytest.approx(got["ndcg@20"])
@@ -186,7 +173,7 @@ def test_a_user_without_history_is_asked_from_the_condition_alone(lum):
     data = copy.copy(builder.data)
     data.split = np.full(data.num_events, 0, np.int8)
     data.split[data.user_offsets[:-1]] = 2
-    alone = of_data(builder, data)
+    alone = builder.of_other_events(data)
     got = evaluate_retrieval(
         model, alone, part="test", config=RetrievalConfig(ks=[data.num_items]), max_events=MODEL.max_events
     )

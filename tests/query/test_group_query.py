@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumrec.batches.packs import PackBuilder, Queries
+from lumrec.batches.packs import Queries
 from lumrec.batches.windows import Windows, behind
 from lumrec.data.columns import Column
 from lumrec.knowledge.log_normalizer import log_normalizer
@@ -43,13 +43,7 @@ def with_events(lum, **changed) -> tuple:
             data.item = values
         else:
             data.event_columns[name] = Column(torch.from_numpy(values))
-    return model, PackBuilder(
-        data,
-        features=builder.features,
-        item_features=builder.item_features,
-        feedback_features=builder.feedback_features,
-        condition_features=builder.condition_features,
-    )
+    return model, builder.of_other_events(data)
 
 
 def long_and_short_users(data, count=6) -> torch.Tensor:

@@ -74,10 +74,11 @@ def files_with(folder: Path, forgotten: Collection[str]) -> list[str]:
     """Files of prepared data that hold a forgotten user, "users.parquet (2 users)" each. Raises as `read_manifest`."""
     manifest = read_manifest(folder, verify=False)
     left = set(forgotten) - set(manifest.get("forgotten", []))
+    key = manifest["request"].get("data", {}).get("log", {}).get("user")  # may be a feature of any role
     tables = {
         feature.get("table") or name
         for name, feature in manifest["schema"]["features"].items()
-        if feature["role"] == "user"
+        if feature["role"] == "user" or feature.get("column") == key
     }
     columns = {"users.parquet": "user_key"} | {
         name: "key" for name in manifest["files"] if name in {f"vocabulary/{table}.parquet" for table in tables}

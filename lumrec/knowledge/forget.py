@@ -17,23 +17,29 @@ with what to do, and ends with exit code 2 until none is left. With --prepare it
 again, from the log that their config names; models and results of these data must then be made again too. If the
 command is killed, run it again to complete it.
 
-Files other than Parquet are searched for the keys of this call that have at least 8 bytes: shorter ones, such as 42,
-occur in any file. Not searched: weights of a LUM that was trained on the users, and anything outside the folder.
+It searches for the keys of this call: in Parquet files for values, in others (.gz among them) for bytes. Keys of less
+than 8 bytes, such as 42, occur anywhere: of these it finds values of Parquet columns named after users. Not searched:
+weights of a LUM that was trained on the users, and anything outside the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import html
+import json
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import markupsafe
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -42,6 +48,7 @@ import torch
 
 from lumrec.data.common import Common
 from lumrec.data.forgotten import FORGOTTEN, files_with, read_forgotten
+from lumrec.data.forms import text_of
 from lumrec.data.prepare import prepare
 from lumrec.knowledge.digests import key_digests
 from lumrec.knowledge.live_users import STATE, forget_in_folder, forget_in_redis
@@ -269,15 +276,14 @@ def _still_named(
                 named += _in_users_file(path, forgotten)
             except (UserError, OSError, pa.ArrowException) as error:
                 named.append(f"it is unknown whether {path} contains them: {error}")
-    keys = [key for key in user_keys if len(key.encode()) >= SEARCHABLE_BYTES]
-    for path in _folders(runs_dir, []) if keys else []:
+    for path in _folders(runs_dir, []) if user_keys else []:
         ours = (path / "users.parquet").exists()
         for file in sorted(path.iterdir()):
             if not file.is_file() or file.suffix in NOT_SEARCHED or (ours and file.suffix == ".parquet"):
                 continue
             try:
-                count = (_in_parquet if file.suffix == ".parquet" else _in_bytes)(file, keys)
-            except (OSError, pl.exceptions.PolarsError) as error:
+                count = (_in_parquet if file.suffix == ".parquet" else _in_bytes)(file, user_keys)
+            except (OSError, EOFError, zlib.error, pl.exceptions.PolarsError) as error:
                 named.append(f"it is unknown whether {file} contains them: {error}")
                 continue
             if count:
@@ -304,24 +310,47 @@ def _in_users_file(path: Path, forgotten: Collection[str]) -> list[str]:
 
 
 def _in_parquet(file: Path, keys: Sequence[str]) -> int:
-    """Number of these keys that are values of a text column of a Parquet file."""
-    frame = pl.scan_parquet(file)
-    texts = [name for name, kind in frame.collect_schema().items() if kind in (pl.String, pl.Categorical)]
-    values = pl.concat([frame.select(pl.col(name).cast(pl.String).alias("text")) for name in texts]) if texts else None
-    if values is None:
-        return 0
-    return values.filter(pl.col("text").is_in(keys)).unique().select(pl.len()).collect(engine="streaming").item()
+    """Number of these keys that are values of a Parquet file; short ones only in columns named after users."""
+    frame, found = pl.scan_parquet(file), set()
+    for name, kind in frame.collect_schema().items():
+        wanted = keys if "user" in name.lower() else _searchable(keys)
+        forms = {key: key for key in wanted} | {key.encode().hex(): key for key in wanted}
+        for text in _texts(pl.col(name), kind):
+            same = frame.select(text=text).filter(pl.col("text").is_in(list(forms))).unique()
+            found |= {forms[form] for form in same.collect(engine="streaming")["text"]}
+    return len(found)
+
+
+def _texts(value: pl.Expr, kind: pl.DataType) -> Iterator[pl.Expr]:
+    """The texts of a column: of numbers too, of bytes in hexadecimal, and of what lists and structs hold."""
+    if isinstance(kind, (pl.List, pl.Array)):
+        yield from _texts(value.explode(), cast(pl.DataType, kind.inner))
+    elif isinstance(kind, pl.Struct):
+        for field in kind.fields:
+            yield from _texts(value.struct.field(field.name), cast(pl.DataType, field.dtype))
+    elif kind.is_numeric() or kind in (pl.String, pl.Categorical, pl.Enum):
+        yield text_of(value, kind)
+    elif kind == pl.Binary:
+        yield value.bin.encode("hex")
+
+
+def _searchable(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if len(key.encode()) >= SEARCHABLE_BYTES]
 
 
 def _in_bytes(file: Path, keys: Sequence[str]) -> int:
-    """Number of these keys that occur in a file of any kind."""
-    words = [key.encode() for key in keys]
-    found: set[bytes] = set()
-    longest = max(map(len, words))
-    with open(file, "rb") as opened:
+    """Number of these keys that occur in a file of any kind, as they are or as JSON and HTML spell them."""
+    words = {
+        text.encode(): key
+        for key in _searchable(keys)
+        for text in (key, json.dumps(key)[1:-1], html.escape(key), str(markupsafe.escape(key)))
+    }
+    found: set[str] = set()
+    longest = max(map(len, words), default=0)
+    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as opened:
         tail = b""
-        while block := opened.read(BLOCK):
-            found |= {word for word in words if word in tail + block}
+        while words and (block := opened.read(BLOCK)):
+            found |= {key for word, key in words.items() if word in tail + block}
             tail = block[-longest:]
     return len(found)
 

@@ -1,10 +1,13 @@
 """A forgotten user is in no byte of the store, and no later build or refresh asks about them again."""
 
+import gzip
+import html
 import json
 import re
 import shutil
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import polars as pl
 import pytest
@@ -158,6 +161,16 @@ def test_a_forgotten_user_is_in_no_file_under_the_runs_folder(tmp_path, capsys):
     forgetting.main([str(runs), key])
 
 
+def test_a_short_key_is_found_in_the_vocabulary_of_a_feature_of_any_role(tmp_path):
+    rows = "".join(f"{user},{item},{1_700_000_000 + item},{item % 2}\n" for user in ("7", "42") for item in range(20))
+    (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp,clicked\n{rows}")
+    words = ["data.source=log", "data.label.column=clicked", f"data.log.events={tmp_path / 'log.csv'}", "run=own"]
+    words += ["schema.features={item_id: {role: item}, who: {role: context, column: user_id}}"]
+    STAGES["prepare"].run(load(None, [*words, f"runs_dir={tmp_path / 'runs'}"]))
+    with pytest.raises(Incomplete, match=r"own: users.parquet \(1\), vocabulary/who.parquet \(1\): prepare it again"):
+        forget(tmp_path / "runs", ["42"])
+
+
 def read_all(file: Path) -> object:
     """The bytes of a file, and what a Parquet file holds behind its compression."""
     return (file.read_bytes(), pl.read_parquet(file).rows()) if file.suffix == ".parquet" else file.read_bytes()
@@ -171,6 +184,32 @@ def test_texts_of_other_files_are_searched(tmp_path):
     (runs / "deep" / "loop").symlink_to(runs)
     with pytest.raises(Incomplete, match=r"deep/config.yaml \(1 of the keys\).*deep/log.parquet \(1 of the keys\)"):
         forget(runs, [key, "42"])
+
+
+@pytest.mark.parametrize("key", ["Ünal & Söhne <12345>", "4711", "12345678901"])
+def test_keys_are_found_however_a_file_spells_them(tmp_path, key):
+    """What score writes has the ids of its input; pages and JSON escape; a list, a struct and bytes hide."""
+    frames = {
+        "lists": {"seen_by_users": [[], [key, "x"]]},
+        "structs": {"user": [{"a": ["x"]}, {"a": [key]}]},
+        "bytes": {"user_id": [b"\xff", key.encode()]},
+        "kinds": {"user_id": pl.Series([key, "x"], dtype=pl.Categorical)},
+    }
+    if key.isdigit():
+        frames |= {"numbers": {"user_id": [int(key), 5]}, "floats": {"user_id": [float(key), None]}}
+    for name, frame in frames.items():
+        pl.DataFrame(frame).write_parquet(tmp_path / f"{name}.parquet")
+    pl.DataFrame({"scene": ["4711"], "price": [4711]}).write_parquet(tmp_path / "no-user.parquet")
+    texts = {"a.json": json.dumps({"user": key}), "page.html": html.escape(key), "jinja.html": markupsafe.escape(key)}
+    if len(key) >= 8:
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text)
+        (tmp_path / "log.csv.gz").write_bytes(gzip.compress(f"user\n{key}\n".encode()))
+    with pytest.raises(Incomplete) as left:
+        forget(tmp_path, [key])
+    found = set(re.findall(r"(\S+) \(1 of the keys\)", str(left.value)))
+    names = {file.name for file in tmp_path.iterdir()} - {"forgotten.txt", ".lock", "no-user.parquet"}
+    assert {Path(file).name for file in found} == names
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]"])

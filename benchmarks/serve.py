@@ -21,53 +21,25 @@ so many million parameters reads the user's events at request time, and all cand
 
 import argparse
 import asyncio
-import json
 import random
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from _load import Outcome, made_to_serve, memory_mib, message, offer, serving
 from _measure import parser_of, print_machine
 
-from lumrec.experiments.config import load
 from lumrec.models.ranker import open_ranker_run, plain_ranker
 from lumrec.modules.layout import make_layout
 from lumrec.modules.user_encoder import UserEncoder
 from lumrec.serving.requests import Event, ScoreRequest
 from lumrec.serving.scorer import Scorer
 from lumrec.serving.state import UserState
-from lumrec.stages.registry import STAGES
 
-START_S, DRAIN_S = 120.0, 5.0
 ENCODERS = {1: (128, 5), 10: (256, 13), 100: (768, 14)}  # million parameters: width, layers
-SERVE = "from lumrec.launch.main import run_command; run_command('serve')"
-
-
-@dataclass
-class Outcome:
-    """latency_s: of each answered request, from when it was due. refused: by status. failed: without an answer."""
-
-    latency_s: list[float] = field(default_factory=list)
-    refused: int = 0
-    failed: int = 0
-
-    def line(self, seconds: float) -> str:
-        """Percentiles in ms, answers per second, and what had none."""
-        if not self.latency_s:
-            return f"no answer; {self.refused} refused, {self.failed} failed"
-        p50, p95, p99 = np.quantile(np.array(self.latency_s) * 1000, [0.5, 0.95, 0.99])
-        rate = len(self.latency_s) / seconds
-        return (
-            f"p50 {p50:8.1f}  p95 {p95:8.1f}  p99 {p99:8.1f} ms  {rate:7.1f} answers/s  "
-            f"{self.refused} refused, {self.failed} failed"
-        )
 
 
 def main() -> None:
@@ -95,7 +67,9 @@ def main() -> None:
 
 def measure(model: str, runs: Path, args: argparse.Namespace) -> None:
     """Prints the table of one model."""
-    words = made(model, runs, args)
+    words = made_to_serve(
+        runs, model=model, max_history=max(args.events), lum_dim=args.lum_dim, knowledge=args.knowledge
+    )
     bundle, state, store = (runs / f"bench-{name}" for name in ("rank-bundle", "rank-user_state", "query"))
     scorer = Scorer.open(bundle, store=store if args.knowledge else None, state=state)
     items, _ = scorer.bundle.titles()
@@ -103,37 +77,28 @@ def measure(model: str, runs: Path, args: argparse.Namespace) -> None:
     knowledge = " with knowledge" if args.knowledge else ""
     print(f"\n{model}{knowledge}: {args.candidates} candidates, {args.workers} worker(s)")
     baselines(runs, scorer, asked, args)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words += [f"serve.port={port}", f"serve.workers={args.workers}", "serve.page=false"]
-    with (runs / "serve.log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-c", SERVE, *words], stdout=log, stderr=log)
-        try:
-            wait_until_ready(server, port, runs / "serve.log")
-            for num_events, request in asked.items():
-                body = {"user": request.user, "items": list(request.items)}
-                for rate in args.rates:
-                    outcome = asyncio.run(offered(port, json.dumps(body).encode(), rate, args.seconds))
-                    print(f"  {num_events:5,} events  {rate:6g} requests/s  {outcome.line(args.seconds)}", flush=True)
-            print(f"  memory of the server: {memory_mib(server.pid):,.0f} MiB")
-        finally:
-            server.terminate()
-            server.wait(60)
+    words += [f"serve.workers={args.workers}", "serve.page=false"]
+    with serving(words, runs / "serve.log") as (server, port):
+        for num_events, request in asked.items():
+            sent = message("/v1/score", {"user": request.user, "items": list(request.items)})
+            for rate in args.rates:
+                outcomes: list[Outcome] = []
+                end = time.perf_counter() + args.seconds
+                goes_on = lambda: time.perf_counter() < end  # noqa: B023, E731
+                asyncio.run(offer(port, lambda: sent, rate, goes_on, outcomes.append))  # noqa: B023
+                print(f"  {num_events:5,} events  {rate:6g} requests/s  {line(outcomes, args.seconds)}", flush=True)
+        print(f"  memory of the server: {memory_mib(server.pid):,.0f} MiB")
 
 
-def made(model: str, runs: Path, args: argparse.Namespace) -> list[str]:
-    """The words of a config whose ranker was trained, exported, and given a state."""
-    words = [
-        *("name=bench", f"runs_dir={runs}", "data.source=simulator", "data.simulator.num_users=200"),
-        *("data.simulator.num_items=2000", "data.simulator.events_per_user=30", f"rank.model={model}"),
-        *(f"rank.max_history={max(args.events)}", "rank.batch_size=32", "rank.train.max_steps=4"),
-        *(f"model.dim={args.lum_dim}", "model.num_layers=1", "model.max_events=32", "pretrain.train.max_steps=4"),
-        *("pretrain.packing.events_per_pack=1024", f"rank.knowledge={'both' if args.knowledge else 'none'}"),
-    ]
-    for stage in [*(["pretrain", "query"] if args.knowledge else []), "rank", "export", "user_state"]:
-        STAGES[stage].run(load(None, words))
-    return words
+def line(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """Percentiles in ms, answers per second, and what had none."""
+    latency_ms = [1000 * each.seconds for each in outcomes if each.status == 200]
+    failed = sum(each.status == 0 for each in outcomes)
+    missed = f"{len(outcomes) - len(latency_ms) - failed} refused, {failed} failed"
+    if not latency_ms:
+        return f"no answer; {missed}"
+    p50, p95, p99 = np.quantile(latency_ms, [0.5, 0.95, 0.99])
+    return f"p50 {p50:8.1f}  p95 {p95:8.1f}  p99 {p99:8.1f} ms  {len(latency_ms) / seconds:7.1f} answers/s  {missed}"
 
 
 @torch.no_grad()
@@ -201,75 +166,6 @@ def milliseconds(step: Callable[[], None], repeats: int) -> str:
         if repeat >= 2:  # the first two warm up
             times.append(1000 * (time.perf_counter() - start))
     return f"{np.median(times):.1f} [{min(times):.1f} … {max(times):.1f}]"
-
-
-def wait_until_ready(server: subprocess.Popen, port: int, log: Path) -> None:
-    """Raises RuntimeError, with the end of the server's log, where it does not come up."""
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as ready:
-                ready.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                if b" 200 " in ready.recv(64):
-                    return
-        except OSError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"the server did not come up: {log.read_text()[-2000:]}")
-
-
-async def offered(port: int, body: bytes, rate: float, seconds: float) -> Outcome:
-    """Sends requests at random times, `rate` per second on average, and waits for their answers."""
-    draw, outcome = random.Random(1), Outcome()
-    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    head = (
-        f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
-    message = head.encode() + b"\r\n\r\n" + body
-
-    async def one(due: float) -> None:
-        try:
-            reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
-            writer.write(message)
-            status, closes = await read_answer(reader)
-        except (OSError, ValueError, asyncio.IncompleteReadError):
-            outcome.failed += 1
-            return
-        if status == 200:
-            outcome.latency_s.append(time.perf_counter() - due)
-        else:
-            outcome.refused += 1
-        if closes:
-            writer.close()
-        else:
-            free.append((reader, writer))
-
-    due, end, tasks = time.perf_counter(), time.perf_counter() + seconds, []
-    while due < end:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(due)))
-        due += draw.expovariate(rate)
-    _, late = await asyncio.wait(tasks, timeout=DRAIN_S)
-    outcome.failed += len(late)
-    for task in late:
-        task.cancel()
-    return outcome
-
-
-async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Status, and whether the connection is closed after it."""
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-    headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
-    await reader.readexactly(int(headers.get("content-length", 0)))
-    return int(lines[0].split()[1]), headers.get("connection") == "close"
-
-
-def memory_mib(pid: int) -> float:
-    """Of a process and its children, pages that they share counted once (Linux)."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    own = next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) / 1024
-    return own + sum(memory_mib(int(child)) for child in children)
 
 
 if __name__ == "__main__":

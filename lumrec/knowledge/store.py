@@ -56,7 +56,7 @@ from lumrec.run.shared_lmdb import read_only
 
 logger = logging.getLogger(__name__)
 Reader = TypeVar("Reader")
-TIMEOUT_S, DOWN_S = 0.05, 1.0
+TIMEOUT_S = 0.05
 
 
 class RowKnowledge(NamedTuple):
@@ -273,7 +273,6 @@ class KnowledgeStore:
         if ITEMS_FILE in manifest.get("files", {}):
             self._items = _item_keys_file(folder), *_mapped_items(folder, manifest)
         self._reopen: tuple[Callable[..., KnowledgeStore], tuple] = _reopen, (type(self), folder, manifest)
-        self._down_until, self._down_because = 0.0, ""
 
     def __reduce__(self) -> tuple:
         if self.absent_because:
@@ -331,17 +330,10 @@ class KnowledgeStore:
         return self._knowledge([value or self._nobody for value in values or [self._nobody] * len(user_keys)])
 
     def get_or_absent(self, user_keys: Sequence[str]) -> tuple[UserKnowledge, str]:
-        """What `get` gives and ""; where the store does not answer or is damaged, everybody absent, and why.
-
-        A store that did not answer is not asked again for a second, so that it slows down one look-up a second.
-        """
-        if time.monotonic() < self._down_until:
-            return self._knowledge([self._nobody] * len(user_keys)), self._down_because
+        """What `get` gives and ""; where the store does not answer or is damaged, everybody absent, and why."""
         try:
             return self.get(user_keys), self.absent_because
         except (OSError, lmdb.Error, UserError) as error:
-            if not isinstance(error, UserError):
-                self._down_until, self._down_because = time.monotonic() + DOWN_S, str(error)
             return self._knowledge([self._nobody] * len(user_keys)), str(error)
 
     def _knowledge(self, values: Sequence[bytes]) -> UserKnowledge:

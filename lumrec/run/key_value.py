@@ -21,6 +21,7 @@ import contextlib
 import importlib
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from lumrec.run.shared_lmdb import DATA_FILE, read_write
 
 SCHEMES = ("redis", "rediss", "unix")
 BLOCK = 4096
+DOWN_S = 1.0
 MOST_CONFLICTS = 1000
 _COUNTER = struct.Struct("<qd")
 _MOVED = b"moved"  # among the counters
@@ -214,6 +216,7 @@ class RedisKeyValue(KeyValue):
         self.place = without_password(place)
         self.client, name = redis_place(place, timeout_s=timeout_s)
         self._redis = importlib.import_module("redis")
+        self._down_until, self._down_because = 0.0, ""
         self.prefix = f"{name}:{prefix}".encode()
         self._counts, self._sums, self._marks = (self.prefix + each for each in (b"counts", b"sums", b"marks"))
 
@@ -298,12 +301,19 @@ class RedisKeyValue(KeyValue):
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
+        """Raises Unavailable for the errors of the client. A Redis that did not answer in time is not asked again for a
+        second: one that hangs holds up one call a second."""
+        if time.monotonic() < self._down_until:
+            raise Unavailable(self._down_because)
         try:
             yield
         except (self._redis.RedisError, OSError) as error:
             if isinstance(error, Unavailable):
                 raise
-            raise Unavailable(f"{self.place} does not answer ({error})") from error
+            says = f"{self.place} does not answer ({error})"
+            if isinstance(error, self._redis.TimeoutError):
+                self._down_until, self._down_because = time.monotonic() + DOWN_S, says
+            raise Unavailable(says) from error
 
 
 def is_redis(place: str | Path) -> bool:

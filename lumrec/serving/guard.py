@@ -82,6 +82,9 @@ class Guard:
             self.metrics.refused.labels("host").inc()
             says = {"detail": "without a token, this server answers only to localhost and 127.0.0.1"}
             return JSONResponse(says, 400)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            says = {"detail": "a request has either a Content-Length or a Transfer-Encoding"}
+            return JSONResponse(says, 400, {"Connection": "close"})
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.max_body_kib << 10:
             return JSONResponse({"detail": self._too_large}, 413)

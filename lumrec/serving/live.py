@@ -28,7 +28,7 @@ class Live:
 
     openers: functions that open "bundle" (returns the scorer), "store" and "state" (both are called with the scorer);
     those left out are not read. versions: for each opener, a function whose value changes with each new version; None
-    if there is none. problems: name → why it cannot be read now.
+    if there is none, and an OSError says why it cannot be seen. problems: name → why it cannot be read now.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class Live:
     ) -> None:
         """Raises what the bundle's opener raises, and UserErrors of the state's: both are mistakes in the command."""
         self._openers, self._versions, self._metrics = openers, versions, metrics
-        self._seen = {what: version() for what, version in versions.items()}
+        self._seen = {what: self._version(what)[0] for what in versions}
         self.problems: dict[str, str] = {}
         self._retry_at: dict[str, float] = {}
         self._told: dict[str, float] = {}
+        self._out_of_sight: set[str] = set()
         self._looking = threading.Lock()
         self.scorer = openers["bundle"]()
         self._opened("bundle", self.scorer.version)
@@ -64,7 +65,7 @@ class Live:
         if problem:
             self._metrics.failures.labels(what).inc()
             self._failed(what, UserError(problem))
-        elif what in self.problems and getattr(self.scorer, what) is not None:
+        elif what in self.problems and what not in self._out_of_sight and getattr(self.scorer, what) is not None:
             self._opened(what, "as before")
 
     def _others(self) -> list[str]:
@@ -74,15 +75,28 @@ class Live:
         return what != "store" or self.scorer.needs_knowledge
 
     def _is_due(self, what: str) -> bool:
-        version, before = self._versions[what](), self._seen[what]
+        (version, why), before = self._version(what), self._seen[what]
         self._seen[what] = version
-        if version is not None and version != before:
+        if version is None:
+            if before is not None:
+                self._out_of_sight.add(what)
+                self._failed(what, UserError(why))
+            return False
+        self._out_of_sight.discard(what)
+        if version != before:
             return True
         now = time.monotonic()
         if what not in self.problems or now < self._retry_at.get(what, 0.0):
             return False
         self._retry_at[what] = now + RETRY_S
         return True
+
+    def _version(self, what: str) -> tuple[Any, str]:
+        """The version at its place, or None and why there is none to be seen."""
+        try:
+            return self._versions[what](), "there is nothing at its place any more; what is open is served on"
+        except OSError as error:
+            return None, str(error)
 
     def _renew_bundle(self) -> None:
         before = self.scorer

@@ -38,6 +38,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"lumrec_{name}", text, labels, registry=registry, buckets=buckets)
 
+        self.starts = counter(
+            "starts", "Server processes that began to serve; those beyond serve.workers replace dead ones"
+        )
         self.requests = counter("requests", "Requests answered", "endpoint", "status")
         self.request_s = histogram("request_seconds", "From the first byte to the last", SECONDS, "endpoint")
         self.call_s = histogram("call_seconds", "One call of the ranker", SECONDS)

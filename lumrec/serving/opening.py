@@ -34,6 +34,8 @@ from lumrec.serving.server import make_app
 from lumrec.serving.settings import Places, ServeConfig
 from lumrec.serving.state import UserState
 
+STATE_TIMEOUT_S = 0.25  # of a command; a Redis that does not answer is not asked again for a second
+
 
 def serve(places: Places, settings: ServeConfig, *, threads: int) -> None:
     """Serves until SIGTERM or Ctrl-C. threads: of torch in each process; 0 = the cores, shared among the workers.
@@ -90,17 +92,16 @@ def open_live(places: Places, metrics: Metrics) -> Live:
         openers["store"] = lambda _: KnowledgeStore.open(places.store)
         versions["store"] = partial(_version, places.store, KNOWLEDGE, MANIFEST)
     if places.state:
-        openers["state"] = lambda scorer: UserState.open(places.state, scorer.bundle.builder)
+        openers["state"] = lambda scorer: UserState.open(places.state, scorer.bundle.builder, timeout_s=STATE_TIMEOUT_S)
         versions["state"] = partial(_version, places.state, STATE_KIND, STATE)
     return Live(openers, versions, metrics=metrics)
 
 
 def _version(place: str, kind: str, file: str) -> Any:
-    """Changes with each version that is published at a place; None where none can be seen."""
+    """Changes with each version that is published at a place. Without one: None for a folder, and for a Redis "", as it
+    holds nothing else either. Raises Unavailable where the Redis does not answer.
+    """
     if not is_redis(place):
         return stamp_of(Path(place) / file)
-    try:
-        found = RedisVersions(place, kind).in_force()
-    except OSError:
-        return None
-    return found and found[0]
+    found = RedisVersions(place, kind).in_force()
+    return found[0] if found else ""

@@ -7,12 +7,16 @@ SIGTERM ends the server after the requests that are being answered, or after ser
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import wait
@@ -21,6 +25,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import multiprocess
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.supervisors import Multiprocess
 
 from lumrec.run.errors import UserError
@@ -29,9 +34,11 @@ from lumrec.run.printable import say
 from lumrec.serving.metrics import FOLDER
 from lumrec.serving.settings import ServeConfig
 
+logger = logging.getLogger(__name__)
 STARTS_WITHIN_S = 120  # a worker that does not answer its parent for so long is replaced
 BACKLOG = 2048  # connections that wait until a worker takes them
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, which close idle connections first
+AGAIN_S = 5  # between two starts of a worker that cannot open what it serves
 
 
 def run(make: Callable[[], FastAPI], settings: ServeConfig, *, threads: int) -> None:
@@ -48,6 +55,8 @@ def run(make: Callable[[], FastAPI], settings: ServeConfig, *, threads: int) -> 
     config = partial(
         uvicorn.Config,
         factory=True,
+        http=_Http,
+        ws="none",
         workers=settings.workers,
         log_config=None,
         access_log=False,
@@ -103,15 +112,55 @@ def _make_in_worker(make: Callable[[], FastAPI], threads: int) -> FastAPI:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    return make()
+    return _made(make)
+
+
+def _made(make: Callable[[], FastAPI]) -> FastAPI:
+    """The application; where what it serves cannot be opened, this worker ends after a while with one sentence."""
+    try:
+        return make()
+    except (UserError, OSError) as error:
+        logger.error("a worker cannot start, the next one tries in %d s: %s", AGAIN_S, " ".join(str(error).split()))
+        time.sleep(AGAIN_S)
+        sys.exit(1)
+
+
+class _Http(H11Protocol):
+    """uvicorn's, but a connection is closed on which no head of a request is complete KEEP_ALIVE_S after it was opened,
+    or after the last answer: uvicorn waits without end for the second half of a head, or of a body that was refused.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        self.conn.receive_data(data)
+        self.handle_events()  # which ends the waiting where a head is complete
 
 
 class _Workers(Multiprocess):
     """uvicorn's workers; the gauges of a dead one (its queue) are dropped."""
 
     def keep_subprocess_alive(self) -> None:
-        before = {process.pid for process in self.processes}
+        before = list(self.processes)
+        for process in before:
+            # With the worker's end of the pipe open here too, a worker that dies before it answers would be waited for.
+            process.child_conn.close()
         super().keep_subprocess_alive()
-        for pid in before - {process.pid for process in self.processes}:
-            if pid is not None:
-                multiprocess.mark_process_dead(pid)
+        for process in before:
+            if process not in self.processes and process.pid is not None:
+                logger.error("worker %d has ended (%s); another one starts", process.pid, _how(process.exitcode))
+                multiprocess.mark_process_dead(process.pid)
+
+    def terminate_all(self) -> None:
+        for listening in self.sockets:  # who comes from now on is refused, and does not wait for an answer in vain
+            listening.close()
+        super().terminate_all()
+
+
+def _how(exitcode: int | None) -> str:
+    """How a process ended."""
+    if exitcode is not None and exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"

@@ -118,6 +118,7 @@ class Api:
         self.appender = Batcher(self._append, max_weight=1, max_waiting=self.settings.queue)
         # Calls that take too long for the event loop.
         self.finder: Batcher[Callable[[], Any], Any] = Batcher(_each, max_weight=1, max_waiting=self.settings.queue)
+        self.metrics.starts.inc()
         watching = asyncio.create_task(self._watch())
         yield
         watching.cancel()
@@ -335,6 +336,7 @@ def make_app(
         lifespan=api.running,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to wherever the Host header says
     )
     app.router.route_class = JsonRoute
     app.post("/v1/score", tags=["ranking"], responses=PROBLEMS)(api.score)

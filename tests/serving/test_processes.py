@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from lumrec.run.errors import UserError
-from lumrec.serving.processes import _listen, run
+from lumrec.serving import processes
+from lumrec.serving.processes import _Http, _listen, run
 from lumrec.serving.settings import ServeConfig
 
 HELPER = Path(__file__).parents[1] / "helpers" / "serve_small.py"
@@ -86,9 +89,12 @@ def test_a_killed_worker_is_replaced_counters_are_of_all_and_all_drain(tmp_path:
             assert post(url).status_code == 200
         assert "lumrec_candidates_total 5.0" in httpx.get(f"{url}/metrics").text
         first = _children(process.pid)[0]
+        os.kill(first, signal.SIGSTOP)
+        time.sleep(1)  # the parent has asked it whether it is alive, and waits for the answer
         os.kill(first, signal.SIGKILL)
         _until(lambda: len(_children(process.pid)) == 2 and first not in _children(process.pid))
         assert [post(url).status_code for _ in range(5)] == [200] * 5
+        assert "lumrec_starts_total 3.0" in httpx.get(f"{url}/metrics").text
         assert "lumrec_candidates_total 10.0" in httpx.get(f"{url}/metrics").text
         _drains(process, url, tmp_path)
 
@@ -119,6 +125,64 @@ def test_answers_are_sent_at_once() -> None:
         return no_delay
 
     assert asyncio.run(main()) == 1
+
+
+def test_a_connection_without_a_whole_head_or_after_a_refused_body_is_closed() -> None:
+    async def answer(_: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = uvicorn.Config(answer, http=_Http, lifespan="off", log_config=None, timeout_keep_alive=1)
+    served = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=served.run, args=([listening],))
+        thread.start()
+        begun = {
+            "nothing": b"",
+            "half a head": b"POST / HTTP/1.1\r\nHost: localhost\r\n",
+            "half a body": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{",
+        }
+        for name, sent in begun.items():
+            with socket.create_connection(listening.getsockname(), timeout=120) as client:
+                client.sendall(sent)
+                assert name != "half a body" or client.recv(1000).startswith(b"HTTP/1.1 413")
+                ends = time.monotonic() + 120
+                while not _is_closed(client):  # a byte now and then does not keep it open
+                    assert time.monotonic() < ends, name
+                    time.sleep(0.1)
+        with socket.create_connection(listening.getsockname(), timeout=120) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)  # one after the other
+            received = b""
+            while received.count(b"HTTP/1.1 413") < 2:
+                received += client.recv(1000)
+        served.should_exit = True
+        thread.join()
+
+
+def _is_closed(client: socket.socket) -> bool:
+    """Whether the other side has closed; sends a byte of a header or body."""
+    try:
+        client.sendall(b"x")
+        client.setblocking(False)
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        client.setblocking(True)
+
+
+def test_a_worker_that_cannot_open_its_bundle_ends_with_one_sentence(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(processes, "AGAIN_S", 0)
+
+    def make() -> Any:
+        raise UserError("the bundle in x is damaged:\nexport it again")
+
+    with pytest.raises(SystemExit, match="1"):
+        processes._made(make)
+    [record] = caplog.records
+    assert record.getMessage().endswith("the bundle in x is damaged: export it again") and record.exc_info is None
 
 
 def _children(pid: int) -> list[int]:

@@ -151,6 +151,14 @@ def test_a_body_in_pieces_is_too_large_as_soon_as_it_is(client: TestClient) -> N
     assert answer.status_code == 413
 
 
+def test_a_body_with_two_lengths_is_refused(client: TestClient) -> None:
+    """A proxy in front may go by the one, and the server by the other: what one holds for a body is a request to it."""
+    headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked", "Content-Length": "4"}
+    answer = client.post("/v1/score", content=b"{}", headers=headers)
+    assert answer.status_code == 400 and "either" in answer.json()["detail"]
+    assert answer.headers["Connection"] == "close"
+
+
 def test_without_a_token_only_names_of_this_machine_are_answered_to(client: TestClient) -> None:
     for host, status in {"localhost:8000": 200, "127.0.0.1": 200, "[::1]:8000": 200, "evil.example": 400}.items():
         assert client.get("/metrics", headers={"Host": host}).status_code == status
@@ -233,6 +241,29 @@ def test_a_store_that_comes_goes_and_does_not_fit_is_absent_knowledge(tmp_path: 
         assert counted(client, 'lumrec_readable{what="store"}') == 0
         publish(store, seed=1)
         _until(lambda: score(client)["knowledge"]["present"])
+
+
+def test_a_store_whose_disk_is_gone_is_served_on_and_alarmed(tmp_path: Path, caplog: Any) -> None:
+    store = tmp_path / "store"
+    publish(store)
+    with client_of(tmp_path, store=store) as client:
+        assert score(client)["knowledge"]["present"]
+        store.rename(tmp_path / "away")
+        _until(lambda: counted(client, 'lumrec_readable{what="store"}') == 0)
+        for _ in range(5):  # that it can be read is no reason to end the alarm
+            assert score(client)["knowledge"]["present"]
+            time.sleep(0.02)
+        assert counted(client, 'lumrec_readable{what="store"}') == 0
+        assert "the store cannot be read: there is nothing at its place any more" in caplog.text
+        (tmp_path / "away").rename(store)
+        _until(lambda: counted(client, 'lumrec_readable{what="store"}') == 1)
+        assert client.get("/readyz").json()["problems"] == []
+
+
+def test_a_path_with_a_slash_too_many_is_not_found(client: TestClient) -> None:
+    """A redirect would go to the host that the request names."""
+    for path in ("/v1/score/", "/healthz/", "/v1//score", "/healthz%00", "/%2e%2e/metrics"):
+        assert client.get(path, follow_redirects=False).status_code == 404
 
 
 def test_the_page_of_the_api_names_every_endpoint_and_loads_nothing(client: TestClient) -> None:

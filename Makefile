@@ -2,8 +2,8 @@
 #   DEVICE=cpu|cuda   build of torch and fbgemm (default: what .venv holds, else cpu)
 #   TORCH_INDEX=URL   package index for torch alone (empty: pip's own)
 #   PYTHON=...        interpreter for .venv (default: the first one from 3.10 to 3.14 found)
-#   ARGS="..."        further words for quickstart, serve, test, fuzz and bench, e.g. make test ARGS="-k packing"
-#   MINUTES=60        how long make fuzz draws new examples
+#   ARGS="..."        further words for quickstart, serve, test, fuzz, soak and bench, e.g. make test ARGS="-k packing"
+#   MINUTES=60        how long make fuzz draws new examples, and make soak loads a server
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An index of torch builds alone may lack the exact versions of what torch needs; the lock has them all (CPU build).
 TORCH_FLAGS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps,--constraint $(LOCK))
 
-.PHONY: help setup quickstart serve test fuzz lint format bench docs wheel clean
+.PHONY: help setup quickstart serve test fuzz soak lint format bench docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -53,6 +53,9 @@ test: $(STAMP) ## the whole test suite, two processes, one thread each
 
 fuzz: $(STAMP) ## MINUTES=60 of examples that make test does not draw; every find with what reproduces it
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(MINUTES) --numprocesses $(JOBS) $(ARGS)
+
+soak: $(STAMP) ## MINUTES=60 of load on a server whose workers, Redis and disk fail meanwhile; needs redis-server
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/soak.py $(MINUTES) $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy, import-linter
 	@$(BIN)/ruff check .

@@ -15,15 +15,17 @@ from lumrec.knowledge.store import KnowledgeStore
 
 
 class RedisServer:
-    """Started when made. place: URL for a name. `kill` is kill -9; `start` begins again, empty."""
+    """Started when made. place: URL for a name. `kill` is kill -9; `start` begins again: empty, unless it keeps each
+    change in a file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "redis.sock"
+    def __init__(self, folder: Path, *, keeps: bool = False) -> None:
+        self.socket, self.keeps = folder / "redis.sock", keeps
         self.start()
 
     def start(self) -> None:
         """Returns once the server takes connections."""
         words = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self.socket.parent)]
+        words += ["--appendonly", "yes" if self.keeps else "no"]
         self.process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
         while not self.socket.exists():

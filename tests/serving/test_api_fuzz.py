@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from conftest import FUZZ
 from hypothesis import settings
+from malformed import send_malformed
 from schemathesis import Case
 from small_server import small_live
 
@@ -32,3 +33,8 @@ def test_answers_are_as_described(case: Case) -> None:
     answer = case.call(headers={"Host": "localhost"})
     if answer.status_code != 504:  # a request may ask for an answer in a millisecond
         case.validate_response(answer)
+
+
+def test_what_is_malformed_is_refused_in_one_sentence() -> None:
+    """tests/soak.py sends a thousand."""
+    assert sum(send_malformed(schema, 50, derandomize=True).values()) > 40

@@ -45,8 +45,8 @@ class Strict(BaseModel):
 
 K = Annotated[
     int,
-    BeforeValidator(_whole),
     Field(ge=1, le=MOST_ITEMS, description="items to answer with, the best first"),
+    BeforeValidator(_whole),  # behind the limits, which the OpenAPI page would not show otherwise
 ]
 
 

@@ -94,7 +94,7 @@ def test_a_killed_worker_is_replaced_counters_are_of_all_and_all_drain(tmp_path:
         os.kill(first, signal.SIGKILL)
         _until(lambda: len(_children(process.pid)) == 2 and first not in _children(process.pid))
         assert [post(url).status_code for _ in range(5)] == [200] * 5
-        assert "lumrec_starts_total 3.0" in httpx.get(f"{url}/metrics").text
+        _until(lambda: "lumrec_starts_total 3.0" in httpx.get(f"{url}/metrics", timeout=60).text)
         assert "lumrec_candidates_total 10.0" in httpx.get(f"{url}/metrics").text
         _drains(process, url, tmp_path)
 

@@ -37,7 +37,7 @@ def test_answers_are_as_described(case: Case) -> None:
 
 def test_what_is_malformed_is_refused_in_one_sentence() -> None:
     """tests/soak.py sends a thousand."""
-    assert sum(send_malformed(schema, 50, derandomize=True).values()) > 40
+    assert sum(send_malformed(schema, 25, derandomize=True).values()) > 20
 
 
 def test_the_description_has_the_limits_of_k() -> None:

@@ -60,7 +60,7 @@ class Config(Common):
             )
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file or of a name such as "ml-1m" (None: the defaults), with `key=value` overrides.
 
     Raises like `config_file.load`.
@@ -71,4 +71,4 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     return dataclasses.replace(config, name=Path(path).stem if path is not None else "lumrec")
 
 
-load_config = load  # its name in the public API
+load = load_config  # the name by which lumrec itself imports it

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,24 +93,41 @@ class NoLumrec(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NoLumrec())
 import torch
-arguments = torch.load(sys.argv[2], weights_only=True)
-with torch.inference_mode():
-    scores = torch.export.load(sys.argv[1]).module()(*arguments)
-torch.save(scores, sys.argv[3])
+for folder in sys.argv[1:]:
+    arguments = torch.load(f"{folder}/arguments.pt", weights_only=True)
+    with torch.inference_mode():
+        scores = torch.export.load(f"{folder}/graph.pt2").module()(*arguments)
+    torch.save(scores, f"{folder}/scores.pt")
 assert not [name for name in sys.modules if name.startswith(("lumrec", "torchrec"))]
 """
+EXPORTED = ("din", "dlrm", "dien", "sim", "twin")
 
 
-@pytest.mark.parametrize("name", ["din", "dlrm", "dien", "sim", "twin"])
-def test_a_graph_scores_as_its_ranker_also_where_only_torch_is(name, tmp_path):
-    ranker = trained(name, knowledge=None if name == "dlrm" else KnowledgeFusion("both", 2, 4, 2, 3, attention=True))
-    graph = exported(ranker, tmp_path)
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory) -> dict[str, tuple[Ranker, Graph, Path]]:
+    """Ranker, exported graph and its folder, by name of the ranker; with knowledge but for the DLRM."""
+    found = {}
+    for name in EXPORTED:
+        knowledge = None if name == "dlrm" else KnowledgeFusion("both", 2, 4, 2, 3, attention=True)
+        ranker, folder = trained(name, knowledge=knowledge), tmp_path_factory.mktemp(name)
+        found[name] = ranker, exported(ranker, folder), folder
+    return found
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_graph_scores_as_its_ranker(name, graphs):
+    ranker, graph, _ = graphs[name]
     assert_same_for_all_sizes(graph, ranker)
-    batch = batch_of([4, 0, 9], ranker)
-    torch.save((graph_inputs(batch, graph.spec), *graph.tables), tmp_path / "arguments.pt")
-    files = [str(tmp_path / each) for each in ("graph.pt2", "arguments.pt", "scores.pt")]
-    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *files], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "scores.pt"), graph(batch))
+
+
+def test_a_graph_gives_the_same_scores_where_only_torch_is(graphs, tmp_path):
+    batches = {name: batch_of([4, 0, 9], ranker) for name, (ranker, _, _) in graphs.items()}
+    for name, (_, graph, folder) in graphs.items():
+        torch.save((graph_inputs(batches[name], graph.spec), *graph.tables), folder / "arguments.pt")
+    folders = [str(folder) for _, _, folder in graphs.values()]
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *folders], check=True, cwd=tmp_path)
+    for name, (_, graph, folder) in graphs.items():
+        assert torch.equal(torch.load(folder / "scores.pt"), graph(batches[name])), name
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 1e-3), ("int8", 2e-2)])

@@ -119,7 +119,7 @@ def test_a_redis_that_is_slow_is_not_asked_again_for_a_while(redis_server, tmp_p
     store = KnowledgeStore.open(place, timeout_s=77.0)
     pool = store.answers._store.client.connection_pool
     assert pool.connection_kwargs["socket_timeout"] == 77.0
-    pool.disconnect()
+    pool.reset()  # the connections that there are keep their timeout
     pool.connection_kwargs["socket_timeout"] = 0.05
     redis_server.process.send_signal(signal.SIGSTOP)
     assert "Timeout" in store.get_or_absent(["1"])[1]

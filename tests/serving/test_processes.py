@@ -63,7 +63,7 @@ def _drains(process: subprocess.Popen, url: str, folder: Path) -> None:
         each.sendall(f"{head}\r\n\r\n{body}".encode())
     _until(lambda: "lumrec_queue_requests 6.0" in httpx.get(f"{url}/metrics", timeout=60).text)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    _until(lambda: _is_refused(host, int(port)))  # and does not wait for an answer that nobody will give
     hold.unlink()
     for each in asking:
         each.settimeout(120)
@@ -189,6 +189,14 @@ def _children(pid: int) -> list[int]:
     """Worker processes: children that are no resource tracker of Python's."""
     tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     return [int(each) for each in tasks if "spawn_main" in _command(int(each))]
+
+
+def _is_refused(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=120).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def _command(pid: int) -> str:

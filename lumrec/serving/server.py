@@ -85,7 +85,7 @@ BAD = {
     408: "The body did not arrive in time",
     413: "The body is too large",
     422: "The body has invalid or missing fields",
-    503: "Too many requests wait; Retry-After says when to come back",
+    503: "Too many requests wait, or what the endpoint reads cannot be read now; Retry-After says when to come back",
     504: "The answer was not ready in time",
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -143,8 +143,8 @@ class Api:
     async def events(self, body: EventsBody) -> EventsTaken:
         """Adds events to the state from which later requests are scored. Sending an event again is safe."""
         if self.live.scorer.state is None:
-            raise HTTPException(
-                404, "this server reads no user state: start it with serve.state=<what lumrec user_state has built>"
+            raise self._missing(
+                "state", "reads no user state: start it with serve.state=<what lumrec user_state has built>"
             )
         self._check_number("events", len(body.events))
         events = [
@@ -232,19 +232,24 @@ class Api:
     def _timeout_s(self, asked_ms: float | None) -> float:
         return min(asked_ms or math.inf, self.settings.timeout_ms) / 1000
 
+    def _missing(self, what: str, says: str) -> Exception:
+        """404 where this server was started without it, 503 where it cannot be read now."""
+        if problem := self.live.problems.get(what):
+            return Unavailable(f"the {what} cannot be read: {problem}")
+        return HTTPException(404, f"this server {says}")
+
     def _append(self, requests: list[list[Event]]) -> list[Any]:
         state = self.live.scorer.state
         if state is None:
-            raise Unavailable(self.live.problems.get("state", "the user state cannot be read"))
+            raise self._missing("state", "reads no user state")
         return [state.append(events) for events in requests]
 
     def _retrieve(self, body: RetrieveBody) -> Retrieved:
         store = self.live.scorer.store
         if store is None:
-            raise HTTPException(
-                404,
-                "this server reads no knowledge store: serve a bundle that was trained with knowledge, and give "
-                f"serve.store ({self.live.problems.get('store', 'none is given')})",
+            raise self._missing(
+                "store",
+                "reads no knowledge store: serve a bundle that was trained with knowledge, and give serve.store",
             )
         if self._retriever is None or self._retriever.store is not store:
             self._retriever = Retriever(store)

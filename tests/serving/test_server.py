@@ -227,6 +227,9 @@ def test_a_store_that_comes_goes_and_does_not_fit_is_absent_knowledge(tmp_path: 
     store = tmp_path / "store"
     with client_of(tmp_path, store=store) as client:
         assert score(client)["knowledge"] == {"present": False, "age_s": None}
+        answer = client.post("/v1/retrieve", json={"user": "1"})
+        assert answer.status_code == 503 and "the store cannot be read: there is no" in answer.json()["detail"]
+        assert answer.headers["Retry-After"] == "1"
         assert client.get("/readyz").json()["ready"]
         assert counted(client, 'lumrec_readable{what="store"}') == 0
         assert counted(client, "lumrec_knowledge_absent_total") == 1

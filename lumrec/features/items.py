@@ -191,6 +191,11 @@ def running(values_X: np.ndarray | Sequence[float]) -> np.ndarray:
     return total_X1
 
 
+def by_value(row_P: np.ndarray) -> np.ndarray:
+    """The stable order of rows of a table (int64, below 2**31), by its two halves: numpy has a fast sort of 16 bits."""
+    return np.lexsort([(row_P & 0xFFFF).astype(np.uint16), (row_P >> 16).astype(np.uint16)])
+
+
 def searched(key_P: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """np.searchsorted(key_P, wanted), several times as fast because the wanted keys are looked up in order."""
     order = np.argsort(wanted, kind="stable")

@@ -41,9 +41,17 @@ HAZARDS = {
 
 
 def model_card(
-    *, ranker: str, config: RankerConfig, data: PreparedData, result: Mapping[str, Any], manifest: Mapping[str, Any]
+    *,
+    ranker: str,
+    config: RankerConfig,
+    data: PreparedData,
+    result: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    tested: Mapping[str, float],
 ) -> str:
-    """The card as text. ranker: name of its run. result: its result.json. manifest: the bundle's, unpublished."""
+    """The card as text. ranker: name of its run. result: its result.json. manifest: the bundle's, unpublished.
+    tested: what export.test_rows found, or nothing.
+    """
     split = data.manifest["split"]
     kind = str(split.get("kind"))
     graph = "exported" if manifest["compile"] == "none" else "compiled"
@@ -68,6 +76,7 @@ def model_card(
             f"- Tables: {manifest['dtype']}; graph: {graph} by torch {manifest['torch']}",
             f"- Largest difference to the trained ranker over {manifest['golden_rows']} golden rows: "
             f"{manifest['golden_difference']:.2g} (a bundle opens up to {manifest['tolerance']:g})",
+            *_tested(tested),
         ],
         "Limits": _limits(data, config, result),
     }
@@ -108,6 +117,19 @@ def _metrics(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {METRICS[name]} | {value} | {interval} |")
     counts = [f"{result[f'num_{of}']:,.0f} {of}" for of in ("rows", "users") if f"num_{of}" in result]
     return [*lines, "", f"Over {' of '.join(counts)}."]
+
+
+def _tested(tested: Mapping[str, float]) -> list[str]:
+    """What export.test_rows found, in one line for each metric."""
+    if not tested:
+        return []
+    rows = f"- Over {tested['test_rows']:,} test rows a score differs by up to {tested['test_difference']:.2g}"
+    changes = [
+        f"- {METRICS[name]} changes by {tested[f'{name}_change']:+.6f} (95 % interval over users: "
+        f"{tested[f'{name}_change_low']:+.6f} to {tested[f'{name}_change_high']:+.6f})"
+        for name in ("auc", "gauc", "log_loss")
+    ]
+    return [rows, *changes]
 
 
 def _knowledge(config: RankerConfig, result: Mapping[str, Any], needs: Mapping[str, Any] | None) -> list[str]:

@@ -30,9 +30,13 @@ OF_RANKERS |= {
 @pytest.mark.parametrize("ranker", OF_RANKERS)
 def test_every_test_row_has_its_offline_score(served, ranker):
     words = [*served.words, f"rank.model={ranker}", f"run={ranker}", *OF_RANKERS[ranker]]
-    for stage in ("rank", "export"):
-        STAGES[stage].run(load(None, words))
+    STAGES["rank"].run(load(None, words))
+    result = STAGES["export"].run(load(None, [*words, "export.test_rows=50"]))
+    assert result["test_rows"] == 50 and result["test_difference"] <= 1e-6
+    assert abs(result["auc_change"]) <= 1e-9 and result["auc_change_low"] <= 0 <= result["auc_change_high"]
     scorer = Scorer.open(served.runs / f"{ranker}-bundle", store=served.store)
+    card = (scorer.bundle.folder / "MODEL_CARD.md").read_text()
+    assert "Over 50 test rows a score differs by up to" in card and "AUC changes by +0.000000" in card
     offline = read_scores(served.runs / ranker)
     scored = score_rows(scorer, served.runs / ranker, offline.row_N)
     assert len(scored) > 200 and not any(each.unknown_user for each in scored)

@@ -246,6 +246,14 @@ class UserEncoder(nn.Module):
         """
         return self._layers(y_QD, query_prefix_Q, 0, layout, times, queries_only=True, cache=cache)
 
+    def placed(self, x_XD: Tensor, position_X: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens with their learned positions and None; or, of llama, the tokens and what rotates them."""
+        if self.position is not None:
+            return x_XD + self.position(position_X), None
+        exponent = torch.arange(0, self.head_width, 2, device=x_XD.device, dtype=torch.float32) / self.head_width
+        angle = position_X[:, None].float() * ROTARY_BASE**-exponent
+        return x_XD, torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
+
     def _layers(
         self,
         x_XD: Tensor,
@@ -261,13 +269,7 @@ class UserEncoder(nn.Module):
     ) -> Tensor:
         if self.time_bias and times is None:
             raise ValueError("this user encoder has a bias of time (time_bias): it needs the times of its tokens")
-        rotary = None
-        if self.position is not None:
-            x_XD = x_XD + self.position(position_X)
-        else:
-            exponent = torch.arange(0, self.head_width, 2, device=x_XD.device, dtype=torch.float32) / self.head_width
-            angle = position_X[:, None].float() * ROTARY_BASE**-exponent
-            rotary = torch.cat([angle.cos(), angle.sin()], dim=-1)[:, None]
+        x_XD, rotary = self.placed(x_XD, position_X)
         x = F.dropout(x_XD, self.dropout, self.training)
         indices = None
         if self.has_bias:

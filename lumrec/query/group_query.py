@@ -47,6 +47,7 @@ from lumrec.batches.packs import PackBuilder, Queries
 from lumrec.batches.windows import AnsweringWindows, Windows, answering_windows, behind
 from lumrec.data.columns import expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.modules.large_user_model import Pack
 from lumrec.query.conditions import MAX_CONDITIONS, Conditions, expand
 from lumrec.run.errors import UserError
 
@@ -174,6 +175,14 @@ class GroupQuery:
     def _answer(
         self, answering: AnsweringWindows, asked: Conditions, history_W: Tensor, asked_at_W: Tensor | None = None
     ) -> Tensor:
+        pack = self.pack(answering, asked, history_W, asked_at_W)
+        o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
+        return o_QD.float().cpu().view(len(answering.window_R), asked.count, o_QD.shape[1])
+
+    def pack(
+        self, answering: AnsweringWindows, asked: Conditions, history_W: Tensor, asked_at_W: Tensor | None = None
+    ) -> Pack:
+        """The pack that asks these windows. history_W: see `Conditions.bags`. asked_at_W: see `ask`."""
         window_R, seen_R = answering.window_R, answering.seen_R
         window_Q = window_R.repeat_interleave(asked.count)
         queries = Queries(
@@ -184,9 +193,7 @@ class GroupQuery:
         )
         # TorchRec cannot look up nothing, so an empty pack reads one item.
         nothing = torch.zeros(int(len(window_R) == 0), dtype=torch.int64)
-        pack = self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
-        o_QD = self.model(pack.to(self.device), queries_only=True).o_QD
-        return o_QD.float().cpu().view(len(window_R), asked.count, o_QD.shape[1])
+        return self.builder.pack(answering.windows, queries=queries, candidates_C=nothing)
 
     def answer_all(self, answering: AnsweringWindows, asked: Conditions, asked_at_W: Tensor | None = None) -> Tensor:
         """The answers of these windows to `asked`, in order, o_RND, in as many packs as it takes."""

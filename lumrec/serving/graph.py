@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from lumrec.run.files import read_json, sync_file, write_atomically
 from lumrec.serving.graph_file import read_graph, save_graph
 from lumrec.serving.tables import TableDtype, Tables, bags, embedded
 
+Module = TypeVar("Module", bound=nn.Module)
+Spec = TypeVar("Spec")
 Compile = Literal["none", "aoti"]
 Inputs = dict[str, Tensor]
 FIXED_COLUMNS = ("dense_BF", "o_BND", "e_BD", "log_z_BN", "present_BN", "o_BNW", "e_CKW")
@@ -77,6 +79,13 @@ class GraphSpec:
         )
 
 
+def without(module: Module, name: str) -> Module:
+    """A copy of a module that lacks one of its parts, such as its tables, and shares the others with it."""
+    other = copy.copy(module)
+    other._modules = {each: part for each, part in module._modules.items() if each != name}
+    return other
+
+
 class RankerGraph(nn.Module):
     """A ranker over plain tensors, with its tables as inputs: probabilities [B], float32.
 
@@ -87,8 +96,7 @@ class RankerGraph(nn.Module):
         super().__init__()
         if ranker.training:
             raise ValueError("the ranker is in training mode, and what is served is not: call eval() first")
-        self.ranker, self.spec = copy.copy(ranker), spec
-        self.ranker._modules = {name: module for name, module in ranker._modules.items() if name != "tables"}
+        self.ranker, self.spec = without(ranker, "tables"), spec
 
     def forward(self, inputs: Inputs, tables: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
         def of(names: Sequence[str]) -> Tensor:
@@ -216,9 +224,12 @@ def export_module(
 
 
 def _compile(exported: torch.export.ExportedProgram, path: Path) -> None:
+    exceptions = torch._inductor.exc
     try:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    except torch._inductor.exc.InvalidCxxCompiler as error:
+    except (exceptions.InvalidCxxCompiler, exceptions.InductorError) as error:
+        if not isinstance(getattr(error, "inner_exception", error), exceptions.InvalidCxxCompiler):
+            raise
         raise UserError(
             f"compile=aoti needs a C++ compiler: install g++, or export with compile=none ({error})"
         ) from None
@@ -275,6 +286,22 @@ class Graph:
             return self.run(graph_inputs(batch, self.spec), *self.tables)
 
 
+def read_spec(path: Path, kind: type[Spec], tables: Tables) -> Spec:
+    """What an exported model reads, as a file beside it says; `kind` has fields `tables` and `dtype`.
+
+    Raises MissingFileError without the file, UserError where it has other fields, or these are not its tables.
+    """
+    stored: dict[str, Any] = read_json(path, again="export the model again")
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if sorted(stored) != sorted(names):
+        raise UserError(f"{path} has the keys {sorted(stored)}, expected {sorted(names)}")
+    for name in set(stored["tables"].values()):
+        dtype = str(tables.rows[name].dtype).removeprefix("torch.") if name in tables.rows else "missing"
+        if dtype != stored["dtype"]:
+            raise UserError(f"table {name!r} is {dtype}, and {path} was exported for {stored['dtype']}")
+    return kind(**stored)
+
+
 def load_graph(path: str | Path, tables: Tables, *, trust_compiled: bool = True) -> Graph:
     """The graph that `export_graph` wrote to `path`, ready to run. tables: of open_tables.
 
@@ -282,17 +309,9 @@ def load_graph(path: str | Path, tables: Tables, *, trust_compiled: bool = True)
     Raises MissingFileError where there is none, UserError where its spec is damaged or the tables are not its own.
     """
     path = Path(path)
-    stored = read_json(path.with_suffix(".json"), again="export the ranker again")
-    names = [field.name for field in dataclasses.fields(GraphSpec)]
-    if sorted(stored) != sorted(names):
-        raise UserError(f"{path.with_suffix('.json')} has the keys {sorted(stored)}, expected {sorted(names)}")
-    spec = GraphSpec(**stored)
+    spec = read_spec(path.with_suffix(".json"), GraphSpec, tables)
     if not path.is_file():
         raise MissingFileError(f"{path} is missing; export the ranker again")
-    for name in set(spec.tables.values()):
-        dtype = str(tables.rows[name].dtype).removeprefix("torch.") if name in tables.rows else "missing"
-        if dtype != spec.dtype:
-            raise UserError(f"table {name!r} is {dtype}, and {path} was exported for {spec.dtype}")
     if spec.compiled:
         if not trust_compiled:
             raise UserError(f"{path} was compiled: it is machine code, and is not loaded")

@@ -7,7 +7,6 @@
 Shape suffixes: see retrievers/edb.py.
 """
 
-import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -22,9 +21,8 @@ from torch.nn import functional as F
 
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.modules.tokens import kjt_from_lists
-from lumrec.run.errors import UserError
-from lumrec.run.files import read_json, write_atomically
-from lumrec.serving.graph import Inputs, export_module, padded
+from lumrec.run.files import write_atomically
+from lumrec.serving.graph import Inputs, export_module, padded, read_spec, without
 from lumrec.serving.graph_file import read_graph
 from lumrec.serving.tables import TableDtype, Tables, bags, embedded
 
@@ -69,8 +67,7 @@ class TowerGraph(nn.Module):
         super().__init__()
         if towers.training:
             raise ValueError("the towers are in training mode, and what is served is not: call eval() first")
-        self.towers, self.spec, self.side = copy.copy(towers), spec, side
-        self.towers._modules = {name: module for name, module in towers._modules.items() if name != "tables"}
+        self.towers, self.spec, self.side = without(towers, "tables"), spec, side
 
     def forward(self, inputs: Inputs, tables: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
         sources = inputs, self.spec.tables, tables, scales
@@ -151,14 +148,7 @@ class Towers:
     def __init__(self, folder: str | Path, tables: Tables) -> None:
         """Opens what `export_towers` wrote. tables: of open_tables. Raises UserError for incomplete files."""
         folder = Path(folder)
-        stored = read_json(folder / "towers.json", again="export the towers again")
-        names = [field.name for field in dataclasses.fields(TowerSpec)]
-        if sorted(stored) != sorted(names):
-            raise UserError(f"{folder / 'towers.json'} has the keys {sorted(stored)}, expected {sorted(names)}")
-        self.spec, self.tables = TowerSpec(**stored), tables
-        for name in set(self.spec.tables.values()):
-            if name not in tables.rows or tables.rows[name].dtype != getattr(torch, self.spec.dtype):
-                raise UserError(f"the tables have no {name!r} of {self.spec.dtype}, for which {folder} was exported")
+        self.spec, self.tables = read_spec(folder / "towers.json", TowerSpec, tables), tables
         self._users, self._items = (read_graph(folder / f"{side}.pt2") for side in ("users", "items"))
 
     @torch.inference_mode()

@@ -1,18 +1,18 @@
 """Exported rankers give the scores of the rankers themselves, for any sizes, and run where lumrec is not."""
 
 import dataclasses
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run_elsewhere
 from tiny_rankers import MODELS, make_batch, make_ranker, make_rows, random_knowledge
 
 from lumrec.modules.knowledge import KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.serving.graph import Graph, GraphSpec, RankerGraph, export_graph, graph_inputs, load_graph
+from lumrec.serving.graph import Graph, GraphSpec, RankerGraph, export_graph, export_module, graph_inputs, load_graph
 from lumrec.serving.tables import Tables, open_tables, table_weights, write_tables
 
 SIZES = [[5, 0, 2], [0], [1], [40], [0, 0, 30, 1, 9, 17, 8, 8, 3]]
@@ -83,23 +83,6 @@ def test_what_is_exported_scores_as_the_ranker(name, with_knowledge):
     assert_same_for_all_sizes(graph, ranker)
 
 
-ELSEWHERE = """
-import importlib.abc, sys
-
-class NoLumrec(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("lumrec", "torchrec", "fbgemm_gpu"):
-            raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, NoLumrec())
-import torch
-for folder in sys.argv[1:]:
-    arguments = torch.load(f"{folder}/arguments.pt", weights_only=True)
-    with torch.inference_mode():
-        scores = torch.export.load(f"{folder}/graph.pt2").module()(*arguments)
-    torch.save(scores, f"{folder}/scores.pt")
-assert not [name for name in sys.modules if name.startswith(("lumrec", "torchrec"))]
-"""
 EXPORTED = ("din", "dlrm", "dien", "sim", "twin")
 
 
@@ -120,14 +103,14 @@ def test_a_graph_scores_as_its_ranker(name, graphs):
     assert_same_for_all_sizes(graph, ranker)
 
 
-def test_a_graph_gives_the_same_scores_where_only_torch_is(graphs, tmp_path):
-    batches = {name: batch_of([4, 0, 9], ranker) for name, (ranker, _, _) in graphs.items()}
-    for name, (_, graph, folder) in graphs.items():
-        torch.save((graph_inputs(batches[name], graph.spec), *graph.tables), folder / "arguments.pt")
-    folders = [str(folder) for _, _, folder in graphs.values()]
-    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *folders], check=True, cwd=tmp_path)
-    for name, (_, graph, folder) in graphs.items():
-        assert torch.equal(torch.load(folder / "scores.pt"), graph(batches[name])), name
+def test_a_graph_gives_the_same_scores_where_only_torch_is(graphs):
+    inputs = [graph_inputs(batch_of([4, 0, 9], ranker), graph.spec) for ranker, graph, _ in graphs.values()]
+    calls = [
+        (folder / "graph.pt2", (each, *graph.tables))
+        for each, (_, graph, folder) in zip(inputs, graphs.values(), strict=True)
+    ]
+    for scores, (name, (ranker, graph, _)) in zip(run_elsewhere(calls), graphs.items(), strict=True):
+        assert torch.equal(scores, graph(batch_of([4, 0, 9], ranker))), name
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 1e-3), ("int8", 2e-2)])
@@ -137,6 +120,24 @@ def test_smaller_tables_give_nearly_the_same_scores(dtype, atol, tmp_path):
     assert graph.tables.rows["item"].dtype == getattr(torch, dtype)
     assert_same(graph, ranker, batch, atol=atol)
     assert not torch.equal(graph(batch), torch.sigmoid(ranker(batch)))
+
+
+class Sum(torch.nn.Module):
+    def forward(self, inputs, tables):
+        return inputs["x_BD"].sin().sum(1) * tables["t"].sum()
+
+
+def test_a_compiled_graph_gives_the_same_and_needs_a_compiler(tmp_path):
+    arguments = {"x_BD": torch.randn(13, 17)}, {"t": torch.randn(11)}
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(UserError, match="needs a C.. compiler: install g.."):
+            export_module(Sum(), arguments, tmp_path / "sum.pt2", compile="aoti")
+    assert not (tmp_path / "sum.pt2").exists()
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    export_module(Sum(), arguments, tmp_path / "sum.pt2", compile="aoti")
+    others = {"x_BD": torch.randn(5, 3)}, {"t": torch.randn(2)}
+    torch.testing.assert_close(torch._inductor.aoti_load_package(str(tmp_path / "sum.pt2"))(*others), Sum()(*others))
 
 
 def test_what_cannot_be_loaded(tmp_path):

@@ -54,5 +54,5 @@ def test_exported_towers(tmp_path):
     with pytest.raises(ValueError, match="call eval"):
         export_towers(make_towers(), tmp_path)
     half = {name: rows.half() for name, rows in opened.tables.rows.items()}
-    with pytest.raises(UserError, match="of float32, for which"):
+    with pytest.raises(UserError, match="is float16, and .* was exported for float32"):
         Towers(tmp_path, Tables(half, {}))

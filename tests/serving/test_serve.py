@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from replay import listening, replay
 from small_bundle import WORDS
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.served import ServedData
 from lumrec.experiments.config import load
-from lumrec.run.errors import MissingFileError
+from lumrec.run.errors import MissingFileError, UserError
 from lumrec.serving.opening import open_app
 from lumrec.serving.scorer import Scorer
 from lumrec.serving.settings import Places, ServeConfig
@@ -38,7 +34,7 @@ def runs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with a ranker's bundle, its store and the state of its users."""
     runs = tmp_path_factory.mktemp("serve") / "runs"
     shutil.copytree(exported, runs)
-    STAGES["user_state"].run(load(None, [*WORDS, f"runs_dir={runs}"]))
+    STAGES["user_state"].run(load(None, [*WORDS, f"runs_dir={runs}", "user_state.keep=1000"]))
     return runs
 
 
@@ -84,6 +80,16 @@ def test_answers_equal_the_scorer_s_and_what_was_served_is_trained_on(runs: Path
     data = open_or_prepare(config, served=True)
     assert isinstance(data, ServedData) and data.num_rows == 16 and data.label.sum() == 1
     assert json.loads((runs / "next-rank" / "result.json").read_text())["knowledge_hazard"] == "as_served"
+    with pytest.raises(UserError, match="trained on what was served"):
+        STAGES["export"].run(config)
+
+
+def test_test_rows_with_knowledge_score_as_offline_by_the_scorer_and_over_http(runs: Path, tmp_path: Path) -> None:
+    """From the store and the states of the users, in rounds: see replay.py."""
+    found = replay(runs / "tiny-rank", runs / "tiny-rank-user_state", 60, scratch=tmp_path / "store")
+    assert len(found.offline_N) == 60 and found.rounds >= 2 and 0.5 < found.present_N.mean()
+    np.testing.assert_allclose(found.scorer_N, found.offline_N, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.http_N, found.offline_N, rtol=0, atol=1e-6)
 
 
 def test_a_state_that_is_not_there_is_refused_and_a_store_is_not(runs: Path) -> None:
@@ -119,18 +125,6 @@ def test_items_by_the_store_and_by_the_lum_itself(runs: Path) -> None:
         nobody = client.post("/v1/ask", json={"user": "nobody", "conditions": conditions}).json()
         assert nobody == {"unknown_user": True, "answers": []}
         assert not client.post("/v1/retrieve", json={"user": "nobody"}).json()["knowledge"]
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of the application, served by a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        thread = threading.Thread(target=server.run, args=([port],))
-        thread.start()
-        yield f"{LOCAL}:{port.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

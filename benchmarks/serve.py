@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py [--models dlrm] [--events 50 1024 4096] [--rates 5 20 80] [--seconds 5] [--workers 1]
                                [--candidates 100] [--knowledge] [--lum_dim 32] [--end_to_end 1 10 100]
+                               [--calls float32 float16 int8 aoti]
 
 For each model a ranker of a small simulated log is trained for a few steps (what it learns does not matter here),
 exported, and served by `lumrec serve` in a process of its own, with three users whose histories have --events events;
@@ -14,6 +15,9 @@ The baselines are in this process, one request at a time without HTTP: `scorer` 
 and state, `eager` the trained ranker as a plain PyTorch module over the same features. One process loads the server, so
 that on a machine of few cores both share them.
 
+--calls times only the model, for a batch that is ready: eager and exported with tables of each dtype, or compiled by
+AOTInductor (float32), in turns; processor time, median [least … most]. `--rates` without a number starts no server.
+
 --lum_dim is the width of that LUM: a request reads its answers, so that its size should cost nothing (the paper's
 Figure 5 b). --end_to_end shows beside it what an end-to-end generative ranker (E2E-GR) pays: a causal encoder of about
 so many million parameters reads the user's events at request time, and all candidates as queries of that one history.
@@ -22,22 +26,27 @@ so many million parameters reads the user's events at request time, and all cand
 import argparse
 import asyncio
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from _load import Outcome, made_to_serve, memory_mib, message, offer, serving
-from _measure import parser_of, print_machine
+from _measure import in_turn, parser_of, print_machine
 
 from lumrec.models.ranker import open_ranker_run, plain_ranker
 from lumrec.modules.layout import make_layout
+from lumrec.modules.rankers.base import Ranker
 from lumrec.modules.user_encoder import UserEncoder
+from lumrec.serving.graph import export_graph, load_graph
 from lumrec.serving.requests import Event, ScoreRequest
 from lumrec.serving.scorer import Scorer
 from lumrec.serving.state import UserState
+from lumrec.serving.tables import open_tables, write_tables
 
 ENCODERS = {1: (128, 5), 10: (256, 13), 100: (768, 14)}  # million parameters: width, layers
 
@@ -46,7 +55,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="*", default=["dlrm"], help="dlrm, din, dien, sim, twin")
     parser.add_argument("--events", type=int, nargs="+", default=[50, 1024, 4096], help="of a history")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5, 20, 80], help="requests per second")
+    parser.add_argument("--rates", type=float, nargs="*", default=[5, 20, 80], help="requests per second")
     parser.add_argument("--seconds", type=float, default=5, help="of each rate")
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1, help="processes of the server")
@@ -55,7 +64,12 @@ def main() -> None:
     parser.add_argument(
         "--end_to_end", nargs="*", type=int, default=[], choices=ENCODERS, help="million parameters of an E2E-GR"
     )
+    parser.add_argument(
+        "--calls", nargs="*", default=[], choices=["float32", "float16", "int8", "aoti"], help="exported graphs to time"
+    )
     args = parser.parse_args()
+    if args.calls and args.knowledge:
+        parser.error("--calls times rankers without knowledge: leave out --knowledge")
     torch.set_num_threads(1)
     print_machine(args)
     for million in args.end_to_end:
@@ -76,7 +90,12 @@ def measure(model: str, runs: Path, args: argparse.Namespace) -> None:
     asked = fill(scorer, state, items, args)
     knowledge = " with knowledge" if args.knowledge else ""
     print(f"\n{model}{knowledge}: {args.candidates} candidates, {args.workers} worker(s)")
-    baselines(runs, scorer, asked, args)
+    ranker, _ = plain_ranker(open_ranker_run(runs / "bench-rank"))
+    if args.calls:
+        calls(ranker, runs, scorer, asked, args)
+    baselines(ranker, runs, scorer, asked, args)
+    if not args.rates:
+        return
     words += [f"serve.workers={args.workers}", "serve.page=false"]
     with serving(words, runs / "serve.log") as (server, port):
         for num_events, request in asked.items():
@@ -137,9 +156,32 @@ def fill(scorer: Scorer, state: Path, items: Sequence[str], args: argparse.Names
     return asked
 
 
-def baselines(runs: Path, scorer: Scorer, asked: dict[int, ScoreRequest], args: argparse.Namespace) -> None:
+@torch.no_grad()
+def calls(ranker: Ranker, runs: Path, scorer: Scorer, asked: dict[int, ScoreRequest], args: argparse.Namespace) -> None:
+    """Prints what a call of the model takes, eager and in each of --calls, and how far its scores are from eager."""
+    graphs = {}
+    for form in args.calls:
+        dtype, compile = ("float32", "aoti") if form == "aoti" else (form, "none")
+        write_tables(runs / form, ranker.tables, dtype=dtype)
+        export_graph(ranker, runs / form / "graph.pt2", dtype=dtype, compile=compile)
+        graphs[form] = load_graph(runs / form / "graph.pt2", open_tables(runs / form))
+    state = UserState.open(runs / "bench-rank-user_state", scorer.bundle.builder)
+    for num_events, request in asked.items():
+        batch = scorer.bundle.builder.batch([request], state.get([request.user])).rank
+        steps = {name: partial(graph, batch) for name, graph in graphs.items()}
+        times = in_turn({"eager": partial(ranker, batch), **steps}, repeats=args.repeats)
+        print(f"  {num_events:5,} events  one call, ms of processor time")
+        expected_B = ranker(batch).sigmoid()
+        for name, each in times.items():
+            median, least, most = (1000 * of(each.cpu_s) for of in (statistics.median, min, max))
+            far = f"  differs by {(graphs[name](batch) - expected_B).abs().max():.1e}" if name in graphs else ""
+            print(f"    {name:8} {median:7.2f} [{least:.2f} … {most:.2f}]{far}", flush=True)
+
+
+def baselines(
+    ranker: Ranker, runs: Path, scorer: Scorer, asked: dict[int, ScoreRequest], args: argparse.Namespace
+) -> None:
     """Prints what a request takes in this process, without HTTP."""
-    ranker, _ = plain_ranker(open_ranker_run(runs / "bench-rank"))
     state = UserState.open(runs / "bench-rank-user_state", scorer.bundle.builder)
     for num_events, request in asked.items():
 

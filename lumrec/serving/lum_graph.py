@@ -19,10 +19,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,16 +207,14 @@ def export_lum(query: GroupQuery, folder: str | Path, *, dtype: TableDtype = "fl
     by_length = np.argsort(np.diff(query.data.user_offsets), kind="stable")
     user_B = torch.from_numpy(by_length[np.linspace(0, len(by_length) - 1, GOLDEN_USERS).astype(int)])
     windows = serving_windows(query.data, user_B, max_events=query.max_events)
-    golden = lum_inputs(query.pack(windows, query.asked, torch.arange(len(user_B))), spec)
-    _save(folder / "golden.npz", partial(np.savez, **golden, o_BND=query.users(user_B)))
-    _save(folder / "items.npy", partial(np.save, arr=query.items().numpy()))
+    golden: dict[str, Any] = lum_inputs(query.pack(windows, query.asked, torch.arange(len(user_B))), spec)
+    golden["o_BND"] = query.users(user_B)
+    with new_file(folder / "golden.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **golden)
+    with new_file(folder / "items.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, query.items().numpy())
     ExportedLum(folder)
     return spec
-
-
-def _save(path: Path, save: Callable[..., None]) -> None:
-    with new_file(path) as temporary, temporary.open("wb") as file:
-        save(file)
 
 
 def _example(spec: LumSpec, widths: Mapping[str, int]) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:

@@ -53,7 +53,8 @@ def test_an_exported_lum_answers_as_the_lum_also_where_only_torch_is(tiny_prepar
         inputs = inputs_of(query, user_B, spec, conditions and [conditions] * len(user_B))
         expected = query.ask([query.data.user_keys()[u] for u in user_B], conditions or CONDITIONS)
         torch.testing.assert_close(lum(inputs), expected, atol=2e-6, rtol=1e-5)
-    assert torch.equal(run_elsewhere(tmp_path / "lum.pt2", inputs, *lum.tables), lum(inputs))
+    (answers,) = run_elsewhere([(tmp_path / "lum.pt2", (inputs, *lum.tables))])
+    assert torch.equal(answers, lum(inputs))
     assert torch.equal(lum.items_ID, query.items())
     with pytest.raises(ValueError, match="the same number of queries"):
         answering = row_windows(query.data, torch.arange(3), max_events=12, stride=6)

@@ -65,10 +65,9 @@ def prepared(folder: Path, num_users: int) -> PreparedData:
 def measure(data: PreparedData, folder: Path, num_events: int, args: argparse.Namespace) -> None:
     """Prints the times for users with this many events."""
     random, items, model = np.random.default_rng(0), data.item_keys(), dense_inputs(data, kind=args.kind).model
-    roles = {f"{role}_features": features_by_role(data.schema, role) for role in ("item", "feedback")}
-    roles["row_features"] = row_features(data.schema)
-    settings: dict[str, Any] = {"features": [name for names in roles.values() for name in names], "reads": READS}
-    settings |= {"max_history": num_events, "row_features": roles["row_features"]}
+    of_row = row_features(data.schema)
+    features = [*features_by_role(data.schema, "item"), *features_by_role(data.schema, "feedback"), *of_row]
+    settings = {"features": features, "row_features": of_row, "max_history": num_events, "reads": READS}
     keys_folder = folder / f"keys-{num_events}"
     keys_folder.mkdir()
     write_keys(keys_folder, {table: data.vocabulary(table) for table in data.table_rows}, items)
@@ -90,13 +89,13 @@ def measure(data: PreparedData, folder: Path, num_events: int, args: argparse.Na
     item_C = random.integers(0, data.num_items, args.candidates)
     request, stored = ScoreRequest("new", [items[item] for item in item_C.tolist()], time=now), history.to_bytes()
     one = builder.batch([request], [history]).rank
-    check_equal(one.expanded(), plain(data, builder, roles, history, item_C, now))
+    check_equal(one.expanded(), plain(data, builder, history, item_C, now))
     times = in_turn(
         {
             "read": lambda: UserHistory.from_bytes(stored, layout),
             "batch": lambda: builder.batch([request], [history]),
             f"batch of {AT_ONCE}": lambda: builder.batch([request] * AT_ONCE, [history] * AT_ONCE),
-            "plain": lambda: plain(data, builder, roles, history, item_C, now),
+            "plain": lambda: plain(data, builder, history, item_C, now),
         },
         repeats=args.repeats,
     )
@@ -111,7 +110,6 @@ def measure(data: PreparedData, folder: Path, num_events: int, args: argparse.Na
 def plain(
     data: PreparedData,
     builder: RequestBuilder,
-    roles: dict[str, list[str]],
     history: UserHistory,
     item_C: np.ndarray,
     now: int,
@@ -127,7 +125,7 @@ def plain(
     log.label = np.append(history.events.label, 0).astype(np.float32)
     log.negative_event, log.negative_item = np.full(len(item_C), num - 1), item_C
     log.event_columns = {}
-    for name in (*roles["feedback_features"], *roles["row_features"]):
+    for name in (*features_by_role(spec.schema, "feedback"), *spec.row_features):
         if name in data.event_columns:
             rows_V, offsets = history.events.features[name]
             if offsets is None:
@@ -149,9 +147,9 @@ def plain(
             dense_RF[:, f] = data.dense[name][rows.item]
     settings: dict[str, Any] = {
         "features": spec.features,
+        "row_features": spec.row_features,
         "max_history": spec.max_history,
         "reads": spec.reads,
-        **roles,
     }
     maker = RowBuilder(log, statistics=Statistics(dense_RF, model.names), **settings)
     return maker.batch(np.arange(num, log.num_rows))

@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lumrec.data.columns import Column, expand_ranges
 from lumrec.data.prepared import PreparedData
+from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN, moment_of_share
 from lumrec.features.history import earlier_of_category
 from lumrec.features.items import categories
@@ -74,7 +75,7 @@ def _bounds_of(data: PreparedData, window: Sequence[float]) -> tuple[float, floa
 class RowBuilder:
     """Makes batches out of rows (events of the prepared data) for a ranker that reads the given features.
 
-    features: the tables' KJT order. item_features, feedback_features: what a token of the history is made of.
+    features: the tables' KJT order; a token of the history is made of the schema's item and feedback features.
     row_features: of the user, or of the event itself (context). max_history: events before the row's moment
     (lumrec/data/moments.py) at most; 0 = none.
     statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has only for some rankers
@@ -89,8 +90,6 @@ class RowBuilder:
         data: PreparedData,
         *,
         features: Sequence[str],
-        item_features: Sequence[str],
-        feedback_features: Sequence[str],
         row_features: Sequence[str],
         max_history: int,
         statistics: Statistics | None = None,
@@ -101,12 +100,13 @@ class RowBuilder:
         if max_history < 0:
             raise UserError(f"max_history is {max_history}; expected 0 or more events")
         self.data, self.statistics, self.knowledge, self.max_history = data, statistics, knowledge, max_history
-        self.features, self.item_features = list(features), list(item_features)
-        self.feedback_features, self.row_features = list(feedback_features), list(row_features)
+        self.features, self.row_features = list(features), list(row_features)
+        self.item_features = features_by_role(data.schema, "item")
+        self.feedback_features = features_by_role(data.schema, "feedback")
         self.dense_RF = np.zeros((data.num_rows, 0), np.float32) if statistics is None else statistics.values_RF
         self.first_E = data.user_offsets[data.user]
         # Token ids: first every pair (item, feedback) of the log, by number, then every item as a target.
-        pair_E = _pair(data.item, [data.event_columns[name] for name in feedback_features])
+        pair_E = _pair(data.item, [data.event_columns[name] for name in self.feedback_features])
         _, self.event_of_pair, self.token_E = np.unique(pair_E, return_index=True, return_inverse=True)
         self.reads = frozenset(reads)
         if self.reads & {"category_U", "category_count_T"}:

@@ -106,8 +106,6 @@ def build_rows(
     return RowBuilder(
         data,
         features=ranker.features,
-        item_features=features_by_role(data.schema, "item"),
-        feedback_features=features_by_role(data.schema, "feedback"),
         row_features=ranker.row_features,
         max_history=config.max_history,
         statistics=statistics,

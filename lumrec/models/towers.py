@@ -117,8 +117,6 @@ def build_towers(
     builder = TowerBuilder(
         data,
         features=towers.features,
-        item_features=item,
-        feedback_features=feedback,
         row_features=row,
         max_history=config.max_history,
         knowledge=knowledge,

@@ -27,7 +27,7 @@ from lumrec.modules.rankers.base import RankBatch
 from lumrec.query.group_query import GroupQuery
 
 READS = sorted({name for ranker in RANKERS.values() for name in ranker.reads} | {"item_U", "category_U"})
-FEATURES = {"features": ["item_id", "tags", "clicked"], "item_features": ["item_id", "tags"], "row_features": []}
+FEATURES = {"features": ["item_id", "tags", "clicked"], "row_features": []}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_rankers_read_nothing_of_the_same_moment_or_later(make, kind, events, ma
     def read(log: PreparedData, row: int) -> tuple:
         columns = raw_statistics(log)
         statistics = Statistics(np.stack(list(columns.values()), 1).astype(np.float32), list(columns))
-        settings = {**FEATURES, "feedback_features": ["clicked"], "max_history": max_history}
+        settings = {**FEATURES, "max_history": max_history}
         batch = RowBuilder(log, statistics=statistics, reads=READS, **settings).batch(np.array([row]))
         assert len(batch.history_T) == min(max_history, log.before[row] - log.user_offsets[log.user[row]])
         tower = TowerBuilder(log, **settings).towers(np.array([row]), np.zeros(1, np.int64))
@@ -157,8 +157,6 @@ def test_the_history_of_a_row_ends_before_its_page(pages, capsys):
     builder = RowBuilder(
         of_page,
         features=["item_id"],
-        item_features=["item_id"],
-        feedback_features=[],
         row_features=[],
         max_history=9,
         reads=["age_T", "item_U"],

@@ -21,8 +21,6 @@ ROW = ["segment", "hour", "weekday", "scenario", "query"]
 def make_builder(data: PreparedData, **changes) -> RowBuilder:
     arguments = {
         "features": [*ROW, *FEEDBACK, *ITEM],
-        "item_features": ITEM,
-        "feedback_features": FEEDBACK,
         "row_features": ROW,
         "max_history": 7,
     }

@@ -130,8 +130,6 @@ def test_a_ranker_reads_nothing_that_comes_later(make, kind: str, events: list[t
         builder = RowBuilder(
             log,
             features=["item_id", "clicked"],
-            item_features=["item_id"],
-            feedback_features=["clicked"],
             row_features=[],
             max_history=max_history,
         )

@@ -174,8 +174,6 @@ def test_a_drawn_row_differs_from_its_event_in_the_item_alone(data: PreparedData
     builder = RowBuilder(
         data,
         features=["page", "weekday", "item_id", "tags"],
-        item_features=["item_id", "tags"],
-        feedback_features=[],
         row_features=["page", "weekday"],
         max_history=5,
         statistics=statistics,

@@ -132,7 +132,7 @@ def builders(
     of_row = row_features(data.schema)
     features = [*of_row, *feedback, *item]
     settings = {"features": features, "row_features": of_row, "max_history": max_history, "reads": reads}
-    rows = RowBuilder(data, item_features=item, feedback_features=feedback, statistics=statistics, **settings)
+    rows = RowBuilder(data, statistics=statistics, **settings)
     spec = RequestSpec.from_json(RequestSpec.of(data, statistics.model, **settings).to_json())
     items = ItemHistory.of(data) if kind == "all" else None
     return rows, RequestBuilder(spec, Vocabularies(data), Catalogue.of(data), items)

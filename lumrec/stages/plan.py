@@ -6,8 +6,8 @@ FLOPs and activations come from the model itself (lumrec/train/footprint.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from lumrec.modules.large_user_model import LargeUserModel
 from lumrec.modules.tokens import make_tables
 from lumrec.run.errors import UserError
 from lumrec.run.files import write_atomically
-from lumrec.run.folder import RunFolder, check_made_by
+from lumrec.run.folder import RunFolder, check_made_by, clear
 from lumrec.run.limits import check_names, count, setting, share
 from lumrec.run.printable import say, text_table
 from lumrec.stages.pretrain import PRECISIONS, PretrainConfig
@@ -175,9 +175,8 @@ class Training:
         activations = self.cost.kept + FLOAT * self.model.dim * 2 * (self.events + self.candidates * self.across)
         if self.model.checkpoint_activations:
             activations += self.cost.block_kept  # of the block that is computed again
-            copies += (
-                2 * block * self.model.num_layers * self.low
-            )  # autocast holds its casts; else they are kept anyway
+            # Autocast holds its casts until the forward pass ends; without checkpointing they are kept anyway.
+            copies += 2 * block * self.model.num_layers * self.low
         return {
             "encoder": TRAINED_BYTES * (self.held - self.others),
             "other dense": TRAINED_BYTES * self.others,
@@ -214,7 +213,10 @@ class Training:
         """What does not fit, each with what to change; empty if all fits. data: bytes of the log in a process."""
         limit, host_limit, found = self.cluster.memory, self.cluster.host_memory, []
         if (total := sum(fullest.values())) > limit:
-            largest = max(list(fullest)[:-1], key=lambda part: fullest[part])  # the last is the reserve
+            of_tables = fullest["tables"] + fullest["state"]
+            # Tables can be spread further, unless the rest is too large without them. The last part is the reserve.
+            parts = list(fullest)[2 if total - of_tables > limit else 0 : -1]
+            largest = max(parts, key=lambda part: fullest[part])
             change = {
                 "tables": "narrow them (schema.tables.<name>.width) or take more ranks",
                 "state": "set pretrain.train.optimizer.table_optimizer=rowwise_adagrad",
@@ -226,7 +228,8 @@ class Training:
                 change = "set model.checkpoint_activations=true"
             elif largest == "encoder" and not self.train.fsdp and self.cluster.ranks > 1:
                 change = "set pretrain.train.fsdp=true"
-            found.append(f"a rank takes {_gib(total)} of {_gib(limit)} GiB, most of it {largest}: {change}")
+            size = _gib(fullest[largest])
+            found.append(f"a rank takes {_gib(total)} of {_gib(limit)} GiB, {largest} {size} of them: {change}")
         if host > host_limit:
             share_fits = max(0.0, host_limit - host + self.cluster.gpus * data) / (self.cluster.gpus * data)
             found.append(
@@ -279,7 +282,8 @@ def run(
     folder = common.folder("plan")
     if folder.exists():  # a plan takes seconds: it is made again, whatever its config was
         check_made_by(folder, "plan")
-        (folder / "result.json").unlink(missing_ok=True)
+        with contextlib.closing(RunFolder.locked(folder)):
+            clear(folder)
     run_folder = RunFolder.create(folder, "plan", recorded)
     write_atomically(folder / "plan.json", plan_json(tables.plan))
     run_folder.finish(result)
@@ -288,20 +292,21 @@ def run(
 
 
 def text(training: Training, tables: Planned, ranks: list[dict[str, float]], result: dict[str, Any]) -> str:
-    """A plan for the terminal: tables, memory of each rank (equal ones together), work and time of a step."""
+    """A plan for the terminal: tables, memory of each rank (equal ones as one line), work and time of a step."""
     cluster, model, settings = training.cluster, training.model, training.settings
     placed = [["table", "rows", "width", "GiB", "sharding", "ranks"]]
-    for name, sharding in ((name, each) for module in tables.plan.plan.values() for name, each in module.items()):  # type: ignore[attr-defined]
-        (rows, width), on = training.sizes[name], sharding.ranks
-        size = f"{FLOAT * rows * width / GIB:.3f}"
-        placed.append([name, f"{rows:,}", str(width), size, sharding.sharding_type, f"{min(on)} to {max(on)}"])
-    memory, first = [["ranks", *ranks[0], "all", "limit"]], 0
-    for parts, same in itertools.groupby(ranks):
-        last = first + len(list(same)) - 1
-        cells = [*parts.values(), sum(parts.values()), cluster.memory]
-        memory.append([f"{first} to {last}", *map(_gib, cells)])
-        first = last + 1
-    memory[GROUPS_SHOWN + 1 :] = [["…", *[""] * (len(memory[0]) - 1)]] if len(memory) > GROUPS_SHOWN + 1 else []
+    for module in tables.plan.plan.values():
+        for name, sharding in module.items():  # type: ignore[attr-defined]
+            (rows, width), on = training.sizes[name], sharding.ranks
+            where = f"{min(on)} to {max(on)}" if len(on) > 1 else str(on[0])
+            size = f"{FLOAT * rows * width / GIB:.3f}"
+            placed.append([name, f"{rows:,}", str(width), size, sharding.sharding_type, where])
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rank, parts in enumerate(ranks):
+        alike.setdefault(tuple(map(_gib, (*parts.values(), sum(parts.values()), cluster.memory))), []).append(rank)
+    shown = sorted(alike.items(), key=lambda group: -sum(ranks[group[1][0]].values()))[:GROUPS_SHOWN]
+    memory = [["ranks", "first", *ranks[0], "all", "limit"]]
+    memory += [[str(len(found)), str(found[0]), *cells] for cells, found in shown]
     of_step = [name for name in result if name.startswith("s/")]
     how = "FSDP" if training.train.fsdp else "replicated"
     return "\n".join(
@@ -310,7 +315,7 @@ def text(training: Training, tables: Planned, ranks: list[dict[str, float]], res
             f"{cluster.nodes} x {cluster.gpus} {settings.gpu}",
             f"{training.users:,} users, {training.events_held:,} events, {training.items:,} items",
             *("", *text_table(placed)),
-            *("", "memory of each rank, GiB", *text_table(memory)),
+            *("", "memory of each rank in GiB, the fullest first", *text_table(memory)),
             f"each machine: {result['gib/machine']:,.0f} of {settings.host_memory_gib:,.0f} GiB of its own memory; "
             f"step 2's answers on disk: {result['gib/store']:,.0f} GiB",
             *("", f"a step of {training.events:,} events a rank"),

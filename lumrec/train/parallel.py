@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
@@ -79,7 +80,13 @@ def shard(
         raise UserError("fsdp=true shards transformer blocks, and this model has none: set fsdp=false")
     dense = sum(dense_elements(model, shards=world_size() if fsdp else 1))
     topology = topology_here(device, world_size=world_size(), dense_bytes=TRAINED_BYTES * dense)
-    plan, sharders, _ = make_plan(model, chosen, topology)
+    try:
+        plan, sharders, _ = make_plan(model, chosen, topology)
+    except PlannerError as error:
+        raise UserError(
+            f"the tables do not fit into {world_size()} process(es) beside the dense parameters "
+            f"({str(error).splitlines()[0].strip()}): apps/plan.py shows what a rank takes, and what to change"
+        ) from None
     optimizer_class, arguments = TABLE_OPTIMIZERS[optimizer.table_optimizer]
     tables = [
         (config.name, weight)

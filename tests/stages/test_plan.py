@@ -1,6 +1,7 @@
 """Plans against what really happens: bytes of two ranks, FLOPs and activations of a step; and what they refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -136,18 +137,19 @@ def test_sizes_come_from_prepared_data_and_a_plan_is_one_to_train_by(words, tiny
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["model.dim=8192", "model.num_layers=24"], "most of it encoder: set pretrain.train.fsdp=true"),
+        (["model.dim=8192", "model.num_layers=24"], r"encoder [\d.]+ of them: set pretrain.train.fsdp=true"),
         (
             ["pretrain.packing.events_per_pack=2000000", "plan.gpu=a100-40g"],
-            "most of it activations: set model.checkpoint_activations=true",
+            r"activations [\d.]+ of them: set model.checkpoint_activations=true",
         ),
         (["plan.items=1000000000", "pretrain.negatives.full=true"], "set pretrain.negatives.full=false"),
-        (["plan.items=2000000000"], "most of it tables: narrow them"),
+        (["model.dim=4096", "model.num_layers=8", "plan.items=500000000", "plan.gpu=l40s"], r"encoder [\d.]+ of them"),
+        (["plan.items=2000000000"], r"tables [\d.]+ of them: narrow them"),
         (["plan.events=100000000000", "plan.users=1000000000"], "each process holds the whole log"),
     ],
 )
 def test_what_does_not_fit_is_said_with_what_to_change(tmp_path, more, says):
-    assert says in plan(f"runs_dir={tmp_path}", "plan.gpus=2", *SIZES, *ROWS, *more)["fits"]
+    assert re.search(says, str(plan(f"runs_dir={tmp_path}", "plan.gpus=2", *SIZES, *ROWS, *more)["fits"]))
 
 
 @pytest.mark.parametrize(

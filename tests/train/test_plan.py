@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from tiny_training import TinyModel
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.run.distributed import init_distributed
+from lumrec.run.errors import UserError
 from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES, TableSharding, plan_json, read_sharding
 
@@ -85,6 +87,13 @@ def test_a_plan_comes_back_from_the_sharded_model(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(saved))
     again = shard(TinyModel(), device="cpu", sharding=str(tmp_path / "plan.json"))
     assert json.loads(plan_json(again.plan)) == saved
+
+
+def test_tables_that_no_rank_can_hold_are_refused():
+    init_distributed("cpu")
+    tables = [EmbeddingBagConfig(name="t", num_embeddings=2**30, embedding_dim=64, feature_names=["f"])]
+    with pytest.raises(UserError, match=r"do not fit into 1 process.*insufficient storage.*apps/plan.py"):
+        shard(EmbeddingBagCollection(tables=tables, device=torch.device("meta")), device="cpu")
 
 
 def test_fsdp_without_transformer_blocks_is_refused():

@@ -170,18 +170,16 @@ class Training:
         """Bytes of each rank, without its tables, by what takes them."""
         block = sum(parameter.numel() for parameter in self.lum.user_encoder.blocks[0].parameters())
         # FSDP holds two whole blocks and two gradients of one: of the block at hand, and of the one on its way.
-        copies = 4 * FLOAT * block * self.train.fsdp
-        # InfoNCE keeps the gradients of outputs and candidates.
-        activations = self.cost.kept + FLOAT * self.model.dim * 2 * (self.events + self.candidates * self.across)
+        working = 4 * FLOAT * block * self.train.fsdp
         if self.model.checkpoint_activations:
-            activations += self.cost.block_kept  # of the block that is computed again
-            # Autocast holds its casts until the forward pass ends; without checkpointing they are kept anyway.
-            copies += 2 * block * self.model.num_layers * self.low
+            # The forward pass ends with autocast's casts of all weights; the backward pass has one block's activations.
+            working += max(2 * block * self.model.num_layers * self.low, self.cost.block_kept)
         return {
             "encoder": TRAINED_BYTES * (self.held - self.others),
             "other dense": TRAINED_BYTES * self.others,
-            "activations": activations,
-            "copies": copies,
+            # InfoNCE keeps the gradients of outputs and candidates.
+            "activations": self.cost.kept + FLOAT * self.model.dim * 2 * (self.events + self.candidates * self.across),
+            "working": working,
             "reserve": self.settings.reserve * self.cluster.memory,
         }
 
@@ -221,6 +219,7 @@ class Training:
                 "tables": "narrow them (schema.tables.<name>.width) or take more ranks",
                 "state": "set pretrain.train.optimizer.table_optimizer=rowwise_adagrad",
                 "activations": "lower pretrain.packing.events_per_pack",
+                "working": "lower pretrain.packing.events_per_pack",
             }.get(largest, "take more ranks")
             if self.candidates > self.events + self.pretrain.negatives.sampled:
                 change = "set pretrain.negatives.full=false, as each step embeds the whole catalogue"

@@ -170,7 +170,7 @@ class Training:
         """Bytes of each rank, without its tables, by what takes them."""
         block = sum(parameter.numel() for parameter in self.lum.user_encoder.blocks[0].parameters())
         # FSDP holds two whole blocks and two gradients of one: of the block at hand, and of the one on its way.
-        working = 4 * FLOAT * block * self.train.fsdp
+        working: float = 4 * FLOAT * block * self.train.fsdp
         if self.model.checkpoint_activations:
             # The forward pass ends with autocast's casts of all weights; the backward pass has one block's activations.
             working += max(2 * block * self.model.num_layers * self.low, self.cost.block_kept)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lumrec.batches.negatives import NegativeSampler, NegativesConfig
 from lumrec.batches.windows import Windows, deal, training_windows, window_cost
 from lumrec.data.columns import expand_ranges
+from lumrec.data.mapped import blocks
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
@@ -186,10 +187,13 @@ class PackLoader:
         self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
         # Popularity among the users that this LUM is trained on: held-out users must not affect it.
         data = builder.data
-        own_E = (data.split == TRAIN) & users[data.user]
+        count_I = np.zeros(data.num_items, np.int64)
+        for part in blocks(data.num_events):
+            is_own = (data.split[part] == TRAIN) & users[data.user[part]]
+            count_I += np.bincount(data.item[part][is_own], minlength=data.num_items)
         self.sampler = NegativeSampler(
             negatives,
-            np.bincount(data.item[own_E], minlength=data.num_items),
+            count_I,
             num_ranks=world_size if negatives.across_ranks else 1,
         )
         self.contrast_feature, self.token_cost = contrast_feature, token_cost
@@ -230,14 +234,15 @@ class PackLoader:
         is_left_W = step_W >= 0
         rank_W = torch.full_like(step_W, -1)
         rank_W[is_left_W] = deal(cost_W[is_left_W], step_W[is_left_W], self.world_size)
-        for step in range(int(step_W[-1]) + 1):
+        steps = int(step_W[-1]) + 1
+        bounds = torch.searchsorted(step_W, torch.arange(steps + 1)).tolist()  # the windows are in the order of steps
+        for first, end in zip(bounds, bounds[1:]):
             number = self.done + self.rank
             self.done += self.world_size
-            is_now_W = step_W == step
-            num_events = int(windows.length_W[is_now_W].sum()) if self.sampler.config.across_ranks else None
-            yield self.training_pack(
-                windows[is_now_W & (rank_W == self.rank)], self._generator(self.epoch, number), num_events=num_events
-            )
+            now = windows[first:end]
+            num_events = int(now.length_W.sum()) if self.sampler.config.across_ranks else None
+            own = now[rank_W[first:end] == self.rank]
+            yield self.training_pack(own, self._generator(self.epoch, number), num_events=num_events)
         self.epoch, self.done = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:

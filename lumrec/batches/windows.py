@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumrec.data.columns import expand_ranges
+from lumrec.data.mapped import blocks
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TRAIN
 from lumrec.run.errors import UserError
@@ -37,13 +38,15 @@ def training_lengths(data: PreparedData) -> np.ndarray:
 
     Raises UserError where a later event is marked as training: the LUM would read across its own targets.
     """
-    is_train = (data.split == TRAIN).astype(np.int64)
-    count_E1 = np.concatenate([[0], is_train.cumsum()])
-    length_U = count_E1[data.user_offsets[1:]] - count_E1[data.user_offsets[:-1]]
-    is_first = np.arange(data.num_events) - data.user_offsets[data.user] < length_U[data.user]
-    if (is_first != is_train.astype(bool)).any():
-        user = int(data.user[np.flatnonzero(is_first != is_train.astype(bool))[0]])
-        raise UserError(f"user {user} has training events after validation or test events; split the log by time")
+    length_U, last_U = np.zeros(data.num_users, np.int64), np.full(data.num_users, -1)
+    for part in blocks(data.num_events):
+        row_R = part.start + np.flatnonzero(data.split[part] == TRAIN)
+        user_R = data.user[row_R]
+        length_U += np.bincount(user_R, minlength=data.num_users)
+        last_U[user_R] = row_R  # of equal users the last one stays
+    wrong = np.flatnonzero((length_U > 0) & (last_U - data.user_offsets[:-1] + 1 != length_U))
+    if len(wrong):
+        raise UserError(f"user {wrong[0]} has training events after validation or test events; split the log by time")
     return length_U
 
 

@@ -15,6 +15,7 @@ from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig, check_featu
 from lumrec.data.forms import check_forms
 from lumrec.data.ingest import Ingested, count_reasons, ingest
 from lumrec.data.log_columns import derived_columns, of_roles
+from lumrec.data.mapped import feature_file, write_mapped
 from lumrec.data.numbers import number_facts
 from lumrec.data.scaling import Moments, scaled, transformed
 from lumrec.data.schema import EVENT_ROLES, FeatureConfig, SchemaConfig
@@ -138,13 +139,20 @@ def _write_files(
         columns = {name: frame[feature.column] for name, feature in features.items()}
         write(kept.with_columns(encoder.encode(columns, features, rows=kept[key])), folder / f"{role}s.parquet")
     features = of_roles(schema, EVENT_ROLES)
-    for index, path in enumerate(found.blocks):
-        block, name = pl.read_parquet(path), f"part-{index:05d}.parquet"
+    parts = [f"part-{index:05d}.parquet" for index in range(len(found.blocks))]
+    for path, name in zip(found.blocks, parts, strict=True):
+        block = pl.read_parquet(path)
         kept = block.select("user", "item", "timestamp", "rows_back", "order", "label", "split", "^probability$")
         encoded = encoder.encode({feature: block[feature] for feature in features}, features, rows=block["order"])
         write(kept.with_columns(encoded), folder / "events" / name)
         if drawn:
             write(drawn.add(block), folder / "negatives" / name)
+    names = {name: name for name in kept.columns} | {"rows_back": "before"}
+    names |= {feature: feature_file(list(schema.features), feature) for feature in features}
+    write_mapped(folder, [folder / "events" / name for name in parts], names)
+    if drawn:
+        columns_of_drawn = {"event": "negative-event", "item": "negative-item"}
+        write_mapped(folder, [folder / "negatives" / name for name in parts], columns_of_drawn)
     for table, vocabulary in encoder.vocabularies.items():
         write(vocabulary, folder / "vocabulary" / f"{table}.parquet")
     pl.scan_parquet(found.quarantine).sink_parquet(folder / "quarantine.parquet")

@@ -15,7 +15,7 @@ from typing import Any
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.listed_files import file_problem, list_problem, listed, own_hash
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 NAME = "manifest.json"
 UNLISTED = (NAME, "result.json", "config.yaml")  # written beside the data; these hold times and paths
 

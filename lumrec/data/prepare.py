@@ -1,6 +1,6 @@
 """Makes a prepared folder, which every later stage reads, from a raw log.
 
-    manifest.json  events/part-00000.parquet  items.parquet  users.parquet  vocabulary/<table>.parquet
+    manifest.json  events/part-00000.parquet  mapped/item.npy  items.parquet  users.parquet  vocabulary/<table>.parquet
     quarantine.parquet  (rows left out, and why)        beside them config.yaml and result.json
     negatives/part-00000.parquet  (with data.negatives: rows drawn beside the events)
 
@@ -28,6 +28,7 @@ from lumrec.data.drawn_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.labels import check_labels
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, write_manifest
+from lumrec.data.mapped import FOLDER
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_lines
 from lumrec.data.open_log import named_files, plain_split, read_source, request, schema_in_use
@@ -49,7 +50,7 @@ from lumrec.run.folder import names_in
 from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
-MADE = {NAME, "config.yaml", "events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
+MADE = {NAME, "config.yaml", "events", FOLDER, "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
 OPTIONAL = {"negatives", "result.json", ROWS, FEATURES}
 ROOM = "what was there is as it was. Make room and run the same command again"
 ITEM_ID = ("item", "item_id")  # role and column of the feature that tells items apart

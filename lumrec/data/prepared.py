@@ -1,4 +1,4 @@
-"""Reads a prepared folder into memory: flat arrays over events, columns of vocabulary rows, vocabularies.
+"""Opens a prepared folder: flat arrays over events (mapped, not read), columns of vocabulary rows, vocabularies.
 
 Shapes: E events (sorted by user, time, original order), U users, I items.
 
@@ -26,6 +26,7 @@ import torch
 
 from lumrec.data.columns import Column
 from lumrec.data.manifest import PreparedDataError, read_manifest
+from lumrec.data.mapped import FOLDER, blocks, feature_file, mapped
 from lumrec.data.schema import EVENT_ROLES, SchemaConfig, features_by_role, schema_from_dict, validate, without
 from lumrec.data.splits import TRAIN
 from lumrec.run.errors import UserError
@@ -42,7 +43,9 @@ class Rows(NamedTuple):
 
 
 class PreparedData:
-    """A prepared log in memory (numpy arrays for events, torch columns for features); made by `open`.
+    """A prepared log (numpy arrays for events, torch columns for features); made by `open`.
+
+    What has one entry for each event is mapped (lumrec/data/mapped.py): it takes no memory of the process.
 
     path, manifest, schema (defaults filled in), fingerprint (changes with any byte of the data).
     num_users, num_items, num_events. num_rows: events and drawn rows.
@@ -68,39 +71,59 @@ class PreparedData:
             raise PreparedDataError(f"{path}: its manifest holds no schema ({error!r}). Prepare it again.") from None
         self.fingerprint: str = manifest["fingerprint"]
         self.table_rows: dict[str, int] = dict(manifest["table_rows"])
-        events = self._read(*sorted(name for name in manifest["files"] if name.startswith("events/")))
         self._items, self._users = self._read("items.parquet"), self._read("users.parquet")
-        self.num_events, self.num_items, self.num_users = len(events), len(self._items), len(self._users)
-        drawn = self._read_if_any("negatives/")
-        self.negative_event, self.negative_item = (_array(drawn, name, np.int64) for name in ("event", "item"))
-        self.num_rows = self.num_events + len(drawn)
-        for name in ("user", "item", "timestamp", "order"):
-            setattr(self, name, _array(events, name, np.int64))
+        self.num_items, self.num_users = len(self._items), len(self._users)
+        for name in ("user", "item", "timestamp", "order", "before"):
+            setattr(self, name, self._mapped(name, np.int64))
         self.user: np.ndarray
         self.item: np.ndarray
         self.timestamp: np.ndarray
         self.order: np.ndarray
-        self.label = _array(events, "label", np.float32)
-        self.split = _array(events, "split", np.int8)
-        self.probability = _array(events, "probability", np.float32) if "probability" in events.columns else None
-        self.before = np.arange(self.num_events) - _array(events, "rows_back", np.int64)
+        self.before: np.ndarray
+        self.label, self.split = self._mapped("label", np.float32), self._mapped("split", np.int8)
+        self.probability = self._mapped("probability", np.float32) if self._has("probability") else None
+        self.num_events, drawn = len(self.user), self._has("negative-event")
+        self.negative_event, self.negative_item = (
+            self._mapped(name, np.int64) if drawn else np.zeros(0, np.int64)
+            for name in ("negative-event", "negative-item")
+        )
+        self.num_rows = self.num_events + len(self.negative_event)
         self.user_offsets = np.searchsorted(self.user, np.arange(self.num_users + 1)).astype(np.int64)
-        event_features = [name for role in EVENT_ROLES for name in features_by_role(self.schema, role)]
-        self.event_columns = self._columns(events, event_features)
+        of_events = [name for role in EVENT_ROLES for name in features_by_role(self.schema, role)]
+        self.event_columns = {name: self._mapped_column(name) for name in of_events}
         self.item_columns = self._columns(self._items, features_by_role(self.schema, "item"))
         self.user_columns = self._columns(self._users, features_by_role(self.schema, "user"))
         self.absolute_time: bool = manifest["absolute_time"]
         self.dense: dict[str, np.ndarray] = {
             name: _array(frame, name, np.float32)
-            for role, frame in (("item", self._items), ("user", self._users), ("context", events))
+            for role, frame in (("item", self._items), ("user", self._users))
             for name in features_by_role(self.schema, role, dense=True)
         }
+        for name in features_by_role(self.schema, "context", dense=True):
+            self.dense[name] = self._mapped(feature_file(list(self.schema.features), name), np.float32)
         self._check_indices()
-        self.item_counts = np.bincount(self.item[self.split == TRAIN], minlength=self.num_items).astype(np.int64)
+        self.item_counts = np.zeros(self.num_items, np.int64)
+        for part in blocks(self.num_events):
+            self.item_counts += np.bincount(self.item[part][self.split[part] == TRAIN], minlength=self.num_items)
 
     def _check_indices(self) -> None:
         """Raises PreparedDataError for an index that is outside the users, items, parts or tables."""
-        limits = [("user", self.user, self.num_users), ("item", self.item, self.num_items), ("split", self.split, 3)]
+        lengths = {
+            name: len(getattr(self, name)) for name in ("item", "timestamp", "order", "before", "label", "split")
+        }
+        for name, column in self.event_columns.items():
+            values, offsets = column.values.numpy(), None if column.offsets is None else column.offsets.numpy()
+            lengths[name] = len(values) if offsets is None else len(offsets) - 1
+            if offsets is not None and (offsets[0] != 0 or offsets[-1] != len(values) or not _ascends(offsets)):
+                raise PreparedDataError(f"{self.path}: {name} is damaged, its lists overlap. Prepare it again.")
+        for name, length in lengths.items():
+            if length != self.num_events:
+                raise PreparedDataError(
+                    f"{self.path}: {name} has {length:,} rows, expected {self.num_events:,}: it is damaged. Prepare it "
+                    "again (apps/prepare.py with overwrite=true)."
+                )
+        limits = [("before", self.before, self.num_events)]
+        limits += [("user", self.user, self.num_users), ("item", self.item, self.num_items), ("split", self.split, 3)]
         limits += [("negatives' event", self.negative_event, self.num_events)]
         limits += [("negatives' item", self.negative_item, self.num_items)]
         for columns in (self.event_columns, self.item_columns, self.user_columns):
@@ -113,7 +136,7 @@ class PreparedData:
                     f"{self.path}: {name} has {values.min()} to {values.max()}, expected numbers from 0, below {size}: "
                     "it is damaged. Prepare it again (apps/prepare.py with overwrite=true)."
                 )
-        if (self.user[1:] < self.user[:-1]).any():
+        if not _ascends(self.user):
             raise PreparedDataError(f"{self.path}: its events are not sorted by user: it is damaged. Prepare it again.")
 
     @classmethod
@@ -192,9 +215,31 @@ class PreparedData:
     def _columns(self, frame: pl.DataFrame, names: Iterable[str]) -> dict[str, Column]:
         return {name: _column(frame[name]) for name in names}
 
-    def _read_if_any(self, folder: str) -> pl.DataFrame:
-        names = sorted(name for name in self.manifest["files"] if name.startswith(folder))
-        return self._read(*names) if names else pl.DataFrame({"event": [], "item": []})
+    def _has(self, name: str) -> bool:
+        return f"{FOLDER}/{name}.npy" in self.manifest["files"]
+
+    def _mapped(self, name: str, dtype: type) -> np.ndarray:
+        try:
+            if not self._has(name):
+                raise ValueError(f"the manifest lists no {FOLDER}/{name}.npy")
+            array = mapped(self.path, name)
+        except (ValueError, OSError) as error:
+            raise PreparedDataError(
+                f"{self.path}: cannot read {FOLDER}/{name}.npy ({error}). Prepare it again (apps/prepare.py)."
+            ) from error
+        if array.dtype != dtype or array.ndim != 1:
+            raise PreparedDataError(
+                f"{self.path}: {FOLDER}/{name}.npy holds {array.dtype} in {array.ndim} dimensions, expected "
+                f"{np.dtype(dtype)} in one: it is damaged. Prepare it again (apps/prepare.py)."
+            )
+        return array
+
+    def _mapped_column(self, feature: str) -> Column:
+        name = feature_file(list(self.schema.features), feature)
+        if self._has(name):
+            return Column(torch.from_numpy(self._mapped(name, np.int64)))
+        values, offsets = self._mapped(f"{name}.values", np.int64), self._mapped(f"{name}.offsets", np.int64)
+        return Column(torch.from_numpy(values), torch.from_numpy(offsets))
 
     def _read(self, *names: str) -> pl.DataFrame:
         try:
@@ -203,6 +248,10 @@ class PreparedData:
             raise PreparedDataError(
                 f"{self.path}: cannot read {', '.join(names)} ({error}). Prepare it again (apps/prepare.py)."
             ) from error
+
+
+def _ascends(array: np.ndarray) -> bool:
+    return all((np.diff(array[part.start : part.stop + 1]) >= 0).all() for part in blocks(len(array)))
 
 
 def _array(frame: pl.DataFrame, name: str, dtype: type) -> np.ndarray:

@@ -298,11 +298,51 @@ def test_prepared_folders(prepared, change):
 
 @pytest.mark.parametrize(("column", "value"), [("item", 10**9), ("item", -1), ("user", -5), ("split", 9)])
 def test_an_index_that_leads_nowhere(prepared, column, value):
-    file = next((prepared / "events").glob("*.parquet"))
-    frame = pl.read_parquet(file)
-    frame.with_columns(pl.lit(value).cast(pl.Int64).alias(column)).write_parquet(file)
+    file = prepared / "mapped" / f"{column}.npy"
+    array = np.load(file)
+    array[len(array) // 2] = value
+    np.save(file, array)
     seal(prepared)
     with pytest.raises(UserError, match=f"{column} has|not sorted by user"):
+        PreparedData.open(prepared)
+
+
+def _header(file, shape, dtype="<i8"):
+    with open(file, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        lambda file, folder: np.save(file, np.array([Runs(folder)] * 9, object), allow_pickle=True),
+        lambda file, folder: file.write_bytes(pickle.dumps(Runs(folder))),
+        lambda file, folder: _header(file, (2**60,)),
+        lambda file, folder: _header(file, (-1,)),
+        lambda file, folder: np.save(file, np.load(file)[:-1]),
+        lambda file, folder: np.save(file, np.load(file)[:, None]),
+        lambda file, folder: np.save(file, np.load(file).astype(np.int32)),
+        lambda file, folder: np.save(file, np.load(file).astype(">i8")),
+        lambda file, folder: shutil.move(shutil.make_archive(str(file), "zip", folder / "prepared" / "events"), file),
+        lambda file, folder: file.write_bytes(b""),
+    ],
+    ids=["objects", "pickle", "huge", "negative", "short", "2-D", "narrow", "big-endian", "zip", "empty"],
+)
+def test_mapped_files(prepared, tmp_path, evil):
+    evil(prepared / "mapped" / "item.npy", tmp_path)
+    seal(prepared)
+    with pytest.raises(UserError, match="item"):
+        PreparedData.open(prepared)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_lists_that_overlap(prepared):
+    file = next((prepared / "mapped").glob("*.offsets.npy"))
+    array = np.load(file)
+    array[1] = array[-1] + 5
+    np.save(file, array)
+    seal(prepared)
+    with pytest.raises(UserError, match="lists overlap"):
         PreparedData.open(prepared)
 
 

@@ -58,6 +58,7 @@ def test_the_stage_makes_the_folder_and_its_result(make_config: Callable, capsys
         "events",
         "items.parquet",
         "manifest.json",
+        "mapped",
         "quarantine.parquet",
         "result.json",
         "users.parquet",
@@ -81,7 +82,7 @@ def test_the_same_config_gives_the_same_bytes(make_config: Callable, kind: str, 
     prepare(config, second)
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
     parts = {name.split("/")[0] for name in checksums(first)}
-    assert parts == {"events", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
+    assert parts == {"events", "mapped", "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
     prepare(replace(config, seed=1), other)
     assert checksums(other)["events/part-00000.parquet"] != checksums(first)["events/part-00000.parquet"]
     assert PreparedData.open(other).fingerprint != PreparedData.open(first).fingerprint

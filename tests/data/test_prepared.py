@@ -112,17 +112,17 @@ def test_unreadable_manifest(copy: Path, content: bytes):
 def test_another_format_version(copy: Path):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 3"):
+    with pytest.raises(PreparedDataError, match="format version 99; this lumrec reads version 4"):
         PreparedData.open(copy)
 
 
-@pytest.mark.parametrize("name", ["events/part-00000.parquet", "items.parquet", "vocabulary/item_id.parquet"])
+@pytest.mark.parametrize("name", ["mapped/item.npy", "items.parquet", "vocabulary/item_id.parquet"])
 def test_missing_cut_and_changed_files_are_named(copy: Path, name: str):
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[:-8] + bytes(8))
     with pytest.raises(PreparedDataError, match=f"{name} was changed or damaged"):
         PreparedData.open(copy)
-    if not name.startswith("vocabulary"):  # read on demand
+    if name == "items.parquet":  # the others are read on demand
         with pytest.raises(PreparedDataError, match=f"cannot read {name}"):
             PreparedData.open(copy, verify=False)
     (copy / name).write_bytes(whole[:100])

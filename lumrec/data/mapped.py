@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 FOLDER = "mapped"
-BLOCK = 1 << 22  # rows that are looked at together, where all are
+BLOCK = 1 << 20  # rows that are looked at together, where all are
 
 
 def blocks(num_rows: int) -> Iterator[slice]:

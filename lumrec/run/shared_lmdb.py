@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,6 +13,7 @@ DATA_FILE = "data.mdb"
 # Address space, not space on the disk: an LMDB cannot grow beyond it.
 MAP_SIZE = 1 << 40
 MAX_READERS = 1024
+_OPENING = threading.Lock()
 _OPEN: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 
 
@@ -29,11 +31,12 @@ def read_write(folder: Path, *, max_dbs: int = 0) -> lmdb.Environment:
 
 
 def _shared(folder: Path, **options: Any) -> lmdb.Environment:
-    if (folder / DATA_FILE).exists() and (env := _OPEN.get(_name(folder))):
-        return env
-    # Keys are read in random order, so reading ahead would load pages that are not needed.
-    env = lmdb.open(str(folder), readahead=False, **options)
-    return _OPEN.setdefault(_name(folder), env)
+    with _OPENING:  # LMDB's locks break where a process opens a file twice, also at the same moment
+        if (folder / DATA_FILE).exists() and (env := _OPEN.get(_name(folder))):
+            return env
+        # Keys are read in random order, so reading ahead would load pages that are not needed.
+        env = lmdb.open(str(folder), readahead=False, **options)
+        return _OPEN.setdefault(_name(folder), env)
 
 
 def _name(folder: Path) -> str:

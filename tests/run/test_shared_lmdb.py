@@ -21,7 +21,7 @@ def test_threads_that_open_a_folder_at_the_same_moment_share_it(tmp_path, monkey
         return read_write(folder)
 
     monkeypatch.setattr(lmdb, "open", counted)
-    folders = [tmp_path / str(number) for number in range(20)]
+    folders = [tmp_path / str(number) for number in range(4)]
     with ThreadPoolExecutor(8) as threads:
         for folder in folders:
             assert len(set(threads.map(share, [folder] * 8))) == 1

@@ -315,7 +315,7 @@ def text(training: Training, tables: Planned, ranks: list[dict[str, float]], res
             f"{training.users:,} users, {training.events_held:,} events, {training.items:,} items",
             *("", *text_table(placed)),
             *("", "memory of each rank in GiB, the fullest first", *text_table(memory)),
-            f"each machine: {result['gib/machine']:,.0f} of {settings.host_memory_gib:,.0f} GiB of its own memory; "
+            f"each machine: {result['gib/machine']:,.0f} of {settings.host_memory_gib:,.0f} GiB of host memory; "
             f"step 2's answers on disk: {result['gib/store']:,.0f} GiB",
             *("", f"a step of {training.events:,} events a rank"),
             f"FLOP {result['flops']:.3g}, computed again {result['recomputed_flops']:.3g}; GiB of memory traffic "

@@ -113,11 +113,8 @@ def _run(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = make()
-    encoder, num_queries, zeros = (
-        model.token_encoder,
-        events * queries,
-        torch.zeros(histories * events, dtype=torch.int64),
-    )
+    encoder, num_queries = model.token_encoder, events * queries
+    zeros = torch.zeros(histories * events, dtype=torch.int64)
     stride = histories * (events + num_queries) + candidates
     encoder.tables = _Lookups(feature_widths(encoder.tables), stride)  # type: ignore[assignment]
     pack = Pack.of(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from redis_servers import RedisServer
 from replay import listening, replay
 from small_bundle import WORDS
 
 from lumrec.data.prepare import open_or_prepare
 from lumrec.data.served import ServedData
 from lumrec.experiments.config import load
+from lumrec.knowledge.redis_load import load as redis_load
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.serving.opening import open_app
 from lumrec.serving.scorer import Scorer
@@ -100,6 +103,31 @@ def test_a_state_that_is_not_there_is_refused_and_a_store_is_not(runs: Path) -> 
         assert not answer["knowledge"]["present"]
         assert "the store cannot be read" in client.get("/readyz").json()["problems"][0]
         assert "answers are absent" in client.get("/?user=1").text
+
+
+def test_a_redis_that_comes_back_empty_is_an_alarm(runs: Path, redis_server: RedisServer) -> None:
+    place, body = redis_server.place("emptied"), {"user": "1", "items": ["5"]}
+    redis_load(runs / "tiny-query", place)
+    with client_of(runs, store=place, log=None) as client:
+        assert client.post("/v1/score", json=body).json()["knowledge"]["present"]
+        redis_server.kill()
+        redis_server.start()
+        assert not client.post("/v1/score", json=body).json()["knowledge"]["present"]
+        _until(lambda: 'lumrec_readable{what="store"} 0.0' in client.get("/metrics").text)
+        for _ in range(3):  # that it answers requests is no reason to end the alarm
+            assert client.post("/v1/score", json=body).status_code == 200
+        assert "the store cannot be read: there is no knowledge in" in client.get("/readyz").json()["problems"][0]
+        redis_load(runs / "tiny-query", place)
+        _until(lambda: client.post("/v1/score", json=body).json()["knowledge"]["present"])
+        assert client.get("/readyz").json()["problems"] == []
+
+
+def _until(true: Callable[[], bool]) -> None:
+    """Waits for something to come true, at most two minutes."""
+    ends = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
 
 
 def test_items_by_the_store_and_by_the_lum_itself(runs: Path) -> None:

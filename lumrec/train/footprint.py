@@ -5,6 +5,7 @@ Shape suffixes: S bags (stride), E width of a table.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,7 +44,7 @@ def dense_elements(model: nn.Module, *, shards: int = 1) -> tuple[int, int]:
     of_tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
     of_encoders = {id(p): p for module in encoders(model).values() for p in module.parameters()}
     others = [p for p in model.parameters() if id(p) not in of_tables | of_encoders.keys()]
-    sharded = (-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in of_encoders.values())
+    sharded = (-(-(p.shape[0] if p.dim() else 1) // shards) * math.prod(p.shape[1:]) for p in of_encoders.values())
     return sum(sharded), sum(p.numel() for p in others)
 
 

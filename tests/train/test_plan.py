@@ -9,6 +9,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import UserError
+from lumrec.train.footprint import dense_elements
 from lumrec.train.parallel import shard
 from lumrec.train.plan import SHARDING_TYPES, TableSharding, plan_json, read_sharding
 
@@ -87,6 +88,16 @@ def test_a_plan_comes_back_from_the_sharded_model(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(saved))
     again = shard(TinyModel(), device="cpu", sharding=str(tmp_path / "plan.json"))
     assert json.loads(plan_json(again.plan)) == saved
+
+
+def test_dense_parameters_are_counted_as_fsdp_cuts_them():
+    encoder, output = torch.nn.Module(), torch.nn.Linear(2, 2)
+    encoder.blocks = torch.nn.ModuleList([torch.nn.Linear(3, 5)])
+    encoder.scale, encoder.none = torch.nn.Parameter(torch.ones(())), torch.nn.Parameter(torch.ones(0, 3))
+    model = torch.nn.ModuleDict({"encoder": encoder, "output": output, "tables": TinyModel()})
+    others = sum(p.numel() for name, p in model.named_parameters() if "embedding_bags" not in name) - 3 * 5 - 5 - 1
+    assert dense_elements(model) == (3 * 5 + 5 + 1, others)
+    assert dense_elements(model, shards=4) == (3 * 2 + 2 + 1, others)  # the last rank of four has none of five rows
 
 
 def test_tables_that_no_rank_can_hold_are_refused():

@@ -1,4 +1,4 @@
-"""Keeps a knowledge store fresh: the LUM answers again for users with new events, beside the requests.
+"""Keeps a knowledge store fresh: asks the LUM again about users with new events, while servers run.
 
 torchx run apps/refresh.py --config ml-1m
 torchx run apps/refresh.py --follow --config ml-1m refresh.state=redis://localhost:6379/0#ml-1m
@@ -8,11 +8,12 @@ import torchx.specs as specs
 
 
 def refresh(*words: str, config: str = "ml-1m", follow: bool = False) -> specs.AppDef:
-    """Keeps a knowledge store fresh: the LUM answers again for users with new events, beside the requests.
+    """Keeps a knowledge store fresh: asks the LUM again about users with new events, while servers run.
 
     Reads the user state to which a server appends events (lumrec user_state), asks the LUMs of inputs.lums, and puts
     the answers over those of the published store (inputs.knowledge), where readers look first. Only the new events of
-    a user are computed. What was published does not change. Without --follow it ends when nobody is left.
+    a user are computed. What was published does not change. Without --follow it ends when every user with new events
+    has been answered.
     Example: torchx run apps/refresh.py --follow --config ml-1m
 
     Args:

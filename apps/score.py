@@ -1,4 +1,4 @@
-"""Scores a Parquet table of users, items, times and context with a scorer bundle, by many processes.
+"""Scores a Parquet table of users, items, times and context with a scorer bundle, in several processes.
 
 torchx run apps/score.py --config ml-1m --input candidates.parquet score.store=ml-1m-query score.state=ml-1m-user_state
 torchx run apps/score.py --config ml-1m --bundle runs/ml-1m-rank-bundle --input candidates.parquet score.time=shown_at
@@ -8,7 +8,7 @@ import torchx.specs as specs
 
 
 def score(*words: str, config: str = "ml-1m", bundle: str = "", input: str = "") -> specs.AppDef:
-    """Scores a Parquet table of users, items, times and context with a scorer bundle, by many processes.
+    """Scores a Parquet table of users, items, times and context with a scorer bundle, in several processes.
 
     The output, scores.parquet in the run's folder, has the rows in the order of the input. Columns of context are found
     by the names of the features. A killed run continues.

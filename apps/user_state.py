@@ -11,8 +11,8 @@ def user_state(*words: str, config: str = "ml-1m") -> specs.AppDef:
     """Builds the state of all users that a server scores with: their last events and counters, by raw key.
 
     run names the ranker's run; the state is published beside it, in <run>-user_state, whole or not at all, or in the
-    Redis of user_state.place. A server appends new events to it. Built again with overwrite=true, it is that of the
-    log: then append the events since last_event_at again; none counts twice.
+    Redis of user_state.place. A server appends new events to it. With overwrite=true it is built from the log
+    again: afterwards append the events since last_event_at again; those that it already has do not count twice.
     Example: torchx run apps/user_state.py --config ml-1m run=ml-1m-rank
 
     Args:

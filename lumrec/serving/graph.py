@@ -228,11 +228,14 @@ def _compile(exported: torch.export.ExportedProgram, path: Path) -> None:
     try:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
     except (exceptions.InvalidCxxCompiler, exceptions.InductorError) as error:
-        if not isinstance(getattr(error, "inner_exception", error), exceptions.InvalidCxxCompiler):
-            raise
-        raise UserError(
-            f"compile=aoti needs a C++ compiler: install g++, or export with compile=none ({error})"
-        ) from None
+        if isinstance(getattr(error, "inner_exception", error), exceptions.InvalidCxxCompiler):
+            why = f"compile=aoti needs a C++ compiler: install g++, or export with compile=none ({error})"
+        else:  # such as DIEN's recurrence, by torch 2.13
+            why = (
+                f"AOTInductor of torch {torch.__version__} cannot compile this graph ({' '.join(str(error).split())}): "
+                "export with compile=none"
+            )
+        raise UserError(why) from error
 
 
 def _example(ranker: Ranker, spec: GraphSpec) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:

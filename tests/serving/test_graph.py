@@ -9,6 +9,7 @@ import torch
 from elsewhere import run_elsewhere
 from tiny_rankers import MODELS, make_batch, make_ranker, make_rows, random_knowledge
 
+from lumrec.modules.kernels.recurrence import scanned_recurrence
 from lumrec.modules.knowledge import KnowledgeFusion
 from lumrec.modules.rankers.base import RankBatch, Ranker
 from lumrec.run.errors import MissingFileError, UserError
@@ -125,6 +126,23 @@ def test_smaller_tables_give_nearly_the_same_scores(dtype, atol, tmp_path):
 class Sum(torch.nn.Module):
     def forward(self, inputs, tables):
         return inputs["x_BD"].sin().sum(1) * tables["t"].sum()
+
+
+class Recurrence(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight_XH = torch.nn.Parameter(torch.randn(12, 4))
+
+    def forward(self, inputs, tables):
+        gate_GLX = inputs["dense_BF"]
+        ones_GL = gate_GLX.new_ones(gate_GLX.shape[:2])
+        return scanned_recurrence(gate_GLX, self.weight_XH, torch.arange(gate_GLX.shape[0]), ones_GL)
+
+
+def test_what_aotinductor_cannot_compile_is_one_sentence(tmp_path):
+    """Where a newer torch can, DIEN can be compiled, and docs/how-to/serve.md has to say so."""
+    with pytest.raises(UserError, match="cannot compile this graph .*export with compile=none"):
+        export_module(Recurrence(), ({"dense_BF": torch.randn(13, 5, 12)}, {}), tmp_path / "x.pt2", compile="aoti")
 
 
 def test_a_compiled_graph_gives_the_same_and_needs_a_compiler(tmp_path):

@@ -89,7 +89,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, prog: str 
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     about = describe(name)
-    given = _parser(name, about, prog or f"apps/{name}.py").parse_args(words)
+    given = _parser(name, about, prog or f"apps/{name}.py").parse_intermixed_args(words)
     with terminal():
         check_environment()
         start_logging()

@@ -75,6 +75,7 @@ def test_a_tool_gets_its_own_arguments(tmp_path, capsys):
         (["pretrain", "-j", "2x2"], "-j 2x2 is several machines: use torchx run apps/pretrain.py"),
         (["pretrain", "-j", "two"], "-j is 'two'; expected nodes x processes"),
         (["reproduce", "--table", "6"], "6"),
+        (["show_user", "name=z", "--user", "u", "show_user.top=0"], "show_user.top: got 0, expected at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, says, capsys):

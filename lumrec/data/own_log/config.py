@@ -17,6 +17,7 @@ def check_encoding(key: str, name: str) -> None:
     """Raises UserError for a name that is no text encoding ("zip" encodes bytes)."""
     try:
         "".encode(name)
+        bytes(range(256)).decode(name, "replace")  # idna cannot go on behind a byte that is no text
     except (LookupError, ValueError):
         raise UserError(f"{key}: got {name!r}, expected the name of an encoding, such as utf8, latin-1, gbk") from None
 

@@ -177,7 +177,11 @@ def _encoding(file: Path, packed: bool, config: LogConfig) -> str:
     ):
         if first.startswith(mark):
             return encoding
-    if b"\0" in first and codecs.lookup(config.encoding).name == "utf-8":
+    if (name := codecs.lookup(config.encoding).name) in ("utf-16", "utf-32"):
+        raise UserError(
+            f"{file} does not begin with the byte order mark of {name}; say data.log.encoding={name}-le or {name}-be"
+        )
+    if b"\0" in first and name == "utf-8":
         likely = "utf-16-le" if first[1:2] == b"\0" else "utf-16-be"
         raise UserError(f"{file} is not {config.encoding} text (it has zero bytes); try data.log.encoding={likely}")
     return config.encoding

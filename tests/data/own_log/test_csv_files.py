@@ -62,6 +62,11 @@ def test_an_encoding_that_is_not_said_is_named(tmp_path: Path):
     (path := tmp_path / "names.csv").write_bytes(TEXT.replace("scene", "sc\u00e8ne").encode("latin-1"))
     with pytest.raises(UserError, match="the names of the columns are not utf8 text; .*data.log.encoding=latin-1"):
         scenes(path)
+    (path := tmp_path / "plain.csv").write_text("user_id")
+    with pytest.raises(UserError, match="plain.csv does not begin with .* of utf-16; say data.log.encoding=utf-16-le"):
+        scenes(path, encoding="utf16")
+    with pytest.raises(UserError, match="data.log.encoding: got 'idna', expected the name of an encoding"):
+        load(None, ["data.source=log", f"data.log.events={path}", "data.log.encoding=idna"])
     (path := tmp_path / "cut.csv").write_bytes(codecs.BOM_UTF16_LE)
     with pytest.raises(UserError, match="is empty"):
         scenes(path)

@@ -59,7 +59,8 @@ def too_short(config: TrainConfig, steps_per_epoch: int) -> str:
         if min(config.min_steps, config.max_steps or config.min_steps) > steps
         else "set min_steps: 300 beside epochs, which fits batches, epochs and warm-up to the log"
     )
-    return f"{steps} steps of training{under} are too few to learn from, so the figures mean little; {mend}"
+    amount, verb = ("1 step", "is") if steps == 1 else (f"{steps} steps", "are")
+    return f"{amount} of training{under} {verb} too few to learn from, so the figures mean little; {mend}"
 
 
 def _steps(num_rows: int, batch: int) -> int:

@@ -30,6 +30,7 @@ def test_a_small_log_gets_smaller_batches_then_more_epochs(num_rows, batch, epoc
 def test_a_short_run_is_named():
     assert too_short(TrainConfig(epochs=4), 25) == ""
     assert "99 steps of training are too few to learn from" in too_short(TrainConfig(epochs=3), 33)
+    assert "1 step of training is too few to learn from" in too_short(TrainConfig(epochs=1), 1)
     assert "min_steps: 300 cannot make more of so small a log" in too_short(TrainConfig(epochs=20, min_steps=300), 2)
     assert "12 steps" in too_short(TrainConfig(epochs=3, max_steps=12), 100)
     told = too_short(TrainConfig(epochs=2, optimizer=OptimizerConfig(warmup_steps=100)), 70)

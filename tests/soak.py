@@ -7,8 +7,8 @@ the states of its users in a redis-server. Requests come at random times, at 70 
 pause just before. In the middle third of the time come the faults of tests/helpers/soak_faults.py, one after the other;
 in the others, nothing happens. At the end SIGTERM comes, under load. What is required:
 
-    answers   every request gets one of 200, or, where more come than can be served, of 503 or 504. Without any answer
-              are at most those that a killed worker held
+    answers   every request gets 200, or, where more come than can be served, 408, 503 or 504. Without any answer are at
+              most those that a killed worker held
     seen      each fault is in /metrics, and in the log in one sentence without a traceback; afterwards all is as before
     flat      in the last third, memory and open files do not grow
     drained   what was sent before SIGTERM is answered
@@ -215,7 +215,7 @@ class Soak:
         print(f"{len(sent)} requests: {_said(of)}; {len(held)} of those without an answer were held by a killed worker")
         if len(lost) > len(held):
             self.found.append(f"{len(lost) - len(held)} requests have no answer, and no killed worker held them")
-        if wrong := set(of) - {0, 200, 503, 504}:
+        if wrong := set(of) - {0, 200, 408, 503, 504}:
             self.found.append(f"there are answers {sorted(wrong)}")
         late = Counter(each.status for each in self.outcomes if each.due >= self.stopped_at)
         print(f"SIGTERM: exit code {code}; of those that came afterwards: {_said(late)}")

@@ -53,9 +53,9 @@ class PlanConfig:
     list_values: mean number of values of a multi-valued feature.
     network_gbit: network of each GPU to other machines, one way, in Gbit/s.
     host_memory_gib: memory of each machine.
-    event_bytes: memory that an event of the prepared data takes in each process, as measured in pre-training; rankers
-        take 292.
-    entity_bytes: memory that a user and an item take there (keys, offsets, windows, popularity).
+    event_bytes: of an event in the mapped files of the prepared data, which a machine holds once: 45 bytes, and 8 for
+        each feature and value of a list.
+    entity_bytes: memory that a user and an item take in each process (keys, offsets, windows, popularity).
     efficiency: share of the GPU's peak that matrix products reach, an assumption.
     reserve: share of the memory that is left to CUDA, NCCL and fragmentation, an assumption.
     json: print the result as JSON instead of tables.
@@ -208,7 +208,7 @@ class Training:
         return overlapping | others | {"step": max(overlapping.values()) + sum(others.values())}
 
     def too_large(self, fullest: dict[str, float], data: float, host: float) -> list[str]:
-        """What does not fit, each with what to change; empty if all fits. data: bytes of the log in a process."""
+        """What does not fit, each with what to change; empty if all fits. data: bytes of the events of the log."""
         limit, host_limit, found = self.cluster.memory, self.cluster.host_memory, []
         if (total := sum(fullest.values())) > limit:
             of_tables = fullest["tables"] + fullest["state"]
@@ -230,10 +230,10 @@ class Training:
             size = _gib(fullest[largest])
             found.append(f"a rank takes {_gib(total)} of {_gib(limit)} GiB, {largest} {size} of them: {change}")
         if host > host_limit:
-            share_fits = max(0.0, host_limit - host + self.cluster.gpus * data) / (self.cluster.gpus * data)
+            change = "" if data > host_limit else "; fewer processes of each machine (gpus) take less"
             found.append(
-                f"a machine takes {_gib(host)} of {_gib(host_limit)} GiB, as each process holds the whole log "
-                f"({_gib(data)} GiB): {share_fits:.1%} of the log fits"
+                f"a machine takes {_gib(host)} of {_gib(host_limit)} GiB, {_gib(data)} of them the events of the log, "
+                f"which are read in random order{change}"
             )
         return found
 
@@ -255,8 +255,11 @@ def run(
     ranks = [{"tables": weights, "state": state, **dense} for weights, state in training.table_memory(tables)]
     fullest = max(ranks, key=lambda parts: sum(parts.values()))
     seconds = training.seconds(work, tables)
-    data = settings.event_bytes * training.events_held + settings.entity_bytes * (training.users + training.items)
-    host = cluster.gpus * (data + (0 if cluster.hardware.memory else sum(fullest.values())))
+    data, of_each = (
+        settings.event_bytes * training.events_held,
+        settings.entity_bytes * (training.users + training.items),
+    )
+    host = data + cluster.gpus * (of_each + (0 if cluster.hardware.memory else sum(fullest.values())))
     answer = user_dtype(max(1, len(query.conditions)), model.dim, query.dtype, with_log_z=query.log_normalizer).itemsize
     gib = {
         **fullest,

@@ -86,6 +86,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, says, capsys):
     assert lines[0].startswith("lumrec: ") and says in lines[0]
 
 
+def test_a_closed_stream_takes_what_is_printed(monkeypatch):
+    """As Python finds it after >&- in a shell."""
+    monkeypatch.setattr(sys, "stdout", None)
+    main(["configs"])
+    assert sys.stdout.name == os.devnull
+    sys.stdout.close()
+
+
 @pytest.mark.slow
 def test_processes_end_with_the_exit_code_of_the_first_that_failed(tmp_path):
     words = ["query", "-j", "1x2", "inputs.lums=[nowhere]", "data.source=simulator", f"runs_dir={tmp_path}"]

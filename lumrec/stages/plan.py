@@ -20,7 +20,7 @@ from torchrec.distributed.planner.types import PlannerError
 from lumrec.data.common import Common
 from lumrec.data.manifest import read_manifest
 from lumrec.data.prepare import schema_to_read
-from lumrec.data.schema import features_by_role
+from lumrec.data.schema import EVENT_ROLES, features_by_role
 from lumrec.knowledge.records import user_dtype
 from lumrec.models.lum import ModelConfig, lum_tables, make_lum, token_features
 from lumrec.modules.large_user_model import LargeUserModel
@@ -53,8 +53,6 @@ class PlanConfig:
     list_values: mean number of values of a multi-valued feature.
     network_gbit: network of each GPU to other machines, one way, in Gbit/s.
     host_memory_gib: memory of each machine.
-    event_bytes: of an event in the mapped files of the prepared data, which a machine holds once: 45 bytes, and 8 for
-        each feature and value of a list.
     entity_bytes: memory that a user and an item take in each process (keys, offsets, windows, popularity).
     efficiency: share of the GPU's peak that matrix products reach, an assumption.
     reserve: share of the memory that is left to CUDA, NCCL and fragmentation, an assumption.
@@ -71,7 +69,6 @@ class PlanConfig:
     list_values: float = setting(2.0, above=0, most=10_000)
     network_gbit: float = setting(400.0, above=0, most=1e6)
     host_memory_gib: float = setting(2048.0, above=0, most=1e6)
-    event_bytes: float = setting(150.0, least=0, most=1e6)
     entity_bytes: float = setting(100.0, least=0, most=1e6)
     efficiency: float = setting(0.5, above=0, most=1)
     reserve: float = share(0.1)
@@ -207,6 +204,15 @@ class Training:
         others = {"tables": max(tables.rank_s), "optimizer": 7 * FLOAT * self.held / bandwidth}
         return overlapping | others | {"step": max(overlapping.values()) + sum(others.values())}
 
+    def log_bytes(self) -> float:
+        """Bytes of the mapped events (lumrec/data/mapped.py)."""
+        event: float = 5 * 8 + 4 + 1  # user, item, time, order, moment; label; split
+        for role in EVENT_ROLES:
+            for name in features_by_role(self.schema, role):
+                event += 8 + 8 * self.settings.list_values * (self.schema.features[name].kind == "multi")
+            event += FLOAT * len(features_by_role(self.schema, role, dense=True))
+        return event * self.events_held
+
     def too_large(self, fullest: dict[str, float], data: float, host: float) -> list[str]:
         """What does not fit, each with what to change; empty if all fits. data: bytes of the events of the log."""
         limit, host_limit, found = self.cluster.memory, self.cluster.host_memory, []
@@ -255,10 +261,7 @@ def run(
     ranks = [{"tables": weights, "state": state, **dense} for weights, state in training.table_memory(tables)]
     fullest = max(ranks, key=lambda parts: sum(parts.values()))
     seconds = training.seconds(work, tables)
-    data, of_each = (
-        settings.event_bytes * training.events_held,
-        settings.entity_bytes * (training.users + training.items),
-    )
+    data, of_each = training.log_bytes(), settings.entity_bytes * (training.users + training.items)
     host = data + cluster.gpus * (of_each + (0 if cluster.hardware.memory else sum(fullest.values())))
     answer = user_dtype(max(1, len(query.conditions)), model.dim, query.dtype, with_log_z=query.log_normalizer).itemsize
     gib = {

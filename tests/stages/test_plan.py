@@ -111,7 +111,7 @@ def test_the_papers_setting_is_planned_without_data(tmp_path, capsys):
     assert result["flops"] == pytest.approx(6 * result["parameters"] * tokens, rel=0.05)
     assert result["fits"] == "yes"
     # the mapped events once, and what each of 8 processes holds of users and items
-    assert result["gib/machine"] * 2**30 == pytest.approx(150 * 4e9 + 8 * 100 * 2e8, rel=0.001)
+    assert result["gib/machine"] * 2**30 == pytest.approx((45 + 4 * 8 + 2 * 8) * 4e9 + 8 * 100 * 2e8, rel=0.001)
     assert json.loads((tmp_path / "paper-scale-plan" / "result.json").read_text()) == result
 
 
@@ -125,7 +125,11 @@ def test_sizes_come_from_prepared_data_and_a_plan_is_one_to_train_by(words, tiny
     result = plan(*words, "plan.gpus=4", "plan.json=true")
     assert json.loads(capsys.readouterr().out) == result
     assert result["fits"] == "yes" and result["steps"] == 1
-    training = training_of(load(None, words))
+    lists = [column for column in tiny_prepared.event_columns.values() if column.offsets is not None]
+    mean = sum(len(column.values) for column in lists) / len(lists) / tiny_prepared.num_events
+    training = training_of(load(None, [*words, f"plan.list_values={mean}"]))
+    mapped = [file for file in (tiny_prepared.path / "mapped").iterdir() if file.stem != "probability"]
+    assert training.log_bytes() == pytest.approx(sum(file.stat().st_size - 128 for file in mapped), rel=0.01)
     assert training.train_events == int((tiny_prepared.split == 0).sum())
     assert {name: rows for name, (rows, _) in training.sizes.items()}.items() <= tiny_prepared.table_rows.items()
     path = str(tiny_prepared.path.parent / "planned" / "plan.json")

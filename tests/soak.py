@@ -48,7 +48,8 @@ from soak_faults import FAULTS, SEEN_WITHIN_S  # noqa: E402
 
 from lumrec.serving.bundle import open_bundle  # noqa: E402
 
-SHARE, TRY_S, AT_ONCE, HELD_S = 0.7, 20.0, 4, 1.0
+SHARE, TRY_S, AT_ONCE = 0.7, 20.0, 4
+HELD_S = 1.0  # around a kill: a request may go out on a connection whose end is not known yet
 MOST_GROWTH = 0.02  # of the memory or the files of the first minutes of the last third
 
 
@@ -210,7 +211,11 @@ class Soak:
         """The verdict, apart from that of each fault."""
         sent = [each for each in self.outcomes if each.due < self.stopped_at]
         lost = [each for each in sent if each.status == 0]
-        held = [each for each in lost if any(each.due <= at <= each.due + each.seconds + HELD_S for at in self.kills)]
+        held = [
+            each
+            for each in lost
+            if any(each.due - HELD_S <= at <= each.due + each.seconds + HELD_S for at in self.kills)
+        ]
         of = Counter(each.status for each in sent)
         print(f"{len(sent)} requests: {_said(of)}; {len(held)} of those without an answer were held by a killed worker")
         if len(lost) > len(held):

@@ -46,6 +46,7 @@ def shuffled_windows(histories_U: np.ndarray, max_events: int) -> torch.Tensor:
         user=np.repeat(np.arange(len(histories_U)), histories_U),
         split=np.full(offsets[-1], TRAIN),
         num_events=int(offsets[-1]),
+        num_users=len(histories_U),
     )
     generator = torch.Generator().manual_seed(SEED)
     everyone = np.ones(len(histories_U), dtype=bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -28,9 +29,18 @@ class RedisServer:
         words += ["--appendonly", "yes" if self.keeps else "no"]
         self.process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
-        while not self.socket.exists():
+        while not self._listens():
             assert self.process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
             time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        """The socket is there a moment before Redis listens."""
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(self.socket))
+            except OSError:
+                return False
+        return True
 
     def kill(self) -> None:
         """As a crash: nothing is saved."""

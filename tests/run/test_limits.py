@@ -26,7 +26,7 @@ COUNTS = (
         "patience",
     ),
     *("warmup_steps", "max_users", "tokens_per_pack", "top", "events", "lists", "probes", "min_count", "seed"),
-    *("max_list_length", "num_users", "session_events"),
+    *("max_list_length", "num_users", "session_events", "plan.users", "plan.items", "plan.rows.<name>", "test_rows"),
 )
 
 

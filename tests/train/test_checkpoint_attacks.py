@@ -164,7 +164,7 @@ def test_attributes_set_on_a_class(folder, target):
 
 
 def test_a_state_given_twice(folder):
-    honest = pickle.dumps(metadata_of(folder), protocol=2)
+    honest = pickle.dumps(metadata_of(folder), protocol=3)
     describe(folder, lambda _: honest[:-1] + b"}b.")
     refused(folder, "gets a state twice")
 

@@ -44,7 +44,7 @@ def test_a_run_is_fitted_and_says_so_in_the_log_and_in_its_result(name, tiny_wor
     with caplog.at_level(logging.INFO):
         short = STAGES[name].run(load(None, [*words, "run=short"]))
         assert short["steps"] < 10
-        assert f"{short['steps']} steps of training" in short["note"]
+        assert f"{short['steps']} step{'s' * (short['steps'] > 1)} of training" in short["note"]
         assert f"{name}: {short['note']}" in caplog.text
         fitted = STAGES[name].run(load(None, [*words, "run=fitted", f"{name}.train.min_steps=20"]))
     assert fitted["steps"] >= 20

@@ -15,10 +15,8 @@ from torch import Tensor
 from lumrec.batches.negatives import NegativeSampler, NegativesConfig
 from lumrec.batches.windows import Windows, deal, training_windows, window_cost
 from lumrec.data.columns import expand_ranges
-from lumrec.data.mapped import blocks
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import features_by_role
-from lumrec.data.splits import TRAIN
 from lumrec.modules.large_user_model import TOKENS_PER_EVENT, Pack
 from lumrec.modules.tokens import make_kjt
 from lumrec.run.errors import UserError
@@ -186,24 +184,20 @@ class PackLoader:
             _check_contrast(contrast_feature, builder)
         self.builder, self.users, self.max_events, self.packing = builder, users, max_events, packing
         # Popularity among the users that this LUM is trained on: held-out users must not affect it.
-        data = builder.data
-        count_I = np.zeros(data.num_items, np.int64)
-        for part in blocks(data.num_events):
-            is_own = (data.split[part] == TRAIN) & users[data.user[part]]
-            count_I += np.bincount(data.item[part][is_own], minlength=data.num_items)
         self.sampler = NegativeSampler(
             negatives,
-            count_I,
+            builder.data.training_counts(users),
             num_ranks=world_size if negatives.across_ranks else 1,
         )
         self.contrast_feature, self.token_cost = contrast_feature, token_cost
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.done = 0, 0
-        if self._windows(0).count == 0:
+        windows = self._windows(0)
+        if windows.count == 0:
             raise UserError(
                 "there are no training events: the split or the fold leaves none; look at the prepared data"
             )
-        self._length = self._num_packs(self._windows(0))
+        self._length = self._num_packs(windows)
 
     def _generator(self, *key: int) -> torch.Generator:
         """One generator for each (epoch, pack), so that packs do not depend on what was drawn before."""

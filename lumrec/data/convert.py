@@ -148,7 +148,7 @@ def _write_files(
         if drawn:
             write(drawn.add(block), folder / "negatives" / name)
     names = {name: name for name in kept.columns} | {"rows_back": "before"}
-    names |= {feature: feature_file(list(schema.features), feature) for feature in features}
+    names |= {feature: feature_file(schema.features, feature) for feature in features}
     write_mapped(folder, [folder / "events" / name for name in parts], names)
     if drawn:
         columns_of_drawn = {"event": "negative-event", "item": "negative-item"}

@@ -9,7 +9,7 @@ offsets, int64 [rows + 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def blocks(num_rows: int) -> Iterator[slice]:
         yield slice(first, min(first + BLOCK, num_rows))
 
 
-def feature_file(features: Sequence[str], name: str) -> str:
+def feature_file(features: Iterable[str], name: str) -> str:
     """Name of the column of a feature: its place in the schema, as any text may be its name.
 
     >>> feature_file(["user_id", "a/b"], "a/b")

@@ -100,11 +100,9 @@ class PreparedData:
             for name in features_by_role(self.schema, role, dense=True)
         }
         for name in features_by_role(self.schema, "context", dense=True):
-            self.dense[name] = self._mapped(feature_file(list(self.schema.features), name), np.float32)
+            self.dense[name] = self._mapped(feature_file(self.schema.features, name), np.float32)
         self._check_indices()
-        self.item_counts = np.zeros(self.num_items, np.int64)
-        for part in blocks(self.num_events):
-            self.item_counts += np.bincount(self.item[part][self.split[part] == TRAIN], minlength=self.num_items)
+        self.item_counts = self.training_counts()
 
     def _check_indices(self) -> None:
         """Raises PreparedDataError for an index that is outside the users, items, parts or tables."""
@@ -163,6 +161,16 @@ class PreparedData:
         item_N, label_N = self.item[event_N], self.label[event_N]
         item_N[place_N], label_N[place_N] = self.negative_item[number_N], 0.0
         return Rows(event_N, item_N, label_N)
+
+    def training_counts(self, users: np.ndarray | None = None) -> np.ndarray:
+        """Number of training events of each item, int64 [I]. users: bool [U], only events of these."""
+        count_I = np.zeros(self.num_items, np.int64)
+        for part in blocks(self.num_events):
+            is_counted = self.split[part] == TRAIN
+            if users is not None:
+                is_counted &= users[self.user[part]]
+            count_I += np.bincount(self.item[part][is_counted], minlength=self.num_items)
+        return count_I
 
     def without(self, names: Sequence[str]) -> PreparedData:
         """The same data without some features in the schema; nothing is copied. Raises UserError for unknown names."""
@@ -235,7 +243,7 @@ class PreparedData:
         return array
 
     def _mapped_column(self, feature: str) -> Column:
-        name = feature_file(list(self.schema.features), feature)
+        name = feature_file(self.schema.features, feature)
         if self._has(name):
             return Column(torch.from_numpy(self._mapped(name, np.int64)))
         values, offsets = self._mapped(f"{name}.values", np.int64), self._mapped(f"{name}.offsets", np.int64)

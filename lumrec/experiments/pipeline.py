@@ -77,22 +77,24 @@ def make(
 
     The times include those of stages that earlier calls ran. only: names of the stages to run now. Raises like `run`.
     """
-    _check_place(Path(config.runs_dir) / config.run)
+    settings, folder = config.pipeline, Path(config.runs_dir) / config.run
+    config_file = folder / "config.yaml"
+    _check_place(folder)
     check_stages(config, stages)
     left = pending(stages, overwrite=config.overwrite)
     reads = [stage for stage in stages if stage.name in left and stage.app != "prepare"]
     if "prepare" not in left:
         check_prepared(stages[0], reads)
-    settings, config_file = config.pipeline, Path(config.runs_dir) / config.run / "config.yaml"
 
     def command(app: str, overrides: Sequence[str]) -> list[str]:
-        options = [*settings.job_options.get("all", []), *settings.job_options.get(app, [])]
-        where: dict[str, Any] = {
-            "scheduler": settings.scheduler,
-            "scheduler_args": settings.scheduler_args,
-            "options": options,
-        }
-        return torchx_command(app, overrides, config=config_file, **where)
+        return torchx_command(
+            app,
+            overrides,
+            config=config_file,
+            scheduler=settings.scheduler,
+            scheduler_args=settings.scheduler_args,
+            options=[*settings.job_options.get("all", []), *settings.job_options.get(app, [])],
+        )
 
     if settings.scheduler != LOCAL or settings.scheduler_args or settings.job_options:
         for app in {stage.app: None for stage in stages if stage.name in left}:
@@ -103,7 +105,6 @@ def make(
         if left.get(stage.name):
             discard(stage)
     config = dataclasses.replace(config, overwrite=False)
-    folder = config_file.parent
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(config_file, to_yaml(config))
 

@@ -34,7 +34,7 @@ import numpy as np
 from lumrec.data.prepared import PreparedData, Rows
 from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
-from lumrec.features.items import ItemHistory, at, by_value, entries, running, smoothed, sum_of_rows
+from lumrec.features.items import ItemHistory, at, by_value, entries, running, searched, smoothed, sum_of_rows
 from lumrec.run.errors import UserError
 
 KINDS = ("all", "user", "none")
@@ -257,10 +257,11 @@ class LogPast(Past):
         event_P = at(np.arange(num_events), place_P)[order]
         key_P = value_P[order] * num_events + event_P
         row_V, value_V = entries(column, self.rows.item)
-        order = by_value(value_V)  # looked up in about the order of the keys, which is several times as fast
-        begin_V, end_V = np.empty_like(value_V), np.empty_like(value_V)
-        for found_V, bound_N in ((begin_V, self.first_N), (end_V, self.before_N)):
-            found_V[order] = np.searchsorted(key_P, (value_V * num_events + at(bound_N, row_V))[order])
+        order = by_value(value_V)  # nearly that of the keys
+        begin_V, end_V = (
+            searched(key_P, value_V * num_events + at(bound_N, row_V), order)
+            for bound_N in (self.first_N, self.before_N)
+        )
 
         def of_rows(values_V: np.ndarray) -> np.ndarray:
             return sum_of_rows(values_V, row_V, len(self.first_N))

@@ -133,14 +133,13 @@ class Batcher(Generic[Request, Answer]):
         now, weight, left_s = self.clock(), 0, self.max_call_s
         while self._waiting:
             entry, seconds = self._waiting[0], (len(batch) + 1) * self._seconds_per_request
-            weight += self.weigh(entry.request)
-            if batch and (weight > self.max_weight or seconds > left_s):
+            heavier = weight + self.weigh(entry.request)
+            if batch and (heavier > self.max_weight or seconds > left_s):
                 break
             self._waiting.popleft()
             if now + seconds > entry.deadline and self._waiting:
-                weight -= self.weigh(entry.request)
                 continue  # it is answered by its timeout; others still have time
-            left_s = min(left_s, entry.deadline - now)
+            weight, left_s = heavier, min(left_s, entry.deadline - now)
             batch.append(entry)
         return batch
 

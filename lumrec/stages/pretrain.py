@@ -247,7 +247,7 @@ def run(common: Common, model: ModelConfig, settings: PretrainConfig) -> dict[st
     data.split = leave_out_later(data.split, data.timestamp, settings.time_share)
     lum, builder = build_lum(model, data)
     users = training_users(data, common.fold)
-    num_events = int(((data.split == TRAIN) & users[data.user]).sum())
+    num_events = int(data.training_counts(users).sum())
     packing = settings.packing
     train, size = fit_length("pretrain", settings.train, packing.events_per_pack, num_events, smallest=model.max_events)
     settings = dataclasses.replace(settings, packing=dataclasses.replace(packing, events_per_pack=size))

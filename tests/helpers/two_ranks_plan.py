@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from lumrec.batches.packs import PackLoader
+from lumrec.batches.packs import PackBuilder, PackLoader
 from lumrec.data.prepared import PreparedData
-from lumrec.experiments.config import load
+from lumrec.experiments.config import Config, load
 from lumrec.models.lum import build_lum
+from lumrec.modules.large_user_model import Pack
 from lumrec.run.distributed import init_distributed, rank, world_size
 from lumrec.stages.plan import Training
 from lumrec.stages.pretrain import make_step
@@ -56,6 +57,21 @@ def held(dmp: torch.nn.Module, optimizer: Any) -> dict[str, int]:
     return {kind: sum(sizes.values()) for kind, sizes in found.items()}
 
 
+def first_pack(config: Config, builder: PackBuilder) -> Pack:
+    """This rank's first training pack of all users."""
+    packs = PackLoader(
+        builder,
+        users=np.ones(builder.data.num_users, dtype=bool),
+        max_events=config.model.max_events,
+        packing=config.pretrain.packing,
+        negatives=config.pretrain.negatives,
+        contrast_feature=config.pretrain.contrast.feature,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return next(iter(packs))
+
+
 def main(out: str, *words: str) -> None:
     init_distributed("cpu", threads=1)
     results = {}
@@ -81,16 +97,7 @@ def main(out: str, *words: str) -> None:
         train = config.pretrain.train
         dmp = shard(lum, device="cpu", optimizer=train.optimizer, sharding=str(plan_file), fsdp=train.fsdp)
         optimizer = build_optimizer(dmp, train.optimizer)
-        packs = PackLoader(
-            builder,
-            users=np.ones(data.num_users, dtype=bool),
-            max_events=config.model.max_events,
-            packing=config.pretrain.packing,
-            negatives=config.pretrain.negatives,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        pack = next(iter(packs))
+        pack = first_pack(config, builder)
         for _ in range(2):
             optimizer.zero_grad()
             make_step(config.pretrain)(dmp, pack).loss_sum.backward()

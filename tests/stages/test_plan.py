@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from two_ranks_plan import first_pack
 
-from lumrec.batches.packs import PackLoader
 from lumrec.data.prepared import PreparedData
 from lumrec.experiments.config import Config, load
 from lumrec.models.lum import build_lum
@@ -74,15 +73,7 @@ def test_flops_and_activations_are_those_of_a_real_step(words, tiny_prepared, en
     training = training_of(config)
     data = PreparedData.open(tiny_prepared.path)
     lum, builder = build_lum(config.model, data)
-    packs = PackLoader(
-        builder,
-        users=np.ones(data.num_users, dtype=bool),
-        max_events=config.model.max_events,
-        packing=config.pretrain.packing,
-        negatives=config.pretrain.negatives,
-        contrast_feature=config.pretrain.contrast.feature,
-    )
-    pack, kept = next(iter(packs)), {}
+    pack, kept = first_pack(config, builder), {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         kept[x.untyped_storage().data_ptr()] = x

@@ -1,4 +1,4 @@
-"""A server of two workers under load, while what it stands on is killed, taken away and replaced.
+"""A server of two workers under load, while its workers, its Redis and its files are killed, taken away and replaced.
 
     python tests/soak.py [MINUTES, 60] [FOLDER for its runs and what it measured]
 

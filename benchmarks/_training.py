@@ -5,8 +5,7 @@ Shape suffixes: U users, E events of the log, B windows of a pack, L places of a
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -52,7 +51,8 @@ def drawn_log(lengths_U: np.ndarray, *, num_items: int, width: int) -> PreparedD
         )
     )
     item_E = (num_items * random.random(num_events) ** 2.5).astype(np.int64)
-    log = SimpleNamespace(
+    log = PreparedData.__new__(PreparedData)  # without a folder
+    vars(log).update(
         schema=schema,
         table_rows={"item_id": num_items + 1, "feedback": CONDITION_ROWS},
         num_users=num_users,
@@ -66,7 +66,7 @@ def drawn_log(lengths_U: np.ndarray, *, num_items: int, width: int) -> PreparedD
         item_columns={"item_id": Column(torch.arange(1, num_items + 1))},
         event_columns={"feedback": Column(torch.from_numpy(random.integers(1, CONDITION_ROWS, num_events)))},
     )
-    return cast(PreparedData, log)
+    return log
 
 
 class LumTraining:

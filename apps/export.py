@@ -1,18 +1,20 @@
-"""Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics, golden rows in one folder.
+"""Exports a trained ranker, LUM or pair of towers as a bundle: graph, tables, keys, golden rows in one folder.
 
 torchx run apps/export.py --config ml-1m run=ml-1m-rank
 torchx run apps/export.py --config ml-1m run=ml-1m-rank export.dtype=int8
+torchx run apps/export.py --config ml-1m run=ml-1m-pretrain
 """
 
 import torchx.specs as specs
 
 
 def export(*words: str, config: str = "ml-1m") -> specs.AppDef:
-    """Exports a trained ranker as a scorer bundle: graph, tables, keys, statistics, golden rows in one folder.
+    """Exports a trained ranker, LUM or pair of towers as a bundle: graph, tables, keys, golden rows in one folder.
 
-    run names the ranker's run; the bundle is published beside it, in <run>-bundle, whole or not at all, and is opened
-    with lumrec.Scorer.open. export.dtype=float16 or int8 makes the tables smaller, export.compile=aoti compiles the
-    graph for this kind of machine. MODEL_CARD.md in the bundle says what the ranker was trained on and how good it is.
+    run names the run of a ranker, a LUM or two towers; the bundle is published beside it, in <run>-bundle, whole or not
+    at all. A ranker's is opened with lumrec.Scorer.open; the graphs of LUMs and towers run where only torch is.
+    export.dtype=float16 or int8 makes the tables smaller, export.compile=aoti compiles a ranker's graph for this kind
+    of machine. A ranker's MODEL_CARD.md says what it was trained on and how good it is.
     Example: torchx run apps/export.py --config ml-1m run=ml-1m-rank
 
     Args:

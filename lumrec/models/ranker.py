@@ -27,7 +27,7 @@ from lumrec.run import limits
 from lumrec.run.config_file import stored
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.files import read_json
+from lumrec.run.folder import stage_of
 from lumrec.run.unread import as_read, check_read
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint, best_checkpoint
@@ -178,9 +178,7 @@ def open_ranker_run(folder: Path) -> TrainedRanker:
     Raises MissingFileError where there is no finished run, UserError where it is no ranker's or its checkpoint is
     damaged.
     """
-    made_by = folder / "versions.json"
-    stage = read_json(made_by, again="make the run again").get("stage", "rank") if made_by.is_file() else "rank"
-    if stage != "rank":
+    if (stage := stage_of(folder)) not in ("rank", ""):
         raise UserError(f"{folder} is a run of {stage}, expected one of rank: give the run folder of a ranker")
     if not (folder / "result.json").exists():
         raise MissingFileError(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lumrec.batches.tower_rows import TowerBuilder
+from lumrec.data.common import Common
+from lumrec.data.prepare import open_prepared
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, table_widths
 from lumrec.knowledge.store import Knowledge
-from lumrec.models.lum import MOST_WIDTH, data_tables
+from lumrec.models.lum import MOST_WIDTH, beside, data_tables
+from lumrec.models.ranker import open_knowledge
 from lumrec.models.ranker_config import check_depth
 from lumrec.modules.retrievers.edb import TwoTower
 from lumrec.run import limits
-from lumrec.run.errors import UserError
+from lumrec.run.config_file import stored
+from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.limits import count, setting, share
-from lumrec.run.unread import check_read
+from lumrec.run.unread import as_read, check_read
+from lumrec.train.checkpoint import load_weights
+from lumrec.train.checkpoint_meta import best_checkpoint
+from lumrec.train.identity import Settings
 
 
 @dataclass(frozen=True)
@@ -122,3 +131,45 @@ def build_towers(
         knowledge=knowledge,
     )
     return towers, builder
+
+
+class TrainedTowers(NamedTuple):
+    """A finished run of step 3 for retrieval: its best checkpoint, and the settings it was trained with."""
+
+    folder: Path
+    checkpoint: Path
+    common: Common
+    config: TowersConfig
+
+
+def open_towers_run(folder: Path) -> TrainedTowers:
+    """The towers of a run folder, by its config.yaml; no weights are read.
+
+    Raises MissingFileError where there is no finished run, UserError where its checkpoint is damaged.
+    """
+    if not (folder / "result.json").exists():
+        raise MissingFileError(
+            f"there are no finished towers in {folder}; make them with: torchx run apps/retrieve.py --config <yours> "
+            f"{shlex.quote(f'run={folder.name}')}"
+        )
+    path = folder / "config.yaml"
+    common = beside(folder, stored(path, Common), "retrieve")
+    config = as_read(stored(path, TowersConfig, "retrieve", partly=True))
+    return TrainedTowers(folder, best_checkpoint(folder), common, config)
+
+
+def plain_towers(trained: TrainedTowers) -> tuple[TwoTower, TowerBuilder]:
+    """The trained towers in eval mode as a plain module on the CPU, and the builder of their batches.
+
+    Raises MissingFileError where an input is gone, UserError where it is another one than they were trained with.
+    """
+    data = open_prepared(trained.common.prepared)
+    model = Settings.of(trained.config, partly=True)
+    fingerprint: dict[str, str | Settings] = {"data": data.fingerprint, "model": model}
+    knowledge = None
+    if trained.config.knowledge != "none":
+        knowledge = open_knowledge(trained.common.knowledge, data)
+        fingerprint["knowledge"] = knowledge.path.name
+    towers, builder = build_towers(trained.config, data, knowledge=knowledge)
+    load_weights(trained.checkpoint, towers, fingerprint=fingerprint)
+    return towers.eval(), builder

@@ -35,6 +35,12 @@ _CLEARING = ".clearing"
 _PROCESS = f"{os.getpid()} {uuid.uuid4().hex}"
 
 
+def stage_of(folder: Path) -> str:
+    """The stage that made a run folder; "" where it does not say so. Raises UserError for a damaged versions.json."""
+    made_by = folder / "versions.json"
+    return str(read_json(made_by, again="make the run again").get("stage", "")) if made_by.is_file() else ""
+
+
 class RunFolder:
     """One run's folder. `RunFolder.create` makes it and finds out whether the run continues or is finished.
 

@@ -11,6 +11,7 @@
         MODEL_CARD.md           data, metrics and limits, to read
 
 What requests are made of (schema, statistics, history) and the knowledge that the ranker reads are in the manifest.
+LUMs and two towers are published in the same way, with the files of lum_graph.py or tower_graph.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lmdb
 import numpy as np
@@ -45,9 +46,10 @@ FORMAT = 1
 MANIFEST, GRAPH, TABLES, ITEMS, TITLES = "manifest.json", "graph.pt2", "tables", "items", "items/titles.parquet"
 CARD = "MODEL_CARD.md"
 VERSION = "bundle-[0-9a-f]{12}"
-AGAIN = "export the ranker again: lumrec export, with overwrite=true"
-# Of a manifest, what it must hold and of which type.
-_KINDS: dict[str, type | tuple[type, ...]] = {
+AGAIN = "export it again: lumrec export, with overwrite=true"
+Kind = Literal["ranker", "LUM", "towers"]
+# What the manifest of a ranker must hold, and of which type.
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "ranker": dict,
     "data": dict,
     "spec": dict,
@@ -84,16 +86,16 @@ def folder_of(ranker: Path) -> Path:
     return ranker.with_name(f"{ranker.name}-bundle")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the version in force; no other file is opened.
+def read_manifest(path: Path, kind: Kind = "ranker") -> dict[str, Any]:
+    """The manifest of the version in force of a bundle that holds a `kind`; no other file is opened.
 
-    Raises MissingFileError without one, UserError where one bit has changed, for another format, and for what is no
-    manifest of a bundle.
+    Raises MissingFileError without one, UserError where one bit has changed, for another format or kind, and for what
+    is no manifest of a bundle.
     """
     file = path / MANIFEST
     if not file.exists():
         raise MissingFileError(
-            f"there is no bundle in {path} (no {MANIFEST}); make it with: lumrec export run=<ranker>"
+            f"there is no bundle in {path} (no {MANIFEST}); make it with: lumrec export run=<run of a {kind}>"
         )
     manifest = read_json(file, again=AGAIN)
     if "spec" not in manifest or "folder" not in manifest:
@@ -102,19 +104,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} has the format {manifest.get('format')!r}; this lumrec reads format {FORMAT}: {AGAIN}")
     if manifest.get("sha256") != own_hash(manifest):
         raise UserError(f"{file} has changed since it was published (its own SHA-256 does not fit): {AGAIN}")
-    if problem := _malformed(path, manifest):
+    if (holds := manifest.get("kind", "ranker")) != kind:  # rankers were exported first, without a kind
+        raise UserError(f"the bundle in {path} holds a trained {holds}, expected a {kind}: name the bundle of a {kind}")
+    if problem := _malformed(path, manifest, _TYPES if kind == "ranker" else {}):
         raise UserError(f"{file} is damaged: {problem}; {AGAIN}")
     return manifest
 
 
-def _malformed(path: Path, manifest: dict[str, Any]) -> str:
+def _malformed(path: Path, manifest: dict[str, Any], types: Mapping[str, Any]) -> str:
     """What is wrong with the contents of a manifest, in words; "" if nothing is."""
-    for name, kind in _KINDS.items():
+    for name, kind in types.items():
         if not isinstance(manifest.get(name), kind):
             return f"it lacks {name}, or has another kind of value there"
     if not re.fullmatch(VERSION, str(manifest["folder"])):
         return f"it names the folder {manifest['folder']!r:.80}"
-    if not all(type(rows) is int and 0 < rows < 2**31 for rows in manifest["table_rows"].values()):
+    if not all(type(rows) is int and 0 < rows < 2**31 for rows in manifest.get("table_rows", {}).values()):
         return "a table has no number of rows"
     return list_problem(path / manifest["folder"], manifest.get("files"))
 
@@ -136,7 +140,8 @@ def open_bundle(path: Path, *, sha256: str = "", trust_compiled: bool = False, v
                 "trust_compiled=true where you know who made it, or export it with export.compile=none"
             )
         try:
-            return _open_version(path / manifest["folder"], manifest, verify=verify)
+            check_files(path / manifest["folder"], manifest, verify=verify)
+            return open_parts(path / manifest["folder"], manifest)
         except (OSError, lmdb.Error, pa.ArrowException) as error:
             # A new version may have been published, and the old one removed, since the manifest was read.
             if attempt or read_manifest(path)["folder"] == manifest["folder"]:
@@ -146,13 +151,24 @@ def open_bundle(path: Path, *, sha256: str = "", trust_compiled: bool = False, v
     raise AssertionError("unreachable")
 
 
-def _open_version(folder: Path, manifest: dict[str, Any], *, verify: bool) -> Bundle:
+def version_of(path: Path, kind: Kind) -> Path:
+    """The folder of the version in force of a bundle, each of whose files has the SHA-256 that the manifest says."""
+    manifest = read_manifest(path, kind)
+    folder = path / manifest["folder"]
+    check_files(folder, manifest, verify=True)
+    return folder
+
+
+def check_files(folder: Path, manifest: dict[str, Any], *, verify: bool) -> None:
+    """Raises MissingFileError or UserError where a file of a version is not as it was published.
+
+    verify: compare every file's SHA-256 (else only its size).
+    """
     for name, facts in manifest["files"].items():
         if not (folder / name).exists():
             raise MissingFileError(f"the bundle lacks {folder / name}; {AGAIN}")
         if problem := file_problem(folder / name, facts, verify=verify):
             raise UserError(f"{problem}; {AGAIN}")
-    return open_parts(folder, manifest)
 
 
 def open_parts(folder: Path, manifest: dict[str, Any]) -> Bundle:

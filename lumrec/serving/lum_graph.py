@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +33,14 @@ from lumrec.modules.large_user_model import TOKENS_PER_EVENT, LargeUserModel, Pa
 from lumrec.modules.relative_bias import RelativeBias, time_bucket
 from lumrec.query.group_query import GroupQuery, serving_windows
 from lumrec.query.prefix_cache import plain_lum
-from lumrec.run.errors import UserError
-from lumrec.run.files import new_file, write_atomically
+from lumrec.run.files import write_atomically
+from lumrec.serving.bundle import MANIFEST, version_of
+from lumrec.serving.golden_vectors import check_golden_vectors, write_golden_vectors
 from lumrec.serving.graph import Inputs, export_module, padded, read_spec, without
 from lumrec.serving.graph_file import read_graph
 from lumrec.serving.tables import TableDtype, bags, embedded, open_tables, write_tables
 
 GOLDEN_USERS = 20
-TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "int8": 0.02}  # of an answer, as a share of the largest number
 
 
 @dataclass(frozen=True)
@@ -207,12 +205,8 @@ def export_lum(query: GroupQuery, folder: str | Path, *, dtype: TableDtype = "fl
     by_length = np.argsort(np.diff(query.data.user_offsets), kind="stable")
     user_B = torch.from_numpy(by_length[np.linspace(0, len(by_length) - 1, GOLDEN_USERS).astype(int)])
     windows = serving_windows(query.data, user_B, max_events=query.max_events)
-    golden: dict[str, Any] = lum_inputs(query.pack(windows, query.asked, torch.arange(len(user_B))), spec)
-    golden["o_BND"] = query.users(user_B)
-    with new_file(folder / "golden.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **golden)
-    with new_file(folder / "items.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, query.items().numpy())
+    golden = lum_inputs(query.pack(windows, query.asked, torch.arange(len(user_B))), spec)
+    write_golden_vectors(folder, golden, {"o_BND": query.users(user_B)}, query.items())
     ExportedLum(folder)
     return spec
 
@@ -237,29 +231,22 @@ def _example(spec: LumSpec, widths: Mapping[str, int]) -> tuple[Inputs, dict[str
 
 
 class ExportedLum:
-    """What `export_lum` wrote, opened: `lum(inputs)` gives the answers o_BND, float32, on the CPU.
+    """An exported LUM, opened: `lum(inputs)` gives the answers o_BND, float32, on the CPU.
 
-    inputs: of `lum_inputs`. items_ID: embeddings of all items; similarity to an answer is the dot product. Raises
-    MissingFileError or UserError where a file is missing or damaged, or the golden answers do not come out.
+    folder: a bundle that lumrec export wrote, or what `export_lum` did. inputs: of `lum_inputs`. items_ID: embeddings
+    of all items; similarity to an answer is the dot product. Raises MissingFileError or UserError where a file is
+    missing or damaged, or the golden answers do not come out.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            folder = version_of(folder, "LUM")
         self.tables = open_tables(folder / "tables")
         self.spec, self._run = read_spec(folder / "lum.json", LumSpec, self.tables), read_graph(folder / "lum.pt2")
-        try:
-            self.items_ID = torch.from_numpy(np.load(folder / "items.npy", allow_pickle=False))
-            with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
-                golden = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-            expected_BND = golden.pop("o_BND")
-            difference = (self(golden) - expected_BND).abs().max() / expected_BND.abs().max()
-        except (OSError, ValueError, EOFError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
-            raise UserError(f"the LUM in {folder} is damaged ({error!r:.200}); export it again") from None
-        if not difference <= TOLERANCES[self.spec.dtype]:
-            raise UserError(
-                f"the LUM in {folder} does not give its golden answers: they differ by {difference:.2g} of the largest "
-                f"number (this is torch {torch.__version__}); export it again"
-            )
+        self.items_ID, self.golden_difference = check_golden_vectors(
+            folder, "the LUM", self.spec.dtype, lambda inputs: {"o_BND": self(inputs)}
+        )
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:

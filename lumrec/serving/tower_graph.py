@@ -3,6 +3,8 @@
     users.pt2, items.pt2    operators and dense weights (see graph.py)
     towers.json             what they read
     tables/                 see tables.py
+    items.npy               vectors of all items
+    golden.npz              inputs and vectors of some rows and items, checked when the files are opened
 
 Shape suffixes: see retrievers/edb.py.
 """
@@ -19,14 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lumrec.batches.tower_rows import TowerBuilder
 from lumrec.modules.retrievers.edb import TowerBatch, TwoTower
 from lumrec.modules.tokens import kjt_from_lists
 from lumrec.run.files import write_atomically
+from lumrec.serving.bundle import MANIFEST, version_of
+from lumrec.serving.golden_vectors import check_golden_vectors, write_golden_vectors
 from lumrec.serving.graph import Inputs, export_module, padded, read_spec, without
 from lumrec.serving.graph_file import read_graph
-from lumrec.serving.tables import TableDtype, Tables, bags, embedded
+from lumrec.serving.tables import TableDtype, bags, embedded, open_tables, write_tables
 
 Side = Literal["users", "items"]
+SIDES: tuple[Side, Side] = ("users", "items")
+GOLDEN = 20  # rows and items
 
 
 @dataclass(frozen=True)
@@ -100,19 +107,34 @@ def tower_inputs(batch: TowerBatch, spec: TowerSpec, side: Side) -> Inputs:
     return inputs | {name: x for name, x in own.items() if x is not None and name not in of_knowledge}
 
 
-def export_towers(towers: TwoTower, folder: str | Path, *, dtype: TableDtype = "float32") -> TowerSpec:
-    """Writes users.pt2, items.pt2 and towers.json into the folder; every size may differ from call to call.
+@torch.no_grad()
+def export_towers(
+    towers: TwoTower, builder: TowerBuilder, folder: str | Path, *, dtype: TableDtype = "float32"
+) -> TowerSpec:
+    """Writes two towers, with some of their vectors, into a folder; every size may differ from call to call.
 
-    dtype: of the tables that they will be given (write_tables).
+    builder: that came with them. dtype: of the tables. Raises UserError where the files do not give the vectors.
     """
-    folder, spec = Path(folder), TowerSpec.of(towers, dtype)
+    folder, spec, data = Path(folder), TowerSpec.of(towers, dtype), builder.data
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tables(folder / "tables", towers.tables, dtype=dtype)
     batch, tables, scales = _example(towers, spec)
-    sides: tuple[Side, ...] = ("users", "items")
-    for side in sides:
+    for side in SIDES:
         arguments = tower_inputs(batch, spec, side), tables, scales
         export_module(TowerGraph(towers, spec, side), arguments, folder / f"{side}.pt2")
     write_atomically(folder / "towers.json", json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
+    drawn = [np.unique(np.linspace(0, num - 1, GOLDEN).astype(np.int64)) for num in (data.num_events, data.num_items)]
+    golden = builder.towers(*drawn)
+    inputs = {f"{side}:{name}": x for side in SIDES for name, x in tower_inputs(golden, spec, side).items()}
+    expected = dict(zip(("o_BV", "e_CV"), towers(golden), strict=True))
+    items_IV = torch.cat([towers(items)[1] for items in builder.catalogue()])
+    write_golden_vectors(folder, inputs, expected, items_IV)
+    Towers(folder)
     return spec
+
+
+def _names(golden: Inputs, side: Side) -> list[str]:
+    return [name.removeprefix(f"{side}:") for name in golden if name.startswith(f"{side}:")]
 
 
 def _example(towers: TwoTower, spec: TowerSpec) -> tuple[TowerBatch, dict[str, Tensor], dict[str, Tensor]]:
@@ -143,13 +165,27 @@ def _example(towers: TwoTower, spec: TowerSpec) -> tuple[TowerBatch, dict[str, T
 
 
 class Towers:
-    """Exported towers with their tables: `users(batch)` [B, V] and `items(batch)` [C, V], float32, on the CPU."""
+    """Exported towers, opened: `users(batch)` [B, V] and `items(batch)` [C, V], float32, on the CPU.
 
-    def __init__(self, folder: str | Path, tables: Tables) -> None:
-        """Opens what `export_towers` wrote. tables: of open_tables. Raises UserError for incomplete files."""
+    folder: a bundle that lumrec export wrote, or what `export_towers` did. items_IV: vectors of all items. Raises
+    MissingFileError or UserError where a file is missing or damaged, or the golden vectors do not come out.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        self.spec, self.tables = read_spec(folder / "towers.json", TowerSpec, tables), tables
-        self._users, self._items = (read_graph(folder / f"{side}.pt2") for side in ("users", "items"))
+        if (folder / MANIFEST).exists():
+            folder = version_of(folder, "towers")
+        self.tables = open_tables(folder / "tables")
+        self.spec = read_spec(folder / "towers.json", TowerSpec, self.tables)
+        self._users, self._items = (read_graph(folder / f"{side}.pt2") for side in SIDES)
+        self.items_IV, self.golden_difference = check_golden_vectors(
+            folder, "the pair of towers", self.spec.dtype, self._vectors
+        )
+
+    @torch.inference_mode()
+    def _vectors(self, golden: Inputs) -> Inputs:
+        users, items = ({name: golden[f"{side}:{name}"] for name in _names(golden, side)} for side in SIDES)
+        return {"o_BV": self._users(users, *self.tables), "e_CV": self._items(items, *self.tables)}
 
     @torch.inference_mode()
     def users(self, batch: TowerBatch) -> Tensor:

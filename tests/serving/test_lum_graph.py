@@ -66,7 +66,7 @@ def test_a_lum_that_does_not_give_its_golden_answers_or_is_damaged_is_refused(ti
     assert export_lum(query, tmp_path, dtype="int8").dtype == "int8"
     for file in (tmp_path / "tables").glob("*-scale.npy"):
         np.save(file, 3 * np.load(file))
-    with pytest.raises(UserError, match="does not give its golden answers"):
+    with pytest.raises(UserError, match="does not give its golden vectors"):
         ExportedLum(tmp_path)
     (tmp_path / "golden.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="is damaged"):

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny_towers import AGES, HISTORIES, ITEMS, draw_knowledge, make_batch, make_towers
 
+from lumrec.models.towers import TowersConfig, build_towers
 from lumrec.run.errors import UserError
-from lumrec.serving.tables import Tables, open_tables, table_weights, write_tables
+from lumrec.serving.tables import table_weights, write_tables
 from lumrec.serving.tower_graph import TowerGraph, Towers, TowerSpec, export_towers, tower_inputs
 
 SIZES = [(HISTORIES, ITEMS, AGES), ([[]], [3], [2]), ([[4]], [3, 3], [0])]
@@ -41,18 +43,46 @@ def test_what_is_exported_gives_the_towers_vectors(pooling, knowledge):
         assert_same(of("users"), of("items"), towers, size)
 
 
-def test_exported_towers(tmp_path):
-    towers = make_towers(pooling="attention", knowledge=(2, 3, 2), similarity="dot").eval()
-    export_towers(towers, tmp_path)
-    write_tables(tmp_path / "tables", towers.tables)
-    opened = Towers(tmp_path, open_tables(tmp_path / "tables"))
-    for size in SIZES:
-        assert_same(opened.users, opened.items, towers, size)
+def drawn(tiny_prepared):
+    torch.manual_seed(0)
+    config = TowersConfig(conditions=["scenario"], dim=8, max_history=6)
+    towers, builder = build_towers(config, tiny_prepared)
+    return towers.eval(), builder
+
+
+def test_exported_towers(tiny_prepared, tmp_path):
+    towers, builder = drawn(tiny_prepared)
+    export_towers(towers, builder, tmp_path)
+    opened = Towers(tmp_path)
+    items = np.arange(tiny_prepared.num_items)
+    for rows, some in ((np.arange(100), items), (np.array([7]), items[3:4])):
+        batch = builder.towers(rows, some)
+        with torch.no_grad():
+            o_BV, e_CV = towers(batch)
+        torch.testing.assert_close(opened.users(batch), o_BV, atol=1e-6, rtol=0)
+        torch.testing.assert_close(opened.items(batch), e_CV, atol=1e-6, rtol=0)
+        torch.testing.assert_close(opened.items_IV[some], e_CV, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="call eval"):
+        export_towers(towers.train(), builder, tmp_path)
+
+
+def test_exported_towers_that_are_not_whole_are_refused(tiny_prepared, tmp_path):
+    export_towers(*drawn(tiny_prepared), tmp_path)
+    write_tables(tmp_path / "tables", drawn(tiny_prepared)[0].tables, dtype="float16")
+    with pytest.raises(UserError, match="is float16, and .* was exported for float32"):
+        Towers(tmp_path)
+    other, _ = drawn(tiny_prepared)
+    torch.nn.init.normal_(next(other.tables.parameters()))
+    write_tables(tmp_path / "tables", other.tables)
+    with pytest.raises(UserError, match="does not give its golden vectors"):
+        Towers(tmp_path)
+    (tmp_path / "golden.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is damaged"):
+        Towers(tmp_path)
+
+
+def test_a_batch_without_the_knowledge_that_towers_read_is_refused():
+    towers = make_towers(knowledge=(2, 3, 2)).eval()
     plain = dataclasses.replace(batch_of(towers, *SIZES[0]), o_BNW=None)
     with pytest.raises(ValueError, match="the batch has none"):
-        opened.users(plain)
-    with pytest.raises(ValueError, match="call eval"):
-        export_towers(make_towers(), tmp_path)
-    half = {name: rows.half() for name, rows in opened.tables.rows.items()}
-    with pytest.raises(UserError, match="is float16, and .* was exported for float32"):
-        Towers(tmp_path, Tables(half, {}))
+        tower_inputs(plain, TowerSpec.of(towers), "users")

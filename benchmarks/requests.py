@@ -138,7 +138,7 @@ def plain(
     if builder.items is not None:
         rates = builder.items.rates(rows.item, log.timestamp[log.before[rows.event]], spec.statistics.base_rate)
         values["excess"] = values["label"] - rates[0][:num]
-    past, model = LogPast(log, rows, values), spec.statistics
+    past, model = LogPast(log, rows, values, slice(0, log.num_events)), spec.statistics
     raw = raw_columns(past, model.kind, model.base_rate, model.features, rates)
     dense_RF = np.zeros((log.num_rows, len(model.names)), np.float32)
     dense_RF[:, : len(raw)] = model.standardised(raw, log.num_rows)

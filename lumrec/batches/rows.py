@@ -25,6 +25,7 @@ from lumrec.knowledge.store import Knowledge
 from lumrec.modules.rankers.base import RankBatch
 from lumrec.modules.tokens import make_kjt
 from lumrec.run.errors import UserError
+from lumrec.run.kept import NewArray, in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ class RowTokens(NamedTuple):
     history_T: Tensor
     offsets_B1: Tensor
     extras: dict[str, Tensor]
+
+
+class TokenNumbers(NamedTuple):
+    """token_E: the number of each event's pair (item, feedback). event_of_pair: an event of each pair, int64."""
+
+    token_E: np.ndarray
+    event_of_pair: np.ndarray
+
+
+def number_tokens(data: PreparedData, new: NewArray = in_memory) -> TokenNumbers:
+    """Numbers the pairs (item, feedback) of a log. new: makes the two arrays."""
+    pair_E = _pair(data.item, [data.event_columns[name] for name in features_by_role(data.schema, "feedback")])
+    _, event_of_pair, token_E = np.unique(pair_E, return_index=True, return_inverse=True)
+    kept = TokenNumbers(new("token", token_E.shape, np.int32), new("event_of_pair", event_of_pair.shape, np.int64))
+    kept.token_E[:], kept.event_of_pair[:] = token_E, event_of_pair
+    return kept
 
 
 def training_rows(data: PreparedData, knowledge: Knowledge | None, window: Sequence[float] = ()) -> np.ndarray:
@@ -80,6 +97,7 @@ class RowBuilder:
     (lumrec/data/moments.py) at most; 0 = none.
     statistics: by row; knowledge: by event row; each may be left out. reads: what RankBatch has only for some rankers
     (Ranker.reads). category: the item feature whose first value is an item's category; "" = the first multi-valued one.
+    tokens: of `number_tokens`, where they are known.
 
     A batch is put together without a loop over rows, and each token (an item with its feedback) that occurs in it is
     looked up once: 4096 rows with 50 events each hold 200,000 tokens, but far fewer different ones.
@@ -96,6 +114,7 @@ class RowBuilder:
         knowledge: Knowledge | None = None,
         reads: Sequence[str] = (),
         category: str = "",
+        tokens: TokenNumbers | None = None,
     ) -> None:
         if max_history < 0:
             raise UserError(f"max_history is {max_history}; expected 0 or more events")
@@ -104,10 +123,8 @@ class RowBuilder:
         self.item_features = features_by_role(data.schema, "item")
         self.feedback_features = features_by_role(data.schema, "feedback")
         self.dense_RF = np.zeros((data.num_rows, 0), np.float32) if statistics is None else statistics.values_RF
-        self.first_E = data.user_offsets[data.user]
         # Token ids: first every pair (item, feedback) of the log, by number, then every item as a target.
-        pair_E = _pair(data.item, [data.event_columns[name] for name in self.feedback_features])
-        _, self.event_of_pair, self.token_E = np.unique(pair_E, return_index=True, return_inverse=True)
+        self.token_E, self.event_of_pair = number_tokens(data) if tokens is None else tokens
         self.reads = frozenset(reads)
         if self.reads & {"category_U", "category_count_T"}:
             self.category_I = categories(data.item_columns, category)
@@ -135,7 +152,7 @@ class RowBuilder:
     def tokens(self, rows: np.ndarray, items_C: np.ndarray) -> RowTokens:
         """Tokens of the rows' histories and of some catalogue items (int64 [C]), each once, and the rows' own bags."""
         end_B = self.data.before[rows]
-        begin_B = np.maximum(self.first_E[rows], end_B - self.max_history)
+        begin_B = np.maximum(self.data.user_offsets[self.data.user[rows]], end_B - self.max_history)
         offsets_B1 = np.concatenate([[0], np.cumsum(end_B - begin_B)])
         history_events_T = expand_ranges(torch.from_numpy(begin_B), torch.from_numpy(end_B - begin_B)).numpy()
         ids = np.concatenate([self.token_E[history_events_T], len(self.event_of_pair) + items_C])

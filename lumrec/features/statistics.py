@@ -23,10 +23,12 @@ that are counted, V pairs (row, value of a feature).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,10 +38,12 @@ from lumrec.data.schema import features_by_role
 from lumrec.data.splits import TRAIN
 from lumrec.features.items import ItemHistory, at, by_value, entries, running, searched, smoothed, sum_of_rows
 from lumrec.run.errors import UserError
+from lumrec.run.kept import NewArray, in_memory
 
 KINDS = ("all", "user", "none")
 WINDOWS = (5, 10, 50)
 BLOCK = 1 << 16  # rows that are standardised at a time
+PART_EVENTS = 1 << 20  # events whose statistics are computed at a time
 
 
 class Statistics(NamedTuple):
@@ -185,40 +189,92 @@ class StatisticsModel:
         return cls(values["kind"], values["base_rate"], list(values["features"]), **scales)
 
 
-def dense_inputs(data: PreparedData, *, kind: str = "all") -> Statistics:
+def dense_inputs(data: PreparedData, *, kind: str = "all", new: NewArray = in_memory) -> Statistics:
     """The numbers that a ranker reads of each row, and their model, which is fitted on the training part.
 
     The numbers are the statistics, each column standardised by the training events, followed by the schema's dense
     features. kind: "all" statistics; "user" leaves out those that need other users (the item's, and every excess);
-    "none" has none. Raises UserError for another kind, and if the training part is empty (there is nothing to
-    standardise by).
+    "none" has none. new: makes the array of the numbers; the rest is in memory for some users at a time. Raises
+    UserError for another kind, and if the training part is empty (there is nothing to standardise by).
     """
-    raw = raw_statistics(data, kind=kind)
-    training = np.flatnonzero(data.split == TRAIN)
-    columns = {name: Scale(float((x := column_R[training]).mean()), float(x.std())) for name, column_R in raw.items()}
+    check_kind(data, kind)
+    base, items = base_rate(data), ItemHistory.of(data) if kind == "all" else None
+
+    @lru_cache(maxsize=1)  # a log of one part is read once, not twice
+    def raw(number: int) -> dict[str, np.ndarray]:
+        return raw_statistics(data, kind=kind, part=parts[number], items=items)
+
+    parts = user_parts(data)
+    columns = _scales(raw, [data.split[part] == TRAIN for part in parts])
     scales = data.manifest["scales"]
     dense = {name: Scale(**scales[name], scale=data.schema.features[name].scale) for name in data.dense}
-    model = StatisticsModel(kind, base_rate(data), features_by_role(data.schema, "item"), columns, dense)
-    values_RF = model.standardised(raw, data.num_rows)
-    if dense:
-        rows = data.rows(np.arange(data.num_rows))
+    model = StatisticsModel(kind, base, features_by_role(data.schema, "item"), columns, dense)
+    values_RF = new("statistics", (data.num_rows, len(model.names)), np.float32)
+    for number, part in enumerate(parts):
+        row_N = _rows_of(data, part)
+        values_RF[row_N, : len(columns)] = model.standardised(raw(number), len(row_N))
+        rows = data.rows(row_N)
         index = {"item": rows.item, "user": data.user[rows.event], "context": rows.event}
-        declared = [values[index[data.schema.features[name].role]] for name, values in data.dense.items()]
-        values_RF = np.concatenate([values_RF, np.stack(declared, axis=1)], axis=1)
+        for place, (name, values) in enumerate(data.dense.items(), len(columns)):
+            values_RF[row_N, place] = values[index[data.schema.features[name].role]]
     return Statistics(values_RF, model.names, model)
 
 
-def raw_statistics(data: PreparedData, *, kind: str = "all") -> dict[str, np.ndarray]:
-    """`raw_columns` of every row of the prepared data, float64 [R]. Raises UserError like `dense_inputs`."""
+def _scales(raw: Callable[[int], dict[str, np.ndarray]], is_training: Sequence[np.ndarray]) -> dict[str, Scale]:
+    """Mean and deviation of each column over the training events. raw: the columns of a part. is_training: by part."""
+    found: list[tuple[float, dict[str, tuple[float, float]]]] = []
+    total = sum(int(of_part.sum()) for of_part in is_training)
+    for number, of_part in enumerate(is_training):
+        training = np.flatnonzero(of_part)  # events come before drawn rows
+        if len(training):
+            of_columns = {
+                name: (float((x := x_N[training]).mean()), float(x.std())) for name, x_N in raw(number).items()
+            }
+            found.append((len(training) / total, of_columns))
+    scales = {}
+    for name in found[0][1]:
+        mean = sum(share * of_columns[name][0] for share, of_columns in found)
+        variance = sum(
+            share * (of_columns[name][1] ** 2 + (of_columns[name][0] - mean) ** 2) for share, of_columns in found
+        )
+        scales[name] = Scale(mean, math.sqrt(variance))
+    return scales
+
+
+def user_parts(data: PreparedData) -> list[slice]:
+    """Events of whole users, some PART_EVENTS in each part (at least one user)."""
+    bounds, offsets_U1 = [0], data.user_offsets
+    while bounds[-1] < data.num_events:
+        first = int(np.searchsorted(offsets_U1, bounds[-1], side="right"))  # the next user that begins later
+        fitting = int(np.searchsorted(offsets_U1, bounds[-1] + PART_EVENTS, side="right")) - 1
+        bounds.append(int(offsets_U1[max(first, fitting)]))
+    return [slice(first, end) for first, end in pairwise(bounds)]
+
+
+def _rows_of(data: PreparedData, part: slice) -> np.ndarray:
+    """The events of a part, and behind them the rows drawn beside them, int64 [N]."""
+    drawn = np.flatnonzero((data.negative_event >= part.start) & (data.negative_event < part.stop))
+    return np.concatenate([np.arange(part.start, part.stop), data.num_events + drawn])
+
+
+def raw_statistics(
+    data: PreparedData, *, kind: str = "all", part: slice | None = None, items: ItemHistory | None = None
+) -> dict[str, np.ndarray]:
+    """`raw_columns` of the rows of whole users, float64 [N]: events, and behind them drawn rows.
+
+    part: the events of these users; None = all. items: of the data, where it is known. Raises UserError like
+    `dense_inputs`.
+    """
     check_kind(data, kind)
-    base = base_rate(data)
+    base, part = base_rate(data), slice(0, data.num_events) if part is None else part
     if kind == "none":
         return {}
-    rows, values, item_rates = data.rows(np.arange(data.num_rows)), {"label": data.label.astype(np.float64)}, None
+    rows, values, item_rates = data.rows(_rows_of(data, part)), {"label": data.label[part].astype(np.float64)}, None
     if kind == "all":
-        item_rates = ItemHistory.of(data).rates(rows.item, data.timestamp[data.before[rows.event]], base)
-        values["excess"] = values["label"] - item_rates[0][: data.num_events]
-    past = LogPast(data, rows, values)
+        items = ItemHistory.of(data) if items is None else items
+        item_rates = items.rates(rows.item, data.timestamp[data.before[rows.event]], base)
+        values["excess"] = values["label"] - item_rates[0][: part.stop - part.start]
+    past = LogPast(data, rows, values, part)
     return raw_columns(past, kind, base, features_by_role(data.schema, "item"), item_rates)
 
 
@@ -242,17 +298,17 @@ def base_rate(data: PreparedData) -> float:
 
 
 class LogPast(Past):
-    """The past of rows of a log."""
+    """The past of rows of a log: those of whole users, who have the events of `part`, of which `values` are."""
 
-    def __init__(self, data: PreparedData, rows: Rows, values: Mapping[str, np.ndarray]) -> None:
-        first_R, before_R = data.user_offsets[data.user[rows.event]], data.before[rows.event]
-        seconds_R = data.timestamp[before_R] - data.timestamp[np.maximum(before_R - 1, first_R)]
-        super().__init__(values, first_R, before_R, seconds_R)
-        self.data, self.rows = data, rows
+    def __init__(self, data: PreparedData, rows: Rows, values: Mapping[str, np.ndarray], part: slice) -> None:
+        first_N, before_N = data.user_offsets[data.user[rows.event]], data.before[rows.event]
+        seconds_N = data.timestamp[before_N] - data.timestamp[np.maximum(before_N - 1, first_N)]
+        super().__init__(values, first_N - part.start, before_N - part.start, seconds_N)
+        self.data, self.rows, self.item_E = data, rows, data.item[part]
 
     def shared(self, feature: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        column, num_events = self.data.item_columns[feature], self.data.num_events
-        place_P, value_P = entries(column, self.data.item)
+        column, num_events = self.data.item_columns[feature], len(self.item_E)
+        place_P, value_P = entries(column, self.item_E)
         order = by_value(value_P)  # by value, user and time: events are in the order of their users
         event_P = at(np.arange(num_events), place_P)[order]
         key_P = value_P[order] * num_events + event_P

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from lumrec.batches.rows import RowBuilder
+from lumrec.batches.rows import RowBuilder, TokenNumbers, number_tokens
 from lumrec.batches.served_rows import ServedKnowledge, ServedRows
 from lumrec.data.common import Common
 from lumrec.data.prepare import open_prepared
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, table_widths, without
 from lumrec.data.served import ServedData
+from lumrec.features.items import ItemHistory
 from lumrec.features.statistics import Statistics, StatisticsModel, dense_inputs
 from lumrec.knowledge.store import Knowledge
 from lumrec.models.lum import beside, data_tables
@@ -28,6 +30,7 @@ from lumrec.run.config_file import stored
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.folder import stage_of
+from lumrec.run.kept import NewArray, kept_arrays, source_of
 from lumrec.run.unread import as_read, check_read
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import Fingerprint, best_checkpoint
@@ -100,7 +103,12 @@ def build_ranker(
 
 
 def build_rows(
-    ranker: Ranker, data: PreparedData, config: RankerConfig, statistics: Statistics, knowledge: Knowledge | None = None
+    ranker: Ranker,
+    data: PreparedData,
+    config: RankerConfig,
+    statistics: Statistics,
+    knowledge: Knowledge | None = None,
+    tokens: TokenNumbers | None = None,
 ) -> RowBuilder:
     """The builder of batches for a ranker that `build_ranker` made."""
     return RowBuilder(
@@ -112,6 +120,7 @@ def build_rows(
         knowledge=knowledge,
         reads=ranker.reads,
         category=config.category,
+        tokens=tokens,
     )
 
 
@@ -121,14 +130,41 @@ def make_ranker(
     knowledge: Knowledge | None = None,
     *,
     device: torch.device | str | None = None,
+    keep: bool = False,
 ) -> tuple[Ranker, RowBuilder]:
-    """A ranker with fresh weights, without the features that it leaves out, and the builder of its batches."""
+    """A ranker with fresh weights, without the features that it leaves out, and the builder of its batches.
+
+    keep: what is computed from the data is kept beside them, for all processes and later runs, and mapped; `data` must
+    be as they were opened.
+    """
     data = data.without(config.leave_out)
     if isinstance(data, ServedData):
         return _served_ranker(config, data, knowledge, device=device)
-    statistics = dense_inputs(data, kind=config.statistics)
+    statistics, tokens = _kept(data, config.statistics) if keep else (dense_inputs(data, kind=config.statistics), None)
     ranker = build_ranker(config, data, num_statistics=len(statistics.names), knowledge=knowledge, device=device)
-    return ranker, build_rows(ranker, data, config, statistics, knowledge)
+    return ranker, build_rows(ranker, data, config, statistics, knowledge, tokens)
+
+
+def _kept(data: PreparedData, kind: str) -> tuple[Statistics, TokenNumbers]:
+    """The statistics and the numbers of tokens of opened data, kept in their folder."""
+
+    def make(new: NewArray) -> Any:
+        number_tokens(data, new)
+        made = dense_inputs(data, kind=kind, new=new)
+        assert made.model is not None
+        return made.model.to_json()
+
+    identity = {
+        "data": data.fingerprint,
+        "kind": kind,
+        "features": {name: asdict(feature) for name, feature in data.schema.features.items()},
+        "scales": data.manifest["scales"],
+        "source": source_of(RowBuilder, ItemHistory, Statistics),
+    }
+    arrays, stored_model = kept_arrays(data.path / "kept", "rows", identity, make)
+    model = StatisticsModel.from_json(stored_model)
+    tokens = TokenNumbers(arrays["token"], arrays["event_of_pair"])
+    return Statistics(arrays["statistics"], model.names, model), tokens
 
 
 def _served_ranker(

@@ -224,7 +224,7 @@ def sharded_ranker(
     """The ranker with fresh weights under DMP, and the builder of its batches. Collective."""
     train = settings.train
     torch.manual_seed(seed)
-    ranker, builder = make_ranker(settings, data, knowledge)
+    ranker, builder = make_ranker(settings, data, knowledge, keep=True)
     dmp = shard(ranker, optimizer=train.optimizer, device=device, sharding=train.sharding, fsdp=train.fsdp)
     return dmp, builder
 

@@ -15,6 +15,7 @@ from lumrec.data.drawn_rows import NegativeRows, NegativeRowsConfig
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import PARTS, TEST, TRAIN
 from lumrec.experiments.config import load
+from lumrec.features import statistics
 from lumrec.features.statistics import dense_inputs, raw_statistics
 from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.ranking import auc
@@ -158,6 +159,12 @@ def test_nothing_else_is_changed_by_them(bought, data: PreparedData):
     assert data.vocabulary_fingerprint == plain.vocabulary_fingerprint
     assert np.array_equal(training_rows(data, None), training_rows(plain, None))
     assert np.array_equal(dense_inputs(data).values_RF[: data.num_events], dense_inputs(plain).values_RF)
+
+
+def test_in_parts_of_users_drawn_rows_stay_beside_their_events(data: PreparedData, monkeypatch):
+    whole = dense_inputs(data).values_RF
+    monkeypatch.setattr(statistics, "PART_EVENTS", 50)
+    np.testing.assert_allclose(dense_inputs(data).values_RF, whole, rtol=0, atol=2e-6)
 
 
 def test_a_drawn_row_has_the_statistics_of_an_event_with_its_item(data: PreparedData):

@@ -10,6 +10,7 @@ from lumrec.data.columns import Column
 from lumrec.data.prepared import PreparedData
 from lumrec.data.splits import TEST, TRAIN
 from lumrec.experiments.config import load
+from lumrec.features import statistics
 from lumrec.features.items import PRIOR_EVENTS
 from lumrec.features.statistics import Statistics, dense_inputs, raw_statistics
 from lumrec.run.errors import UserError
@@ -141,6 +142,23 @@ def test_kinds(tiny_prepared: PreparedData):
         assert np.allclose(columns[name][rows], column[rows]), name
 
 
+@pytest.mark.parametrize("part_events", [1, 100])
+@pytest.mark.parametrize("kind", ["all", "user", "none"])
+def test_logs_in_parts_have_the_same_statistics(tiny_prepared: PreparedData, monkeypatch, kind, part_events):
+    whole = dense_inputs(tiny_prepared, kind=kind)
+    monkeypatch.setattr(statistics, "PART_EVENTS", part_events)
+    parts = statistics.user_parts(tiny_prepared)
+    events = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    assert len(parts) > 5 and np.array_equal(events, np.arange(tiny_prepared.num_events))
+    for part in parts:  # of whole users, with no more events than asked for, unless one user has more
+        users = np.unique(tiny_prepared.user[part])
+        assert part.stop - part.start <= part_events or len(users) == 1
+        assert np.isin(tiny_prepared.user, users).sum() == part.stop - part.start
+    made = dense_inputs(tiny_prepared, kind=kind)
+    np.testing.assert_allclose(made.values_RF, whole.values_RF, rtol=0, atol=2e-6)
+    assert made.names == whole.names and made.model.dense == whole.model.dense
+
+
 def test_errors(tiny_prepared: PreparedData):
     with pytest.raises(ValueError, match="'some'; expected one of all, user, none"):
         row_statistics(tiny_prepared, kind="some")
@@ -150,11 +168,11 @@ def test_errors(tiny_prepared: PreparedData):
 
 def test_dense_features_stand_behind_the_statistics(tiny_prepared: PreparedData):
     data = tiny_prepared
-    statistics, inputs = row_statistics(data), dense_inputs(data)
-    assert inputs.names == [*statistics.names, *data.dense]
+    plain, inputs = row_statistics(data), dense_inputs(data)
+    assert inputs.names == [*plain.names, *data.dense]
     assert len(data.dense) > 1
     assert inputs.values_RF.dtype == np.float32
-    assert np.array_equal(inputs.values_RF[:, : len(statistics.names)], statistics.values_RF)
+    assert np.array_equal(inputs.values_RF[:, : len(plain.names)], plain.values_RF)
     index = {"item": data.item, "user": data.user, "context": np.arange(data.num_events)}
     for name, values in data.dense.items():
         of_event = values[index[data.schema.features[name].role]]

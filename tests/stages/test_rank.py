@@ -22,7 +22,7 @@ from lumrec.knowledge.store import Knowledge
 from lumrec.metrics.bootstrap import intervals
 from lumrec.metrics.compare import compare_runs
 from lumrec.models.lum import load_lum
-from lumrec.models.ranker import build_ranker, build_rows, row_features
+from lumrec.models.ranker import build_ranker, build_rows, make_ranker, row_features
 from lumrec.modules.rankers.base import Ranker
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import UserError
@@ -61,6 +61,19 @@ def folder_of(config: Config) -> Path:
 
 def builder_of(ranker, data: PreparedData, knowledge: Knowledge | None = None) -> RowBuilder:
     return build_rows(ranker, data, RankConfig(), dense_inputs(data), knowledge)
+
+
+def test_what_is_computed_from_the_log_is_kept_beside_it_and_is_what_it_was(words, data):
+    _, expected = make_ranker(RankConfig(), data)
+    for _ in range(2):
+        _, builder = make_ranker(RankConfig(), data, keep=True)
+        for name in ("dense_RF", "token_E", "event_of_pair"):
+            kept = getattr(builder, name)
+            assert isinstance(kept, np.memmap) and np.array_equal(kept, getattr(expected, name)), name
+        assert builder.statistics.model == expected.statistics.model
+    before = {path.name for path in (data.path / "kept").iterdir()}
+    make_ranker(RankConfig(leave_out=["query"]), data, keep=True)
+    assert {path.name for path in (data.path / "kept").iterdir()} > before
 
 
 def test_the_scores_are_kept_and_intervals_are_those_of_their_rows(words, data):

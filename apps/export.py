@@ -1,4 +1,4 @@
-"""Exports a trained ranker, LUM or pair of towers as a bundle: graph, tables, keys, golden rows in one folder.
+"""Exports a trained ranker, LUM or two towers as a bundle: graph, tables, keys, golden rows in one folder.
 
 torchx run apps/export.py --config ml-1m run=ml-1m-rank
 torchx run apps/export.py --config ml-1m run=ml-1m-rank export.dtype=int8
@@ -9,7 +9,7 @@ import torchx.specs as specs
 
 
 def export(*words: str, config: str = "ml-1m") -> specs.AppDef:
-    """Exports a trained ranker, LUM or pair of towers as a bundle: graph, tables, keys, golden rows in one folder.
+    """Exports a trained ranker, LUM or two towers as a bundle: graph, tables, keys, golden rows in one folder.
 
     run names the run of a ranker, a LUM or two towers; the bundle is published beside it, in <run>-bundle, whole or not
     at all. A ranker's is opened with lumrec.Scorer.open; the graphs of LUMs and towers run where only torch is.

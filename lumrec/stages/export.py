@@ -1,4 +1,4 @@
-"""A trained ranker, LUM or pair of towers as a bundle: all that it is served from, in one folder, published whole."""
+"""A trained ranker, LUM or two towers as a bundle: all that it is served from, in one folder, published whole."""
 
 from __future__ import annotations
 

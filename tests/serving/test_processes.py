@@ -87,6 +87,7 @@ def test_a_killed_worker_is_replaced_counters_are_of_all_and_all_drain(tmp_path:
         _until(lambda: len(_children(process.pid)) == 2)
         for _ in range(5):
             assert post(url).status_code == 200
+        _until(lambda: "lumrec_starts_total 2.0" in httpx.get(f"{url}/metrics", timeout=60).text)
         assert "lumrec_candidates_total 5.0" in httpx.get(f"{url}/metrics").text
         first = _children(process.pid)[0]
         os.kill(first, signal.SIGSTOP)

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 FOLDER = "mapped"
+KEPT = "kept"  # beside it, what later stages compute of the events (lumrec/run/kept.py); replaced with the data
 BLOCK = 1 << 20  # rows that are looked at together, where all are
 
 

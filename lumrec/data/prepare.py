@@ -28,7 +28,7 @@ from lumrec.data.drawn_rows import NegativeRowsConfig, draw_lines, draw_warnings
 from lumrec.data.forgotten import blank_quarantine, files_with, read_forgotten, without_forgotten
 from lumrec.data.labels import check_labels
 from lumrec.data.manifest import NAME, PreparedDataError, read_manifest, write_manifest
-from lumrec.data.mapped import FOLDER
+from lumrec.data.mapped import FOLDER, KEPT
 from lumrec.data.moments import seen_line, seen_warnings
 from lumrec.data.numbers import number_lines
 from lumrec.data.open_log import named_files, plain_split, read_source, request, schema_in_use
@@ -51,7 +51,7 @@ from lumrec.run.printable import say
 from lumrec.run.typed_yaml import to_yaml
 
 MADE = {NAME, "config.yaml", "events", FOLDER, "items.parquet", "users.parquet", "vocabulary", "quarantine.parquet"}
-OPTIONAL = {"negatives", "result.json", ROWS, FEATURES}
+OPTIONAL = {"negatives", "result.json", ROWS, FEATURES, KEPT}
 ROOM = "what was there is as it was. Make room and run the same command again"
 ITEM_ID = ("item", "item_id")  # role and column of the feature that tells items apart
 FEW_ITEMS = 10  # of an earlier log: none of so few may occur in the next one

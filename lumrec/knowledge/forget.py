@@ -65,6 +65,7 @@ from lumrec.knowledge.writer import (
     remove_others,
     versions,
 )
+from lumrec.metrics.compare import RANKS, SCORES
 from lumrec.run.config_file import stored
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.failures import command_parser, reported
@@ -279,7 +280,7 @@ def _still_named(
     for path in _folders(runs_dir, []) if user_keys else []:
         ours = (path / "users.parquet").exists()
         for file in sorted(path.iterdir()):
-            if not file.is_file() or file.suffix in NOT_SEARCHED or (ours and file.suffix == ".parquet"):
+            if not file.is_file() or _has_only_numbers(file) or (ours and file.suffix == ".parquet"):
                 continue
             try:
                 count = (_in_parquet if file.suffix == ".parquet" else _in_bytes)(file, user_keys)
@@ -289,6 +290,14 @@ def _still_named(
             if count:
                 named.append(f"{file} ({count} of the keys): remove them from it, or remove the file")
     return named
+
+
+def _has_only_numbers(file: Path) -> bool:
+    """Whether lumrec wrote a file whose users are numbers, which are no keys though some look like them."""
+    data, run = file.parent.parent, file.parent
+    of_data = run.name in ("events", "negatives") and (data / MANIFEST).exists() and (data / "users.parquet").exists()
+    of_run = file.name in (SCORES, RANKS) and (run / "result.json").exists()
+    return file.suffix in NOT_SEARCHED or of_data or of_run
 
 
 def _prepare_again(path: Path, runs_dir: Path) -> None:

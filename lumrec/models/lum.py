@@ -22,6 +22,7 @@ from lumrec.run.config_file import stored
 from lumrec.run.distributed import init_distributed, world_size
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import check_outside
+from lumrec.run.folder import check_stage
 from lumrec.run.limits import check_names, count, setting, share
 from lumrec.train.checkpoint import load_weights
 from lumrec.train.checkpoint_meta import best_checkpoint, check_fingerprint, read_meta
@@ -255,9 +256,11 @@ class TrainedLum(NamedTuple):
 def open_lum_run(folder: Path, *, missing: str = "") -> TrainedLum:
     """The LUM of a run folder, as its checkpoint and its config.yaml agree on it; no weights are read.
 
-    Raises MissingFileError (`missing`: its message) where there is no finished run, UserError where the checkpoint is
-    damaged, or was made with another model, fold or share of the training part than config.yaml says.
+    Raises MissingFileError (`missing`: its message) where there is no finished run, UserError where it is no LUM's, and
+    where the checkpoint is damaged, or was made with another model, fold or share of the training part than config.yaml
+    says.
     """
+    check_stage(folder, "pretrain", "a LUM")
     if not (folder / "result.json").exists():
         raise MissingFileError(
             missing

@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from lumrec.batches.rows import RowBuilder, TokenNumbers, number_tokens
 from lumrec.batches.served_rows import ServedKnowledge, ServedRows
 from lumrec.data.common import Common
+from lumrec.data.mapped import KEPT
 from lumrec.data.prepare import open_prepared
 from lumrec.data.prepared import PreparedData
 from lumrec.data.schema import SchemaConfig, features_by_role, table_widths, without
@@ -29,7 +30,7 @@ from lumrec.run import limits
 from lumrec.run.config_file import stored
 from lumrec.run.distributed import init_distributed
 from lumrec.run.errors import MissingFileError, UserError
-from lumrec.run.folder import stage_of
+from lumrec.run.folder import check_stage
 from lumrec.run.kept import NewArray, kept_arrays, source_of
 from lumrec.run.unread import as_read, check_read
 from lumrec.train.checkpoint import load_weights
@@ -161,7 +162,7 @@ def _kept(data: PreparedData, kind: str) -> tuple[Statistics, TokenNumbers]:
         "scales": data.manifest["scales"],
         "source": source_of(RowBuilder, ItemHistory, Statistics),
     }
-    arrays, stored_model = kept_arrays(data.path / "kept", "rows", identity, make)
+    arrays, stored_model = kept_arrays(data.path / KEPT, "rows", identity, make)
     model = StatisticsModel.from_json(stored_model)
     tokens = TokenNumbers(arrays["token"], arrays["event_of_pair"])
     return Statistics(arrays["statistics"], model.names, model), tokens
@@ -214,8 +215,7 @@ def open_ranker_run(folder: Path) -> TrainedRanker:
     Raises MissingFileError where there is no finished run, UserError where it is no ranker's or its checkpoint is
     damaged.
     """
-    if (stage := stage_of(folder)) not in ("rank", ""):
-        raise UserError(f"{folder} is a run of {stage}, expected one of rank: give the run folder of a ranker")
+    check_stage(folder, "rank", "a ranker")
     if not (folder / "result.json").exists():
         raise MissingFileError(
             f"there is no finished ranker in {folder}; make it with: torchx run apps/rank.py --config <yours> "

@@ -20,6 +20,7 @@ from lumrec.modules.retrievers.edb import TwoTower
 from lumrec.run import limits
 from lumrec.run.config_file import stored
 from lumrec.run.errors import MissingFileError, UserError
+from lumrec.run.folder import check_stage
 from lumrec.run.limits import count, setting, share
 from lumrec.run.unread import as_read, check_read
 from lumrec.train.checkpoint import load_weights
@@ -145,8 +146,10 @@ class TrainedTowers(NamedTuple):
 def open_towers_run(folder: Path) -> TrainedTowers:
     """The towers of a run folder, by its config.yaml; no weights are read.
 
-    Raises MissingFileError where there is no finished run, UserError where its checkpoint is damaged.
+    Raises MissingFileError where there is no finished run, UserError where it is no run of towers or its checkpoint is
+    damaged.
     """
+    check_stage(folder, "retrieve", "two towers")
     if not (folder / "result.json").exists():
         raise MissingFileError(
             f"there are no finished towers in {folder}; make them with: torchx run apps/retrieve.py --config <yours> "

@@ -41,6 +41,12 @@ def stage_of(folder: Path) -> str:
     return str(read_json(made_by, again="make the run again").get("stage", "")) if made_by.is_file() else ""
 
 
+def check_stage(folder: Path, stage: str, what: str) -> None:
+    """Raises UserError for the folder of another stage's run. what: that is expected, such as "a ranker"."""
+    if (made_by := stage_of(folder)) not in (stage, ""):
+        raise UserError(f"{folder} is a run of {made_by}, expected one of {stage}: give the run folder of {what}")
+
+
 class RunFolder:
     """One run's folder. `RunFolder.create` makes it and finds out whether the run continues or is finished.
 

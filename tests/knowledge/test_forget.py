@@ -171,6 +171,22 @@ def test_a_short_key_is_found_in_the_vocabulary_of_a_feature_of_any_role(tmp_pat
         forget(tmp_path / "runs", ["42"])
 
 
+def test_numbers_of_other_users_that_look_like_the_key_are_no_find(tmp_path):
+    """A ranker's run and its data: 3 is the number of a user in them, and the key of another one."""
+    words = ["data.source=simulator", "data.simulator.num_users=30", "data.simulator.num_items=50", "name=a"]
+    words += ["data.split.kind=user", "data.simulator.events_per_user=20", f"runs_dir={tmp_path}"]
+    words += ["rank.model=dlrm", "rank.hidden_dims=[4]", "rank.train.max_steps=1"]
+    STAGES["prepare"].run(load(None, words))
+    STAGES["rank"].run(load(None, words))
+    key = PreparedData.open(tmp_path / "a-prepare").user_keys()[5]
+    assert key.isdecimal() and int(key) < 29
+    with pytest.raises(Incomplete, match=r"the same command again: \S+: users.parquet \(1\): prepare"):
+        forget(tmp_path, [key])
+    STAGES["prepare"].run(load(None, [*words, "overwrite=true"]))  # in place of what the ranker kept there, too
+    assert not (tmp_path / "a-prepare" / "kept").exists()
+    forget(tmp_path, [key])
+
+
 def read_all(file: Path) -> object:
     """The bytes of a file, and what a Parquet file holds behind its compression."""
     return (file.read_bytes(), pl.read_parquet(file).rows()) if file.suffix == ".parquet" else file.read_bytes()

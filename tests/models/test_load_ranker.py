@@ -15,6 +15,8 @@ from lumrec.data.splits import TEST
 from lumrec.evaluation.ranking import evaluate
 from lumrec.experiments.config import load
 from lumrec.metrics.compare import read_scores
+from lumrec.models.lum import open_lum_run
+from lumrec.models.towers import open_towers_run
 from lumrec.run.changes import config_differences
 from lumrec.run.errors import MissingFileError, UserError
 from lumrec.run.files import sha256
@@ -102,6 +104,10 @@ def test_what_is_no_ranker_or_not_as_it_was_is_one_sentence(runs):
         lumrec.load_ranker(runs / "nowhere")
     with pytest.raises(UserError, match="is a run of pretrain, expected one of rank"):
         lumrec.load_ranker(runs / "tiny-pretrain-0of2")
+    with pytest.raises(UserError, match="is a run of rank, expected one of pretrain: give the run folder of a LUM"):
+        open_lum_run(runs / "din")
+    with pytest.raises(UserError, match="is a run of query, expected one of retrieve: give the run folder of two tow"):
+        open_towers_run(runs / "tiny-query")
     (runs / "dlrm" / "result.json").unlink()
     with pytest.raises(MissingFileError, match="no finished ranker"):
         lumrec.load_ranker(runs / "dlrm")

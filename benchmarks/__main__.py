@@ -9,6 +9,7 @@
     scaling    an event's cost as users, items, length and width grow
     warm_start memory of a warm start on two ranks           requests  serving: features of a request
     serve      the server under load: latency by rate, model and length of the history
+    memory     a ranker's process: its memory and start as the log grows
     fresh      serving: from an event to the LUM's new answer
 
 Each prints hardware, versions and settings, and its plain baseline beside it; `python benchmarks/<name>.py --help` has

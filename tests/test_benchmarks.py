@@ -26,7 +26,7 @@ SMALL = {
     "packing": ("--ratings nowhere/ratings.dat --width 16", "lumrec: flat, length buckets"),
 }
 # These measure in processes of their own, each of which would import torch or Polars again: only their help is run.
-IN_PROCESSES = ("losses", "prepare", "serve", "warm_start")
+IN_PROCESSES = ("losses", "memory", "prepare", "serve", "warm_start")
 
 
 def test_no_benchmark_is_left_out():

@@ -8,6 +8,7 @@ computes them and keeps them beside the log; `later` maps what was kept, as ever
 what the process alone holds beyond what it had after the imports, so neither mapped files nor what is freed again.
 """
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -50,9 +51,7 @@ def first_batch(prepared: Path, model: str, *, keep: bool) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--users", type=lambda words: [int(word) for word in words.split(",")], default=[10_000, 50_000]
-    )
+    parser.add_argument("--users", default="10000,50000")
     parser.add_argument("--model", default="din")
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "WAY"), help="one row, in this process")
@@ -67,7 +66,8 @@ def main() -> None:
         for users in map(int, args.users.split(",")):
             words = [f"name=users-{users}", f"runs_dir={runs}", "data.source=simulator", "data.split.kind=user"]
             words += [f"data.simulator.num_users={users}", "data.simulator.num_items=20000"]
-            STAGES["prepare"].run(load(None, words))
+            with contextlib.redirect_stdout(sys.stderr):
+                STAGES["prepare"].run(load(None, words))
             prepared = runs / f"users-{users}-prepare"
             shutil.rmtree(prepared / KEPT, ignore_errors=True)
             for way in WAYS:
